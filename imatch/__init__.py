@@ -1,0 +1,50 @@
+"""imatch: photographs to embeddings, references with exact truth, TopK retrieval and 1:1 matches.
+
+The public verbs; each is imported from its room when it is first used, so that `import imatch` is light.
+
+>>> import imatch
+>>> imatch.Resize("long_side", long_side=512).target((600, 1000), patch=16)
+(304, 512)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_VERBS = {
+    "imatch.images": ("Resize",),
+    "imatch.store": ("Embeddings",),
+    "imatch.steps": (
+        "start_embed",
+        "embed",
+        "finish_embed",
+        "start_references",
+        "make_references",
+        "start_reference_tokens",
+        "start_index",
+        "query_and_gallery",
+        "build_index",
+        "self_check",
+        "search",
+        "index_metrics",
+        "start_match",
+        "match",
+        "finish_match",
+    ),
+    "imatch.explore": ("browse",),
+}
+_ROOM = {verb: room for room, verbs in _VERBS.items() for verb in verbs}
+__all__ = ["__version__", *sorted(_ROOM)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module 'imatch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOM[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

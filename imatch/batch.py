@@ -1,0 +1,334 @@
+"""YAML -> checked parameters -> papermill: the notebooks, headless, in a chain.
+
+    python -m imatch.batch params/demo.yaml -p NAME VALUE --exports DIR
+
+The parameters cell of each notebook is its schema. A `sweep` in the YAML expands lists into one executed notebook
+per point; notebooks that a point shares with another run once. A parameter called <name>_step that nobody set is
+the folder of the notebook <nn>_<name> that ran before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import itertools
+import json
+import logging
+import math
+import sys
+import time
+import tokenize
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import nbformat
+import yaml
+
+from imatch import evaluate, plugins, registry, runs, store
+from imatch.records import ImatchError
+
+NAMED = frozenset({"dataset", "run", "exports", "weight", "resize", "long_side", "scale", "kind", "direction", "tag"})
+"""Parameters that a step's folder is named by; a sweep over any other one gives its points a tag."""
+
+
+UPSTREAM = ("index", "query", "gallery", "embed")
+"""Links of a step to the steps it was made from."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A line of a parameters cell: its default, whose type is the wanted one, and its help."""
+
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a YAML file asks for: notebooks in order, parameters for all of them, lists to sweep over."""
+
+    notebooks: list[str]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def schema(notebook: Path) -> dict[str, Parameter]:
+    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help.
+
+    Raises:
+        ImatchError: there is no such cell, or something in it is no literal.
+    """
+    cells = [c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ImatchError(f"{notebook} has {len(cells)} cells tagged `parameters`, not one")
+    source = cells[0].source
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    helps = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
+    for statement in ast.parse(source).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                try:
+                    found[name] = Parameter(ast.literal_eval(value), helps.get(statement.lineno, ""))
+                except ValueError as error:
+                    raise ImatchError(f"{notebook}: parameter {name} is no literal: {error}") from error
+            case _:
+                raise ImatchError(f"{notebook}: `{ast.unparse(statement)}` is no parameter: write name = literal")
+    return found
+
+
+def check(name: str, value: Any, wanted: Any) -> Any:
+    """`value` if it may stand for a parameter whose default is `wanted`.
+
+    Raises:
+        ImatchError: another type.
+
+    >>> check("long_side", 512, wanted=640)
+    512
+    """
+    if not plugins.fits(value, type(wanted)):
+        raise ImatchError(f"parameter {name} wants {type(wanted).__name__}, such as {wanted!r}; got {value!r}")
+    return value
+
+
+def from_text(name: str, text: str, wanted: Any) -> Any:
+    """A value from the command line: text stays text where text is wanted, else it is read as YAML.
+
+    >>> from_text("angles", "[0, 90]", wanted=[0]), from_text("dataset", "2024", wanted="")
+    ([0, 90], '2024')
+    """
+    if isinstance(wanted, str):
+        return text
+    try:
+        return check(name, yaml.safe_load(text), wanted)
+    except yaml.YAMLError as error:
+        raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
+
+
+def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> tuple[Recipe, dict[str, dict[str, Parameter]]]:
+    """Read a YAML file and check every name and type in it against the notebooks, before anything runs.
+
+    Args:
+        path: the YAML file.
+        overrides: (name, text) pairs from the command line; they also replace a sweep over that name.
+        notebooks: the folder of notebooks.
+
+    Returns:
+        The recipe and the schema of each of its notebooks.
+
+    Raises:
+        ImatchError: an unknown or mistyped name, with the nearest known one.
+    """
+    if not path.is_file():
+        raise ImatchError(f"no file {path}: give a YAML file, such as params/demo.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ImatchError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict) or "notebooks" not in content:
+        raise ImatchError(f"{path} must name its `notebooks`")
+    for key in content:
+        if key not in Recipe.__dataclass_fields__:
+            raise ImatchError(f"{path}: {plugins.unknown('entry', key, Recipe.__dataclass_fields__)}")
+    recipe = Recipe(content["notebooks"], content.get("parameters") or {}, content.get("sweep") or {})
+    for name in recipe.notebooks:
+        if not (notebooks / f"{name}.ipynb").is_file():
+            known = [p.stem for p in notebooks.glob("*.ipynb")]
+            raise ImatchError(f"{path}: {plugins.unknown('notebook', name, known)}")
+    schemas = {name: schema(notebooks / f"{name}.ipynb") for name in recipe.notebooks}
+    known = {name: parameter.default for schema in schemas.values() for name, parameter in schema.items()}
+
+    def default(name: str) -> Any:
+        if name not in known:
+            raise ImatchError(plugins.unknown("parameter", name, known))
+        return known[name]
+
+    for name, value in recipe.parameters.items():
+        check(name, value, default(name))
+    for name, values in recipe.sweep.items():
+        if not isinstance(values, list) or not values:
+            raise ImatchError(f"sweep over {name} wants a list of values, got {values!r}")
+        for value in values:
+            check(name, value, default(name))
+    for name, text in overrides:
+        recipe.parameters[name] = from_text(name, text, default(name))
+        recipe.sweep.pop(name, None)
+    return recipe, schemas
+
+
+def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a sweep; one empty point without one.
+
+    >>> points({"weight": ["sift", "dsift"], "scale": [1.0]})
+    [{'weight': 'sift', 'scale': 1.0}, {'weight': 'dsift', 'scale': 1.0}]
+    """
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def run(recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]], notebooks: Path) -> tuple[dict[str, Path], list[str]]:
+    """Execute the notebooks of every point; a point that fails is reported and the others go on.
+
+    Returns:
+        name of each point -> folder of its last step, and one message a failure.
+    """
+    finished: dict[str, Path] = {}
+    failures: list[str] = []
+    ran: dict[str, Path | str] = {}
+    for point in points(recipe.sweep):
+        label = " ".join(f"{name}={value}" for name, value in point.items()) or "run"
+        steps: dict[str, Path] = {}
+        for name in recipe.notebooks:
+            values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
+            key = json.dumps([name, values], sort_keys=True)
+            if key not in ran:
+                print(f"== {label}: {name}", flush=True)
+                ran[key] = execute(notebooks / f"{name}.ipynb", values, schemas[name])
+            result = ran[key]
+            if isinstance(result, str):
+                failures.append(f"{label}: {name}: {result}")
+                print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
+                break
+            steps[name] = result
+        else:
+            finished[label] = result
+    return finished, failures
+
+
+def _values(
+    schema: Mapping[str, Parameter], given: Mapping[str, Any], steps: Mapping[str, Path], sweep: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = {name: value for name, value in given.items() if name in schema}
+    for name, folder in steps.items():
+        parameter = f"{name[3:]}_step"
+        if parameter in schema and parameter not in values:
+            values[parameter] = str(folder)
+    tagged = [f"{name}{values[name]}" for name in sorted(sweep) if name in schema and name not in NAMED]
+    if tagged and "tag" in schema:
+        text = "_".join([*([values["tag"]] if values.get("tag") else []), *tagged])
+        values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text)
+    return values
+
+
+def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Parameter]) -> Path | str:
+    """Run one notebook by papermill and put it, executed, into its step's folder as notebook.ipynb.
+
+    Returns:
+        The step's folder, or what went wrong.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    exports = registry.resolve(values.get("exports", schema["exports"].default if "exports" in schema else "exports"))
+    report = exports / ".running" / f"{notebook.stem}_{runs.digest(dict(values))[:12]}.ipynb"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # papermill's and nbclient's own
+            executed = papermill.execute_notebook(
+                notebook,
+                report,
+                dict(values),
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(registry.workspace()),
+                stdout_file=_Lines(sys.stdout),
+                stderr_file=_Lines(sys.stderr),
+                extra_arguments=["--IPKernelApp.log_level=40"],  # its word on encryption repeats for every notebook
+            )
+    except PapermillExecutionError as error:
+        return f"{error.ename}: {error.evalue}\n  see {report}"
+    except DeadKernelError as error:
+        return f"the notebook's process ended ({error}): killed, or out of memory; run the same command again\n  see {report}"
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    published = [output["data"][runs.MIME] for output in outputs if runs.MIME in output.get("data", {})]
+    if not published:
+        return f"it finished no step (its last cell must call finish)\n  see {report}"
+    folder = Path(published[-1]["folder"])
+    report.replace(folder / "notebook.ipynb")
+    return folder
+
+
+class _Lines(io.TextIOBase):
+    """Passes a notebook's output on. Where nobody watches a terminal, a bar that redraws itself becomes a line of
+    the log every ten seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.last = stream, -math.inf
+
+    def write(self, text: str) -> int:
+        shown = text
+        if not self.stream.isatty() and text.startswith("\r"):
+            now = time.monotonic()
+            if now - self.last < 10 and "100%" not in text:
+                return len(text)
+            self.last = now
+            shown = text.strip("\r\n") + "\n"
+        self.stream.write(shown)
+        self.stream.flush()
+        return len(text)
+
+
+def report(finished: Mapping[str, Path]) -> str:
+    """The summary table of the points whose last step is 04_match, and where reports and pictures lie."""
+    matched = {label: folder for label, folder in finished.items() if (folder / "pairs.jsonl").is_file()}
+    lines = []
+    if matched:
+        metrics = {label: store.read_json(folder / "metrics.json") for label, folder in matched.items()}
+        lines = [evaluate.summary_table(metrics), ""]
+    for label, folder in finished.items():
+        lines.append(f"{label}:")
+        lines += [f"  {what}: {path}" for what, path in _reports(folder)]
+    return "\n".join(lines)
+
+
+def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
+    chain = [folder]
+    while True:
+        links = store.read_json(chain[-1] / "step.json")["links"]
+        above = [registry.resolve(chain[-1] / link) for name, link in links.items() if name in UPSTREAM]
+        if not above:
+            break
+        chain.append(max(above, key=lambda step: str(store.read_json(step / "step.json")["step"])))
+    for step in reversed(chain):
+        yield store.read_json(step / "step.json")["step"], step / "notebook.ipynb"
+    for picture in sorted(folder.glob("*.png")):
+        yield "picture", picture
+    if (folder / "pairs").is_dir():
+        yield "pictures of the pairs", folder / "pairs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 if every point finished, 1 if one failed, 2 for a bad request."""
+    parser = argparse.ArgumentParser(prog="python -m imatch.batch", description="Run the notebooks of a YAML file.")
+    parser.add_argument("recipe", type=Path, help="a YAML file, such as params/demo.yaml")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter (repeatable)"
+    )
+    parser.add_argument("--exports", help="where results go (default: exports/)")
+    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="the folder of notebooks")
+    options = parser.parse_args(arguments)
+    registry.share_cores()
+    overrides = [*map(tuple, options.p), *([("exports", options.exports)] if options.exports else [])]
+    folder = registry.resolve(options.notebooks)
+    try:
+        recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)
+    except ImatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finished, failures = run(recipe, schemas, folder)
+    print()
+    if finished:
+        print(report(finished))
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""How good the answers are: retrieval and geometry, by angle and crop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+
+def right_answers(rows: np.ndarray, query_sources: Sequence[str], gallery_sources: Sequence[str]) -> np.ndarray:
+    """Which hits show the photograph that the query shows.
+
+    Args:
+        rows: (Q, k) int, rows in the gallery, -1 for none.
+        query_sources: Q ids of what the queries were made from (themselves for photographs).
+        gallery_sources: N of the same for the gallery.
+
+    Returns:
+        (Q, k) bool.
+
+    >>> right_answers(np.array([[1, 0], [1, -1]]), ["a", "b"], ["a", "b"]).tolist()
+    [[False, True], [True, False]]
+    """
+    wanted = np.asarray(query_sources, object)[:, None]
+    return (np.append(np.asarray(gallery_sources, object), None)[rows] == wanted) & (rows >= 0)
+
+
+def answerable(
+    query_sources: Sequence[str], gallery_sources: Sequence[str], excludes_self: bool, excludes_siblings: bool
+) -> np.ndarray:
+    """Which queries have a right answer in the gallery at all: (Q,) bool.
+
+    >>> answerable(["a", "a", "b"], ["a", "a", "b"], excludes_self=True, excludes_siblings=False).tolist()
+    [True, True, False]
+    """
+    count: dict[str, int] = {}
+    for source in gallery_sources:
+        count[source] = count.get(source, 0) + 1
+    if excludes_siblings:
+        return np.zeros(len(query_sources), bool)
+    return np.array([count.get(source, 0) > int(excludes_self) for source in query_sources], bool)
+
+
+def hit_at_k(right: np.ndarray, k: int, has_answer: np.ndarray | None = None) -> float | None:
+    """The share of queries with a right answer among their first k hits (Hit@K, also called Recall@K in place
+    recognition: Arandjelovic et al., "NetVLAD", CVPR 2016).
+
+    Args:
+        right: (Q, K) bool.
+        k: 1 to K.
+        has_answer: (Q,) bool; queries without one do not count.
+
+    Returns:
+        In [0, 1]; None when no query counts.
+
+    >>> hit_at_k(np.array([[False, True], [True, False]]), 1)
+    0.5
+    """
+    hits = right[:, :k].any(axis=1)
+    hits = hits if has_answer is None else hits[has_answer]
+    return float(hits.mean()) if len(hits) else None
+
+
+def best_pairs(pairs: Iterable[Row]) -> list[Row]:
+    """Of each query's retrieved pairs, the one that re-ranking puts first: verified before not, more inliers
+    before fewer, then the better score.
+
+    >>> rows = [dict(query="q", rank=r, verified=r == 1, inliers=9 * r, score=-r, retrieved=True) for r in range(2)]
+    >>> [row["rank"] for row in best_pairs(rows)]
+    [1]
+    """
+    best: dict[str, Row] = {}
+    for row in pairs:
+        if row["retrieved"] and (row["query"] not in best or _order(row) < _order(best[row["query"]])):
+            best[row["query"]] = row
+    return [best[query] for query in sorted(best)]
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return (not row["verified"], -row["inliers"], row["rank"])
+
+
+def match_metrics(pairs: Sequence[Row]) -> dict[str, Any]:
+    """The figures of a finished 04_match, from its rows.
+
+    Returns:
+        hit_at_1 (by global vectors), reranked_hit_at_1 (after re-ranking by inliers), verified (share of queries
+        whose best candidate verifies), verified_right (share of those that are right), corner_error_median of
+        the verified right ones in pixels, and of all pairs of a reference with its own source: true_pairs,
+        true_corner_error_median, true_within_8px (pairs without a geometry count as failed). `by_view` has the
+        same by crop and angle. Shares are None where nothing could be counted.
+    """
+    best = best_pairs(pairs)
+    figures = _figures(pairs, best)
+    views = sorted({(row["crop"], row["angle"]) for row in pairs if row["crop"] is not None})
+    figures["by_view"] = [
+        {
+            "crop": crop,
+            "angle": angle,
+            **_figures(
+                [row for row in pairs if (row["crop"], row["angle"]) == (crop, angle)],
+                [row for row in best if (row["crop"], row["angle"]) == (crop, angle)],
+            ),
+        }
+        for crop, angle in views
+    ]
+    return figures
+
+
+def _figures(pairs: Sequence[Row], best: Sequence[Row]) -> dict[str, Any]:
+    counted = [row for row in best if row["answerable"]]
+    first = [row for row in pairs if row["answerable"] and row["rank"] == 0]
+    verified = [row for row in best if row["verified"]]
+    right = [row["corner_error"] for row in verified if row["corner_error"] is not None]
+    true = [row for row in pairs if row["right"] and row["has_truth"]]
+    errors = [math.inf if row["corner_error"] is None else row["corner_error"] for row in true]
+    return {
+        "queries": len(best),
+        "hit_at_1": _mean(row["right"] for row in first),
+        "reranked_hit_at_1": _mean(row["right"] for row in counted),
+        "verified": _mean(row["verified"] for row in best),
+        "verified_right": _mean(row["right"] for row in verified if row["answerable"]),
+        "corner_error_median": _median(right),
+        "true_pairs": len(true),
+        "true_corner_error_median": _median(errors),
+        "true_within_8px": _mean(error <= 8 for error in errors),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    median = float(np.median(values)) if values else math.nan
+    return median if math.isfinite(median) else None
+
+
+def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics of 04_match as a table for a terminal: Hit@1 by crop and angle, then the median pixel error.
+
+    Args:
+        finished: name of a configuration -> its metrics.
+    """
+    shown = {name: metrics for name, metrics in finished.items() if metrics["by_view"]}
+    angles = sorted({view["angle"] for metrics in shown.values() for view in metrics["by_view"]})
+    wide = max([len(name) for name in finished] + [8])
+    heads = [f"{angle:>5g}" for angle in angles] + [" mean", "after re-ranking", "px"]
+    lines = [f"{'Hit@1':<{wide}}  crop " + " ".join(heads)] if shown else []
+    for name, metrics in shown.items():
+        for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
+            views = {view["angle"]: view for view in metrics["by_view"] if view["crop"] == crop}
+            hits = [views[angle]["hit_at_1"] if angle in views else None for angle in angles]
+            again = _mean(v["reranked_hit_at_1"] for v in views.values() if v["reranked_hit_at_1"] is not None)
+            error = _median([v["corner_error_median"] for v in views.values() if v["corner_error_median"] is not None])
+            cells = [_cell(value, 5) for value in hits]
+            mean = _mean(value for value in hits if value is not None)
+            lines.append(f"{name:<{wide}}  {crop:<4g} {' '.join(cells)} {_cell(mean, 5)} {_cell(again, 16)} {_cell(error, 5)}")
+    for name, metrics in finished.items():
+        parts = [f"{metrics['queries']} queries", f"verified {_cell(metrics['verified'])}"]
+        if metrics["verified_right"] is not None:
+            parts.append(f"right of those {_cell(metrics['verified_right'])}")
+        if metrics["corner_error_median"] is not None:
+            parts.append(f"median corner error of verified matches {metrics['corner_error_median']:.2f} px")
+        if metrics["true_pairs"]:
+            parts.append(
+                f"of all {metrics['true_pairs']} pairs with their own source: median "
+                f"{_cell(metrics['true_corner_error_median'])} px, within 8 px {_cell(metrics['true_within_8px'])}"
+            )
+        lines.append(f"{name}: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int = 0) -> str:
+    return f"{'-' if value is None else f'{value:.2f}':>{width}}"

@@ -1,0 +1,188 @@
+"""Correspondences -> the transformation that explains them, and what it says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from imatch.records import Geometry, ImatchError
+
+MODELS = {"off": 1, "similarity": 2, "affine": 3, "homography": 4}
+"""The models, and how many correspondences the smallest sample of each needs."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Robust estimation with OpenCV: USAC_ACCURATE (LO-RANSAC with graph cut; Ivashechkin, Barath and Matas,
+    "USACv20", 2021) for affine and homography, RANSAC with local refinement for the two-point similarity.
+
+    Attributes:
+        model: "off", "similarity" (4 degrees of freedom), "affine" (6) or "homography" (8).
+        threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0.
+        confidence: wanted probability that the best sample was found, in (0, 1).
+        iterations: at most so many samples.
+        min_inliers, min_share: verified are more than min_inliers + min_share * n inliers, where n counts the
+            correspondences that the transformation puts inside B (8 and 0.3: Brown and Lowe, "Automatic panoramic
+            image stitching using invariant features", IJCV 2007).
+
+    Raises:
+        ImatchError: unknown model, or a number out of its range.
+
+    >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
+    >>> geometry = Estimator(model="similarity")(xy, 2 * xy + 5, (100, 100), (210, 210))
+    >>> geometry.verified, geometry.matrix.round(3).tolist()
+    (True, [[2.0, 0.0, 5.0], [-0.0, 2.0, 5.0], [0.0, 0.0, 1.0]])
+    """
+
+    model: str = "homography"
+    threshold: float = 3.0
+    confidence: float = 0.9999
+    iterations: int = 10_000
+    min_inliers: int = 8
+    min_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
+        if not (self.threshold > 0 and 0 < self.confidence < 1 and self.iterations > 0):
+            raise ImatchError(
+                f"threshold {self.threshold} must be above 0, confidence {self.confidence} between 0 and 1, "
+                f"iterations {self.iterations} at least 1"
+            )
+
+    def __call__(
+        self, xy_a: np.ndarray, xy_b: np.ndarray, size_a: tuple[int, int], size_b: tuple[int, int]
+    ) -> Geometry:
+        """Estimate A -> B.
+
+        Args:
+            xy_a: (m, 2) pixels in A.
+            xy_b: (m, 2) pixels in B, row by row the partners.
+            size_a, size_b: (h, w) of the two; A's outline must stay an outline in B.
+
+        Returns:
+            The geometry; `verified` says whether to believe it, `reason` why.
+        """
+        m = len(xy_a)
+        nothing = np.zeros(m, bool)
+        if self.model == "off":
+            return Geometry(None, nothing, math.nan, False, "geometry is off")
+        if m < MODELS[self.model]:
+            return Geometry(None, nothing, math.nan, False, f"{m} correspondences are too few for {self.model}")
+        matrix, inliers = self._estimate(np.asarray(xy_a, np.float64), np.asarray(xy_b, np.float64))
+        if matrix is None or not np.isfinite(matrix).all():
+            return Geometry(None, nothing, math.nan, False, f"no {self.model} found")
+        mapped = transform(matrix, xy_a)
+        distance = np.linalg.norm(mapped - xy_b, axis=1)
+        n = int(inliers.sum())
+        error = float(distance[inliers].mean()) if n else math.nan
+        flaw = degenerate(matrix, size_a)
+        if flaw:
+            return Geometry(matrix, inliers, error, False, flaw)
+        shared = int(((mapped >= -0.5) & (mapped <= np.array(size_b[::-1]) - 0.5)).all(axis=1).sum())
+        needed = self.min_inliers + self.min_share * shared
+        said = f"{n} inliers of {shared} correspondences in the shared area"
+        return Geometry(matrix, inliers, error, n > needed, f"{said}, {'more' if n > needed else 'not more'} than {needed:.1f}")
+
+    def _estimate(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        if self.model == "similarity":
+            half, mask = cv2.estimateAffinePartial2D(
+                a,
+                b,
+                method=cv2.RANSAC,
+                ransacReprojThreshold=self.threshold,
+                maxIters=self.iterations,
+                confidence=self.confidence,
+            )
+        elif self.model == "affine":
+            usac = cv2.UsacParams()
+            usac.threshold, usac.confidence, usac.maxIterations = self.threshold, self.confidence, self.iterations
+            usac.loMethod, usac.sampler = cv2.LOCAL_OPTIM_GC, cv2.SAMPLING_UNIFORM
+            half, mask = cv2.estimateAffine2D(a, b, usac)
+        else:
+            full, mask = cv2.findHomography(
+                a, b, cv2.USAC_ACCURATE, self.threshold, None, self.iterations, self.confidence
+            )
+            return full, _inliers(mask, len(a))
+        full = None if half is None else np.vstack([half, [0, 0, 1]])
+        return full, _inliers(mask, len(a))
+
+
+def _inliers(mask: np.ndarray | None, m: int) -> np.ndarray:
+    return np.zeros(m, bool) if mask is None else mask.ravel().astype(bool)
+
+
+def transform(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Map points by a (3, 3) matrix.
+
+    >>> transform(np.diag([2.0, 3, 1]), np.array([[1.0, 1]])).tolist()
+    [[2.0, 3.0]]
+    """
+    mapped = np.column_stack([xy, np.ones(len(xy))]) @ matrix.T
+    with np.errstate(divide="ignore", invalid="ignore"):  # a point on the horizon is at infinity
+        return mapped[:, :2] / mapped[:, 2:]
+
+
+def corners(size: tuple[int, int]) -> np.ndarray:
+    """The centres of a photograph's four corner pixels, clockwise from the top left: (4, 2).
+
+    >>> corners((3, 5)).tolist()
+    [[0.0, 0.0], [4.0, 0.0], [4.0, 2.0], [0.0, 2.0]]
+    """
+    h, w = size
+    return np.array([[0.0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
+
+
+def degenerate(matrix: np.ndarray, size: tuple[int, int]) -> str:
+    """Why a matrix is no view of a flat scene ("" if it may be one): a mirrored, folded or collapsed outline.
+
+    >>> degenerate(np.diag([-1.0, 1, 1]), (10, 10))
+    'the outline is mirrored or folded'
+    """
+    outline = transform(matrix, corners(size))
+    w = np.column_stack([corners(size), np.ones(4)]) @ matrix[2]
+    edges = np.roll(outline, -1, axis=0) - outline
+    after = np.roll(edges, -1, axis=0)
+    turns = edges[:, 0] * after[:, 1] - edges[:, 1] * after[:, 0]
+    if not np.isfinite(outline).all() or (np.sign(w) != np.sign(w[0])).any() or (turns <= 0).any():
+        return "the outline is mirrored or folded"
+    x, y = outline.T
+    area = 0.5 * abs(x @ np.roll(y, -1) - y @ np.roll(x, -1))
+    growth = math.sqrt(area / (size[0] * size[1]))
+    if not 1 / 20 < growth < 20:
+        return f"the outline is {growth:.2g} times as large: collapsed or blown up"
+    return ""
+
+
+def rotation_scale(matrix: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
+    """How much A is turned and enlarged in B, at the centre of A.
+
+    Returns:
+        angle in degrees counter-clockwise in (-180, 180], and scale (1 is equal size).
+
+    >>> rotation_scale(np.array([[0.0, 2, 0], [-2, 0, 0], [0, 0, 1]]), (10, 10))
+    (90.0, 2.0)
+    """
+    centre = (np.array([size[1], size[0]]) - 1) / 2
+    step = 0.5
+    around = centre + step * np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    right, down, left, up = transform(matrix, around)
+    jacobian = np.column_stack([right - left, down - up]) / (2 * step)
+    angle = math.degrees(math.atan2(jacobian[0, 1] - jacobian[1, 0], jacobian[0, 0] + jacobian[1, 1]))
+    return angle, math.sqrt(abs(np.linalg.det(jacobian)))
+
+
+def corner_error(estimate: np.ndarray, truth: np.ndarray, size: tuple[int, int]) -> float:
+    """Mean distance in pixels of B between A's corners mapped by the estimate and by the truth.
+
+    Source: DeTone, Malisiewicz and Rabinovich, "SuperPoint", CVPR workshops 2018 (homography estimation on HPatches).
+
+    >>> corner_error(np.eye(3), np.array([[1.0, 0, 3], [0, 1, 4], [0, 0, 1]]), (10, 10))
+    5.0
+    """
+    difference = transform(estimate, corners(size)) - transform(truth, corners(size))
+    error = float(np.linalg.norm(difference, axis=1).mean())
+    return error if math.isfinite(error) else math.inf

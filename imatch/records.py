@@ -1,0 +1,156 @@
+"""The nouns of imatch: frozen records that every other room passes around.
+
+Coordinates are (x, y) pixels with the centre of the top-left pixel at (0, 0); sizes are (h, w);
+angles are degrees counter-clockwise as one sees them on the screen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class ImatchError(Exception):
+    """A problem that the message explains in full: what, where and the remedy."""
+
+
+class PhotographError(ImatchError):
+    """One photograph that cannot be used; the message is the reason."""
+
+
+class StepError(ImatchError):
+    """A step on disk that cannot be used as asked: absent, unfinished or made from something else."""
+
+
+class ImatchWarning(UserWarning):
+    """Something the user should look at after the run: photographs left out, answers that are thin."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a backbone says of one photograph.
+
+    Attributes:
+        vector: (D,) float32, the global vector, of L2 norm 1 (of norm 0 if there was nothing to see).
+        descriptors: (n, d) float, local descriptors of L2 norm 1.
+        xy: (n, 2) float32, their positions in pixels.
+        grid: (h, w) with h * w == n when the descriptors lie on a regular grid, row by row; else None.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+
+    >>> tokens = Tokens(np.ones(1, "f4"), np.ones((6, 4), "f4"), np.zeros((6, 2), "f4"), grid=(2, 3))
+    >>> tokens.as_grid().shape
+    (2, 3, 4)
+    """
+
+    vector: np.ndarray
+    descriptors: np.ndarray
+    xy: np.ndarray
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.descriptors)
+        if self.vector.ndim != 1 or self.descriptors.ndim != 2 or self.xy.shape != (n, 2):
+            raise ValueError(
+                f"tokens do not fit: vector {self.vector.shape}, descriptors {self.descriptors.shape}, "
+                f"xy {self.xy.shape}"
+            )
+        if self.grid is not None and self.grid[0] * self.grid[1] != n:
+            raise ValueError(f"a grid of {self.grid} does not hold {n} descriptors")
+
+    def as_grid(self) -> np.ndarray:
+        """The descriptors as (h, w, d): the same bytes, seen as a grid. Raises ValueError without a grid."""
+        if self.grid is None:
+            raise ValueError("these descriptors lie on no grid")
+        return self.descriptors.reshape(*self.grid, -1)
+
+
+@dataclass(frozen=True)
+class View:
+    """A reference made from a photograph, with its exact ground truth.
+
+    Attributes:
+        pixels: (h, w, 3) uint8 RGB.
+        mask: (h, w) bool, True where the pixel shows the photograph (False in the corners that a
+            rotation leaves empty).
+        matrix: (3, 3) float64, photograph (x, y, 1) -> view (x, y, 1).
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray
+    matrix: np.ndarray
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The answer of an index to Q queries, best first.
+
+    Attributes:
+        rows: (Q, k) int64, row of each neighbour in the gallery; -1 where the gallery had no more.
+        scores: (Q, k) float32, cosine similarity; -inf where row is -1.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Matches:
+    """One-to-one correspondences between the local descriptors of photographs A and B, strongest first.
+
+    Attributes:
+        index_a, index_b: (m,) int64, rows of the descriptors of A and of B.
+        similarity: (m,) float32, cosine.
+    """
+
+    index_a: np.ndarray
+    index_b: np.ndarray
+    similarity: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.similarity)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The transformation that explains a set of correspondences.
+
+    Attributes:
+        matrix: (3, 3) float64, A (x, y, 1) -> B up to scale; None when none was found.
+        inliers: (m,) bool, which correspondences agree with it.
+        error: mean reprojection error of the inliers in pixels of B; NaN without a matrix.
+        verified: whether the two photographs show the same thing, as far as geometry can say.
+        reason: why it is, or is not, verified.
+    """
+
+    matrix: np.ndarray | None
+    inliers: np.ndarray
+    error: float
+    verified: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two photographs matched 1:1, ready for the sinks.
+
+    Attributes:
+        row: plain JSON: ids, rank, score, counts, verified, reason, matrix, rotation, scale, truth.
+        paths: the files of A (the query) and B (the candidate).
+        sizes: their (h, w) in pixels.
+        xy_a, xy_b: (m, 2) float32, the correspondences in pixels of the original photographs.
+        matches: which descriptors they are, and how similar.
+        geometry: what explains them.
+    """
+
+    row: dict[str, Any]
+    paths: tuple[Path, Path]
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    xy_a: np.ndarray
+    xy_b: np.ndarray
+    matches: Matches
+    geometry: Geometry

@@ -1,0 +1,98 @@
+"""Photograph -> View: rotated and cropped references with their exact matrix. A kind is one class in one file
+and one line here.
+
+Every kind maps in "edge" coordinates, where a pixel covers [i, i + 1], as Pillow does inside; the matrices that
+leave this room are for pixel centres at whole numbers, as everywhere in imatch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from imatch import plugins
+from imatch.records import View
+
+REFERENCES = {
+    "legacy": "imatch.references.legacy:Legacy",
+    "isometric": "imatch.references.isometric:Isometric",
+}
+
+
+class Reference(Protocol):
+    """What imatch asks of a kind of reference."""
+
+    def __call__(self, photograph: np.ndarray, angle: float, crop: float) -> View:
+        """The view of a photograph turned by `angle` degrees counter-clockwise and cropped around its centre.
+
+        Args:
+            photograph: (h, w, 3) uint8 RGB.
+            angle: degrees counter-clockwise, any number.
+            crop: ratio in (0, 1].
+        """
+
+
+def create(kind: str) -> Reference:
+    """Make a kind of reference.
+
+    Raises:
+        ImatchError: unknown kind, with the nearest known one.
+    """
+    reference: Reference = plugins.create(REFERENCES, "kind of reference", kind)
+    return reference
+
+
+def name(stem: str, angle: float, crop: float) -> str:
+    """The file name of a reference, without its suffix.
+
+    >>> name("house", 45, 0.5), name("house", -22.5, 0.125)
+    ('house_rot045_crop50', 'house_rotm22p5_crop12p5')
+    """
+    return f"{stem}_rot{_number(angle, 3)}_crop{_number(round(crop * 100, 6), 0)}"
+
+
+def _number(value: float, digits: int) -> str:
+    sign = "m" if value < 0 else ""
+    whole = float(value).is_integer()
+    text = f"{abs(int(value)):0{digits}d}" if whole else f"{abs(value):g}".replace(".", "p")
+    return sign + text
+
+
+def shift(x: float, y: float) -> np.ndarray:
+    """(3, 3) translation by (x, y) pixels."""
+    return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]])
+
+
+def turn(angle: float) -> np.ndarray:
+    """(3, 3) rotation about the origin, counter-clockwise on the screen (y points down); exact at right angles.
+
+    >>> (turn(90) @ [1, 0, 1]).tolist()
+    [0.0, -1.0, 1.0]
+    """
+    a = np.radians(angle)
+    c, s = round(float(np.cos(a)), 15) + 0.0, round(float(np.sin(a)), 15) + 0.0
+    return np.array([[c, s, 0.0], [-s, c, 0], [0, 0, 1]])
+
+
+def centres(matrix: np.ndarray) -> np.ndarray:
+    """A matrix for edge coordinates as the matrix for pixel centres."""
+    return shift(-0.5, -0.5) @ matrix @ shift(0.5, 0.5)
+
+
+def seen(matrix: np.ndarray, source: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Which pixels of a view show the photograph.
+
+    Args:
+        matrix: (3, 3) photograph -> view, pixel centres.
+        source: (H, W) of the photograph.
+        size: (h, w) of the view.
+
+    Returns:
+        (h, w) bool.
+    """
+    y, x = np.mgrid[: size[0], : size[1]]
+    x, y, _ = np.linalg.inv(matrix) @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+    edge = 0.5 + 1e-6
+    inside = (x >= -edge) & (x <= source[1] - 1 + edge) & (y >= -edge) & (y <= source[0] - 1 + edge)
+    return inside.reshape(size)

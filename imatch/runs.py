@@ -1,0 +1,269 @@
+"""A step's folder: started, fingerprinted, reused or refused, finished. And the loop that steps share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from imatch import registry, store
+from imatch.records import ImatchError, StepError
+
+T = TypeVar("T")
+R = TypeVar("R")
+ON_CHANGE = ("refuse", "recompute")
+MIME = "application/vnd.imatch.step+json"
+VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch")
+
+
+@dataclass
+class Step:
+    """One step of work and its folder on disk.
+
+    Attributes:
+        folder: where it writes. `step.json` is there from the start, `metrics.json` only when finished.
+        name: the notebook's name, such as "01_embed".
+        parameters: what was asked; all that changes the result and nothing else.
+        upstream: fingerprints of what it was made from.
+        links: paths of the steps it reads, relative to `folder`.
+        on_change: "refuse" or "recompute", what to do with results made from something else.
+    """
+
+    folder: Path
+    name: str
+    parameters: dict[str, Any]
+    upstream: dict[str, str]
+    links: dict[str, str] = field(default_factory=dict)
+    on_change: str = "refuse"
+    fingerprint: str | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        """Whether metrics.json, which is written last, is there."""
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the step recorded when it finished."""
+        return store.read_json(self.folder / "metrics.json")
+
+    def linked(self, link: str) -> Path:
+        """The folder of the step that this one reads under the name `link`."""
+        return Path(registry.resolve(self.folder / self.links[link]))
+
+    def unfinish(self) -> None:
+        """Take the finished mark away before anything below is changed."""
+        (self.folder / "metrics.json").unlink(missing_ok=True)
+
+    def finish(self, metrics: Mapping[str, Any], contents: object = None) -> dict[str, Any]:
+        """Record the metrics, last, and say where the step is (batch reads that from the notebook).
+
+        Args:
+            metrics: figures for people, tests and the summary; plain JSON.
+            contents: what the results were made from beyond parameters and upstream (content hashes);
+                it enters the fingerprint. None when there is nothing more.
+
+        Returns:
+            The metrics as they stand on disk. A step that was reused keeps the ones it had.
+        """
+        if not self.finished:
+            self.fingerprint = digest([_identity(self), contents])
+            self._write(seconds=round(time.monotonic() - self.started, 3))
+            store.write_json(self.folder / "metrics.json", dict(metrics))
+        _publish(self)
+        return self.metrics
+
+    def _write(self, seconds: float | None = None) -> None:
+        record = {
+            **_identity(self),
+            "fingerprint": self.fingerprint,
+            "links": self.links,
+            "device": "cpu",
+            "machine": platform.machine(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+            "seconds": seconds,
+        }
+        store.write_json(self.folder / "step.json", record)
+
+
+def start(
+    folder: Path,
+    name: str,
+    parameters: Mapping[str, Any],
+    upstream: Mapping[str, str] | None = None,
+    links: Mapping[str, Path] | None = None,
+    on_change: str = "refuse",
+) -> Step:
+    """Open the step at `folder`: a new one, one to go on with, or a finished one to reuse.
+
+    Raises:
+        StepError: the folder holds a step made with other parameters or from other inputs and
+            `on_change` is "refuse"; the message lists every difference.
+    """
+    if on_change not in ON_CHANGE:
+        raise StepError(f"on_change {on_change!r} is not known: use {' or '.join(ON_CHANGE)}")
+    relative = {key: store.relative(path, folder) for key, path in (links or {}).items()}
+    step = Step(folder, name, json.loads(json.dumps(dict(parameters))), dict(upstream or {}), relative, on_change)
+    if (folder / "step.json").is_file():
+        before = read(folder, finished=False)
+        differences = compare(_identity(before), _identity(step))
+        if not differences:
+            step.fingerprint = before.fingerprint
+            if before.links != step.links:  # the same inputs, moved
+                record = store.read_json(folder / "step.json")
+                store.write_json(folder / "step.json", {**record, "links": step.links})
+            print(f"{name}: {'finished before, reused' if step.finished else 'going on'} at {folder}")
+            return step
+        refuse_or_say(step, f"{folder} was made differently", differences)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    step._write()
+    print(f"{name}: new at {folder}")
+    return step
+
+
+def refuse_or_say(step: Step, what: str, differences: Sequence[str]) -> None:
+    """Print the differences and return when the step may recompute; raise StepError with them otherwise."""
+    shown = [*differences[:20], *([f"... and {len(differences) - 20} more"] if len(differences) > 20 else [])]
+    message = f"{step.name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
+    if step.on_change == "refuse":
+        raise StepError(
+            f"{message}\nNothing was touched. To make it anew: -p on_change recompute. "
+            "To keep both: another run or tag (-p run NAME, -p tag NAME)."
+        )
+    print(f"{message}\n  so what depends on it is computed again")
+
+
+def read(folder: Path, finished: bool = True) -> Step:
+    """Open a step that another one reads.
+
+    Raises:
+        StepError: it is not there, or not finished though it should be.
+    """
+    if not (folder / "step.json").is_file():
+        raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
+    record = store.read_json(folder / "step.json")
+    step = Step(
+        folder,
+        record["step"],
+        record["parameters"],
+        record["upstream"],
+        record["links"],
+        fingerprint=record["fingerprint"],
+    )
+    if finished and not step.finished:
+        raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
+    return step
+
+
+def compare(before: object, now: object, name: str = "") -> list[str]:
+    """The differences between two JSON values, a line each.
+
+    >>> compare({"scale": 1.0, "run": {"k": 5}}, {"scale": 0.5, "run": {"k": 5}})
+    ['scale: 1.0 -> 0.5']
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [
+            line
+            for key in keys
+            for line in compare(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == now else [f"{name}: {json.dumps(before)} -> {json.dumps(now)}"]
+
+
+def digest(value: object) -> str:
+    """The SHA-256 of a JSON value, independent of the order of its keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what: str) -> Iterator[R]:
+    """`function(item)` for every item, in order, with a progress bar (rate, time left) on standard output.
+
+    Args:
+        function: picklable; what it raises ends the loop.
+        items: picklable things.
+        workers: processes; 0 runs here; -1 is one a core. At most two results a worker wait in memory.
+        what: the bar's label, such as "embed".
+    """
+    if not items:
+        return
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    workers = min(registry.cores() if workers < 0 else workers, len(items))
+    loader = DataLoader(
+        _Mapped(function, items),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_same,
+        worker_init_fn=_one_thread if workers else None,
+    )
+    for result in tqdm(loader, what, len(items), file=output(), mininterval=1, ncols=88):
+        if isinstance(result, _Raised):
+            raise result.error
+        yield result
+
+
+def output() -> TextIO:
+    """Where progress bars go: standard output, which a notebook shows without alarm and batch passes on."""
+    return sys.stdout
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.function(self.items[index])
+        except ImatchError as error:  # its message is for the user, so it travels without the worker's traceback
+            return _Raised(error)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    error: ImatchError
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _one_thread(worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _identity(step: Step) -> dict[str, Any]:
+    return {"step": step.name, "parameters": step.parameters, "upstream": step.upstream}
+
+
+def _publish(step: Step) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.display import display
+
+    text = f"{step.name} finished: {step.folder}"
+    if not InteractiveShell.initialized():
+        print(text)
+        return
+    display({MIME: {"step": step.name, "folder": str(step.folder)}, "text/plain": text}, raw=True)

@@ -1,0 +1,922 @@
+"""The verbs and their loops: embed, make references, index and search, match.
+
+Each verb works on a started `runs.Step`, does what is missing in its folder and returns what is there in the
+end. `start_*` says what the step is (everything that changes the result); the verb's own arguments say how it
+is worked through and change no byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from imatch import (
+    backbones,
+    evaluate,
+    geometry,
+    images,
+    indexes,
+    matching,
+    plugins,
+    references,
+    registry,
+    runs,
+    sinks,
+    store,
+)
+from imatch.backbones import Backbone
+from imatch.images import Decoded, Resize
+from imatch.indexes import Index
+from imatch.records import Hits, ImatchError, ImatchWarning, Pair, PhotographError, StepError, Tokens
+from imatch.runs import Step
+from imatch.store import Embeddings, Row
+
+ON_ERROR = ("skip", "stop")
+KEYPOINT_THRESHOLD = 3.0
+DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
+
+
+# --- 01_embed ---------------------------------------------------------------------------------------------
+
+
+def start_embed(
+    dataset: str,
+    *,
+    exports: str,
+    run: str,
+    weight: str,
+    backbone_options: Mapping[str, Any],
+    resize: Resize,
+    shard_size: int,
+    tag: str,
+    on_change: str,
+) -> Step:
+    """Start 01_embed on a folder of photographs.
+
+    Args:
+        dataset: the folder.
+        exports, run: results go to <exports>/<run>/.
+        weight: a name of `backbones.BACKBONES`.
+        backbone_options: fields of that backbone.
+        resize: how large the backbone sees the photographs.
+        shard_size: photographs a shard, the unit of resuming.
+        tag: appended to the folder's name, to keep two configurations apart.
+        on_change: "refuse" or "recompute" what was made from something else.
+
+    Raises:
+        ImatchError: no such folder, weight or option; see also `runs.start`.
+    """
+    root = registry.dataset_folder(dataset)
+    folder = registry.resolve(exports) / run / "01_embed" / root.name / weight / f"{resize}_raw{_tagged(tag)}"
+    return _start_tokens(folder, "01_embed", weight, backbone_options, resize, shard_size, {"photographs": root}, {}, on_change)
+
+
+def _start_tokens(
+    folder: Path,
+    name: str,
+    weight: str,
+    options: Mapping[str, Any],
+    resize: Resize,
+    shard_size: int,
+    links: Mapping[str, Path],
+    upstream: Mapping[str, str],
+    on_change: str,
+) -> Step:
+    backbone = backbones.create(weight, options)
+    resize.check(backbone.patch)
+    if shard_size < 1:
+        raise ImatchError(f"shard_size {shard_size} must be at least 1")
+    parameters = {
+        "weight": weight,
+        "backbone": asdict(backbone),  # type: ignore[call-overload]
+        "weights_digest": backbone.digest,
+        "resize": {"mode": resize.mode, resize.mode: getattr(resize, resize.mode)},
+        "shard_size": shard_size,
+    }
+    return runs.start(folder, name, parameters, upstream, links, on_change)
+
+
+def embed(
+    step: Step,
+    *,
+    workers: int = -1,
+    batch_size: int = 8,
+    on_error: str = "skip",
+    max_skipped: float = 0.05,
+) -> Embeddings:
+    """Compute the tokens of a step's photographs, those that are missing.
+
+    Headers are checked first; photographs are decoded in worker processes, go through the backbone in batches
+    of one shape, and a shard is written while the next is computed. What cannot be decoded goes to skipped.jsonl.
+
+    Args:
+        step: from `start_embed` or `start_reference_tokens`.
+        workers: processes that decode; -1 is one a core, 0 none.
+        batch_size: photographs a forward pass.
+        on_error: "skip" leaves bad photographs out and says so; "stop" ends at the first.
+        max_skipped: the share of bad photographs past which the run stops by itself (one alone never stops it).
+
+    Raises:
+        PhotographError: the first bad photograph, with on_error="stop".
+        StepError: photographs changed since the last run and the step may not recompute.
+        ImatchError: no photographs, none that could be used, or too many bad ones. What was finished stays.
+    """
+    if on_error not in ON_ERROR:
+        raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
+    root = step.linked("photographs")
+    sources = {row["id"]: row["source"] for row in _views(step)}
+    ids = sorted(sources) or images.list_photographs(root)
+    if not ids:
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
+    seen = _Seen(step.folder / "seen.jsonl", root)
+    bad = _Bad(len(ids), on_error, max_skipped, step)
+    seen.check_headers(ids)
+    for id in ids:
+        if problem := seen[id]["problem"]:
+            bad.add(id, problem)
+
+    size = step.parameters["shard_size"]
+    plan = [ids[first : first + size] for first in range(0, len(ids), size)]
+    todo = _missing_shards(step, plan, seen)
+    backbone = backbones.create(step.parameters["weight"], step.parameters["backbone"])
+    resize = Resize(**step.parameters["resize"])
+    readable = [root / id for shard in todo for id in plan[shard] if not seen[id]["problem"]]
+    decoded = runs.parallel(partial(_decode, resize=resize, patch=backbone.patch), readable, workers, step.name[3:])
+    with ThreadPoolExecutor(1) as writer:
+        pending: Future[None] | None = None
+        for shard in todo:
+            rows, tokens = _embed_shard(plan[shard], seen, decoded, backbone, batch_size, bad, sources)
+            if pending:
+                pending.result()
+            pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
+        if pending:
+            pending.result()
+    seen.save()
+    if not store.is_merged(step.folder):
+        if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
+            raise ImatchError(f"none of the {len(ids)} photographs in {root} could be used, the first: {bad.first}")
+        store.merge(step.folder)
+    bad.warn()
+    return Embeddings(step.folder)
+
+
+def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
+    """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
+    skipped = store.read_rows(step.folder / "skipped.jsonl")
+    contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *skipped]]
+    local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
+    metrics = {
+        "photographs": len(embeddings),
+        "skipped": len(skipped),
+        "global_dimension": embeddings.vectors.shape[1],
+        "descriptors": sum(row["n"] for row in embeddings.rows),
+        "local_megabytes": round(local / 2**20, 3),
+        "photographs_digest": runs.digest([[row["id"], row["sha256"]] for row in embeddings.rows]),
+    }
+    return step.finish(metrics, contents)
+
+
+def _decode(path: Path, resize: Resize, patch: int) -> Decoded | PhotographError:
+    try:
+        return images.decode(path, resize, patch)
+    except PhotographError as error:
+        return error
+
+
+def _embed_shard(
+    ids: Sequence[str],
+    seen: _Seen,
+    decoded: Iterator[Decoded | PhotographError],
+    backbone: Backbone,
+    batch_size: int,
+    bad: _Bad,
+    sources: Mapping[str, str],
+) -> tuple[list[Row], list[Tokens]]:
+    """One shard's rows and tokens. Batches never reach over a shard, so it comes out the same on every run."""
+    rows: dict[str, Row] = {}
+    tokens: dict[str, Tokens] = {}
+    shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}
+
+    def flush(batch: list[tuple[str, Decoded]]) -> None:
+        for (id, photograph), one in zip(batch, backbone(np.stack([d.pixels for _, d in batch])), strict=True):
+            if not np.isfinite(one.vector).all() or not one.vector.any():
+                h, w = photograph.size
+                skip(id, f"nothing to describe: no texture was found in its {w} x {h} pixels", photograph.sha256)
+                continue
+            factor = np.array(photograph.size[::-1]) / photograph.pixels.shape[1::-1]
+            tokens[id] = replace(one, xy=((one.xy + 0.5) * factor - 0.5).astype(np.float32))
+        batch.clear()
+
+    def skip(id: str, reason: str, sha256: str | None) -> None:
+        bad.add(id, reason)
+        rows[id] = {"id": id, "skipped": reason, "sha256": sha256}
+
+    for id in ids:
+        if problem := seen[id]["problem"]:
+            rows[id] = {"id": id, "skipped": problem, "sha256": seen.digest(id)}
+            continue
+        photograph = next(decoded)
+        if isinstance(photograph, PhotographError):
+            skip(id, str(photograph), seen.digest(id))
+            continue
+        seen[id]["sha256"] = photograph.sha256
+        rows[id] = {
+            "id": id,
+            "size": photograph.size,
+            "sha256": photograph.sha256,
+            "position": photograph.position,
+            **({"source": sources[id]} if sources else {}),
+        }
+        batch = shapes.setdefault(photograph.pixels.shape, [])
+        batch.append((id, photograph))
+        if len(batch) == batch_size:
+            flush(batch)
+    for batch in shapes.values():
+        if batch:
+            flush(batch)
+    return [rows[id] for id in ids], [tokens[id] for id in ids if id in tokens]
+
+
+def _write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens], seen: _Seen) -> None:
+    store.write_shard(folder, shard, rows, tokens)
+    seen.append(row["id"] for row in rows)
+
+
+def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> list[int]:
+    """The shards to compute; shards made from other bytes are refused or, with on_change="recompute", dropped."""
+    done = store.shard_rows(step.folder)
+    before = {row["id"]: row["sha256"] for rows in done.values() for row in rows}
+    now = {id for ids in plan for id in ids}
+    changed = {id for id in before if id in now and seen.digest(id) != before[id]}
+    differences = [f"changed: {id}" for id in sorted(changed)] + [f"gone: {id}" for id in sorted({*before} - now)]
+    if store.is_merged(step.folder):
+        differences += [f"new: {id}" for id in sorted(now - {*before})]
+    if differences:
+        runs.refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
+
+    def valid(shard: int) -> bool:
+        ids = [row["id"] for row in done.get(shard, [])]
+        return ids == list(plan[shard]) and not changed.intersection(ids)
+
+    todo = [shard for shard in range(len(plan)) if not valid(shard)]
+    stale = [shard for shard in done if shard >= len(plan) or shard in todo]
+    if store.is_merged(step.folder):
+        if not todo and not stale:
+            store.remove_parts(step.folder)  # what a kill between merging and cleaning left
+            return []
+        step.unfinish()
+        store.split(step.folder)
+    for shard in stale:
+        store.remove_shard(step.folder, shard)
+    if done and todo:
+        print(f"{step.name}: {len(plan) - len(todo)} of {len(plan)} shards are there, {len(todo)} to compute")
+    return todo
+
+
+class _Seen:
+    """What is known of the photographs' files without reading them again: bytes, time of change, header, hash."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.root = path, root
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        self._known: dict[str, Row] = {row["id"]: row for row in map(_whole, lines) if row}
+
+    def __getitem__(self, id: str) -> Row:
+        return self._known[id]
+
+    def check_headers(self, ids: Sequence[str]) -> None:
+        """Read the headers of files that are new or changed."""
+        stats = {id: self._stat(id) for id in ids}
+        unknown = [id for id in ids if self._known.get(id, {}).get("stat", ()) != stats[id] or stats[id] is None]
+        from tqdm import tqdm
+
+        with ThreadPoolExecutor(2 * registry.cores()) as pool:
+            checked = tqdm(
+                pool.map(self._problem, unknown), "headers", len(unknown), file=runs.output(), delay=1, ncols=88
+            )
+            for id, problem in zip(unknown, checked, strict=True):
+                self._known[id] = {"id": id, "stat": stats[id], "problem": problem, "sha256": None}
+
+    def digest(self, id: str) -> str | None:
+        """The SHA-256 of a file, read only if it is not remembered; None if it cannot be read."""
+        if self._known[id]["sha256"] is None:
+            try:
+                self._known[id]["sha256"] = images.file_digest(self.root / id)
+            except PhotographError:
+                return None
+        return str(self._known[id]["sha256"])
+
+    def append(self, ids: Iterator[str]) -> None:
+        """Remember these photographs even if the run is killed now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(b"\n")  # ends a line that a kill left torn
+            file.writelines(store.line(self._known[id]) for id in ids)
+
+    def save(self) -> None:
+        """Write what is known, one row a photograph."""
+        store.write_rows(self.path, (self._known[id] for id in sorted(self._known)))
+
+    def _stat(self, id: str) -> list[int] | None:
+        try:
+            stat = (self.root / id).stat()
+        except OSError:
+            return None
+        return [stat.st_size, stat.st_mtime_ns]
+
+    def _problem(self, id: str) -> str | None:
+        try:
+            images.check_header(self.root / id)
+        except PhotographError as error:
+            return str(error)
+        return None
+
+
+def _whole(line: bytes) -> Row | None:
+    try:
+        row: Row = json.loads(line.decode(errors="surrogateescape"))
+    except ValueError:  # empty, or torn by a kill: that photograph is only read once more
+        return None
+    return row
+
+
+class _Bad:
+    """Counts the photographs that cannot be used, and stops the run when that was asked or when they are many."""
+
+    def __init__(self, total: int, on_error: str, max_skipped: float, step: Step) -> None:
+        self.total, self.on_error, self.max_skipped, self.step = total, on_error, max_skipped, step
+        self.ids: dict[str, str] = {}
+
+    @property
+    def first(self) -> str:
+        return next((f"{id}: {reason}" for id, reason in self.ids.items()), "")
+
+    def add(self, id: str, reason: str) -> None:
+        self.ids[id] = reason
+        if self.on_error == "stop":
+            raise PhotographError(f"{id}: {reason} (on_error is stop; what was finished stays)")
+        if len(self.ids) > max(1, self.max_skipped * self.total):
+            listed = "\n".join(f"  {id}: {reason}" for id, reason in list(self.ids.items())[:10])
+            raise ImatchError(
+                f"{len(self.ids)} of {self.total} photographs cannot be used, more than max_skipped = "
+                f"{self.max_skipped:.0%}; the first:\n{listed}\nWhat was finished stays. Mend or remove them, "
+                "or allow more with -p max_skipped 0.5"
+            )
+
+    def warn(self) -> None:
+        rows = store.read_rows(self.step.folder / "skipped.jsonl")
+        if rows:
+            listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
+            more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {self.step.folder / 'skipped.jsonl'}"
+            message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
+            warnings.warn(message, ImatchWarning, stacklevel=3)
+
+
+# --- 02_references ----------------------------------------------------------------------------------------
+
+
+def start_references(
+    embed_step: str, *, kind: str, angles: Sequence[float], crops: Sequence[float], quality: int, tag: str, on_change: str
+) -> Step:
+    """Start the first half of 02_references: rotated and cropped views of every photograph of an 01_embed step.
+
+    The views depend on the photographs alone, so all backbones share them.
+
+    Args:
+        embed_step: folder of a finished 01_embed.
+        kind: a name of `references.REFERENCES`.
+        angles: degrees counter-clockwise.
+        crops: ratios in (0, 1].
+        quality: of the JPEG files, 1 to 100.
+        tag, on_change: as in `start_embed`.
+
+    Raises:
+        ImatchError: an unknown kind or a number out of its range; see also `runs.start`.
+    """
+    source = runs.read(registry.resolve(embed_step))
+    references.create(kind)
+    if not angles or not crops:
+        raise ImatchError("angles and crops must name at least one value each")
+    if not all(0 < crop <= 1 for crop in crops):
+        raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
+    if not 1 <= quality <= 100:
+        raise ImatchError(f"quality {quality} must lie between 1 and 100")
+    exports, dataset = _place(source)
+    folder = exports / "02_references" / dataset / f"{kind}{_tagged(tag)}" / "views"
+    parameters = {
+        "kind": kind,
+        "angles": sorted({float(angle) for angle in angles}),
+        "crops": sorted({float(crop) for crop in crops}),
+        "quality": quality,
+    }
+    upstream = {"photographs": source.metrics["photographs_digest"]}
+    links = {"photographs": source.linked("photographs"), "embed": source.folder}
+    return runs.start(folder, "02_references", parameters, upstream, links, on_change)
+
+
+def make_references(step: Step, *, workers: int = -1) -> list[Row]:
+    """Make the views that are missing and finish the step of views.
+
+    Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg, with a PNG mask beside it
+    when a corner is empty, and a row of references.jsonl.
+
+    Returns:
+        The rows, sorted by id: id, source, kind, angle (degrees), crop, size and source_size (h, w), matrix
+        (3 x 3, photograph -> view), scale, covered (share of its pixels that show the photograph), mask.
+
+    Raises:
+        ImatchError: a photograph changed since it was embedded, or cannot be read any more.
+    """
+    if not step.finished:
+        source = Embeddings(step.linked("embed"))
+        names = _reference_names(source.ids, _place(step)[1])
+        make = partial(_make_views, step=step, root=step.linked("photographs"))
+        jobs = [(row, names[row["id"]], i) for i, row in enumerate(source.rows)]
+        todo = [job for job in jobs if not (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()]
+        problems = [problem for problem in runs.parallel(make, todo, workers, "references") if problem]
+        if problems:
+            raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
+        parts = sorted((step.folder / "rows").iterdir())
+        rows = sorted((row for part in parts for row in store.read_rows(part)), key=lambda row: row["id"])
+        store.write_rows(step.folder / "references.jsonl", rows)
+        step.finish({"references": len(rows), "photographs": len(source)})
+        shutil.rmtree(step.folder / "rows")
+    return store.read_rows(step.folder / "references.jsonl")
+
+
+def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None:
+    """All views of one photograph; its rows are written last. Returns what is wrong, None if nothing is."""
+    row, name, number = job
+    try:
+        photograph = images.decode(root / row["id"])
+    except PhotographError as error:
+        return f"{row['id']}: {error}"
+    if photograph.sha256 != row["sha256"]:
+        return f"{row['id']} has changed since it was embedded"
+    make = references.create(step.parameters["kind"])
+    rows = []
+    for crop in step.parameters["crops"]:
+        for angle in step.parameters["angles"]:
+            view = make(photograph.pixels, angle, crop)
+            id = f"{references.name(name, angle, crop)}.jpg"
+            data = BytesIO()
+            Image.fromarray(view.pixels).save(data, "JPEG", quality=step.parameters["quality"], subsampling=0)
+            store.write_bytes(step.folder / id, data.getvalue())
+            mask = None
+            if not view.mask.all():
+                mask = f"{references.name(name, angle, crop)}_mask.png"
+                data = BytesIO()
+                Image.fromarray(view.mask).save(data, "PNG")
+                store.write_bytes(step.folder / "masks" / mask, data.getvalue())
+            rows.append(
+                {
+                    "id": id,
+                    "source": row["id"],
+                    "kind": step.parameters["kind"],
+                    "angle": angle,
+                    "crop": crop,
+                    "size": view.mask.shape,
+                    "source_size": photograph.size,
+                    "matrix": view.matrix.tolist(),
+                    "scale": float(math.sqrt(np.linalg.det(view.matrix[:2, :2]))),
+                    "covered": float(view.mask.mean()),
+                    "mask": mask and f"masks/{mask}",
+                }
+            )
+    store.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
+    return None
+
+
+def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
+    """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix in the stem where two would be one."""
+
+    def place(id: str) -> Path:
+        folder = Path(id).parent.as_posix()
+        return Path(f"references_{dataset}") / f"R{dataset if folder == '.' else folder}"
+
+    plain = {id: (place(id) / Path(id).stem).as_posix() for id in ids}
+    longer = {id: (place(id) / Path(id).name.replace(".", "_")).as_posix() for id in ids}
+    count: dict[str, int] = {}
+    for name in plain.values():
+        count[name.lower()] = count.get(name.lower(), 0) + 1
+    names = {id: plain[id] if count[plain[id].lower()] == 1 else longer[id] for id in ids}
+    taken: dict[str, str] = {}
+    for id, name in names.items():
+        other = taken.setdefault(name.lower(), id)
+        if other != id:
+            raise ImatchError(f"the references of {other} and {id} would have the same names: rename one of them")
+    return names
+
+
+def start_reference_tokens(views: Step) -> Step:
+    """Start the second half of 02_references: the tokens of the views, by the backbone of the 01_embed step."""
+    source = runs.read(views.linked("embed"))
+    parameters = source.parameters
+    folder = views.folder.parent / source.folder.parent.name / source.folder.name
+    return _start_tokens(
+        folder,
+        "02_references",
+        parameters["weight"],
+        parameters["backbone"],
+        Resize(**parameters["resize"]),
+        parameters["shard_size"],
+        {"photographs": views.folder, "views": views.folder, "embed": source.folder},
+        {"views": str(runs.read(views.folder).fingerprint), "embed": str(source.fingerprint)},
+        views.on_change,
+    )
+
+
+def _views(step: Step) -> list[Row]:
+    return store.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
+
+
+# --- 03_index ---------------------------------------------------------------------------------------------
+
+
+def start_index(
+    embed_step: str,
+    references_step: str,
+    *,
+    direction: str,
+    index: str,
+    k: int,
+    exclude_siblings: bool,
+    tag: str,
+    on_change: str,
+) -> Step:
+    """Start 03_index: one set of embeddings searched by another.
+
+    Args:
+        embed_step: folder of a finished 01_embed.
+        references_step: folder of the finished 02_references made from it; "" for the direction "data-data".
+        direction: "<query>-<gallery>", one of `DIRECTIONS`.
+        index: a name of `indexes.INDEXES`.
+        k: neighbours a query.
+        exclude_siblings: leave out references made from the query's own photograph ("reference-reference").
+        tag, on_change: as in `start_embed`.
+
+    Raises:
+        StepError: the references were not made from that 01_embed.
+        ImatchError: an unknown direction or index; see also `runs.start`.
+    """
+    if direction not in DIRECTIONS:
+        raise ImatchError(plugins.unknown("direction", direction, DIRECTIONS))
+    if k < 1:
+        raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+    indexes.create(index)
+    sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
+    found = {"data": runs.read(registry.resolve(embed_step))}
+    kind = ""
+    if "reference" in sides.values():
+        if not references_step:
+            raise ImatchError(f"direction {direction} needs references: give references_step, the folder of 02_references")
+        found["reference"] = runs.read(registry.resolve(references_step))
+        if found["reference"].upstream.get("embed") != found["data"].fingerprint:
+            raise StepError(
+                f"{found['reference'].folder} was not made from {found['data'].folder} as it is now: "
+                "run 02_references again"
+            )
+        kind = f"_{found['reference'].folder.parent.parent.name}"
+    exports, dataset = _place(found["data"])
+    weight, configuration = found["data"].folder.parts[-2:]
+    folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{_tagged(tag)}"
+    parameters = {"direction": direction, "index": index, "k": k, "exclude_siblings": exclude_siblings}
+    upstream = {side: str(found[name].fingerprint) for side, name in sides.items()}
+    links = {side: found[name].folder for side, name in sides.items()}
+    return runs.start(folder, "03_index", parameters, upstream, links, on_change)
+
+
+def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
+    """The embeddings that a 03_index step searches with, and those it searches."""
+    return Embeddings(step.linked("query")), Embeddings(step.linked("gallery"))
+
+
+def build_index(step: Step, gallery: Embeddings) -> Index:
+    """Build the index of the gallery's global vectors and save it, or load it if that was done."""
+    index, path = indexes.create(step.parameters["index"]), step.folder / "index.faiss"
+    if step.finished:
+        index.load(path)
+    else:
+        index.build(gallery.vectors)
+        index.save(path)
+    return index
+
+
+def self_check(index: Index, gallery: Embeddings, block: int = 4096) -> int:
+    """Let every vector of the gallery search for itself.
+
+    Returns:
+        How many found an equal-score twin of theirs first (photographs with the same content).
+
+    Raises:
+        StepError: a vector finds something else better than itself: rows and index do not belong together.
+    """
+    twins = 0
+    for first in range(0, len(gallery), block):
+        vectors = gallery.vectors[first : first + block]
+        hits = index.search(vectors, 1)
+        row = np.arange(first, first + len(vectors))
+        own = np.einsum("nd,nd->n", vectors, vectors)
+        wrong = (hits.rows[:, 0] != row) & (hits.scores[:, 0] > own + 1e-5)
+        if wrong.any():
+            other = gallery.ids[hits.rows[wrong, 0][0]]
+            raise StepError(f"the index answers {other} for {gallery.ids[row[wrong][0]]}: delete its folder and run again")
+        twins += int((hits.rows[:, 0] != row).sum())
+    return twins
+
+
+def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> Hits:
+    """Search all queries in one call, without the item itself and, if asked, without its siblings.
+
+    Writes hits.npz (rows, scores), hits.csv (one row a hit) and queries/<id>.json (one file a query).
+    """
+    if step.finished:
+        with np.load(step.folder / "hits.npz") as saved:
+            return Hits(saved["rows"], saved["scores"])
+    same = query.folder == gallery.folder
+    k = step.parameters["k"]
+    siblings = same and step.parameters["exclude_siblings"]
+    most = max(gallery.sources.count(source) for source in {*gallery.sources}) if siblings else int(same)
+    hits = index.search(query.vectors, k + most)
+    hits = _without_own(hits, query, gallery, siblings, k) if same else hits
+    right = evaluate.right_answers(hits.rows, query.sources, gallery.sources)
+    with store.atomic(step.folder / "hits.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, rows=hits.rows, scores=hits.scores)
+    table = ["query,rank,id,score,right"]
+    for q, id in enumerate(query.ids):
+        found = [
+            {"rank": rank, "id": gallery.ids[row], "score": round(float(score), 6)}
+            for rank, (row, score) in enumerate(zip(hits.rows[q], hits.scores[q], strict=True))
+            if row >= 0
+        ]
+        table += [
+            ",".join([_csv(id), str(hit["rank"]), _csv(str(hit["id"])), f"{hit['score']:.6f}", str(int(right[q, rank]))])
+            for rank, hit in enumerate(found)
+        ]
+        record = {"query": id, "direction": step.parameters["direction"], "k": k, "hits": found}
+        store.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
+    store.write_bytes(step.folder / "hits.csv", ("\n".join(table) + "\n").encode(errors="surrogateescape"))
+    return hits
+
+
+def _without_own(hits: Hits, query: Embeddings, gallery: Embeddings, siblings: bool, k: int) -> Hits:
+    sources = np.append(np.asarray(gallery.sources, object), None)
+    own = np.asarray(query.sources, object)[:, None] == sources[hits.rows] if siblings else False
+    dropped = own | (hits.rows == np.arange(len(hits.rows))[:, None])
+    order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
+    gone = np.take_along_axis(dropped, order, 1)
+    rows, scores = np.take_along_axis(hits.rows, order, 1), np.take_along_axis(hits.scores, order, 1)
+    return Hits(np.where(gone, -1, rows), np.where(gone, -np.inf, scores).astype(np.float32))
+
+
+def index_metrics(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, twins: int) -> dict[str, Any]:
+    """The figures of 03_index: sizes, twins, queries that have no answer, Hit@1, Hit@5 and Hit@K."""
+    right = evaluate.right_answers(hits.rows, query.sources, gallery.sources)
+    able = answerable(step, query, gallery)
+    k = step.parameters["k"]
+    return {
+        "queries": len(query),
+        "gallery": len(gallery),
+        "dimension": gallery.vectors.shape[1],
+        "twins": twins,
+        "without_answer": int((~able).sum()),
+        **{f"hit_at_{n}": evaluate.hit_at_k(right, n, able) for n in sorted({1, min(5, k), k})},
+    }
+
+
+def answerable(step: Step, query: Embeddings, gallery: Embeddings) -> np.ndarray:
+    """Which queries of a 03_index step have a right answer in its gallery: (Q,) bool."""
+    same = query.folder == gallery.folder
+    return evaluate.answerable(query.sources, gallery.sources, same, same and step.parameters["exclude_siblings"])
+
+
+# --- 04_match ---------------------------------------------------------------------------------------------
+
+
+def start_match(
+    index_step: str,
+    *,
+    candidates: int,
+    matcher: str,
+    matcher_options: Mapping[str, Any],
+    model: str,
+    threshold: float,
+    confidence: float,
+    iterations: int,
+    min_inliers: int,
+    outputs: Sequence[str],
+    tag: str,
+    on_change: str,
+) -> Step:
+    """Start 04_match: each query of a 03_index step against its best candidates, 1:1.
+
+    Args:
+        index_step: folder of a finished 03_index.
+        candidates: how many of each query's hits are matched.
+        matcher: a name of `matching.MATCHERS`.
+        matcher_options: fields of that matcher.
+        model, threshold, confidence, iterations, min_inliers: of `geometry.Estimator`; a threshold of 0 means
+            3 pixels between keypoints and half a patch between descriptors on a grid.
+        outputs: names of `sinks.SINKS`.
+        tag, on_change: as in `start_embed`.
+
+    Raises:
+        ImatchError: an unknown name, or a number out of its range; see also `runs.start`.
+    """
+    source = runs.read(registry.resolve(index_step))
+    if candidates < 1:
+        raise ImatchError(f"candidates is {candidates}: match at least 1")
+    matching.create(matcher, matcher_options)
+    for output in outputs:
+        sinks.create(output)
+    estimator = geometry.Estimator(model, threshold or KEYPOINT_THRESHOLD, confidence, iterations, min_inliers)
+    within = source.folder.relative_to(source.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
+    folder = source.folder.parents[4] / "04_match" / within.parent / f"{within.name}{_tagged(tag)}"
+    parameters = {
+        "candidates": candidates,
+        "matcher": matcher,
+        "matcher_options": dict(matcher_options),
+        "geometry": {**asdict(estimator), "threshold": threshold},
+        "outputs": sorted(outputs),
+    }
+    return runs.start(folder, "04_match", parameters, {"index": str(source.fingerprint)}, {"index": source.folder}, on_change)
+
+
+def match(step: Step, *, workers: int = -1) -> list[Row]:
+    """Match every query with its candidates, those that are missing.
+
+    A reference is also matched with its own source when that is not among the candidates (retrieved: false), so
+    that the error of the geometry is known apart from the retrieval; such pairs take no part in re-ranking.
+
+    Returns:
+        One row a pair, by query and rank; pairs/<query>/<rank>.json, .npy and .png hold each in full.
+    """
+    if not step.finished:
+        job = _Match(step)
+        todo = [q for q in range(len(job.query)) if not job.done(q).is_file()]
+        for _ in runs.parallel(job, todo, workers, "match"):
+            pass
+        rows = [row for q in range(len(job.query)) for row in store.read_rows(job.done(q))]
+        store.write_rows(step.folder / "pairs.jsonl", rows)
+    return store.read_rows(step.folder / "pairs.jsonl")
+
+
+def finish_match(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
+    """Finish 04_match with its figures (`evaluate.match_metrics`)."""
+    return step.finish({"pairs": len(pairs), **evaluate.match_metrics(pairs)})
+
+
+class _Match:
+    """Matches one query with its candidates; every worker process opens the stores for itself."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._open()
+
+    def _open(self) -> None:
+        index = runs.read(self.step.linked("index"))
+        self.query, self.gallery = query_and_gallery(index)
+        with np.load(index.folder / "hits.npz") as hits:
+            self.rows, self.scores = hits["rows"], hits["scores"]
+        self.answerable = answerable(index, self.query, self.gallery)
+        self.same = self.query.folder == self.gallery.folder
+        self.views = {side: _view_rows(index, side) for side in ("query", "gallery")}
+        self.roots = {side: runs.read(index.linked(side)).linked("photographs") for side in ("query", "gallery")}
+        parameters = self.step.parameters
+        self.matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
+        self.sinks = [sinks.create(name) for name in parameters["outputs"]]
+        self.source_row = {id: row for row, id in enumerate(self.gallery.ids)}
+
+    def __getstate__(self) -> Step:
+        return self.step
+
+    def __setstate__(self, step: Step) -> None:
+        self.step = step
+        self._open()
+
+    def done(self, q: int) -> Path:
+        return self.step.folder / "pairs" / flat_name(self.query.ids[q]) / "pairs.jsonl"
+
+    def __call__(self, q: int) -> None:
+        wanted = [
+            (int(row), float(score), rank)
+            for rank, (row, score) in enumerate(zip(self.rows[q], self.scores[q], strict=True))
+            if row >= 0
+        ][: self.step.parameters["candidates"]]
+        source = self.source_row.get(self.query.sources[q])
+        if source is not None and not self.same and source not in [row for row, _, _ in wanted]:
+            score = float(np.asarray(self.query.vectors[q]) @ np.asarray(self.gallery.vectors[source]))
+            wanted.append((source, score, None))  # type: ignore[arg-type]
+        rows = []
+        for row, score, rank in wanted:
+            pair = self._pair(q, row, score, rank)
+            for sink in self.sinks:
+                sink(self.done(q).parent / ("source" if rank is None else f"{rank:02d}"), pair)
+            rows.append(pair.row)
+        store.write_rows(self.done(q), rows)
+
+    def _pair(self, q: int, row: int, score: float, rank: int | None) -> Pair:
+        a, b = self.query.tokens(q), self.gallery.tokens(row)
+        meta_a, meta_b = self.query.rows[q], self.gallery.rows[row]
+        sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
+        matches = self.matcher(a, b)
+        xy_a, xy_b = a.xy[matches.index_a], b.xy[matches.index_b]
+        estimator = _estimator(self.step.parameters["geometry"], b, sizes[1])
+        found = estimator(xy_a, xy_b, *sizes)
+        turned, scaled = (None, None)
+        if found.matrix is not None and found.verified:
+            turned, scaled = geometry.rotation_scale(found.matrix, sizes[0])
+        view_a, view_b = (self.views[side].get(meta["id"]) for side, meta in (("query", meta_a), ("gallery", meta_b)))
+        right = self.query.sources[q] == self.gallery.sources[row]
+        truth = _truth(view_a, view_b) if right and (view_a or view_b) else None
+        view = view_a or view_b or {}
+        record = {
+            "query": meta_a["id"],
+            "candidate": meta_b["id"],
+            "rank": rank,
+            "retrieved": rank is not None,
+            "score": round(score, 6),
+            "right": right,
+            "answerable": bool(self.answerable[q]),
+            "angle": view.get("angle"),
+            "crop": view.get("crop"),
+            "descriptors": [len(a.descriptors), len(b.descriptors)],
+            "matches": len(matches),
+            "inliers": int(found.inliers.sum()),
+            "verified": found.verified,
+            "reason": found.reason,
+            "threshold": estimator.threshold,
+            "matrix": None if found.matrix is None else found.matrix.tolist(),
+            "rotation": turned,
+            "scale": scaled,
+            "reprojection_error": None if math.isnan(found.error) else found.error,
+            "has_truth": truth is not None,
+            "true_matrix": None if truth is None else truth.tolist(),
+            "corner_error": None,
+        }
+        if truth is not None and found.matrix is not None:
+            error = geometry.corner_error(found.matrix, truth, sizes[0])
+            record["corner_error"] = error if math.isfinite(error) else None
+        paths = self.roots["query"] / meta_a["id"], self.roots["gallery"] / meta_b["id"]
+        return Pair(record, paths, sizes, xy_a, xy_b, matches, found)
+
+
+def _estimator(parameters: Mapping[str, Any], b: Tokens, size: tuple[int, int]) -> geometry.Estimator:
+    threshold = parameters["threshold"]
+    if not threshold:
+        patch = 0.0 if b.grid is None else max(s / g for s, g in zip(size, b.grid, strict=True))
+        threshold = max(KEYPOINT_THRESHOLD, patch / 2)
+    return geometry.Estimator(**{**parameters, "threshold": threshold})
+
+
+def _view_rows(index: Step, side: str) -> dict[str, Row]:
+    return {row["id"]: row for row in _views(runs.read(index.linked(side)))}
+
+
+def _truth(a: Row | None, b: Row | None) -> np.ndarray:
+    """(3, 3) A -> B of two views of one photograph; None stands for the photograph itself."""
+    into_a = np.eye(3) if a is None else np.array(a["matrix"])
+    into_b = np.eye(3) if b is None else np.array(b["matrix"])
+    return np.asarray(into_b @ np.linalg.inv(into_a))
+
+
+# --- shared -----------------------------------------------------------------------------------------------
+
+
+def flat_name(id: str) -> str:
+    """An id as one file name.
+
+    >>> flat_name("flight 1/a.jpg")
+    'flight 1__a.jpg'
+    """
+    return id.replace("__", "_~").replace("/", "__")
+
+
+def _tagged(tag: str) -> str:
+    if tag and not all(c.isalnum() or c in "-_.+" for c in tag):
+        raise ImatchError(f"tag {tag!r} becomes part of a folder's name: use letters, digits, '-', '_', '.', '+'")
+    return f"_{tag}" if tag else ""
+
+
+def _place(step: Step) -> tuple[Path, str]:
+    """<exports>/<run> and the data set's name, from where a step of 01 or 02 lies."""
+    for folder in step.folder.parents:
+        if folder.parent.name == step.name:
+            return folder.parent.parent, folder.name
+    raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
+
+
+def _csv(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text

@@ -1,0 +1,287 @@
+"""Embeddings on disk: shards written atomically, read by memory map; and the small files beside them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imatch.records import ImatchError, StepError, Tokens
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path`, whole and synced, when the block ends.
+
+    Raises:
+        ImatchError: the disk is full; nothing is left behind and what was finished stays valid.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise ImatchError(
+            f"disk full while writing {path} ({free:.1f} MB free): what was finished stays valid; free some space "
+            "or choose another disk with --exports, then run the same command again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON that people can read, atomically. NaN is refused (ValueError): it is not JSON."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="surrogateescape"))
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote."""
+    return json.loads(path.read_bytes().decode(errors="surrogateescape"))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, one a row, atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.writelines(line(row) for row in rows)
+
+
+def line(row: Mapping[str, Any]) -> bytes:
+    """One JSON line."""
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="surrogateescape")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_bytes().decode(errors="surrogateescape").split("\n") if line]
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy`, atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def relative(path: Path, start: Path) -> str:
+    """`path` as seen from the folder `start`, with forward slashes, so that exports can be moved as a whole.
+
+    On another drive than `start` (Windows) it stays absolute.
+    """
+    return Path(os.path.relpath(path, start) if path.drive == start.drive else path).as_posix()
+
+
+def grid_xy(grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """The centres of a photograph's patches.
+
+    Args:
+        grid: (h, w) patches.
+        size: (H, W) pixels that the grid covers exactly.
+
+    Returns:
+        (h * w, 2) float32, (x, y) pixels, row by row.
+
+    >>> grid_xy((1, 2), (16, 32)).tolist()
+    [[7.5, 7.5], [23.5, 7.5]]
+    """
+    h, w = grid
+    x, y = np.meshgrid((np.arange(w) + 0.5) * size[1] / w - 0.5, (np.arange(h) + 0.5) * size[0] / h - 0.5)
+    return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
+
+
+def write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens]) -> None:
+    """Write the photographs of one shard; its `.jsonl`, written last, says that it is whole.
+
+    Args:
+        folder: the step's folder.
+        shard: its number.
+        rows: one a photograph in order, skipped ones (with "skipped") included.
+        tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs.
+    """
+    base = folder / "local" / f"{shard:05d}"
+    if tokens:
+        write_array(base.with_suffix(".npy"), np.concatenate([t.descriptors for t in tokens]).astype(np.float16))
+        write_array(base.with_suffix(".global.npy"), np.stack([t.vector for t in tokens]).astype(np.float32))
+        if tokens[0].grid is None:
+            write_array(base.with_suffix(".xy.npy"), np.concatenate([t.xy for t in tokens]).astype(np.float32))
+    first, placed, rest = 0, [], iter(tokens)
+    for row in rows:
+        if "skipped" not in row:
+            one = next(rest)
+            row = {**row, "grid": one.grid, "shard": shard, "first": first, "n": len(one.descriptors)}
+            first += len(one.descriptors)
+        placed.append({**row, "shard": shard})
+    write_rows(base.with_suffix(".jsonl"), placed)
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether the shards' rows and vectors have been gathered into images.jsonl and global.npy."""
+    return (folder / "images.jsonl").is_file()
+
+
+def shard_rows(folder: Path) -> dict[int, list[Row]]:
+    """The rows, skipped ones included, of every whole shard, before or after merging; sorted by id."""
+    if is_merged(folder):
+        rows = sorted(read_rows(folder / "images.jsonl") + read_rows(folder / "skipped.jsonl"), key=lambda r: r["id"])
+        shards: dict[int, list[Row]] = {}
+        for row in rows:
+            shards.setdefault(row["shard"], []).append(row)
+        return shards
+    return {int(path.stem): read_rows(path) for path in sorted((folder / "local").glob("*.jsonl"))}
+
+
+def merge(folder: Path) -> None:
+    """Gather the shards' vectors and rows: global.npy, skipped.jsonl and, last, images.jsonl."""
+    shards = shard_rows(folder)
+    rows = [row for shard in sorted(shards) for row in shards[shard]]
+    images = [row for row in rows if "skipped" not in row]
+    parts = [folder / "local" / f"{shard:05d}.global.npy" for shard in sorted({row["shard"] for row in images})]
+    first = np.load(parts[0], mmap_mode="r")
+    with atomic(folder / "global.npy") as temporary:
+        vectors = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(images), first.shape[1]))
+        row = 0
+        for part in map(np.load, parts):
+            vectors[row : row + len(part)] = part
+            row += len(part)
+        vectors.flush()
+        del vectors
+    if row != len(images):
+        raise StepError(f"{folder}: {row} vectors for {len(images)} photographs; delete the folder and run again")
+    write_rows(folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
+    write_rows(folder / "images.jsonl", images)
+    remove_parts(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what merging has made needless."""
+    for pattern in ("*.jsonl", "*.global.npy"):
+        for path in (folder / "local").glob(pattern):
+            path.unlink()
+
+
+def remove_shard(folder: Path, shard: int) -> None:
+    """Remove a shard, its mark of being whole first."""
+    base = folder / "local" / f"{shard:05d}"
+    for suffix in (".jsonl", ".npy", ".xy.npy", ".global.npy"):
+        base.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def split(folder: Path) -> None:
+    """Undo `merge`, so that single shards can be computed again."""
+    vectors = np.load(folder / "global.npy", mmap_mode="r")
+    row = 0
+    for shard, rows in sorted(shard_rows(folder).items()):
+        n = sum("skipped" not in r for r in rows)
+        base = folder / "local" / f"{shard:05d}"
+        if n:
+            write_array(base.with_suffix(".global.npy"), np.asarray(vectors[row : row + n]))
+        write_rows(base.with_suffix(".jsonl"), rows)
+        row += n
+    (folder / "images.jsonl").unlink()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The tokens of a set of photographs, memory-mapped from a step's folder.
+
+    Row i of `vectors` belongs to `rows[i]`; that is checked when it is opened.
+
+    Attributes:
+        folder: the step's folder.
+
+    Raises:
+        StepError: the folder holds no embeddings, or its files do not fit each other.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not is_merged(self.folder):
+            raise StepError(f"no embeddings at {self.folder}: run the step's notebook, it goes on where it stopped")
+        ends: dict[int, int] = {}
+        for row in self.rows:
+            if row["first"] != ends.get(row["shard"], 0):
+                raise StepError(f"{self.folder}: the row of {row['id']} does not follow the one before it")
+            ends[row["shard"]] = row["first"] + row["n"]
+        if len(self.rows) != len(self.vectors):
+            raise StepError(f"{self.folder}: {len(self.vectors)} vectors for {len(self.rows)} photographs")
+        if self.ids != sorted(set(self.ids)):
+            raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
+        for shard, end in ends.items():
+            if len(self._local(shard)) != end:
+                raise StepError(f"{self.folder}: shard {shard} holds {len(self._local(shard))} descriptors, not {end}")
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One a photograph: id, size (h, w), sha256, position, grid, shard, first, n (and source of a reference)."""
+        return read_rows(self.folder / "images.jsonl")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The photographs' ids, in row order."""
+        return [row["id"] for row in self.rows]
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """The photograph that each row shows: itself, or what a reference was made from."""
+        return [row.get("source", row["id"]) for row in self.rows]
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """(N, D) float32, L2-normalised global vectors."""
+        return np.load(self.folder / "global.npy", mmap_mode="r")
+
+    @cached_property
+    def _shards(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
+        path = self.folder / "local" / f"{shard:05d}{suffix}"
+        if path.name not in self._shards:
+            self._shards[path.name] = np.load(path, mmap_mode="r")
+        return self._shards[path.name]
+
+    def tokens(self, row: int) -> Tokens:
+        """The tokens of one photograph: descriptors (n, d) float16, xy (n, 2) in pixels of the original."""
+        meta = self.rows[row]
+        part = slice(meta["first"], meta["first"] + meta["n"])
+        if meta["grid"] is None:
+            grid, xy = None, np.asarray(self._local(meta["shard"], ".xy.npy")[part])
+        else:
+            grid = tuple(meta["grid"])
+            xy = grid_xy(grid, meta["size"])
+        return Tokens(np.asarray(self.vectors[row]), np.asarray(self._local(meta["shard"])[part]), xy, grid)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        n = sum(row["n"] for row in self.rows)
+        d = self._local(self.rows[0]["shard"]).shape[1]
+        skipped = len(read_rows(self.folder / "skipped.jsonl"))
+        return (
+            f"{len(self)} photographs, {skipped} skipped; global {self.vectors.shape[1]} numbers each; "
+            f"local {n} descriptors of {d} ({n / len(self):.0f} a photograph)"
+        )

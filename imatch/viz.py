@@ -1,0 +1,201 @@
+"""Figures for the notebooks: every function returns a matplotlib Figure, and `show` puts it beside the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from IPython.display import Image as DisplayImage
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from imatch import evaluate, geometry, images, store
+from imatch.records import Hits
+from imatch.runs import Step
+from imatch.store import Embeddings, Row
+
+RIGHT, WRONG = "#2ca02c", "#d62728"
+
+
+def thumbnail(path: Path, side: int = 200) -> np.ndarray:
+    """A photograph as (h, w, 3) uint8 with its longer side `side` pixels."""
+    return images.decode(path, images.Resize("long_side", long_side=side)).pixels
+
+
+def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int = 300) -> Figure:
+    """The first n photographs with the positions of their local descriptors."""
+    n = min(n, len(embeddings))
+    figure, axes = _sheet(1, n)
+    for row, axis in enumerate(axes.flat):
+        meta, xy = embeddings.rows[row], embeddings.tokens(row).xy[:strongest]
+        h, w = meta["size"]
+        axis.imshow(thumbnail(root / meta["id"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+        axis.plot(*xy.T, ".", color="#ffd500", markersize=1.5)
+        axis.set_title(f"{_short(meta['id'])}\n{w} x {h}, {meta['n']} descriptors", fontsize=7)
+    return figure
+
+
+def similarity(embeddings: Embeddings, n: int = 40) -> Figure:
+    """Cosine between the global vectors of the first n photographs; the diagonal is 1."""
+    vectors = np.asarray(embeddings.vectors[:n])
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axis = figure.add_subplot()
+    shown = axis.imshow(vectors @ vectors.T, vmin=0, vmax=1, cmap="viridis")
+    names = [_short(id) for id in embeddings.ids[:n]]
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axis.set_yticks(range(len(names)), names, fontsize=6)
+    axis.set_title("how alike the photographs are (cosine of global vectors)", fontsize=9)
+    figure.colorbar(shown)
+    return figure
+
+
+def reference_sheet(views: Step, rows: Sequence[Row], columns: int = 12) -> Figure:
+    """All views of the first photograph: a row a crop, a column an angle (at most `columns`)."""
+    rows = [row for row in rows if row["source"] == rows[0]["source"]]
+    crops = sorted({row["crop"] for row in rows}, reverse=True)
+    angles = sorted({row["angle"] for row in rows})[:columns]
+    figure, axes = _sheet(len(crops), len(angles), side=1.3)
+    by_view = {(row["crop"], row["angle"]): row for row in rows}
+    for (i, crop), (j, angle) in ((c, a) for c in enumerate(crops) for a in enumerate(angles)):
+        row, axis = by_view[crop, angle], axes[i, j]
+        axis.imshow(thumbnail(views.folder / row["id"]))
+        axis.set_title(f"{angle:g} deg, crop {crop:g}\nscale {row['scale']:.2f}, {row['covered']:.0%}", fontsize=6)
+    return figure
+
+
+def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
+    """The first photograph with the outline of each of its views, by the exact matrices."""
+    rows = [row for row in rows if row["source"] == rows[0]["source"]]
+    h, w = rows[0]["source_size"]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axis = figure.add_subplot()
+    axis.imshow(thumbnail(views.linked("photographs") / rows[0]["source"], 480), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+    for row in rows:
+        outline = geometry.transform(np.linalg.inv(row["matrix"]), geometry.corners(row["size"]))
+        axis.plot(*np.vstack([outline, outline[:1]]).T, linewidth=1)
+    axis.set_title(f"{rows[0]['source']}: where its {len(rows)} references lie", fontsize=9)
+    return figure
+
+
+def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, n: int = 6, k: int = 5) -> Figure:
+    """n queries, evenly spread, and their best k hits: framed green where right, red where wrong."""
+    shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int))
+    k = min(k, hits.rows.shape[1])
+    right = evaluate.right_answers(hits.rows, query.sources, gallery.sources)
+    from_query, from_gallery = (_photographs(step.linked(side)) for side in ("query", "gallery"))
+    figure, axes = _sheet(len(shown), k + 1, side=1.5)
+    for i, q in enumerate(shown):
+        axes[i, 0].imshow(thumbnail(from_query / query.ids[q]))
+        axes[i, 0].set_title(f"query\n{_short(query.ids[q])}", fontsize=6)
+        for rank in range(k):
+            row, axis = hits.rows[q, rank], axes[i, rank + 1]
+            if row < 0:
+                continue
+            picture = thumbnail(from_gallery / gallery.ids[row])
+            axis.imshow(picture)
+            axis.set_title(f"{rank + 1}: {hits.scores[q, rank]:.3f}\n{_short(gallery.ids[row])}", fontsize=6)
+            size = (picture.shape[1], picture.shape[0])
+            colour = RIGHT if right[q, rank] else WRONG
+            axis.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=colour, linewidth=3))
+    return figure
+
+
+def scores(hits: Hits, right: np.ndarray) -> Figure:
+    """How far the scores of right and wrong hits lie apart."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.add_subplot()
+    found = hits.rows >= 0
+    bins = np.linspace(0, 1, 51)
+    for mask, name, colour in ((right, "right", RIGHT), (found & ~right, "wrong", WRONG)):
+        axis.hist(np.clip(hits.scores[mask], 0, 1), bins, alpha=0.6, label=f"{name} ({mask.sum()})", color=colour)
+    axis.set(xlabel="cosine", ylabel="hits")
+    axis.legend()
+    return figure
+
+
+def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
+    """04_match at a glance: Hit@1 by angle and crop, corner errors, inliers of right and wrong candidates."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    hits, errors, inliers = figure.subplots(1, 3)
+    for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
+        views = [view for view in metrics["by_view"] if view["crop"] == crop]
+        angles = [view["angle"] for view in views]
+        (line,) = hits.plot(angles, [_number(v["hit_at_1"]) for v in views], ".-", label=f"crop {crop:g}")
+        again = [_number(view["reranked_hit_at_1"]) for view in views]
+        hits.plot(angles, again, ":", color=line.get_color(), label=f"crop {crop:g}, re-ranked")
+        wanted = [row for row in pairs if row["crop"] == crop and row["has_truth"]]
+        error = np.sort([_number(row["corner_error"], np.inf) for row in wanted])
+        if len(error):
+            share = np.arange(1, len(error) + 1) / len(error)
+            errors.step(np.maximum(error, 1e-2), share, where="post", label=f"crop {crop:g} ({len(error)} pairs)")
+    hits.set(title="Hit@1 by rotation of the reference", xlabel="degrees counter-clockwise", ylim=(-0.03, 1.03))
+    errors.set(title="corner error against the true matrix", xlabel="pixels", xscale="log", xlim=(1e-2, 1e3))
+    errors.set(ylabel="share of true pairs below", ylim=(-0.03, 1.03))
+    errors.axvline(8, color="grey", linewidth=0.8)
+    counts = [[row["inliers"] for row in pairs if row["right"] == right] for right in (True, False)]
+    bins = np.linspace(0, max([1, *map(max, filter(None, counts))]), 41)
+    for count, name, colour in zip(counts, ("right candidate", "wrong candidate"), (RIGHT, WRONG), strict=True):
+        inliers.hist(count, bins, alpha=0.6, label=f"{name} ({len(count)})", color=colour)
+    inliers.set(title="inliers", xlabel="inliers of a pair", yscale="symlog")
+    for axis in (hits, errors, inliers):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    return figure
+
+
+def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
+    """The saved pictures of n pairs, evenly spread over the queries' best candidates."""
+    from PIL import Image
+
+    best = evaluate.best_pairs(pairs)
+    shown = [best[i] for i in np.unique(np.linspace(0, len(best) - 1, min(n, len(best))).astype(int))]
+    figure = Figure(figsize=(8, 4 * len(shown)), layout="constrained")
+    for i, row in enumerate(shown):
+        axis = figure.add_subplot(len(shown), 1, i + 1)
+        axis.axis("off")
+        path = pair_path(step, row).with_suffix(".png")
+        if path.is_file():
+            with Image.open(path) as picture:
+                axis.imshow(np.asarray(picture))
+    return figure
+
+
+def pair_path(step: Step, row: Row) -> Path:
+    """Where 04_match put a pair, without the suffix of the sink."""
+    from imatch.steps import flat_name
+
+    name = "source" if row["rank"] is None else f"{row['rank']:02d}"
+    return step.folder / "pairs" / flat_name(row["query"]) / name
+
+
+def show(figure: Figure, path: Path) -> DisplayImage:
+    """Write a figure as PNG, atomically, and return it as the picture that a notebook shows."""
+    with store.atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    return DisplayImage(data=path.read_bytes(), format="png")
+
+
+def _sheet(rows: int, columns: int, side: float = 2.2) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(side * columns, side * 1.15 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure, axes
+
+
+def _photographs(folder: Path) -> Path:
+    from imatch import runs
+
+    return runs.read(folder).linked("photographs")
+
+
+def _short(id: str) -> str:
+    name = Path(id).stem
+    return name if len(name) <= 22 else f"{name[:9]}...{name[-10:]}"
+
+
+def _number(value: float | None, missing: float = np.nan) -> float:
+    return missing if value is None else value

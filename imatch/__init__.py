@@ -37,7 +37,7 @@ _VERBS = {
     "imatch.explore": ("browse",),
 }
 _ROOM = {verb: room for room, verbs in _VERBS.items() for verb in verbs}
-__all__ = ["__version__", *sorted(_ROOM)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_ROOM)]
 
 
 def __getattr__(name: str) -> Any:

@@ -109,7 +109,9 @@ def from_text(name: str, text: str, wanted: Any) -> Any:
         raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
 
 
-def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> tuple[Recipe, dict[str, dict[str, Parameter]]]:
+def load(
+    path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path
+) -> tuple[Recipe, dict[str, dict[str, Parameter]]]:
     """Read a YAML file and check every name and type in it against the notebooks, before anything runs.
 
     Args:
@@ -169,7 +171,9 @@ def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
-def run(recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]], notebooks: Path) -> tuple[dict[str, Path], list[str]]:
+def run(
+    recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]], notebooks: Path
+) -> tuple[dict[str, Path], list[str]]:
     """Execute the notebooks of every point; a point that fails is reported and the others go on.
 
     Returns:
@@ -244,7 +248,8 @@ def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Para
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}\n  see {report}"
     except DeadKernelError as error:
-        return f"the notebook's process ended ({error}): killed, or out of memory; run the same command again\n  see {report}"
+        said = "killed, or out of memory; run the same command again, it goes on where it stopped"
+        return f"the notebook's process ended ({error}): {said}\n  see {report}"
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     published = [output["data"][runs.MIME] for output in outputs if runs.MIME in output.get("data", {})]
     if not published:

@@ -1,6 +1,6 @@
 """The demo's photographs: those that scikit-image carries inside its wheel, written to a folder once.
 
-    python -m imatch.demo data/demo
+python -m imatch.demo data/demo
 """
 
 from __future__ import annotations

@@ -91,24 +91,23 @@ def match_metrics(pairs: Sequence[Row]) -> dict[str, Any]:
         hit_at_1 (by global vectors), reranked_hit_at_1 (after re-ranking by inliers), verified (share of queries
         whose best candidate verifies), verified_right (share of those that are right), corner_error_median of
         the verified right ones in pixels, and of all pairs of a reference with its own source: true_pairs,
-        true_corner_error_median, true_within_8px (pairs without a geometry count as failed). `by_view` has the
-        same by crop and angle. Shares are None where nothing could be counted.
+        true_corner_error_median, true_within_8px (pairs without a geometry count as failed). `by_crop` and
+        `by_view` (crop and angle) have the same for parts. Shares are None where nothing could be counted.
     """
     best = best_pairs(pairs)
     figures = _figures(pairs, best)
+    crops = sorted({row["crop"] for row in pairs if row["crop"] is not None})
     views = sorted({(row["crop"], row["angle"]) for row in pairs if row["crop"] is not None})
-    figures["by_view"] = [
-        {
-            "crop": crop,
-            "angle": angle,
-            **_figures(
-                [row for row in pairs if (row["crop"], row["angle"]) == (crop, angle)],
-                [row for row in best if (row["crop"], row["angle"]) == (crop, angle)],
-            ),
-        }
-        for crop, angle in views
-    ]
+    figures["by_crop"] = [_part(pairs, best, crop=crop) for crop in crops]
+    figures["by_view"] = [_part(pairs, best, crop=crop, angle=angle) for crop, angle in views]
     return figures
+
+
+def _part(pairs: Sequence[Row], best: Sequence[Row], **wanted: float) -> dict[str, Any]:
+    def inside(rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+    return {**wanted, **_figures(inside(pairs), inside(best))}
 
 
 def _figures(pairs: Sequence[Row], best: Sequence[Row]) -> dict[str, Any]:
@@ -150,29 +149,26 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
     shown = {name: metrics for name, metrics in finished.items() if metrics["by_view"]}
     angles = sorted({view["angle"] for metrics in shown.values() for view in metrics["by_view"]})
     wide = max([len(name) for name in finished] + [8])
-    heads = [f"{angle:>5g}" for angle in angles] + [" mean", "after re-ranking", "px"]
+    heads = [f"{angle:>5g}" for angle in angles] + [" mean", "re-ranked", "verified", "    px"]
     lines = [f"{'Hit@1':<{wide}}  crop " + " ".join(heads)] if shown else []
     for name, metrics in shown.items():
-        for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
-            views = {view["angle"]: view for view in metrics["by_view"] if view["crop"] == crop}
-            hits = [views[angle]["hit_at_1"] if angle in views else None for angle in angles]
-            again = _mean(v["reranked_hit_at_1"] for v in views.values() if v["reranked_hit_at_1"] is not None)
-            error = _median([v["corner_error_median"] for v in views.values() if v["corner_error_median"] is not None])
-            cells = [_cell(value, 5) for value in hits]
-            mean = _mean(value for value in hits if value is not None)
-            lines.append(f"{name:<{wide}}  {crop:<4g} {' '.join(cells)} {_cell(mean, 5)} {_cell(again, 16)} {_cell(error, 5)}")
+        for part in reversed(metrics["by_crop"]):
+            hits = {view["angle"]: view["hit_at_1"] for view in metrics["by_view"] if view["crop"] == part["crop"]}
+            cells = [_cell(hits.get(angle), 5) for angle in angles]
+            rest = [(part["hit_at_1"], 5), (part["reranked_hit_at_1"], 9), (part["verified"], 8)]
+            cells += [_cell(value, width) for value, width in [*rest, (part["corner_error_median"], 6)]]
+            lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}")
     for name, metrics in finished.items():
-        parts = [f"{metrics['queries']} queries", f"verified {_cell(metrics['verified'])}"]
+        lines += ["", f"{name}: {metrics['queries']} queries, {_cell(metrics['verified'])} of them verified"]
         if metrics["verified_right"] is not None:
-            parts.append(f"right of those {_cell(metrics['verified_right'])}")
+            lines.append(f"  of the verified, right: {_cell(metrics['verified_right'])}")
         if metrics["corner_error_median"] is not None:
-            parts.append(f"median corner error of verified matches {metrics['corner_error_median']:.2f} px")
+            lines.append(f"  median corner error of verified right matches: {metrics['corner_error_median']:.2f} px")
         if metrics["true_pairs"]:
-            parts.append(
-                f"of all {metrics['true_pairs']} pairs with their own source: median "
+            lines.append(
+                f"  of all {metrics['true_pairs']} pairs of a reference and its source: median corner error "
                 f"{_cell(metrics['true_corner_error_median'])} px, within 8 px {_cell(metrics['true_within_8px'])}"
             )
-        lines.append(f"{name}: " + ", ".join(parts))
     return "\n".join(lines)
 
 

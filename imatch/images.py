@@ -20,7 +20,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from imatch.records import ImatchError, PhotographError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
+)
 ORIENTATION = ExifTags.Base.Orientation
 MODES = ("long_side", "scale")
 
@@ -115,7 +117,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
             continue
         if _is_folder(entry):
             yield from _walk(folder / entry.name, (*above, real))
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+        elif Path(entry.name).suffix.lower() in SUFFIXES:
             yield folder / entry.name
 
 

@@ -248,7 +248,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _one_thread(worker: int) -> None:
+def _one_thread(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(1)

@@ -11,9 +11,9 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -44,7 +44,6 @@ from imatch.runs import Step
 from imatch.store import Embeddings, Row
 
 ON_ERROR = ("skip", "stop")
-KEYPOINT_THRESHOLD = 3.0
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
 
 
@@ -80,7 +79,9 @@ def start_embed(
     """
     root = registry.dataset_folder(dataset)
     folder = registry.resolve(exports) / run / "01_embed" / root.name / weight / f"{resize}_raw{_tagged(tag)}"
-    return _start_tokens(folder, "01_embed", weight, backbone_options, resize, shard_size, {"photographs": root}, {}, on_change)
+    return _start_tokens(
+        folder, "01_embed", weight, backbone_options, resize, shard_size, {"photographs": root}, {}, on_change
+    )
 
 
 def _start_tokens(
@@ -379,7 +380,9 @@ class _Bad:
         rows = store.read_rows(self.step.folder / "skipped.jsonl")
         if rows:
             listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
-            more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {self.step.folder / 'skipped.jsonl'}"
+            more = (
+                "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {self.step.folder / 'skipped.jsonl'}"
+            )
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
             warnings.warn(message, ImatchWarning, stacklevel=3)
 
@@ -388,7 +391,14 @@ class _Bad:
 
 
 def start_references(
-    embed_step: str, *, kind: str, angles: Sequence[float], crops: Sequence[float], quality: int, tag: str, on_change: str
+    embed_step: str,
+    *,
+    kind: str,
+    angles: Sequence[float],
+    crops: Sequence[float],
+    quality: int,
+    tag: str,
+    on_change: str,
 ) -> Step:
     """Start the first half of 02_references: rotated and cropped views of every photograph of an 01_embed step.
 
@@ -581,7 +591,9 @@ def start_index(
     kind = ""
     if "reference" in sides.values():
         if not references_step:
-            raise ImatchError(f"direction {direction} needs references: give references_step, the folder of 02_references")
+            raise ImatchError(
+                f"direction {direction} needs references: give references_step, the folder of 02_references"
+            )
         found["reference"] = runs.read(registry.resolve(references_step))
         if found["reference"].upstream.get("embed") != found["data"].fingerprint:
             raise StepError(
@@ -632,7 +644,9 @@ def self_check(index: Index, gallery: Embeddings, block: int = 4096) -> int:
         wrong = (hits.rows[:, 0] != row) & (hits.scores[:, 0] > own + 1e-5)
         if wrong.any():
             other = gallery.ids[hits.rows[wrong, 0][0]]
-            raise StepError(f"the index answers {other} for {gallery.ids[row[wrong][0]]}: delete its folder and run again")
+            raise StepError(
+                f"the index answers {other} for {gallery.ids[row[wrong][0]]}: delete its folder and run again"
+            )
         twins += int((hits.rows[:, 0] != row).sum())
     return twins
 
@@ -662,7 +676,9 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
             if row >= 0
         ]
         table += [
-            ",".join([_csv(id), str(hit["rank"]), _csv(str(hit["id"])), f"{hit['score']:.6f}", str(int(right[q, rank]))])
+            ",".join(
+                [_csv(id), str(hit["rank"]), _csv(str(hit["id"])), f"{hit['score']:.6f}", str(int(right[q, rank]))]
+            )
             for rank, hit in enumerate(found)
         ]
         record = {"query": id, "direction": step.parameters["direction"], "k": k, "hits": found}
@@ -716,6 +732,7 @@ def start_match(
     confidence: float,
     iterations: int,
     min_inliers: int,
+    min_share: float,
     outputs: Sequence[str],
     tag: str,
     on_change: str,
@@ -727,8 +744,9 @@ def start_match(
         candidates: how many of each query's hits are matched.
         matcher: a name of `matching.MATCHERS`.
         matcher_options: fields of that matcher.
-        model, threshold, confidence, iterations, min_inliers: of `geometry.Estimator`; a threshold of 0 means
-            3 pixels between keypoints and half a patch between descriptors on a grid.
+        model, threshold, confidence, iterations, min_inliers, min_share: of `geometry.Estimator`. A threshold of 0
+            means 3 pixels between keypoints and half a patch on a grid; a share of 0 means 0.1 between keypoints
+            and 0.3 on a grid, where neighbours see the same pixels and their agreement counts less.
         outputs: names of `sinks.SINKS`.
         tag, on_change: as in `start_embed`.
 
@@ -741,17 +759,27 @@ def start_match(
     matching.create(matcher, matcher_options)
     for output in outputs:
         sinks.create(output)
-    estimator = geometry.Estimator(model, threshold or KEYPOINT_THRESHOLD, confidence, iterations, min_inliers)
+    chosen = {
+        "model": model,
+        "threshold": threshold,
+        "confidence": confidence,
+        "iterations": iterations,
+        "min_inliers": min_inliers,
+        "min_share": min_share,
+    }
+    _estimator(chosen, None)  # refuses bad values before anything is written
     within = source.folder.relative_to(source.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
     folder = source.folder.parents[4] / "04_match" / within.parent / f"{within.name}{_tagged(tag)}"
     parameters = {
         "candidates": candidates,
         "matcher": matcher,
         "matcher_options": dict(matcher_options),
-        "geometry": {**asdict(estimator), "threshold": threshold},
+        "geometry": chosen,
         "outputs": sorted(outputs),
     }
-    return runs.start(folder, "04_match", parameters, {"index": str(source.fingerprint)}, {"index": source.folder}, on_change)
+    return runs.start(
+        folder, "04_match", parameters, {"index": str(source.fingerprint)}, {"index": source.folder}, on_change
+    )
 
 
 def match(step: Step, *, workers: int = -1) -> list[Row]:
@@ -833,7 +861,8 @@ class _Match:
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
         matches = self.matcher(a, b)
         xy_a, xy_b = a.xy[matches.index_a], b.xy[matches.index_b]
-        estimator = _estimator(self.step.parameters["geometry"], b, sizes[1])
+        patch = None if b.grid is None else max(s / g for s, g in zip(sizes[1], b.grid, strict=True))
+        estimator = _estimator(self.step.parameters["geometry"], patch)
         found = estimator(xy_a, xy_b, *sizes)
         turned, scaled = (None, None)
         if found.matrix is not None and found.verified:
@@ -873,12 +902,11 @@ class _Match:
         return Pair(record, paths, sizes, xy_a, xy_b, matches, found)
 
 
-def _estimator(parameters: Mapping[str, Any], b: Tokens, size: tuple[int, int]) -> geometry.Estimator:
-    threshold = parameters["threshold"]
-    if not threshold:
-        patch = 0.0 if b.grid is None else max(s / g for s, g in zip(size, b.grid, strict=True))
-        threshold = max(KEYPOINT_THRESHOLD, patch / 2)
-    return geometry.Estimator(**{**parameters, "threshold": threshold})
+def _estimator(chosen: Mapping[str, Any], patch: float | None) -> geometry.Estimator:
+    """The geometry's estimator; what was left at 0 is chosen for keypoints (patch None) or for a grid."""
+    threshold = chosen["threshold"] or (3.0 if patch is None else max(3.0, patch / 2))
+    share = chosen["min_share"] or (0.1 if patch is None else 0.3)
+    return geometry.Estimator(**{**chosen, "threshold": threshold, "min_share": share})
 
 
 def _view_rows(index: Step, side: str) -> dict[str, Row]:

@@ -28,8 +28,8 @@ class Sift:
 
     >>> noise = np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), np.uint8)
     >>> (tokens,) = Sift(max_keypoints=50)(noise)
-    >>> tokens.vector.shape, tokens.descriptors.shape, tokens.grid
-    ((8192,), (50, 128), None)
+    >>> tokens.vector.shape, tokens.descriptors.shape[1], tokens.xy.shape[1], tokens.grid
+    ((8192,), 128, 2, None)
     """
 
     max_keypoints: int = 1000

@@ -11,7 +11,14 @@ from imatch import store
 from imatch.records import Pair
 
 CORRESPONDENCE = np.dtype(
-    [("xy_a", "<f4", 2), ("xy_b", "<f4", 2), ("similarity", "<f4"), ("inlier", "?"), ("index_a", "<i4"), ("index_b", "<i4")]
+    [
+        ("xy_a", "<f4", 2),
+        ("xy_b", "<f4", 2),
+        ("similarity", "<f4"),
+        ("inlier", "?"),
+        ("index_a", "<i4"),
+        ("index_b", "<i4"),
+    ]
 )
 """One correspondence: pixels in both originals, cosine, inlier or not, rows of the descriptors."""
 

@@ -59,7 +59,7 @@ def draw(pair: Pair, max_lines: int = 120, shown: np.ndarray | None = None) -> n
     level = np.clip((pair.matches.similarity[chosen] - 0.7) / 0.3 * 255, 0, 255).astype(np.uint8)
     colours = COLOURS[level]
     for i, colour in reversed(list(zip(chosen, colours.tolist(), strict=True))):  # the most similar on top
-        a, b = here(pair.xy_a[i]) + (0, BAR), there(pair.xy_b[i]) + offset
+        a, b = here(pair.xy_a[i]) + np.array([0, BAR]), there(pair.xy_b[i]) + offset
         _line(canvas, a, b, colour, 1)
         for end in (a, b):
             cv2.circle(canvas, _fixed(end), 2 * 16, colour, -1, cv2.LINE_AA, 4)

@@ -16,14 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from imatch.records import ImatchError, PhotographError
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 )
-ORIENTATION = ExifTags.Base.Orientation
+UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and values out of range need nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MODES = ("long_side", "scale")
 
 
@@ -98,6 +106,9 @@ def list_photographs(root: Path) -> list[str]:
 
     Linked folders are followed, a link back to a folder above itself is not. Hidden files are left out.
 
+    Raises:
+        ImatchError: a folder cannot be listed.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     for name in ("b.jpg", "a.PNG", "notes.txt"):
@@ -112,7 +123,13 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ImatchError(
+            f"folder {folder} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
+        ) from error
+    for entry in entries:
         if entry.name.startswith("."):
             continue
         if _is_folder(entry):
@@ -138,7 +155,7 @@ def check_header(path: Path) -> tuple[int, int]:
         if path.stat().st_size == 0:
             raise PhotographError("empty file")
         with Image.open(path) as image:
-            return _upright(image)
+            return _size(image, _turn(image))
 
 
 def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
@@ -161,14 +178,13 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
         if not data:
             raise PhotographError("empty file")
         with Image.open(io.BytesIO(data)) as image:
-            size = _upright(image)
+            exif, turn = _exif(image), _turn(image)
+            size = _size(image, turn)
             target = resize.target(size, patch) if resize else size
-            exif = image.getexif()
-            raw = target if exif.get(ORIENTATION, 1) < 5 else target[::-1]
-            resized = _resized(image, raw)
-            resized.getexif()[ORIENTATION] = exif.get(ORIENTATION, 1)
-            pixels = np.asarray(ImageOps.exif_transpose(resized))
-            return Decoded(pixels, size, hashlib.sha256(data).hexdigest(), _position(exif))
+            pixels = _resized(image, target[::-1] if _sideways(turn) else target)
+            if turn in UPRIGHT:
+                pixels = pixels.transpose(UPRIGHT[turn])
+            return Decoded(np.asarray(pixels), size, hashlib.sha256(data).hexdigest(), _position(exif))
 
 
 def file_digest(path: Path) -> str:
@@ -194,9 +210,27 @@ def _reasons() -> Iterator[None]:
         raise PhotographError(f"{type(error).__name__}: {error}") from error
 
 
-def _upright(image: Image.Image) -> tuple[int, int]:
+def _exif(image: Image.Image) -> Image.Exif:
+    """The EXIF of a photograph; nothing when it is broken, for the pixels are good all the same."""
+    try:
+        return image.getexif()
+    except Exception:  # like decoders, it raises what it likes on broken bytes
+        return Image.Exif()
+
+
+def _turn(image: Image.Image) -> int:
+    """The EXIF orientation that is left to apply: Pillow turns TIFFs itself, and has their upright size at once."""
+    turn = 1 if image.format == "TIFF" else _exif(image).get(ExifTags.Base.Orientation, 1)
+    return turn if turn in UPRIGHT else 1
+
+
+def _sideways(turn: int) -> bool:
+    return turn >= 5
+
+
+def _size(image: Image.Image, turn: int) -> tuple[int, int]:
     w, h = image.size
-    return (h, w) if image.getexif().get(ORIENTATION, 1) < 5 else (w, h)
+    return (w, h) if _sideways(turn) else (h, w)
 
 
 def _resized(image: Image.Image, target: tuple[int, int]) -> Image.Image:
@@ -224,20 +258,27 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _position(exif: Image.Exif) -> dict[str, float | None] | None:
-    gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
     try:
-        latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef] == "S")
-        longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef] == "W")
-        altitude = gps.get(ExifTags.GPS.GPSAltitude)
-        below = gps.get(ExifTags.GPS.GPSAltitudeRef, b"\0") in (b"\1", 1)
-        height = None if altitude is None else float(altitude) * (-1 if below else 1)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None  # absent or malformed: the photograph has no position, which is what None says
-    if not all(map(math.isfinite, (latitude, longitude, height or 0.0))):
+        gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
+        longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef], "EW")
+    except Exception:  # absent or malformed: the photograph has no position, which is what None says
         return None
-    return {"latitude": latitude, "longitude": longitude, "altitude": height}
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):  # so written, NaN is refused too
+        return None
+    return {"latitude": latitude, "longitude": longitude, "altitude": _altitude(gps)}
 
 
-def _degrees(parts: tuple[Any, Any, Any], negative: bool) -> float:
+def _degrees(parts: tuple[Any, Any, Any], side: str, sides: str) -> float:
+    """Degrees from (degrees, minutes, seconds), negative on the second of two `sides`."""
     degrees = sum(float(part) / 60**power for power, part in enumerate(parts))
-    return -degrees if negative else degrees
+    return degrees * (1, -1)[sides.index(side[0])]
+
+
+def _altitude(gps: dict[int, Any]) -> float | None:
+    try:
+        metres = float(gps[ExifTags.GPS.GPSAltitude])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    below = gps.get(ExifTags.GPS.GPSAltitudeRef) in (b"\1", 1)
+    return (-metres if below else metres) if math.isfinite(metres) else None

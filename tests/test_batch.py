@@ -1,0 +1,125 @@
+"""imatch.batch: the schema is held before anything runs, a sweep goes on past a point that fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from imatch import batch
+from imatch.records import ImatchError
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def recipe(tmp_path, **content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"notebooks": ["01_embed"], **content}, sort_keys=False))
+    return path
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "imatch.batch", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ({"parameters": {"wieght": "sift"}}, [], "did you mean 'weight'"),
+        ({"sweep": {"long_sid": [1]}}, [], "did you mean 'long_side'"),
+        ({}, [("wieght", "sift")], "did you mean 'weight'"),
+        ({"parameters": {"long_side": "640"}}, [], "long_side wants int"),
+        ({"parameters": {"scale": True}}, [], "scale wants float"),
+        ({"parameters": {"dataset": 2024}}, [], "dataset wants str"),
+        ({}, [("long_side", "large")], "long_side wants int"),
+        ({}, [("backbone_options", "{a: [")], "is not readable"),
+        ({"sweep": {"weight": "sift"}}, [], "wants a list"),
+        ({"sweep": {"weight": []}}, [], "wants a list"),
+        ({"sweeps": {}}, [], "did you mean 'sweep'"),
+        ({"notebooks": ["01_embd"]}, [], "did you mean '01_embed'"),
+    ],
+    ids=str,
+)
+def test_wrong_names_and_types_are_refused(tmp_path, content, overrides, message):
+    with pytest.raises(ImatchError, match=message):
+        batch.load(recipe(tmp_path, **content), overrides, NOTEBOOKS)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "parameters: {}", "a: ["])
+def test_files_that_are_no_recipe(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ImatchError, match=r"must name its|is no YAML"):
+        batch.load(tmp_path / "recipe.yaml", [], NOTEBOOKS)
+    with pytest.raises(ImatchError, match="no file"):
+        batch.load(tmp_path / "absent.yaml", [], NOTEBOOKS)
+
+
+def test_command_line_wins_over_file_and_sweep(tmp_path):
+    path = recipe(tmp_path, parameters={"scale": 2}, sweep={"weight": ["sift", "dsift"]})
+    read, _ = batch.load(path, [("weight", "dsift"), ("scale", "0.5"), ("dataset", "007")], NOTEBOOKS)
+    assert read.parameters == {"scale": 0.5, "weight": "dsift", "dataset": "007"}
+    assert read.sweep == {}
+
+
+def test_shipped_recipes_are_right():
+    for path in sorted((ROOT / "params").glob("*.yaml")):
+        read, schemas = batch.load(path, [], NOTEBOOKS)
+        assert set(schemas) == set(read.notebooks)
+
+
+@pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])
+def test_parameters_are_literals(tmp_path, line):
+    cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    with pytest.raises(ImatchError, match=r"is no literal|is no parameter"):
+        batch.schema(tmp_path / "n.ipynb")
+
+
+def test_swept_parameters_that_name_no_folder_become_its_tag():
+    schema = {"tag": batch.Parameter("", ""), "k": batch.Parameter(1, ""), "weight": batch.Parameter("", "")}
+    sweep = {"k": [5, 10], "weight": ["sift"]}
+    assert batch._values(schema, {"k": 5, "weight": "sift"}, {}, sweep)["tag"] == "k5"
+
+
+def test_a_request_that_is_wrong_exits_with_2_and_makes_nothing(tmp_path):
+    done = run("params/demo.yaml", "-p", "wieght", "sift", "--exports", tmp_path / "exports")
+    assert done.returncode == 2
+    assert "did you mean 'weight'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "exports").exists()
+
+
+def test_a_point_that_fails_is_reported_and_the_others_go_on(tmp_path, few_photographs):
+    content = {
+        "parameters": {"dataset": str(few_photographs)},
+        "sweep": {"weight": ["nothing", "dsift"], "scale": [0.5, 1.0]},
+    }
+    done = run(recipe(tmp_path, **content), "--exports", tmp_path / "exports")
+    assert done.returncode == 1
+    failed = [line for line in done.stderr.splitlines() if line.startswith("FAILED")]
+    assert {line.split(":")[0] for line in failed} == {
+        "FAILED weight=nothing scale=0.5",
+        "FAILED weight=nothing scale=1.0",
+    }
+    assert all("unknown weight 'nothing'" in line for line in failed)
+    finished = sorted(path.parent.name for path in (tmp_path / "exports").rglob("metrics.json"))
+    assert finished == ["scale0p5_raw", "scale1_raw"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [("", "no dataset given"), ("absent", "does not exist"), ("empty", "no photographs in"), ("file.txt", "is a file")],
+)
+def test_a_folder_that_is_not_there_gives_a_message(tmp_path, dataset, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    where = str(tmp_path / dataset) if dataset else ""
+    done = run("params/folder.yaml", "-p", "dataset", where, "--exports", tmp_path / "exports")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

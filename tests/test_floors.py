@@ -1,0 +1,66 @@
+"""The floors of the house: a room imports only from floors below its own, a plug-in never from another one."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import imatch
+
+PACKAGE = Path(imatch.__file__).parent
+FLOORS = [
+    {"registry", "records", "plugins"},
+    {"images", "store", "pooling", "geometry"},
+    {"runs"},
+    {"backbones", "references", "indexes", "matching", "sinks"},
+    {"evaluate", "steps", "demo"},
+    {"viz", "explore", "batch"},
+]
+WITHIN = {("steps", "evaluate"), ("explore", "viz"), ("plugins", "records"), ("registry", "records")}
+"""Neighbours on one floor of which the first may look at the second."""
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
+
+
+def imported(path):
+    """Every imatch module that a file imports anywhere in it, as dotted names below imatch."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name[7:] for name in node.names if name.name.startswith("imatch."))
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by full name"
+            if node.module == "imatch":
+                yield from (name.name for name in node.names)
+            elif node.module and node.module.startswith("imatch."):
+                inside = PACKAGE / node.module[7:].replace(".", "/")
+                yield from (f"{node.module[7:]}.{n.name}" if inside.is_dir() else node.module[7:] for n in node.names)
+
+
+def floor(room):
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set.union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_go_down(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imported(path):
+        below = name.split(".")[0]
+        if below != room:
+            allowed = floor(below) < floor(room) or (room, below) in WITHIN
+            assert allowed, f"{room} (floor {floor(room)}) imports {name} (floor {floor(below)})"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent != PACKAGE and p.stem != "__init__"], ids=lambda p: p.stem
+)
+def test_plugins_know_no_other(path):
+    room = path.parent.name
+    for name in imported(path):
+        parts = name.split(".")
+        sibling = parts[0] == room and len(parts) > 1 and (path.parent / f"{parts[1]}.py").exists()
+        # a tool of a plug-in begins with its name: sift_vocabulary belongs to sift
+        assert not sibling or path.stem.startswith(f"{parts[1]}_"), f"{path.stem} imports {name}"

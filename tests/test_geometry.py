@@ -1,0 +1,117 @@
+"""Correspondences to geometry, on planted transformations."""
+
+import math
+
+import numpy as np
+import pytest
+
+from imatch import geometry
+from imatch.records import ImatchError
+
+SIZE = (300, 400)
+TURNED = np.array(
+    [[0.8 * math.cos(0.5), 0.8 * math.sin(0.5), 20], [-0.8 * math.sin(0.5), 0.8 * math.cos(0.5), 150], [0, 0, 1]]
+)
+TILTED = TURNED + np.array([[0.05, 0, 0], [0, 0.1, 0], [0, 0, 0]])
+PERSPECTIVE = TILTED + np.array([[0, 0, 0], [0, 0, 0], [2e-4, -1e-4, 0]])
+
+
+def planted(matrix, n=200, outliers=0.0, noise=0.3, seed=0):
+    rng = np.random.default_rng(seed)
+    a = rng.uniform([0, 0], [399, 299], (n, 2))
+    b = geometry.transform(matrix, a) + rng.normal(0, noise, (n, 2))
+    wrong = rng.random(n) < outliers
+    b[wrong] = rng.uniform([0, 0], [399, 299], (wrong.sum(), 2))
+    return a, b, ~wrong
+
+
+@pytest.mark.parametrize(
+    ("model", "matrix"),
+    [("similarity", TURNED), ("affine", TILTED), ("homography", PERSPECTIVE)],
+    ids=lambda x: str(x)[:9],
+)
+@pytest.mark.parametrize("outliers", [0.0, 0.6])
+def test_planted_transformation_is_found(model, matrix, outliers):
+    a, b, true = planted(matrix, 400, outliers)
+    found = geometry.Estimator(model)(a, b, SIZE, SIZE)
+    assert found.verified, found.reason
+    assert (found.inliers == true).mean() > 0.97
+    assert geometry.corner_error(found.matrix, matrix, SIZE) < 1
+    assert found.error < 1
+    again = geometry.Estimator(model)(a, b, SIZE, SIZE)
+    assert again.matrix.tobytes() == found.matrix.tobytes()
+
+
+@pytest.mark.parametrize("model", ["similarity", "affine", "homography"])
+def test_chance_is_not_verified(model):
+    for seed in range(10):
+        a, b, _ = planted(np.eye(3), 150, outliers=1.0, seed=seed)
+        found = geometry.Estimator(model)(a, b, SIZE, SIZE)
+        assert not found.verified, found.reason
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_too_few_correspondences(n):
+    a, b, _ = planted(np.eye(3), n)
+    found = geometry.Estimator()(a, b, SIZE, SIZE)
+    assert found.matrix is None
+    assert "too few" in found.reason
+    assert math.isnan(found.error)
+
+
+@pytest.mark.parametrize("model", ["similarity", "affine", "homography"])
+def test_points_on_a_line_or_all_the_same_have_a_clear_answer(model):
+    line = np.column_stack([np.linspace(0, 300, 50)] * 2)
+    for xy in (line, np.full((50, 2), 7.0)):
+        found = geometry.Estimator(model)(xy, xy, SIZE, SIZE)
+        assert found.reason
+        if found.verified:  # a similarity is fixed by two points of the line
+            assert geometry.corner_error(found.matrix, np.eye(3), SIZE) < 0.1
+
+
+def test_off_gives_no_geometry():
+    a, b, _ = planted(np.eye(3))
+    found = geometry.Estimator("off")(a, b, SIZE, SIZE)
+    assert found.matrix is None
+    assert not found.verified
+    assert found.reason == "geometry is off"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "reason"),
+    [
+        (np.diag([-1.0, 1, 1]), "mirrored"),
+        (np.diag([0.01, 0.01, 1]), "collapsed"),
+        (np.diag([50.0, 50, 1]), "blown up"),
+        (np.array([[1, 0, 0], [0, 1, 0], [-0.004, 0, 1]]), "folded"),
+        (np.eye(3), ""),
+        (np.eye(3) * -2, ""),  # the same transformation, another scale of the matrix
+    ],
+)
+def test_degenerate_outlines(matrix, reason):
+    assert reason in geometry.degenerate(matrix, SIZE)
+    assert bool(geometry.degenerate(matrix, SIZE)) == bool(reason)
+
+
+@pytest.mark.parametrize("angle", [-170, -90, 0, 30, 90, 180])
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_rotation_and_scale(angle, scale):
+    from imatch.references import turn
+
+    found = geometry.rotation_scale(np.diag([scale, scale, 1]) @ turn(angle), SIZE)
+    assert (found[0] - angle + 180) % 360 - 180 == pytest.approx(0, abs=1e-6)
+    assert found[1] == pytest.approx(scale)
+
+
+def test_corner_error_of_the_horizon_is_infinite():
+    assert geometry.corner_error(np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]]), np.eye(3), SIZE) == math.inf
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"model": "rigid"}, {"threshold": 0.0}, {"confidence": 1.0}, {"iterations": 0}, {"min_share": 1.0}],
+    ids=str,
+)
+def test_wrong_numbers_are_refused(wrong):
+    with pytest.raises(ImatchError):
+        geometry.Estimator(**wrong)

@@ -1,0 +1,508 @@
+"""Photographs of every kind, made here: what is decoded has the right pixels, size and position."""
+
+import hashlib
+import io
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from imatch import images
+from imatch.images import Resize
+from imatch.records import ImatchError, PhotographError
+
+BRIGHTON = Path(__file__).resolve().parents[2] / "shared" / "data" / "brighton_beach"
+LATITUDE, LONGITUDE = (46.0, 47.0, 24.0), (92.0, 5.0, 42.0)
+DULUTH = {1: "N", 2: LATITUDE, 3: "W", 4: LONGITUDE}
+
+# how the rows and columns of an upright picture lie in a file of each EXIF orientation
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+def smooth(h, w, seed=0):
+    """(h, w, 3) uint8: soft coloured blobs, different at every corner."""
+    small = np.random.default_rng(seed).integers(30, 226, (4, 5, 3), np.uint8)
+    return cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC)
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = value
+    return exif
+
+
+def with_gps(path, gps, size=(40, 60)):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
+    Image.fromarray(smooth(*size)).save(path, exif=exif, quality=95)
+    return path
+
+
+def far(a, b):
+    """The largest difference of two pictures."""
+    assert a.shape == b.shape
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+def png_of_zeros(path, side):
+    """A whole 1-bit PNG of side x side black pixels, packed row by row."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(1)
+    rows = b"\0" * (1 + -(-side // 8))
+    data = b"".join(packer.compress(rows) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    return path
+
+
+# --- orientation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", STORED)
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".png", 0), (".tif", 0), (".webp", 12), (".jpg", 12)])
+def test_orientation_is_applied(tmp_path, value, suffix, tolerance):
+    upright = smooth(48, 80)
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(np.ascontiguousarray(STORED[value](upright))).save(path, exif=orientation(value), quality=95)
+    decoded = images.decode(path)
+    assert decoded.size == images.check_header(path) == (48, 80)
+    assert far(decoded.pixels, upright) <= tolerance
+
+
+@pytest.mark.parametrize("value", STORED)
+def test_orientation_is_applied_to_what_is_resized(tmp_path, value):
+    upright = smooth(96, 160)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.ascontiguousarray(STORED[value](upright))).save(path, exif=orientation(value), quality=95)
+    decoded = images.decode(path, Resize("long_side", long_side=32), patch=16)
+    expected = np.asarray(Image.fromarray(upright).resize((32, 16), Image.Resampling.BICUBIC))
+    assert decoded.size == (96, 160)
+    assert far(decoded.pixels, expected) <= 6
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16"])
+def test_orientation_is_applied_in_every_mode(tmp_path, mode):
+    grey = smooth(48, 80)[..., :1]
+    stored = np.ascontiguousarray(STORED[6](grey))[..., 0]
+    image = Image.fromarray(stored.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(stored).convert(mode)
+    image.save(tmp_path / "a.png", exif=orientation(6))
+    assert far(images.decode(tmp_path / "a.png").pixels, grey.repeat(3, axis=2)) == 0
+
+
+@pytest.mark.parametrize("value", [0, 9, 300])
+def test_an_orientation_that_does_not_exist_is_none(tmp_path, value):
+    picture = smooth(48, 80)
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=orientation(value))
+    decoded = images.decode(tmp_path / "a.png", Resize("scale", scale=0.5))
+    assert decoded.size == images.check_header(tmp_path / "a.png") == (48, 80)
+    assert decoded.pixels.shape == (24, 40, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0" + b"\xff" * 50,
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\x08\0\0\0" + b"\xff" * 50,
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", 0x112, 2, 2, b"6\0\0\0") + b"\0\0\0\0",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x8825, 4, 1, 99999) + b"\0\0\0\0",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x8825, 4, 1, 8) + b"\0\0\0\0",
+    ],
+    ids=["noise", "nothing", "torn", "orientation is text", "GPS past the end", "GPS is itself"],
+)
+def test_broken_exif_does_not_cost_the_photograph(tmp_path, exif):
+    picture = smooth(48, 80)
+    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    decoded = images.decode(tmp_path / "a.jpg")
+    assert decoded.size == images.check_header(tmp_path / "a.jpg") == (48, 80)
+    assert decoded.position is None
+    assert far(decoded.pixels, picture) <= 12
+
+
+# --- colours ----------------------------------------------------------------------------------------------
+
+GREY = smooth(40, 60)[..., 0]
+COLOUR = smooth(40, 60, seed=1)
+RAMP = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+
+
+def test_greyscale(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    assert far(images.decode(tmp_path / "a.png").pixels, np.dstack([GREY] * 3)) == 0
+
+
+def test_greyscale_jpeg(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.jpg", quality=95)
+    assert far(images.decode(tmp_path / "a.jpg").pixels, np.dstack([GREY] * 3)) <= 8
+
+
+def test_black_and_white(tmp_path):
+    Image.fromarray(GREY > 128).save(tmp_path / "a.png")
+    assert far(images.decode(tmp_path / "a.png").pixels, np.dstack([(GREY > 128) * 255] * 3)) == 0
+
+
+def test_palette(tmp_path):
+    image = Image.fromarray(COLOUR).quantize(32)
+    image.save(tmp_path / "a.png")
+    colours = np.array(image.getpalette()).reshape(-1, 3)
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.mode == "P"
+    assert far(images.decode(tmp_path / "a.png").pixels, colours[np.asarray(image)]) == 0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bits_are_scaled(tmp_path, suffix):
+    Image.fromarray(RAMP).save(tmp_path / f"a{suffix}")
+    pixels = images.decode(tmp_path / f"a{suffix}").pixels
+    assert pixels.dtype == np.uint8
+    assert far(pixels, np.dstack([np.round(RAMP * (255 / 65535))] * 3)) == 0
+
+
+def test_16_bits_of_the_other_byte_order_are_scaled(tmp_path):
+    Image.frombytes("I;16B", (64, 64), RAMP.astype(">u2").tobytes()).save(tmp_path / "a.tif")
+    assert far(images.decode(tmp_path / "a.tif").pixels, np.dstack([np.round(RAMP * (255 / 65535))] * 3)) == 0
+
+
+def test_16_bits_are_scaled_when_resized(tmp_path):
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    expected = np.asarray(Image.fromarray(GREY).resize((30, 20), Image.Resampling.BICUBIC))
+    pixels = images.decode(tmp_path / "a.png", Resize("scale", scale=0.5)).pixels
+    assert far(pixels, np.dstack([expected] * 3)) <= 1
+
+
+def test_16_bits_in_colour_are_scaled(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), (COLOUR.astype(np.uint16) * 257)[..., ::-1])
+    assert far(images.decode(tmp_path / "a.png").pixels, COLOUR) <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_white_are_refused(tmp_path, dtype):
+    Image.fromarray(RAMP.astype(dtype) * 2).save(tmp_path / "a.tif")
+    with pytest.raises(PhotographError, match="no fixed white: convert it"):
+        images.decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".tif", 0), (".jpg", 4)])
+@pytest.mark.parametrize(
+    ("ink", "colour"),
+    [
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 255, 0, 0), (255, 0, 255)),
+        ((0, 0, 255, 0), (255, 255, 0)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 0, 0, 0), (255, 255, 255)),
+    ],
+    ids=["cyan", "magenta", "yellow", "black", "paper"],
+)
+def test_cmyk(tmp_path, ink, colour, suffix, tolerance):
+    Image.new("CMYK", (32, 24), ink).save(tmp_path / f"a{suffix}", quality=95)
+    pixels = images.decode(tmp_path / f"a{suffix}").pixels
+    assert far(pixels, np.full((24, 32, 3), colour)) <= tolerance
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    alpha = np.repeat(np.array([0, 51, 255], np.uint8), 20) * np.ones((40, 1), np.uint8)
+    Image.fromarray(np.dstack([COLOUR, alpha])).save(tmp_path / "a.png")
+    share = alpha[..., None] / 255
+    assert far(images.decode(tmp_path / "a.png").pixels, np.round(COLOUR * share + 255 * (1 - share))) <= 1
+
+
+def test_transparent_grey_lies_on_white(tmp_path):
+    alpha = np.repeat(np.array([0, 255], np.uint8), 30) * np.ones((40, 1), np.uint8)
+    Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(alpha))).save(tmp_path / "a.png")
+    assert far(images.decode(tmp_path / "a.png").pixels, np.dstack([np.where(alpha, GREY, 255)] * 3)) == 0
+
+
+def test_a_transparent_colour_of_a_palette_lies_on_white(tmp_path):
+    image = Image.new("P", (20, 10), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.paste(0, (0, 0, 10, 10))
+    image.save(tmp_path / "a.png", transparency=0)
+    pixels = images.decode(tmp_path / "a.png").pixels
+    assert pixels[5, 2].tolist() == [255, 255, 255]
+    assert pixels[5, 15].tolist() == [200, 100, 50]
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as saved:
+        assert saved.n_frames == 3
+    assert far(images.decode(tmp_path / "a.gif").pixels, np.full((20, 30, 3), (255, 0, 0))) == 0
+
+
+@pytest.mark.parametrize(("patch", "shape"), [(1, (1, 1, 3)), (16, (16, 16, 3))])
+def test_one_pixel(tmp_path, patch, shape):
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "a.png")
+    decoded = images.decode(tmp_path / "a.png", Resize("scale", scale=0.25), patch)
+    assert decoded.size == (1, 1)
+    assert far(decoded.pixels, np.full(shape, (10, 20, 30))) == 0
+
+
+# --- reduced decoding -------------------------------------------------------------------------------------
+
+
+def centre_of_darkness(pixels):
+    weight = 255.0 - pixels.mean(axis=2)
+    weight[weight < 20] = 0  # what JPEG leaves in the white
+    y, x = np.indices(weight.shape)
+    return np.array([(x * weight).sum(), (y * weight).sum()]) / weight.sum()
+
+
+@pytest.fixture(scope="module")
+def blob(tmp_path_factory):
+    """An odd-sized JPEG, white with a dark blob near the bottom right corner, and the blob's (x, y)."""
+    h, w, centre = 1201, 1809, (1650.0, 1080.0)
+    x = np.exp(-(((np.arange(w) - centre[0]) / 40) ** 2) / 2)
+    y = np.exp(-(((np.arange(h) - centre[1]) / 40) ** 2) / 2)
+    path = tmp_path_factory.mktemp("blob") / "blob.jpg"
+    grey = np.round(255 - 255 * np.outer(y, x)).astype(np.uint8)
+    Image.fromarray(np.dstack([grey] * 3)).save(path, quality=95)
+    return path, np.array(centre)
+
+
+@pytest.mark.parametrize(("scale", "reduced"), [(0.9, 1), (0.25, 2), (0.125, 4), (0.06, 8)])
+def test_a_reduced_decode_does_not_shift(blob, scale, reduced):
+    path, centre = blob
+    decoded = images.decode(path, Resize("scale", scale=scale))
+    h, w = decoded.pixels.shape[:2]
+    with Image.open(path) as image:  # that it is a reduced decode at all
+        image.draft(None, (2 * w, 2 * h))
+        assert image.size == (-(-1809 // reduced), -(-1201 // reduced))
+    assert decoded.size == (1201, 1809)
+    expected = (centre + 0.5) * (w / 1809, h / 1201) - 0.5
+    assert np.abs(centre_of_darkness(decoded.pixels) - expected).max() < 0.05
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.125, 0.06])
+def test_a_reduced_decode_is_the_full_one_resized(tmp_path, scale):
+    Image.fromarray(smooth(1201, 1809)).save(tmp_path / "a.jpg", quality=95)
+    reduced = images.decode(tmp_path / "a.jpg", Resize("scale", scale=scale)).pixels
+    full = Image.fromarray(images.decode(tmp_path / "a.jpg").pixels)
+    resized = np.asarray(full.resize(reduced.shape[1::-1], Image.Resampling.BICUBIC))
+    assert far(reduced, resized) <= 3
+    shift, _ = cv2.phaseCorrelate(*(cv2.cvtColor(a, cv2.COLOR_RGB2GRAY).astype(np.float32) for a in (reduced, resized)))
+    assert np.abs(shift).max() < 0.1
+
+
+# --- position ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gps", "latitude", "longitude", "altitude"),
+    [
+        (DULUTH, 46.79, -92.095, None),
+        ({**DULUTH, 1: "S", 3: "E"}, -46.79, 92.095, None),
+        ({**DULUTH, 5: b"\0", 6: 183.5}, 46.79, -92.095, 183.5),
+        ({**DULUTH, 5: b"\1", 6: 12.5}, 46.79, -92.095, -12.5),
+        ({1: "N", 2: (46.5, 0.0, 0.0), 3: "E", 4: (0.0, 30.0, 0.0)}, 46.5, 0.5, None),
+    ],
+    ids=["north west", "south east", "above the sea", "below the sea", "decimals"],
+)
+def test_position(tmp_path, gps, latitude, longitude, altitude):
+    position = images.decode(with_gps(tmp_path / "a.jpg", gps)).position
+    assert position["latitude"] == pytest.approx(latitude, abs=1e-9)
+    assert position["longitude"] == pytest.approx(longitude, abs=1e-9)
+    assert position["altitude"] == altitude
+
+
+@pytest.mark.parametrize(
+    "gps",
+    [
+        {},
+        {1: "N", 2: LATITUDE},
+        {2: LATITUDE, 4: LONGITUDE},
+        {**DULUTH, 1: "", 3: ""},
+        {**DULUTH, 1: "X"},
+        {**DULUTH, 2: 46.79},
+        {**DULUTH, 2: (460.0, 0.0, 0.0)},
+        {**DULUTH, 4: (180.0, 1.0, 0.0)},
+    ],
+    ids=["empty", "half", "no sides", "empty sides", "unknown side", "one number", "past the pole", "past 180"],
+)
+def test_a_malformed_position_is_none_and_the_photograph_is_decoded(tmp_path, gps):
+    decoded = images.decode(with_gps(tmp_path / "a.jpg", gps))
+    assert decoded.position is None
+    assert far(decoded.pixels, smooth(40, 60)) <= 12
+
+
+def zero_by_zero(path, number):
+    """Put 0/0, which cameras without a fix write, in the place of the rational number/1."""
+    data, rational = path.read_bytes(), struct.pack(">2I", number, 1)
+    assert data.count(rational) == 1
+    path.write_bytes(data.replace(rational, bytes(8)))
+    return path
+
+
+def test_a_position_of_zero_by_zero_is_none(tmp_path):
+    decoded = images.decode(zero_by_zero(with_gps(tmp_path / "a.jpg", DULUTH), 46))
+    assert decoded.position is None
+    assert far(decoded.pixels, smooth(40, 60)) <= 12
+
+
+def test_an_altitude_of_zero_by_zero_leaves_the_position(tmp_path):
+    path = zero_by_zero(with_gps(tmp_path / "a.jpg", {**DULUTH, 6: 4711.0}), 4711)
+    assert images.decode(path).position == {
+        "latitude": pytest.approx(46.79),
+        "longitude": pytest.approx(-92.095),
+        "altitude": None,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_position_from_other_formats(tmp_path, suffix):
+    position = images.decode(with_gps(tmp_path / f"a{suffix}", {**DULUTH, 6: 183.5})).position
+    assert position["latitude"] == pytest.approx(46.79)
+    assert position["altitude"] == 183.5
+
+
+def test_a_photograph_without_exif_has_no_position(tmp_path):
+    Image.fromarray(smooth(40, 60)).save(tmp_path / "a.jpg")
+    assert images.decode(tmp_path / "a.jpg").position is None
+
+
+def test_a_real_survey_lies_at_duluth():
+    if not BRIGHTON.is_dir():
+        pytest.skip(f"the drone survey is not at {BRIGHTON}")
+    names = images.list_photographs(BRIGHTON)
+    assert len(names) == 18
+    for name in names:
+        decoded = images.decode(BRIGHTON / name, Resize("scale", scale=0.1))
+        assert decoded.size == (900, 1600)
+        assert decoded.position["latitude"] == pytest.approx(46.84, abs=0.05)
+        assert decoded.position["longitude"] == pytest.approx(-92.0, abs=0.05)
+        assert 100 < decoded.position["altitude"] < 500
+
+
+# --- what cannot be decoded -------------------------------------------------------------------------------
+
+
+def jpeg_bytes():
+    file = io.BytesIO()
+    Image.fromarray(smooth(96, 128)).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"this is a letter, not a photograph\n" * 50, "not a photograph: no decoder knows its bytes"),
+        (jpeg_bytes()[:300], ""),
+    ],
+    ids=["empty", "text", "header torn"],
+)
+def test_the_header_says_what_is_wrong(tmp_path, data, reason):
+    (tmp_path / "a.jpg").write_bytes(data)
+    for read in (images.check_header, images.decode):
+        with pytest.raises(PhotographError) as error:
+            read(tmp_path / "a.jpg")
+        assert reason in str(error.value)
+        assert str(error.value).strip()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("resize", [None, Resize("scale", scale=0.1)], ids=["full", "reduced"])
+def test_a_truncated_jpeg_has_a_header_and_no_pixels(tmp_path, resize):
+    data = jpeg_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) * 2 // 3])
+    assert images.check_header(tmp_path / "a.jpg") == (96, 128)
+    with pytest.raises(PhotographError, match="truncated"):
+        images.decode(tmp_path / "a.jpg", resize)
+
+
+def test_a_file_that_is_gone(tmp_path):
+    for read in (images.check_header, images.decode, images.file_digest):
+        with pytest.raises(PhotographError, match="No such file"):
+            read(tmp_path / "a.jpg")
+
+
+def test_a_link_to_itself(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("a.jpg")
+    for read in (images.check_header, images.decode, images.file_digest):
+        with pytest.raises(PhotographError, match="symbolic links"):
+            read(tmp_path / "a.jpg")
+
+
+def test_30000_by_30000_pixels_are_refused_by_their_header(tmp_path):
+    path = png_of_zeros(tmp_path / "a.png", 30_000)
+    for read in (images.check_header, images.decode):
+        with pytest.raises(PhotographError, match=r"too large to decode.*900000000 pixels"):
+            read(path)
+
+
+def test_the_same_png_is_decoded_when_it_is_smaller(tmp_path):
+    assert far(images.decode(png_of_zeros(tmp_path / "a.png", 300)).pixels, np.zeros((300, 300, 3))) == 0
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    data = jpeg_bytes()
+    (tmp_path / "a.jpg").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    assert images.decode(tmp_path / "a.jpg").sha256 == images.file_digest(tmp_path / "a.jpg") == digest
+
+
+# --- the list ---------------------------------------------------------------------------------------------
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def test_the_list_is_sorted_and_leaves_out_what_is_no_photograph(tmp_path):
+    touch(tmp_path, "b.jpg", "a.PNG", "sub/c.TIFF", "sub/deep/d.jpeg", ".hidden.jpg", ".git/e.jpg", "f.txt", "jpg")
+    assert images.list_photographs(tmp_path) == ["a.PNG", "b.jpg", "sub/c.TIFF", "sub/deep/d.jpeg"]
+
+
+def test_names_of_any_letters_are_listed(tmp_path):
+    names = ["한글 사진/비행 1.jpg", "a b  c.jpg", "é#%'\"[1].jpg", os.fsdecode(b"\xff\xfe.jpg")]
+    touch(tmp_path, *names)
+    assert images.list_photographs(tmp_path) == sorted(names)
+
+
+def test_a_folder_that_links_to_its_parent_is_listed_once(tmp_path):
+    touch(tmp_path, "a.jpg", "sub/b.jpg")
+    (tmp_path / "sub" / "up").symlink_to("..")
+    (tmp_path / "sub" / "self").symlink_to(".")
+    (tmp_path / "sub" / "loop").symlink_to("loop")
+    assert images.list_photographs(tmp_path) == ["a.jpg", "sub/b.jpg"]
+
+
+def test_a_linked_folder_is_followed(tmp_path):
+    touch(tmp_path, "elsewhere/b.jpg", "data/a.jpg")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    assert images.list_photographs(tmp_path / "data") == ["a.jpg", "more/b.jpg"]
+
+
+def test_a_link_that_loops_or_leads_nowhere_is_listed(tmp_path):
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "nowhere.jpg").symlink_to("gone.jpg")
+    assert images.list_photographs(tmp_path) == ["loop.jpg", "nowhere.jpg"]
+
+
+def test_a_folder_that_goes_away_is_named(tmp_path):
+    touch(tmp_path, "sub/a.jpg")
+    shutil.rmtree(tmp_path / "sub")
+    with pytest.raises(ImatchError, match=r"folder .*sub cannot be listed: No such file"):
+        images.list_photographs(tmp_path / "sub")

@@ -1,0 +1,150 @@
+"""The contract of a notebook, and the same bytes from every door."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from imatch import batch, store
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, 4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def statements(cell):
+    """The source of a cell without imports and blank lines, one line a statement (ruff wraps long calls)."""
+    return [ast.unparse(node) for node in ast.parse(cell.source).body]
+
+
+def test_few_short_cells(notebook):
+    cells = code(notebook)
+    assert 8 <= len(cells) <= 12
+    assert statistics.median(len(cell.source.splitlines()) for cell in cells) <= 3
+    assert max(len(statements(cell)) for cell in cells if "tags" not in cell.metadata) <= 4
+
+
+def test_no_functions_and_no_loops(notebook):
+    forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.For, ast.While)
+    for cell in code(notebook):
+        assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, forbidden)]
+
+
+def test_a_sentence_before_each_cell(notebook):
+    for before, cell in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown"
+            assert before.source.rstrip().endswith((".", "`."))
+
+
+def test_one_cell_of_parameters_each_with_help(notebook, tmp_path):
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    schema = batch.schema(tmp_path / "n.ipynb")
+    assert len(schema) >= 5
+    assert all(parameter.help for parameter in schema.values())
+    cell = next(cell for cell in code(notebook) if "parameters" in cell.metadata.get("tags", []))
+    assert len(cell.source.splitlines()) == len(schema)
+
+
+def test_starts_a_step_and_finishes_it(notebook):
+    cells = code(notebook)
+    assert "start_" in cells[1].source
+    assert "finish" in cells[-1].source
+
+
+def test_cells_have_ids_that_stay(notebook):
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
+
+
+def arrays(exports):
+    """Every file that a step made, but for the report and the file about the run itself."""
+    kept = (path for path in sorted(exports.rglob("*")) if path.is_file() and ".running" not in path.parts)
+    own = {"notebook.ipynb", "step.json", "seen.jsonl"}  # hold times and places
+    return {path.relative_to(exports).as_posix(): path.read_bytes() for path in kept if path.name not in own}
+
+
+def fingerprints(exports):
+    return {
+        path.relative_to(exports).as_posix(): store.read_json(path)["fingerprint"]
+        for path in sorted(exports.rglob("step.json"))
+    }
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, few_photographs):
+    """A folder like the repository: notebooks, params and data/demo (four photographs)."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "data").mkdir()
+    (folder / "data" / "demo").symlink_to(few_photographs)
+    for name in ("notebooks", "params"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_batch(workspace):
+    command = [sys.executable, "-m", "imatch.batch", "params/demo.yaml", "-p", "weight", "sift"]
+    command += ["-p", "angles", "[0, 90]", "-p", "crops", "[0.75]", "--exports", "by_batch"]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Hit@1" in done.stdout
+    return workspace / "by_batch"
+
+
+def test_batch_leaves_reports_with_pictures(by_batch):
+    reports = sorted(by_batch.rglob("notebook.ipynb"))
+    assert [path.relative_to(by_batch).parts[1] for path in reports] == [path.stem for path in NOTEBOOKS]
+    for path in reports:
+        outputs = [output for cell in code(nbformat.read(path, 4)) for output in cell.outputs]
+        assert any("image/png" in output.get("data", {}) for output in outputs)
+        assert not any(output.output_type == "error" for output in outputs)
+    assert not list((by_batch / ".running").iterdir())
+
+
+def test_papermill_gives_the_same_bytes(workspace, by_batch):
+    exports = workspace / "by_papermill"
+    steps = {path.relative_to(by_batch).parts[1]: path.parent for path in by_batch.rglob("notebook.ipynb")}
+    given = {
+        "01_embed": ["-p", "exports", "by_papermill"],
+        "02_references": ["-y", "{angles: [0, 90], crops: [0.75]}"],
+        "03_index": [],
+        "04_match": [],
+    }
+    reads = {"02_references": ["01_embed"], "03_index": ["01_embed", "02_references"], "04_match": ["03_index"]}
+    for name, options in given.items():
+        for upstream in reads.get(name, []):
+            folder = exports / steps[upstream].relative_to(by_batch)
+            options = [*options, "-p", f"{upstream[3:]}_step", str(folder)]
+        command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", f"{name}_out.ipynb", *options]
+        done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert arrays(exports).keys() == arrays(by_batch).keys()
+    assert arrays(exports) == arrays(by_batch)
+    assert fingerprints(exports) == fingerprints(by_batch)
+
+
+def test_running_from_the_top_in_jupyterlab_gives_the_same_bytes(workspace, by_batch):
+    """JupyterLab starts a kernel in the notebook's own folder and sends the cells as they are."""
+    from nbclient import NotebookClient
+
+    executed = nbformat.read(ROOT / "notebooks" / "01_embed.ipynb", 4)
+    here = workspace / "lab"
+    (here / "notebooks").mkdir(parents=True)
+    (here / "data").symlink_to(workspace / "data")
+    NotebookClient(executed, kernel_name="python3", resources={"metadata": {"path": str(here / "notebooks")}}).execute()
+    made, expected = arrays(here / "exports"), arrays(by_batch)
+    assert made == {name: data for name, data in expected.items() if name.startswith("demo/01_embed/")}

@@ -1,0 +1,821 @@
+"""Runs that are killed, repeated or asked for something else, on real files through the notebooks' own calls."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import imatch
+from imatch import store
+from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
+from imatch.runs import Step
+
+PHOTOGRAPHS, SHARD = 24, 2
+KEYPOINTS, ANGLES, K = 120, (0, 30), 5
+
+
+# --- photographs, and the four notebooks' calls -----------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int] = (160, 200)) -> Image.Image:
+    """A photograph's stand-in: blobs of random colours, full of keypoints, the same on every run."""
+    random = np.random.default_rng(seed)
+    h, w = size
+    image = Image.new("RGB", (w, h), tuple(random.integers(0, 255, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    for _ in range(90):
+        x, y, a, b = random.uniform((0, 0, 3, 3), (w, h, 22, 22)).tolist()
+        draw.ellipse((x - a, y - b, x + a, y + b), tuple(random.integers(0, 255, 3).tolist()))
+    return image
+
+
+def write_photographs(folder: Path, n: int = PHOTOGRAPHS) -> Path:
+    """n photographs in two folders, of three formats and two shapes; the last one is a PPM."""
+    for i in range(n):
+        path = folder / ("flight 1" if i < n // 2 else "flight 2") / f"{i:02d}{('.jpg', '.png', '.ppm')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, (200, 160) if i % 4 == 1 else (160, 200)).save(path)
+    return folder
+
+
+@dataclass(frozen=True)
+class House:
+    """A folder with `photographs` and one `exports`, and how its notebooks are run."""
+
+    root: Path
+    name: str = "exports"
+    workers: int = 0
+    batch_size: int = 8
+    on_change: str = "refuse"
+    on_error: str = "skip"
+    max_skipped: float = 0.05
+    keypoints: int = KEYPOINTS
+    k: int = K
+
+    @property
+    def photographs(self) -> Path:
+        return self.root / "photographs"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / self.name
+
+    def start_embed(self) -> Step:
+        return imatch.start_embed(
+            str(self.photographs),
+            exports=str(self.exports),
+            run="run",
+            weight="sift",
+            backbone_options={"max_keypoints": self.keypoints},
+            resize=imatch.Resize("scale", scale=1.0),
+            shard_size=SHARD,
+            tag="",
+            on_change=self.on_change,
+        )
+
+    def embed(self) -> Step:
+        return self._tokens(self.start_embed())
+
+    def start_views(self) -> Step:
+        embedded = self.exports / "run" / "01_embed" / "photographs" / "sift" / "scale1_raw"
+        return imatch.start_references(
+            str(embedded), kind="legacy", angles=ANGLES, crops=[0.75], quality=90, tag="", on_change=self.on_change
+        )
+
+    def views(self) -> Step:
+        step = self.start_views()
+        imatch.make_references(step, workers=self.workers)
+        return step
+
+    def references(self) -> Step:
+        return self._tokens(imatch.start_reference_tokens(self.views()))
+
+    def index(self) -> Step:
+        step = imatch.start_index(
+            str(self.folder("01_embed")),
+            str(self.folder("02_references")),
+            direction="reference-data",
+            index="flat",
+            k=self.k,
+            exclude_siblings=False,
+            tag="",
+            on_change=self.on_change,
+        )
+        query, gallery = imatch.query_and_gallery(step)
+        built = imatch.build_index(step, gallery)
+        twins = imatch.self_check(built, gallery)
+        hits = imatch.search(step, built, query, gallery)
+        step.finish(imatch.index_metrics(step, query, gallery, hits, twins))
+        return step
+
+    def match(self) -> Step:
+        step = imatch.start_match(
+            str(self.folder("03_index")),
+            candidates=2,
+            matcher="mutual",
+            matcher_options={"min_similarity": 0.8, "max_matches": 200},
+            model="homography",
+            threshold=0.0,
+            confidence=0.999,
+            iterations=500,
+            min_inliers=8,
+            min_share=0.0,
+            outputs=["json", "npy", "png"],
+            tag="",
+            on_change=self.on_change,
+        )
+        imatch.finish_match(step, imatch.match(step, workers=self.workers))
+        return step
+
+    def chain(self) -> None:
+        for notebook in (self.embed, self.references, self.index, self.match):
+            notebook()
+
+    def folder(self, step: str) -> Path:
+        """Where a step lies: "views" or a notebook's name."""
+        inside = {
+            "01_embed": "01_embed/photographs/sift/scale1_raw",
+            "views": "02_references/photographs/legacy/views",
+            "02_references": "02_references/photographs/legacy/sift/scale1_raw",
+            "03_index": "03_index/photographs/sift/scale1_raw/reference-data_legacy",
+            "04_match": "04_match/photographs/sift/scale1_raw/reference-data_legacy",
+        }
+        return self.exports / "run" / inside[step]
+
+    def but(self, **changes: Any) -> House:
+        return House(**{**self.__dict__, **changes})
+
+    def _tokens(self, step: Step) -> Step:
+        embeddings = imatch.embed(
+            step,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            on_error=self.on_error,
+            max_skipped=1.0 if step.name == "02_references" else self.max_skipped,
+        )
+        imatch.finish_embed(step, embeddings)
+        return step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> House:
+    """The whole chain, never interrupted. Nobody writes here."""
+    house = House(tmp_path_factory.mktemp("whole"))
+    write_photographs(house.photographs)
+    house.chain()
+    return house
+
+
+@pytest.fixture
+def house(whole, tmp_path) -> House:
+    """A copy of the whole chain and its photographs, times of change included."""
+    shutil.copytree(whole.root, tmp_path, dirs_exist_ok=True)
+    return House(tmp_path)
+
+
+@pytest.fixture
+def empty(whole, tmp_path) -> House:
+    """A copy of the photographs alone."""
+    shutil.copytree(whole.photographs, tmp_path / "photographs")
+    return House(tmp_path)
+
+
+# --- what is on disk --------------------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file below a folder: its bytes, without what may differ (duration; times of change of what was read)."""
+    found: dict[str, Any] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.name == "step.json":
+            found[name] = {**store.read_json(path), "seconds": None}
+        elif path.name == "seen.jsonl":
+            found[name] = [{**row, "stat": row["stat"][:1]} for row in store.read_rows(path)]
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    """Both folders hold the same files with the same bytes, and nothing that a kill left."""
+    here, there = content(folder), content(expected)
+    assert sorted(here) == sorted(there)
+    assert [name for name in here if here[name] != there[name]] == []
+
+
+def state(*folders: Path) -> dict[Path, tuple[int, int]]:
+    """Inode and time of change of every file below."""
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+_watched: list[str] | None = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watched is not None and event == "open":
+        _watched.append(str(arguments[0]))
+
+
+@contextmanager
+def opened(below: Path) -> Iterator[set[str]]:
+    """The files below a folder that this process opens in the block, as Python's own audit reports them."""
+    global _watched  # noqa: PLW0603  (an audit hook cannot be taken away again, only put to sleep)
+    if not hasattr(opened, "hooked"):
+        sys.addaudithook(_watch)
+        opened.hooked = True
+    names: set[str] = set()
+    _watched = []
+    try:
+        yield names
+    finally:
+        found, _watched = _watched, None
+        names.update(Path(name).relative_to(below).as_posix() for name in found if name.startswith(f"{below}{os.sep}"))
+
+
+# --- kill -9 at an exact place ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kill:
+    """The moment before the n-th audit event of a kind on a file whose name ends so: as late as can be.
+
+    "os.rename" is a file about to get its final name, "os.remove" one about to go.
+    """
+
+    event: str
+    ending: str
+    n: int = 1
+
+    def arm(self) -> None:
+        counter = itertools.count(1)
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event != self.event:
+                return
+            path = arguments[1] if event == "os.rename" else arguments[0]
+            if os.fsdecode(path).endswith(self.ending) and next(counter) == self.n:
+                os.killpg(0, signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+
+def _run_killed(jobs: str) -> None:
+    """In a process of its own: fork a process group for every job, which kills itself, all workers included."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: workers whose parent was killed are reaped here
+    codes = []
+    for job in json.loads(jobs):
+        if (pid := os.fork()) == 0:
+            os.setpgrp()
+            Kill(*job["kill"]).arm()
+            getattr(House(**{**job["house"], "root": Path(job["house"]["root"])}), job["verb"])()
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        while True:  # the last worker is gone before anybody looks at its files
+            try:
+                os.wait()
+            except ChildProcessError:
+                break
+    print(json.dumps(codes))
+
+
+def run_killed(*jobs: tuple[House, str, Kill]) -> None:
+    """Run the verbs in another process and let each be killed; all must have been."""
+    described = [
+        {
+            "house": {**house.__dict__, "root": str(house.root)},
+            "verb": verb,
+            "kill": list(kill.__dict__.values()),
+        }
+        for house, verb, kill in jobs
+    ]
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_resume as t; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "t._run_killed(sys.argv[1])", json.dumps(described)],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        timeout=120,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(jobs)
+
+
+def test_killed_embedding(whole, empty, capsys):
+    """Killed with five of twelve shards on disk, 01_embed computes the other seven and opens no other photograph."""
+    run_killed((empty.but(workers=2), "embed", Kill("os.rename", ".jsonl", 6)))
+    folder = empty.folder("01_embed")
+    there = sorted(path.stem for path in (folder / "local").glob("*.jsonl"))
+    assert there == [f"{shard:05d}" for shard in range(5)]
+    assert not (folder / "images.jsonl").exists()
+    assert not (folder / "metrics.json").exists()
+    before = {path: was for path, was in state(folder / "local").items() if path.name[:5] in there}
+
+    with opened(empty.photographs) as read:
+        empty.embed()
+    ids = imatch.Embeddings(folder).ids
+    assert read == {*ids[5 * SHARD :]}
+    assert f"5 of {PHOTOGRAPHS // SHARD} shards are there, 7 to compute" in capsys.readouterr().out
+    after = state(folder / "local")
+    arrays = [path for path in before if path.name.endswith((".npy")) and ".global." not in path.name]
+    assert len(arrays) == 2 * len(there)
+    assert all(after[path] == before[path] for path in arrays)
+    assert_same(folder, whole.folder("01_embed"))
+
+
+def test_killed_views(whole, empty):
+    """Killed with the rows of some photographs on disk, the first half of 02_references makes the other views."""
+    empty.embed()
+    run_killed((empty.but(workers=2), "views", Kill("os.rename", ".jsonl", 5)))
+    folder = empty.folder("views")
+    there = sorted((folder / "rows").glob("*.jsonl"))
+    assert 4 <= len(there) <= 8 < PHOTOGRAPHS  # two workers; the first to come to its fifth photograph ended both
+    assert list((folder / "rows").glob(".*.tmp"))  # which is no row
+    sources = {row["source"] for path in there for row in store.read_rows(path)}
+    made = [folder / row["id"] for path in there for row in store.read_rows(path)]
+    before = state(folder)
+
+    with opened(empty.photographs) as read:
+        step = empty.views()
+    assert read == {*imatch.Embeddings(empty.folder("01_embed")).ids} - sources
+    after = state(folder)
+    assert all(after[path] == before[path] for path in made)
+    assert len(made) == len(there) * len(ANGLES)
+    assert step.finished
+    assert_same(folder, whole.folder("views"))
+
+
+def test_killed_reference_tokens(whole, empty):
+    """Killed while it embeds the views, 02_references goes on there and leaves the views alone."""
+    empty.embed()
+    empty.views()
+    run_killed((empty.but(workers=2), "references", Kill("os.rename", ".jsonl", 9)))
+    folder, views = empty.folder("02_references"), empty.folder("views")
+    there = {path.stem for path in (folder / "local").glob("*.jsonl")}
+    assert len(there) == 8 < PHOTOGRAPHS * len(ANGLES) // SHARD
+    before = {path: was for path, was in state(folder / "local").items() if path.name[:5] in there}
+    made = state(views)
+
+    empty.references()
+    after = state(folder / "local")
+    kept = [path for path in before if path.name in {f"{shard}{end}" for shard in there for end in (".npy", ".xy.npy")}]
+    assert len(kept) == 2 * len(there)
+    assert all(after[path] == before[path] for path in kept)
+    assert state(views) == made
+    assert_same(folder, whole.folder("02_references"))
+
+
+EMBED_KILLS = [
+    Kill("os.rename", "/step.json"),
+    Kill("os.rename", "/00003.npy"),
+    Kill("os.rename", "/00003.global.npy"),
+    Kill("os.rename", "/00003.xy.npy"),
+    Kill("os.rename", "/00003.jsonl"),
+    Kill("os.rename", "/seen.jsonl"),
+    Kill("os.rename", "/global.npy"),
+    Kill("os.rename", "/skipped.jsonl"),
+    Kill("os.rename", "/images.jsonl"),
+    Kill("os.remove", "/00002.jsonl"),  # merged, and its parts half removed
+    Kill("os.remove", "/00002.global.npy"),
+    Kill("os.rename", "/step.json", 2),  # finishing: the fingerprint
+    Kill("os.rename", "/metrics.json"),
+]
+
+
+def test_killed_anywhere_in_embedding(tmp_path):
+    """Wherever 01_embed is killed, merging and finishing included, the same call again ends with the same bytes."""
+    write_photographs(tmp_path / "photographs", 8)
+    expected = House(tmp_path, "never")
+    expected.embed()
+    houses = [House(tmp_path, f"killed{i}") for i in range(len(EMBED_KILLS))]
+    run_killed(*((house, "embed", kill) for house, kill in zip(houses, EMBED_KILLS, strict=True)))
+    for house, kill in zip(houses, EMBED_KILLS, strict=True):
+        folder = house.folder("01_embed")
+        merged = kill in EMBED_KILLS[9:]
+        assert (folder / "images.jsonl").exists() == merged, kill
+        assert not (folder / "metrics.json").exists()
+        before = state(folder / "local")
+        house.embed()
+        if merged:
+            after = state(folder / "local")
+            assert {path: before[path] for path in after} == after, kill
+        assert_same(folder, expected.folder("01_embed"))
+
+
+REFERENCE_KILLS = [
+    Kill("os.rename", "_rot030_crop75.jpg", 4),
+    Kill("os.rename", "_mask.png", 4),
+    Kill("os.rename", "/00000003.jsonl"),
+    Kill("os.rename", "/references.jsonl"),
+    Kill("os.rename", "/metrics.json"),
+    Kill("os.remove", "00000002.jsonl"),  # finished, and its parts half removed
+]
+
+
+def test_killed_anywhere_in_views(tmp_path):
+    """Wherever the first half of 02_references is killed, it ends with the same files and no other."""
+    write_photographs(tmp_path / "photographs", 8)
+    expected = House(tmp_path, "never")
+    expected.embed()
+    houses = [House(tmp_path, f"killed{i}") for i in range(len(REFERENCE_KILLS))]
+    for house in houses:
+        shutil.copytree(expected.exports, house.exports)
+    expected.views()
+    run_killed(*((house, "views", kill) for house, kill in zip(houses, REFERENCE_KILLS, strict=True)))
+    for house, kill in zip(houses, REFERENCE_KILLS, strict=True):
+        folder = house.folder("views")
+        assert (folder / "metrics.json").exists() == (kill.event == "os.remove"), kill
+        house.views()
+        assert_same(folder, expected.folder("views"))
+
+
+def test_killed_index_and_matching(whole, house):
+    """03_index and 04_match, too, end with the same bytes; matched queries are not matched again."""
+    for step in ("03_index", "04_match"):
+        shutil.rmtree(house.folder(step))
+    run_killed((house, "index", Kill("os.rename", "/hits.npz")))
+    assert not house.index().folder.joinpath(".hits.npz").exists()
+    assert_same(house.folder("03_index"), whole.folder("03_index"))
+
+    run_killed((house.but(workers=2), "match", Kill("os.rename", "/pairs.jsonl", 6)))
+    pairs = house.folder("04_match") / "pairs"
+    done = [path.parent for path in pairs.rglob("pairs.jsonl")]
+    assert 5 <= len(done) <= 10 < PHOTOGRAPHS * len(ANGLES)
+    before = state(*done)
+    house.match()
+    assert {path: was for path, was in state(*done).items() if path.suffix != ".tmp"} == before
+    assert_same(house.folder("04_match"), whole.folder("04_match"))
+
+
+def test_killed_while_changed_photographs_are_recomputed(tmp_path):
+    """Killed anywhere between taking a finished step apart and finishing it again, it ends as a fresh run."""
+    write_photographs(tmp_path / "photographs", 8)
+    kills = [
+        Kill("os.remove", "/metrics.json"),
+        Kill("os.rename", "/00000.global.npy"),
+        Kill("os.rename", "/00002.jsonl"),
+        Kill("os.remove", "/images.jsonl"),
+        Kill("os.remove", "/00003.jsonl"),
+        Kill("os.remove", "/00003.npy"),
+        Kill("os.rename", "/00003.npy"),
+        Kill("os.rename", "/global.npy"),
+        Kill("os.rename", "/images.jsonl"),
+        Kill("os.rename", "/metrics.json"),
+    ]
+    houses = [House(tmp_path, f"killed{i}", on_change="recompute") for i in range(len(kills))]
+    old = House(tmp_path, "old")
+    old.embed()
+    for house in houses:
+        shutil.copytree(old.exports, house.exports)
+    picture(99).save(tmp_path / "photographs/flight 2/07.png")
+    fresh = House(tmp_path, "fresh")
+    fresh.embed()
+    run_killed(*((house, "embed", kill) for house, kill in zip(houses, kills, strict=True)))
+    for house in houses:
+        assert (house.folder("01_embed") / "metrics.json").exists() == (house is houses[0])
+        house.embed()
+        assert_same(house.folder("01_embed"), fresh.folder("01_embed"))
+
+
+@pytest.mark.parametrize("keypoints", [KEYPOINTS, 60])
+def test_killed_while_another_configuration_is_removed(keypoints, tmp_path):
+    """Killed half through removing the old results, neither the old nor the new parameters reuse what is left."""
+    write_photographs(tmp_path / "photographs", 8)
+    fresh = House(tmp_path, "fresh", keypoints=keypoints)
+    fresh.embed()
+    house = House(tmp_path, on_change="recompute")
+    house.embed()
+    kills = [Kill("os.remove", ".npy", 3), Kill("os.remove", "step.json"), Kill("os.remove", "metrics.json")]
+    houses = [house.but(name=f"killed{i}", keypoints=60) for i in range(len(kills))]
+    for one in houses:
+        shutil.copytree(house.exports, one.exports)
+    run_killed(*((one, "embed", kill) for one, kill in zip(houses, kills, strict=True)))
+    for one in houses:
+        folder = one.but(keypoints=keypoints).embed().folder
+        assert_same(folder, fresh.folder("01_embed"))
+
+
+@pytest.mark.parametrize("torn", [1, 30, 0], ids=["newline", "half a line", "whole lines"])
+def test_torn_line_of_seen(torn, whole, empty):
+    """A line that a kill left half written costs one look at that photograph, and no more."""
+    run_killed((empty, "embed", Kill("os.rename", "/00005.jsonl")))
+    path = empty.folder("01_embed") / "seen.jsonl"
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - torn)
+    known = {row["id"] for row in map(_json, path.read_bytes().split(b"\n")) if row}
+    with opened(empty.photographs) as read:
+        empty.embed()
+    assert len(known) == 5 * SHARD - (torn == 30)
+    assert read == {*imatch.Embeddings(empty.folder("01_embed")).ids} - known
+    assert_same(empty.folder("01_embed"), whole.folder("01_embed"))
+
+
+def _json(line: bytes) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+# --- the same again ---------------------------------------------------------------------------------------
+
+
+def test_again_reuses_everything(house):
+    """The same four notebooks again change no file, and open neither a photograph nor a reference."""
+    before = state(house.exports)
+    with opened(house.root) as read:
+        house.chain()
+    assert state(house.exports) == before
+    assert [name for name in read if Path(name).suffix in (".jpg", ".png", ".ppm")] == []
+    with opened(house.photographs) as read:  # the watch does see what is opened
+        house.but(name="other").embed()
+    assert len(read) == PHOTOGRAPHS
+
+
+def test_moved_as_a_whole_reuses(house, tmp_path_factory):
+    """Exports and photographs moved together are reused, down to the last downstream step."""
+    moved = House(tmp_path_factory.mktemp("moved") / "here")
+    shutil.move(house.root, moved.root)
+    before = state(moved.exports)
+    moved.chain()
+    assert state(moved.exports) == before
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(2, 8), (0, 1), (2, 3)])
+def test_workers_and_batches_change_no_byte(workers, batch_size, whole, empty):
+    house = empty.but(workers=workers, batch_size=batch_size)
+    house.chain()
+    assert_same(house.exports, whole.exports)
+
+
+# --- another parameter ------------------------------------------------------------------------------------
+
+
+def test_changed_option_of_the_backbone(house, whole):
+    """It is refused with what differs and nothing is touched; recomputed, everything that depends on it refuses,
+    and the views, which do not, are reused."""
+    before = state(house.exports)
+    changed = house.but(keypoints=100)
+    with pytest.raises(StepError, match=rf"max_keypoints: {KEYPOINTS} -> 100\n.*Nothing was touched") as refused:
+        changed.embed()
+    assert "on_change recompute" in str(refused.value)
+    assert state(house.exports) == before
+
+    anew = changed.but(on_change="recompute")
+    anew.embed()
+    fresh = changed.but(name="fresh")
+    fresh.embed()
+    assert_same(anew.folder("01_embed"), fresh.folder("01_embed"))
+
+    changed.views()
+    with pytest.raises(StepError, match=r"(?s)02_references.*upstream\.embed"):
+        changed.references()
+    with pytest.raises(StepError, match="run 02_references again"):
+        changed.index()
+    downstream = state(*(house.folder(step) for step in ("views", "02_references", "03_index", "04_match")))
+    assert {path: before[path] for path in downstream} == downstream
+
+    views = state(house.folder("views"))
+    anew.references()
+    assert state(house.folder("views")) == views
+    with pytest.raises(StepError, match=r"(?s)03_index.*upstream\.gallery.*upstream\.query"):
+        changed.index()
+    anew.index()
+    with pytest.raises(StepError, match=r"(?s)04_match.*upstream\.index"):
+        changed.match()
+    anew.match()
+    fresh.chain()
+    assert_same(anew.exports, fresh.exports)
+
+
+def test_changed_k(house):
+    """What lies above 03_index is reused, 03_index itself and 04_match refuse, each by what differs."""
+    before = state(house.exports)
+    changed = house.but(k=3)
+    changed.embed()
+    changed.references()
+    with pytest.raises(StepError, match=rf"k: {K} -> 3"):
+        changed.index()
+    assert state(house.exports) == before
+
+    changed.but(on_change="recompute").index()
+    with pytest.raises(StepError, match=r"(?s)04_match.*upstream\.index"):
+        changed.match()
+    after = state(*(house.folder(step) for step in ("01_embed", "views", "02_references", "04_match")))
+    assert {path: before[path] for path in after} == after
+    fresh = house.but(name="fresh", k=3)
+    fresh.chain()
+    assert_same(house.folder("03_index"), fresh.folder("03_index"))
+    house.but(on_change="recompute", k=3).match()
+    assert_same(house.folder("04_match"), fresh.folder("04_match"))
+
+
+# --- other photographs ------------------------------------------------------------------------------------
+
+
+def change(root: Path, id: str) -> None:
+    was = (root / id).stat()
+    picture(77).save(root / id)
+    os.utime(root / id, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+
+
+def change_pixels_only(root: Path, id: str) -> None:
+    """Other bytes of the same number, and the time of change one nanosecond later."""
+    was = (root / id).stat()
+    data = bytearray((root / id).read_bytes())
+    data[-9000:-4500] = data[-4500:]
+    (root / id).write_bytes(data)
+    os.utime(root / id, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+    assert (root / id).stat().st_size == was.st_size
+
+
+def add(root: Path, id: str) -> None:
+    picture(78).save(root / id)
+
+
+def remove(root: Path, id: str) -> None:
+    (root / id).unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "id", "said", "kept"),
+    [
+        (change, "flight 2/15.jpg", "changed", {*range(12)} - {7}),
+        (change_pixels_only, "flight 1/08.ppm", "changed", {*range(12)} - {4}),
+        (add, "flight 2/zz.png", "new", {*range(12)}),
+        (add, "flight 1/zz.png", "new", {*range(6)}),
+        (remove, "flight 2/23.ppm", "gone", {*range(11)}),
+        (remove, "flight 1/06.jpg", "gone", {0, 1, 2}),
+    ],
+    ids=["changed", "changed, same size", "added", "added in the middle", "removed", "removed in the middle"],
+)
+def test_other_photographs(what, id, said, kept, house):
+    """The run names the photograph and touches nothing; recomputing renews its shard (and those that shift)."""
+    what(house.photographs, id)
+    folder = house.folder("01_embed")
+    before = state(house.exports)
+    with pytest.raises(StepError, match=rf"(?s)photographs in .* are not those.*\n  {said}: {id}\n.*Nothing was"):
+        house.embed()
+    assert state(house.exports) == before
+
+    with opened(house.photographs) as read:
+        house.but(on_change="recompute").embed()
+    ids = imatch.Embeddings(folder).ids
+    recomputed = {i for i in range(len(ids)) if i // SHARD not in kept}
+    assert read == {ids[i] for i in recomputed}
+    after = state(folder / "local")
+    same = {int(path.name[:5]) for path in after if before.get(path) == after[path]}
+    assert same == kept
+    fresh = house.but(name="fresh")
+    fresh.embed()
+    assert_same(folder, fresh.folder("01_embed"))
+
+
+def test_touched_photographs_are_reused(house):
+    """Another time of change and the same bytes: hashed once, and everything is reused."""
+    for path in house.photographs.rglob("*.png"):
+        os.utime(path)
+    before = state(house.exports)
+    house.chain()
+    after = state(house.exports)
+    assert [path.name for path in after if after[path] != before[path]] == ["seen.jsonl"]
+    with opened(house.photographs) as read:
+        house.embed()
+    assert not read
+
+
+def test_references_refuse_a_photograph_changed_since_it_was_embedded(whole, empty):
+    """02_references does not mix old vectors with new views; with the photograph put back it goes on."""
+    empty.embed()
+    path = empty.photographs / "flight 2/15.jpg"
+    data, was = path.read_bytes(), path.stat()
+    change(empty.photographs, "flight 2/15.jpg")
+    with pytest.raises(ImatchError, match=r"flight 2/15.jpg has changed since it was embedded\nrun 01_embed again"):
+        empty.views()
+    assert not (empty.folder("views") / "metrics.json").exists()
+    made = state(empty.folder("views") / "references_photographs")
+
+    path.write_bytes(data)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    empty.views()
+    after = state(empty.folder("views"))
+    assert {made_path: after[made_path] for made_path in made} == made
+    assert_same(empty.folder("views"), whole.folder("views"))
+
+
+def test_a_changed_photograph_reaches_every_step(house):
+    """Once 01_embed was computed again, the views, their tokens, the index and the matches refuse and follow."""
+    change(house.photographs, "flight 1/00.jpg")
+    anew = house.but(on_change="recompute")
+    anew.embed()
+    with pytest.raises(StepError, match=r"02_references(?s:.*)upstream\.photographs"):
+        house.views()
+    anew.views()
+    with pytest.raises(StepError, match=r"upstream\.embed(?s:.*)upstream\.views"):
+        house.references()
+    anew.references()
+    with pytest.raises(StepError, match=r"03_index"):
+        house.index()
+    anew.index()
+    with pytest.raises(StepError, match=r"04_match"):
+        house.match()
+    anew.but(workers=2).match()
+    fresh = house.but(name="fresh")
+    fresh.chain()
+    assert_same(house.exports, fresh.exports)
+
+
+def test_a_changed_view_is_refused(house):
+    """A reference that somebody edited is no longer what its matrix says."""
+    row = store.read_rows(house.folder("views") / "references.jsonl")[0]
+    change(house.folder("views"), row["id"])
+    before = state(house.exports)
+    with pytest.raises(StepError, match=f"changed: {row['id']}"):
+        house.references()
+    assert state(house.exports) == before
+
+
+def test_photographs_removed_after_a_kill(tmp_path):
+    """A shard that a killed run had begun, and that no photograph belongs to any more, leaves nothing."""
+    write_photographs(tmp_path / "photographs", 8)
+    house = House(tmp_path)
+    run_killed((house, "embed", Kill("os.rename", "/00003.jsonl")))
+    assert (house.folder("01_embed") / "local" / "00003.npy").exists()
+    for id in ("flight 2/06.jpg", "flight 2/07.png"):
+        remove(house.photographs, id)
+    house.embed()
+    fresh = house.but(name="fresh")
+    fresh.embed()
+    assert_same(house.folder("01_embed"), fresh.folder("01_embed"))
+
+
+# --- photographs that cannot be used ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_bad(tmp_path) -> House:
+    """Eight photographs: one cut short, one without texture, one that is empty."""
+    root = write_photographs(tmp_path / "photographs", 8)
+    path = root / "flight 1/00.jpg"
+    path.write_bytes(path.read_bytes()[:2000])
+    Image.new("RGB", (200, 160), "grey").save(root / "flight 1/03.jpg")
+    (root / "flight 2/05.ppm").write_bytes(b"")
+    return House(tmp_path, max_skipped=0.5)
+
+
+def test_skipped_photographs_resume(some_bad):
+    """Skipped photographs are remembered like the others: the same bytes after a kill, nothing read again."""
+    whole = some_bad.but(name="whole")
+    with pytest.warns(ImatchWarning, match="3 of 8 photographs were skipped"):
+        whole.embed()
+    run_killed((some_bad, "embed", Kill("os.rename", "/00002.jsonl")))
+    with pytest.warns(ImatchWarning, match="3 of 8"):
+        some_bad.embed()
+    assert_same(some_bad.folder("01_embed"), whole.folder("01_embed"))
+    before = state(some_bad.exports)
+    with opened(some_bad.photographs) as read, pytest.warns(ImatchWarning, match="3 of 8"):
+        some_bad.embed()
+    assert not read
+    assert state(some_bad.exports) == before
+
+
+def test_too_many_bad_photographs_are_too_many_again(some_bad):
+    """What a run that stopped by itself had finished counts when it is started again."""
+    strict = some_bad.but(max_skipped=0.25)
+    for _ in range(3):
+        with pytest.raises(ImatchError, match="3 of 8 photographs cannot be used, more than max_skipped = 25%"):
+            strict.embed()
+    with pytest.raises(PhotographError, match="on_error is stop"):
+        some_bad.but(on_error="stop").embed()
+    with pytest.warns(ImatchWarning, match="3 of 8"):
+        some_bad.embed()
+
+
+def test_a_repaired_photograph_is_taken_in(some_bad):
+    """Mended, it is a changed photograph: named, and with on_change="recompute" no longer skipped."""
+    with pytest.warns(ImatchWarning, match="3 of 8"):
+        some_bad.embed()
+    picture(5).save(some_bad.photographs / "flight 2/05.ppm")
+    with pytest.raises(StepError, match=r"changed: flight 2/05.ppm"):
+        some_bad.embed()
+    with pytest.warns(ImatchWarning, match="2 of 8"):
+        some_bad.but(on_change="recompute").embed()
+    fresh = some_bad.but(name="fresh")
+    with pytest.warns(ImatchWarning, match="2 of 8"):
+        fresh.embed()
+    assert_same(some_bad.folder("01_embed"), fresh.folder("01_embed"))

@@ -1,0 +1,297 @@
+"""From a folder to matches through the library's verbs: directions, exclusions, names, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+import imatch
+from imatch import runs, steps, store
+from imatch.records import ImatchError, StepError
+
+
+def embedded(photographs, exports, weight="sift", resize=None, **given):
+    options = {"run": "r", "backbone_options": {}, "shard_size": 3, "tag": "", "on_change": "refuse", **given}
+    step = imatch.start_embed(
+        str(photographs), exports=str(exports), weight=weight, resize=resize or imatch.Resize(), **options
+    )
+    imatch.finish_embed(step, imatch.embed(step, workers=0))
+    return step
+
+
+def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,)):
+    views = imatch.start_references(
+        str(step.folder), kind=kind, angles=angles, crops=crops, quality=95, tag="", on_change="refuse"
+    )
+    imatch.make_references(views, workers=0)
+    tokens = imatch.start_reference_tokens(views)
+    imatch.finish_embed(tokens, imatch.embed(tokens, workers=0))
+    return views, tokens
+
+
+def searched(data, references, direction, k=5, exclude_siblings=False):
+    step = imatch.start_index(
+        str(data.folder),
+        str(references.folder) if references else "",
+        direction=direction,
+        index="flat",
+        k=k,
+        exclude_siblings=exclude_siblings,
+        tag=f"k{k}s{int(exclude_siblings)}",
+        on_change="refuse",
+    )
+    query, gallery = imatch.query_and_gallery(step)
+    index = imatch.build_index(step, gallery)
+    twins = imatch.self_check(index, gallery)
+    hits = imatch.search(step, index, query, gallery)
+    step.finish(imatch.index_metrics(step, query, gallery, hits, twins))
+    return step, query, gallery, hits
+
+
+def matched(index, **given):
+    options = {
+        "candidates": 2,
+        "matcher": "mutual",
+        "matcher_options": {},
+        "model": "homography",
+        "threshold": 0.0,
+        "confidence": 0.9999,
+        "iterations": 1000,
+        "min_inliers": 8,
+        "min_share": 0.0,
+        "outputs": ["json", "npy", "png"],
+        "tag": "",
+        "on_change": "refuse",
+        **given,
+    }
+    step = imatch.start_match(str(index.folder), **options)
+    pairs = imatch.match(step, workers=0)
+    return step, pairs, imatch.finish_match(step, pairs)
+
+
+@pytest.fixture(scope="module")
+def house(few_photographs, tmp_path_factory):
+    data = embedded(few_photographs, tmp_path_factory.mktemp("exports"))
+    return data, *referenced(data)
+
+
+def test_references_are_named_and_placed_as_older_exports_were(house):
+    _, views, _ = house
+    ids = [row["id"] for row in store.read_rows(views.folder / "references.jsonl")]
+    assert ids == [
+        f"references_few/{name}_rot{angle}_crop100.jpg"
+        for name in ("Rfew/a", "Rfew/b", "Rfew/c", "Rflight 1/d")
+        for angle in ("000", "090")
+    ]
+    assert all((views.folder / id).is_file() for id in ids)
+
+
+def test_names_that_would_collide_keep_their_suffix():
+    names = steps._reference_names(["a.jpg", "a.png", "b.jpg", "few/B.png"], "few")
+    assert len({name.lower() for name in names.values()}) == 4
+    with pytest.raises(ImatchError, match="same names"):
+        steps._reference_names(["a.jpg", "few/a.jpg"], "few")
+
+
+def test_reference_tokens_come_from_the_backbone_of_01(house):
+    data, _, tokens = house
+    assert tokens.parameters == data.parameters
+    assert tokens.upstream["embed"] == runs.read(data.folder).fingerprint
+
+
+def test_empty_corners_have_a_mask(house):
+    from PIL import Image
+
+    data, _, _ = house
+    views, _ = referenced(data, kind="legacy", angles=(45,))
+    rows = store.read_rows(views.folder / "references.jsonl")
+    assert all(row["covered"] < 1 for row in rows)
+    for row in rows:
+        mask = np.asarray(Image.open(views.folder / row["mask"]))
+        assert mask.shape == tuple(row["size"])
+        assert mask.mean() == pytest.approx(row["covered"])
+
+
+def test_reference_data_finds_every_source(house):
+    data, _, references = house
+    step, query, _, hits = searched(data, references, "reference-data")
+    assert len(query) == 8
+    assert step.metrics["hit_at_1"] == 1.0
+    assert np.isneginf(hits.scores[:, 4]).all()  # five neighbours of four photographs
+    record = json.loads((step.folder / "queries" / "references_few__Rfew__a_rot000_crop100.jpg.json").read_text())
+    assert record["hits"][0]["id"] == "a.png"
+    assert len(record["hits"]) == 4
+    assert len((step.folder / "hits.csv").read_text().splitlines()) == 1 + 8 * 4
+
+
+def test_data_reference_finds_its_references(house):
+    data, _, references = house
+    step, query, gallery, hits = searched(data, references, "data-reference", k=2)
+    assert step.metrics["hit_at_1"] == 1.0
+    assert {gallery.sources[row] for row in hits.rows[0]} == {query.ids[0]}
+
+
+def test_items_do_not_find_themselves(house):
+    data, _, references = house
+    for direction in ("data-data", "reference-reference"):
+        step, query, _, hits = searched(data, references, direction)
+        assert not (hits.rows == np.arange(len(query))[:, None]).any()
+        assert step.metrics["without_answer"] == (4 if direction == "data-data" else 0)
+
+
+def test_siblings_can_be_left_out(house):
+    data, _, references = house
+    step, query, gallery, hits = searched(data, references, "reference-reference", k=7, exclude_siblings=True)
+    for q in range(len(query)):
+        found = [row for row in hits.rows[q] if row >= 0]
+        assert len(found) == 6
+        assert query.sources[q] not in {gallery.sources[row] for row in found}
+    assert step.metrics["hit_at_1"] is None
+    assert step.metrics["without_answer"] == 8
+
+
+def test_one_photograph_has_no_neighbour(tmp_path, few_photographs):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.png").write_bytes((few_photographs / "a.png").read_bytes())
+    data = embedded(tmp_path / "one", tmp_path / "exports")
+    step, _, _, hits = searched(data, None, "data-data")
+    assert (hits.rows == -1).all()
+    _, pairs, metrics = matched(step)
+    assert pairs == []
+    assert metrics["hit_at_1"] is None
+
+
+def test_references_of_another_embedding_are_refused(house, tmp_path, few_photographs):
+    _, _, references = house
+    other = embedded(few_photographs, tmp_path, weight="dsift")
+    with pytest.raises(StepError, match="was not made from"):
+        searched(other, references, "reference-data")
+
+
+def test_an_index_that_does_not_belong_is_caught(house):
+    data, _, references = house
+    step, _, gallery, _ = searched(data, references, "data-data")
+    index = imatch.build_index(step, gallery)
+    index.build(np.asarray(gallery.vectors)[::-1])
+    with pytest.raises(StepError, match="the index answers"):
+        imatch.self_check(index, gallery)
+
+
+def test_matches_agree_with_the_truth(house):
+    data, _, references = house
+    index, *_ = searched(data, references, "reference-data")
+    step, pairs, metrics = matched(index)
+    assert metrics["reranked_hit_at_1"] == 1.0
+    assert metrics["true_corner_error_median"] < 0.5
+    for row in pairs:
+        if row["right"]:
+            assert row["verified"], row["reason"]
+            assert row["rotation"] == pytest.approx(-row["angle"], abs=1)
+            assert row["scale"] == pytest.approx(1, abs=0.02)
+        folder = step.folder / "pairs" / steps.flat_name(row["query"])
+        assert json.loads((folder / f"{row['rank']:02d}.json").read_text()) == row
+        table = np.load(folder / f"{row['rank']:02d}.npy")
+        assert table["inlier"].sum() == row["inliers"]
+        assert (np.diff(table["similarity"]) <= 0).all()
+
+
+def test_the_own_source_is_matched_though_it_was_not_retrieved(house):
+    data, _, references = house
+    index, query, gallery, hits = searched(data, references, "reference-data", k=1)
+    wrong = (hits.rows + 1) % len(gallery)  # an index that misses everything
+    with store.atomic(index.folder / "hits.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, rows=wrong, scores=hits.scores)
+    _, pairs, metrics = matched(index, candidates=1, outputs=["npy"], tag="wrong")
+    own = [row for row in pairs if not row["retrieved"]]
+    assert len(own) == len(query)
+    assert all(row["right"] and row["rank"] is None for row in own)
+    assert metrics["hit_at_1"] == metrics["reranked_hit_at_1"] == 0.0
+    assert metrics["true_within_8px"] == 1.0
+
+
+def test_pairs_of_two_references_know_their_truth(house):
+    data, _, references = house
+    index, *_ = searched(data, references, "reference-reference", k=1)
+    _, pairs, _ = matched(index, candidates=1, model="similarity", tag="rr")
+    assert all(row["right"] and row["corner_error"] < 1 for row in pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"candidates": 0}, "at least 1"),
+        ({"matcher": "mutal"}, "did you mean 'mutual'"),
+        ({"matcher_options": {"min_similarty": 0.5}}, "did you mean 'min_similarity'"),
+        ({"model": "rigid"}, "is not known"),
+        ({"outputs": ["jpg"]}, "unknown output"),
+        ({"confidence": 2.0}, "between 0 and 1"),
+        ({"tag": "a/b"}, "part of a folder's name"),
+    ],
+    ids=str,
+)
+def test_match_refuses_wrong_requests_before_anything_runs(house, given, message):
+    data, _, references = house
+    index, *_ = searched(data, references, "reference-data")
+    with pytest.raises(ImatchError, match=message):
+        matched(index, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "legcy"}, "did you mean 'legacy'"),
+        ({"crops": (1.5,)}, "above 0 and up to 1"),
+        ({"angles": ()}, "at least one"),
+    ],
+    ids=str,
+)
+def test_references_refuse_wrong_requests(house, given, message):
+    with pytest.raises(ImatchError, match=message):
+        referenced(house[0], **given)
+
+
+def test_index_refuses_wrong_requests(house):
+    data, _, references = house
+    with pytest.raises(ImatchError, match="did you mean 'reference-data'"):
+        searched(data, references, "references-data")
+    with pytest.raises(ImatchError, match="needs references"):
+        searched(data, None, "reference-data")
+    with pytest.raises(ImatchError, match="at least 1"):
+        searched(data, references, "data-data", k=0)
+    with pytest.raises(StepError, match="no step at"):
+        runs.read(data.folder.parent)
+
+
+def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photographs):
+    step = embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize("long_side", long_side=128))
+    embeddings = imatch.Embeddings(step.folder)
+    assert [tuple(row["grid"]) for row in embeddings.rows] == [(6, 8), (8, 6), (8, 8), (6, 8)]
+    tokens = embeddings.tokens(3)
+    assert tokens.as_grid().shape == (6, 8, 128)
+    h, w = embeddings.rows[3]["size"]
+    assert tokens.xy.min(axis=0).tolist() == pytest.approx([w / 16 - 0.5, h / 12 - 0.5])
+    assert not list((step.folder / "local").glob("*.xy.npy"))  # the grid says it
+    with pytest.raises(ImatchError, match="use 112 or 128"):
+        embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize("long_side", long_side=120))
+
+
+def test_browser_redraws(house):
+    data, _, references = house
+    index, *_ = searched(data, references, "reference-data")
+    step, pairs, _ = matched(index)
+    box = imatch.browse(step)
+    (query, rank), (threshold, inliers) = (row.children for row in box.children[:2])
+    picture, text = box.children[2:]
+    first = bytes(picture.value)
+    assert first.startswith(b"\x89PNG")
+    threshold.value = 0.999
+    stricter = bytes(picture.value)
+    assert stricter != first
+    rank.index = 1
+    assert bytes(picture.value) != stricter
+    threshold.value = 0.0
+    inliers.value = False
+    assert f"of {rank.value['matches']} correspondences shown" in text.value
+    assert text.value.startswith(f"{rank.value['matches']} of")
+    query.value = pairs[-1]["query"]
+    assert rank.value["query"] == pairs[-1]["query"]

@@ -66,8 +66,8 @@ def hit_at_k(right: np.ndarray, k: int, has_answer: np.ndarray | None = None) ->
 
 
 def best_pairs(pairs: Iterable[Row]) -> list[Row]:
-    """Of each query's retrieved pairs, the one that re-ranking puts first: verified before not, more inliers
-    before fewer, then the better score.
+    """Of each query's retrieved pairs, the one that re-ranking puts first: verified pairs by their inliers, then
+    the others as retrieval ranked them (inliers that do not verify are chance).
 
     >>> rows = [dict(query="q", rank=r, verified=r == 1, inliers=9 * r, score=-r, retrieved=True) for r in range(2)]
     >>> [row["rank"] for row in best_pairs(rows)]
@@ -81,7 +81,7 @@ def best_pairs(pairs: Iterable[Row]) -> list[Row]:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return (not row["verified"], -row["inliers"], row["rank"])
+    return (not row["verified"], -row["inliers"] if row["verified"] else 0, row["rank"])
 
 
 def match_metrics(pairs: Sequence[Row]) -> dict[str, Any]:

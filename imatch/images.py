@@ -146,7 +146,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def check_header(path: Path) -> tuple[int, int]:
-    """The upright (h, w) of a photograph, from its header alone.
+    """The (h, w) of a photograph as it lies in the file, not yet upright, from its header alone.
 
     Raises:
         PhotographError: the file cannot be opened, is empty, is no photograph or is too large to decode.
@@ -154,8 +154,8 @@ def check_header(path: Path) -> tuple[int, int]:
     with _reasons():
         if path.stat().st_size == 0:
             raise PhotographError("empty file")
-        with Image.open(path) as image:
-            return _size(image, _turn(image))
+        with Image.open(path) as image:  # no EXIF: in a PNG it can lie behind the pixels, which would all be read
+            return image.size[::-1]
 
 
 def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
@@ -178,8 +178,9 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
         if not data:
             raise PhotographError("empty file")
         with Image.open(io.BytesIO(data)) as image:
-            exif, turn = _exif(image), _turn(image)
-            size = _size(image, turn)
+            exif = _exif(image)
+            turn = _turn(image, exif)
+            size = image.size if _sideways(turn) else image.size[::-1]
             target = resize.target(size, patch) if resize else size
             pixels = _resized(image, target[::-1] if _sideways(turn) else target)
             if turn in UPRIGHT:
@@ -212,25 +213,22 @@ def _reasons() -> Iterator[None]:
 
 def _exif(image: Image.Image) -> Image.Exif:
     """The EXIF of a photograph; nothing when it is broken, for the pixels are good all the same."""
+    if image.format == "PNG":
+        image.load()  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
     try:
         return image.getexif()
     except Exception:  # like decoders, it raises what it likes on broken bytes
         return Image.Exif()
 
 
-def _turn(image: Image.Image) -> int:
+def _turn(image: Image.Image, exif: Image.Exif) -> int:
     """The EXIF orientation that is left to apply: Pillow turns TIFFs itself, and has their upright size at once."""
-    turn = 1 if image.format == "TIFF" else _exif(image).get(ExifTags.Base.Orientation, 1)
+    turn = 1 if image.format == "TIFF" else exif.get(ExifTags.Base.Orientation, 1)
     return turn if turn in UPRIGHT else 1
 
 
 def _sideways(turn: int) -> bool:
     return turn >= 5
-
-
-def _size(image: Image.Image, turn: int) -> tuple[int, int]:
-    w, h = image.size
-    return (w, h) if _sideways(turn) else (h, w)
 
 
 def _resized(image: Image.Image, target: tuple[int, int]) -> Image.Image:

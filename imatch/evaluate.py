@@ -11,13 +11,13 @@ import numpy as np
 Row = Mapping[str, Any]
 
 
-def right_answers(rows: np.ndarray, query_sources: Sequence[str], gallery_sources: Sequence[str]) -> np.ndarray:
+def right_answers(rows: np.ndarray, query_shows: Sequence[str], gallery_shows: Sequence[str]) -> np.ndarray:
     """Which hits show the photograph that the query shows.
 
     Args:
         rows: (Q, k) int, rows in the gallery, -1 for none.
-        query_sources: Q ids of what the queries were made from (themselves for photographs).
-        gallery_sources: N of the same for the gallery.
+        query_shows: Q names of what the queries show, such as `Embeddings.shows`.
+        gallery_shows: N of the same for the gallery.
 
     Returns:
         (Q, k) bool.
@@ -25,12 +25,12 @@ def right_answers(rows: np.ndarray, query_sources: Sequence[str], gallery_source
     >>> right_answers(np.array([[1, 0], [1, -1]]), ["a", "b"], ["a", "b"]).tolist()
     [[False, True], [True, False]]
     """
-    wanted = np.asarray(query_sources, object)[:, None]
-    return (np.append(np.asarray(gallery_sources, object), None)[rows] == wanted) & (rows >= 0)
+    wanted = np.asarray(query_shows, object)[:, None]
+    return (np.append(np.asarray(gallery_shows, object), None)[rows] == wanted) & (rows >= 0)
 
 
 def answerable(
-    query_sources: Sequence[str], gallery_sources: Sequence[str], excludes_self: bool, excludes_siblings: bool
+    query_shows: Sequence[str], gallery_shows: Sequence[str], excludes_self: bool, excludes_siblings: bool
 ) -> np.ndarray:
     """Which queries have a right answer in the gallery at all: (Q,) bool.
 
@@ -38,11 +38,11 @@ def answerable(
     [True, True, False]
     """
     count: dict[str, int] = {}
-    for source in gallery_sources:
+    for source in gallery_shows:
         count[source] = count.get(source, 0) + 1
     if excludes_siblings:
-        return np.zeros(len(query_sources), bool)
-    return np.array([count.get(source, 0) > int(excludes_self) for source in query_sources], bool)
+        return np.zeros(len(query_shows), bool)
+    return np.array([count.get(source, 0) > int(excludes_self) for source in query_shows], bool)
 
 
 def hit_at_k(right: np.ndarray, k: int, has_answer: np.ndarray | None = None) -> float | None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -121,7 +122,7 @@ def start(
             if before.links != step.links:  # the same inputs, moved
                 record = store.read_json(folder / "step.json")
                 store.write_json(folder / "step.json", {**record, "links": step.links})
-            print(f"{name}: {'finished before, reused' if step.finished else 'going on'} at {folder}")
+            print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
         refuse_or_say(step, f"{folder} was made differently", differences)
         shutil.rmtree(folder)
@@ -213,7 +214,9 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
         collate_fn=_same,
         worker_init_fn=_one_thread if workers else None,
     )
-    for result in tqdm(loader, what, len(items), file=output(), mininterval=1, ncols=88):
+    with _without_threads(workers):
+        results = iter(loader)
+    for result in tqdm(results, what, len(items), file=output(), mininterval=1, ncols=88):
         if isinstance(result, _Raised):
             raise result.error
         yield result
@@ -246,6 +249,22 @@ class _Raised:
 
 def _same(value: Any) -> Any:
     return value
+
+
+@contextmanager
+def _without_threads(workers: int) -> Iterator[None]:
+    """End OpenCV's threads for the block that starts workers: a forked one would wait for ever to end them itself."""
+    if not workers:
+        yield
+        return
+    import cv2
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _one_thread(_: int) -> None:

@@ -137,8 +137,8 @@ def embed(
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     root = step.linked("photographs")
-    sources = {row["id"]: row["source"] for row in _views(step)}
-    ids = sorted(sources) or images.list_photographs(root)
+    made_from = {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in _views(step)}
+    ids = sorted(made_from) or images.list_photographs(root)
     if not ids:
         raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
     seen = _Seen(step.folder / "seen.jsonl", root)
@@ -158,7 +158,7 @@ def embed(
     with ThreadPoolExecutor(1) as writer:
         pending: Future[None] | None = None
         for shard in todo:
-            rows, tokens = _embed_shard(plan[shard], seen, decoded, backbone, batch_size, bad, sources)
+            rows, tokens = _embed_shard(plan[shard], seen, decoded, backbone, batch_size, bad, made_from)
             if pending:
                 pending.result()
             pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
@@ -203,7 +203,7 @@ def _embed_shard(
     backbone: Backbone,
     batch_size: int,
     bad: _Bad,
-    sources: Mapping[str, str],
+    made_from: Mapping[str, Row],
 ) -> tuple[list[Row], list[Tokens]]:
     """One shard's rows and tokens. Batches never reach over a shard, so it comes out the same on every run."""
     rows: dict[str, Row] = {}
@@ -238,7 +238,7 @@ def _embed_shard(
             "size": photograph.size,
             "sha256": photograph.sha256,
             "position": photograph.position,
-            **({"source": sources[id]} if sources else {}),
+            **made_from.get(id, {}),
         }
         batch = shapes.setdefault(photograph.pixels.shape, [])
         batch.append((id, photograph))
@@ -443,7 +443,7 @@ def make_references(step: Step, *, workers: int = -1) -> list[Row]:
     when a corner is empty, and a row of references.jsonl.
 
     Returns:
-        The rows, sorted by id: id, source, kind, angle (degrees), crop, size and source_size (h, w), matrix
+        The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w), matrix
         (3 x 3, photograph -> view), scale, covered (share of its pixels that show the photograph), mask.
 
     Raises:
@@ -494,6 +494,7 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None
                 {
                     "id": id,
                     "source": row["id"],
+                    "source_sha256": row["sha256"],
                     "kind": step.parameters["kind"],
                     "angle": angle,
                     "crop": crop,
@@ -664,10 +665,10 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
     same = query.folder == gallery.folder
     k = step.parameters["k"]
     siblings = same and step.parameters["exclude_siblings"]
-    most = max(gallery.sources.count(source) for source in {*gallery.sources}) if siblings else int(same)
+    most = max(gallery.shows.count(shown) for shown in {*gallery.shows}) if siblings else int(same)
     hits = index.search(query.vectors, k + most)
     hits = _without_own(hits, query, gallery, siblings, k) if same else hits
-    right = evaluate.right_answers(hits.rows, query.sources, gallery.sources)
+    right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
     with store.atomic(step.folder / "hits.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, rows=hits.rows, scores=hits.scores)
     table = ["query,rank,id,score,right"]
@@ -690,8 +691,8 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
 
 
 def _without_own(hits: Hits, query: Embeddings, gallery: Embeddings, siblings: bool, k: int) -> Hits:
-    sources = np.append(np.asarray(gallery.sources, object), None)
-    own = np.asarray(query.sources, object)[:, None] == sources[hits.rows] if siblings else False
+    shown = np.append(np.asarray(gallery.shows, object), None)
+    own = np.asarray(query.shows, object)[:, None] == shown[hits.rows] if siblings else False
     dropped = own | (hits.rows == np.arange(len(hits.rows))[:, None])
     order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
     gone = np.take_along_axis(dropped, order, 1)
@@ -701,7 +702,7 @@ def _without_own(hits: Hits, query: Embeddings, gallery: Embeddings, siblings: b
 
 def index_metrics(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, twins: int) -> dict[str, Any]:
     """The figures of 03_index: sizes, twins, queries that have no answer, Hit@1, Hit@5 and Hit@K."""
-    right = evaluate.right_answers(hits.rows, query.sources, gallery.sources)
+    right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
     able = answerable(step, query, gallery)
     k = step.parameters["k"]
     return {
@@ -717,7 +718,7 @@ def index_metrics(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits
 def answerable(step: Step, query: Embeddings, gallery: Embeddings) -> np.ndarray:
     """Which queries of a 03_index step have a right answer in its gallery: (Q,) bool."""
     same = query.folder == gallery.folder
-    return evaluate.answerable(query.sources, gallery.sources, same, same and step.parameters["exclude_siblings"])
+    return evaluate.answerable(query.shows, gallery.shows, same, same and step.parameters["exclude_siblings"])
 
 
 # --- 04_match ---------------------------------------------------------------------------------------------
@@ -827,7 +828,7 @@ class _Match:
         parameters = self.step.parameters
         self.matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
         self.sinks = [sinks.create(name) for name in parameters["outputs"]]
-        self.source_row = {id: row for row, id in enumerate(self.gallery.ids)}
+        self.row_that_shows = {shown: row for row, shown in reversed(list(enumerate(self.gallery.shows)))}
 
     def __getstate__(self) -> Step:
         return self.step
@@ -845,8 +846,9 @@ class _Match:
             for rank, (row, score) in enumerate(zip(self.rows[q], self.scores[q], strict=True))
             if row >= 0
         ][: self.step.parameters["candidates"]]
-        source = self.source_row.get(self.query.sources[q])
-        if source is not None and not self.same and source not in [row for row, _, _ in wanted]:
+        source = self.row_that_shows.get(self.query.shows[q])
+        found = {self.gallery.shows[row] for row, _, _ in wanted}
+        if source is not None and not self.same and self.query.shows[q] not in found:
             score = float(np.asarray(self.query.vectors[q]) @ np.asarray(self.gallery.vectors[source]))
             wanted.append((source, score, None))  # type: ignore[arg-type]
         rows = []
@@ -870,7 +872,7 @@ class _Match:
         if found.matrix is not None and found.verified:
             turned, scaled = geometry.rotation_scale(found.matrix, sizes[0])
         view_a, view_b = (self.views[side].get(meta["id"]) for side, meta in (("query", meta_a), ("gallery", meta_b)))
-        right = self.query.sources[q] == self.gallery.sources[row]
+        right = self.query.shows[q] == self.gallery.shows[row]
         truth = _truth(view_a, view_b) if right and (view_a or view_b) else None
         view = view_a or view_b or {}
         record = {

@@ -158,17 +158,14 @@ def merge(folder: Path) -> None:
     rows = [row for shard in sorted(shards) for row in shards[shard]]
     images = [row for row in rows if "skipped" not in row]
     parts = [folder / "local" / f"{shard:05d}.global.npy" for shard in sorted({row["shard"] for row in images})]
-    first = np.load(parts[0], mmap_mode="r")
-    with atomic(folder / "global.npy") as temporary:
-        vectors = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(images), first.shape[1]))
-        row = 0
-        for part in map(np.load, parts):
-            vectors[row : row + len(part)] = part
-            row += len(part)
-        vectors.flush()
-        del vectors
-    if row != len(images):
-        raise StepError(f"{folder}: {row} vectors for {len(images)} photographs; delete the folder and run again")
+    vectors = [np.load(part, mmap_mode="r") for part in parts]
+    if sum(map(len, vectors)) != len(images):
+        raise StepError(f"{folder}: the shards' vectors and rows do not fit; delete the folder and run again")
+    with atomic(folder / "global.npy") as temporary, temporary.open("wb") as file:
+        shape = (len(images), vectors[0].shape[1])
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for part in parts:  # one at a time, so that memory does not grow with the number of photographs
+            np.load(part).tofile(file)
     write_rows(folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
     write_rows(folder / "images.jsonl", images)
     remove_parts(folder)
@@ -235,7 +232,7 @@ class Embeddings:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One a photograph: id, size (h, w), sha256, position, grid, shard, first, n (and source of a reference)."""
+        """One a photograph: id, size (h, w), sha256, position, grid, shard, first, n (and source, source_sha256 of a reference)."""
         return read_rows(self.folder / "images.jsonl")
 
     @cached_property
@@ -244,9 +241,12 @@ class Embeddings:
         return [row["id"] for row in self.rows]
 
     @cached_property
-    def sources(self) -> list[str]:
-        """The photograph that each row shows: itself, or what a reference was made from."""
-        return [row.get("source", row["id"]) for row in self.rows]
+    def shows(self) -> list[str]:
+        """What each row shows: the SHA-256 of its own file or, for a reference, of the photograph it was made from.
+
+        Two photographs with equal content show the same, so either is a right answer for the other.
+        """
+        return [row.get("source_sha256", row["sha256"]) for row in self.rows]
 
     @cached_property
     def vectors(self) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from IPython.display import Image as DisplayImage
+from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -16,6 +18,8 @@ from imatch.records import Hits
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
 
+KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
+rcParams["font.family"] = ["DejaVu Sans", *(name for name in KOREAN if name in font_manager.get_font_names())]
 RIGHT, WRONG = "#2ca02c", "#d62728"
 
 
@@ -83,7 +87,7 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, n:
     """n queries, evenly spread, and their best k hits: framed green where right, red where wrong."""
     shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int))
     k = min(k, hits.rows.shape[1])
-    right = evaluate.right_answers(hits.rows, query.sources, gallery.sources)
+    right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
     from_query, from_gallery = (_photographs(step.linked(side)) for side in ("query", "gallery"))
     figure, axes = _sheet(len(shown), k + 1, side=1.5)
     for i, q in enumerate(shown):
@@ -173,7 +177,8 @@ def pair_path(step: Step, row: Row) -> Path:
 
 def show(figure: Figure, path: Path) -> DisplayImage:
     """Write a figure as PNG, atomically, and return it as the picture that a notebook shows."""
-    with store.atomic(path) as temporary:
+    with store.atomic(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font knows a name's letters
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     return DisplayImage(data=path.read_bytes(), format="png")
 

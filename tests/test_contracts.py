@@ -103,7 +103,7 @@ def test_dense_descriptor_sits_at_the_centre_of_its_patch():
     # mirroring x reverses the columns of the 4 x 4 cells and maps the orientation bin b to 4 - b
     cells = mirrored.as_grid()[:, ::-1].reshape(6, 8, 4, 4, 8)[:, :, :, ::-1][..., (4 - np.arange(8)) % 8]
     cosine = (upright.as_grid() * cells.reshape(6, 8, 128)).sum(axis=2)
-    assert np.median(cosine[1:-1, 1:-1]) > 0.99
+    assert np.median(cosine[1:-1, 1:-1]) > 0.9995  # half a pixel beside it, 0.9988
 
 
 # --- references

@@ -1,6 +1,8 @@
 """From a folder to matches through the library's verbs: directions, exclusions, names, refusals."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def test_data_reference_finds_its_references(house):
     data, _, references = house
     step, query, gallery, hits = searched(data, references, "data-reference", k=2)
     assert step.metrics["hit_at_1"] == 1.0
-    assert {gallery.sources[row] for row in hits.rows[0]} == {query.ids[0]}
+    assert {gallery.rows[row]["source"] for row in hits.rows[0]} == {query.ids[0]}
 
 
 def test_items_do_not_find_themselves(house):
@@ -145,7 +147,7 @@ def test_siblings_can_be_left_out(house):
     for q in range(len(query)):
         found = [row for row in hits.rows[q] if row >= 0]
         assert len(found) == 6
-        assert query.sources[q] not in {gallery.sources[row] for row in found}
+        assert query.rows[q]["source"] not in {gallery.rows[row]["source"] for row in found}
     assert step.metrics["hit_at_1"] is None
     assert step.metrics["without_answer"] == 8
 
@@ -159,6 +161,22 @@ def test_one_photograph_has_no_neighbour(tmp_path, few_photographs):
     _, pairs, metrics = matched(step)
     assert pairs == []
     assert metrics["hit_at_1"] is None
+
+
+def test_photographs_of_equal_content_are_right_answers_for_each_other(tmp_path, few_photographs):
+    (tmp_path / "twins").mkdir()
+    for name, source in {"a.png": "a.png", "again.png": "a.png", "b.png": "b.png"}.items():
+        (tmp_path / "twins" / name).write_bytes((few_photographs / source).read_bytes())
+    data = embedded(tmp_path / "twins", tmp_path / "exports")
+    step, query, gallery, hits = searched(data, None, "data-data")
+    assert step.metrics["twins"] == 1  # the second finds the first, which scores the same
+    assert step.metrics["hit_at_1"] == 1.0
+    assert step.metrics["without_answer"] == 1
+    assert [gallery.ids[row] for row in hits.rows[:2, 0]] == ["again.png", "a.png"]
+    assert len(query) == 3
+    _, references = referenced(data)
+    step, *_ = searched(data, references, "reference-data")
+    assert step.metrics["hit_at_1"] == 1.0
 
 
 def test_references_of_another_embedding_are_refused(house, tmp_path, few_photographs):
@@ -273,6 +291,32 @@ def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photog
     assert not list((step.folder / "local").glob("*.xy.npy"))  # the grid says it
     with pytest.raises(ImatchError, match="use 112 or 128"):
         embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize("long_side", long_side=120))
+
+
+MEASURE = """
+import resource, sys
+import imatch
+step = imatch.start_embed(sys.argv[1], exports=sys.argv[2], run="r", weight="sift", backbone_options={},
+                          resize=imatch.Resize(), shard_size=16, tag="", on_change="refuse")
+imatch.finish_embed(step, imatch.embed(step, workers=0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_photographs(tmp_path, few_photographs):
+    data = [path.read_bytes() for path in sorted(few_photographs.glob("*.png"))]
+    peaks = []
+    for n in (64, 640):
+        folder = tmp_path / f"of {n}"
+        folder.mkdir()
+        for i in range(n):
+            (folder / f"{i:04d}.png").write_bytes(data[i % len(data)])
+        command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / "exports")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.splitlines()[-1]))
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("of 640/**/*.npy")) / 2**20
+    assert stored > 60  # megabytes: kept in memory, they would show
+    assert peaks[1] - peaks[0] < 0.25 * stored, peaks
 
 
 def test_browser_redraws(house):

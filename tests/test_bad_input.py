@@ -1,0 +1,624 @@
+"""Folders as they are: bad files among good ones, hardly any files, no room left on the disk.
+
+What can be decoded is decoded rightly; what cannot is listed, counted and named; nothing ends in a traceback.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_images import STORED, orientation, png_of_zeros
+
+import imatch
+from imatch import store
+from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.records import ImatchError, ImatchWarning, PhotographError
+
+NOBODY = 65534
+
+
+def picture(seed, h=96, w=128):
+    """(h, w, 3) uint8 with corners and edges, so that keypoints are found."""
+    return dead_leaves(np.random.default_rng(seed), side=160)[:h, :w]
+
+
+def write(folder, n, first=0):
+    """n good JPEGs, 00.jpg, 01.jpg and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + n):
+        Image.fromarray(picture(i)).save(folder / f"{i:02d}.jpg", quality=95)
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def start(dataset, exports, **given):
+    options = {"backbone_options": {"max_keypoints": 50}, "resize": imatch.Resize(), "shard_size": 4, **given}
+    return imatch.start_embed(
+        str(dataset), exports=str(exports), run="r", weight="sift", tag="", on_change="refuse", **options
+    )
+
+
+def embedded(dataset, exports, workers=0, shard_size=4, **given):
+    """Start, embed and finish, as the notebook does."""
+    step = start(dataset, exports, shard_size=shard_size)
+    embeddings = imatch.embed(step, workers=workers, **given)
+    return step, embeddings, imatch.finish_embed(step, embeddings)
+
+
+def skipped(step):
+    """What skipped.jsonl lists: id -> reason."""
+    return {row["id"]: row["skipped"] for row in store.read_rows(step.folder / "skipped.jsonl")}
+
+
+def results(folder):
+    """The bytes of everything that must come out the same, however often the run was stopped."""
+    names = ["images.jsonl", "skipped.jsonl", "global.npy", *(f"local/{p.name}" for p in (folder / "local").iterdir())]
+    return {name: (folder / name).read_bytes() for name in sorted(names)}
+
+
+def same_tokens(a, b):
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("vector", "descriptors", "xy"))
+
+
+# --- bad files among good ones ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A folder with one grey picture in every format, four ordinary photographs and what cannot be used."""
+    folder = write(tmp_path_factory.mktemp("photographs") / "mixed", 4)
+    colours = picture(100)
+    grey = np.ascontiguousarray(colours[..., 0])
+    upright = np.dstack([grey] * 3)
+    image = Image.fromarray(grey)
+    Image.fromarray(upright).save(folder / "plain.png")
+    image.save(folder / "greyscale.png")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("RGBA").save(folder / "rgba.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "sixteen bits.png")
+    zero = Image.new("L", image.size)
+    Image.merge("CMYK", (zero, zero, zero, Image.fromarray(255 - grey))).save(folder / "cmyk.tif")
+    image.save(folder / "animated.gif", save_all=True, append_images=[Image.fromarray(255 - grey)])
+    for value, turned in STORED.items():
+        stored = np.ascontiguousarray(turned(upright))
+        Image.fromarray(stored).save(folder / f"turned {value}.png", exif=orientation(value))
+        stored = np.ascontiguousarray(turned(colours))
+        Image.fromarray(stored).save(folder / f"turned {value}.jpg", exif=orientation(value), quality=95)
+    (folder / "한글 폴더").mkdir()
+    image.save(folder / "한글 폴더" / "비행 사진 1.png")
+    (folder / "한글 폴더" / "up").symlink_to("..")
+
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "letter.jpg").write_bytes(b"this is a letter, not a photograph\n" * 50)
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    Image.new("RGB", (1, 1), "red").save(folder / "one pixel.png")
+    png_of_zeros(folder / "huge.png", 30_000)
+    shutil.copy(folder / "00.jpg", folder / "한글 폴더" / "잘린 사진.jpg")
+    truncate(folder / "한글 폴더" / "잘린 사진.jpg")
+    return folder
+
+
+REASONS = {
+    "empty.jpg": "empty file",
+    "letter.jpg": "not a photograph",
+    "loop.jpg": "symbolic links",
+    "one pixel.png": "nothing to describe",
+    "huge.png": "too large to decode",
+    "한글 폴더/잘린 사진.jpg": "truncated",
+}
+LOSSLESS = [
+    "greyscale.png",
+    "palette.png",
+    "rgba.png",
+    "sixteen bits.png",
+    "cmyk.tif",
+    "animated.gif",
+    "한글 폴더/비행 사진 1.png",
+    *(f"turned {value}.png" for value in STORED),
+]
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["here", "workers"])
+def run_of_mixed(request, mixed, tmp_path_factory):
+    with pytest.warns(ImatchWarning) as said:
+        ran = embedded(mixed, tmp_path_factory.mktemp("exports"), workers=request.param, max_skipped=0.5)
+    return *ran, [str(warning.message) for warning in said]
+
+
+def test_what_cannot_be_decoded_is_listed_with_its_reason(run_of_mixed):
+    step, embeddings, _, _ = run_of_mixed
+    listed = skipped(step)
+    assert set(listed) == set(REASONS)
+    for id, reason in REASONS.items():
+        assert reason in listed[id]
+        assert id not in embeddings.ids
+
+
+def test_what_cannot_be_decoded_is_counted(run_of_mixed, mixed):
+    step, embeddings, metrics, _ = run_of_mixed
+    usable = 4 + 1 + len(LOSSLESS) + 8
+    assert metrics["skipped"] == len(REASONS)
+    assert metrics["photographs"] == len(embeddings) == usable
+    assert step.metrics == metrics
+    files = {p.relative_to(mixed).as_posix() for p in mixed.rglob("*.*")}
+    assert {*embeddings.ids, *REASONS} == files
+
+
+def test_what_cannot_be_decoded_is_named_in_one_warning(run_of_mixed):
+    *_, said = run_of_mixed
+    assert len(said) == 1
+    assert f"{len(REASONS)} of {4 + 1 + len(LOSSLESS) + 8 + len(REASONS)} photographs were skipped" in said[0]
+    for id, reason in REASONS.items():
+        assert any(id in line and reason in line for line in said[0].splitlines())
+
+
+@pytest.mark.parametrize("id", LOSSLESS)
+def test_every_format_gives_the_tokens_of_the_plain_picture(run_of_mixed, id):
+    _, embeddings, _, _ = run_of_mixed
+    row = embeddings.ids.index(id)
+    plain = embeddings.tokens(embeddings.ids.index("plain.png"))
+    assert embeddings.rows[row]["size"] == [96, 128]
+    assert len(plain.descriptors) > 10
+    assert same_tokens(embeddings.tokens(row), plain)
+
+
+@pytest.mark.parametrize("value", STORED)
+def test_a_turned_jpeg_is_upright(run_of_mixed, value):
+    _, embeddings, _, _ = run_of_mixed
+    row, first = (embeddings.ids.index(f"turned {v}.jpg") for v in (value, 1))
+    assert embeddings.rows[row]["size"] == [96, 128]
+    # the blocks of the JPEGs differ, so a few keypoints do too
+    assert embeddings.vectors[row] @ embeddings.vectors[first] > 0.5
+
+
+def test_bad_files_change_nothing_in_the_good_ones(run_of_mixed, tmp_path):
+    _, embeddings, _, _ = run_of_mixed
+    _, alone, _ = embedded(write(tmp_path / "good", 4), tmp_path / "exports")
+    for row, id in enumerate(alone.ids):
+        assert same_tokens(embeddings.tokens(embeddings.ids.index(id)), alone.tokens(row))
+
+
+def test_a_second_run_says_it_again_and_changes_nothing(mixed, tmp_path):
+    with pytest.warns(ImatchWarning, match="6 of 34 photographs were skipped"):
+        step, _, _ = embedded(mixed, tmp_path, max_skipped=0.5)
+    before = results(step.folder)
+    with pytest.warns(ImatchWarning, match="6 of 34 photographs were skipped"):
+        again, _, metrics = embedded(mixed, tmp_path, max_skipped=0.5)
+    assert again.folder == step.folder
+    assert metrics["skipped"] == 6
+    assert results(step.folder) == before
+
+
+def test_a_warning_names_ten_and_says_where_the_others_are(tmp_path):
+    folder = write(tmp_path / "data", 2)
+    for i in range(13):
+        (folder / f"bad {i:02d}.jpg").write_bytes(b"")
+    with pytest.warns(ImatchWarning, match="13 of 15 photographs were skipped") as said:
+        step, _, _ = embedded(folder, tmp_path / "exports", max_skipped=1.0)
+    text = str(said[0].message)
+    assert "bad 09.jpg" in text
+    assert "bad 10.jpg" not in text
+    assert f"and 3 more in {step.folder / 'skipped.jsonl'}" in text
+
+
+# --- a file that may not be read --------------------------------------------------------------------------
+
+
+@contextmanager
+def as_nobody():
+    """Without root's right to read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    try:
+        os.seteuid(NOBODY)
+    except PermissionError as error:
+        pytest.skip(f"root may not become somebody else here: {error}")
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everybody may enter and write to; pytest's own are the user's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@pytest.fixture
+def unreadable(open_folder):
+    """Four photographs, 02.jpg may not be read, and what the other three give."""
+    folder = write(open_folder / "data", 4)
+    (folder / "02.jpg").chmod(0)
+    good = write(open_folder / "good", 4)
+    (good / "02.jpg").unlink()
+    _, alone, _ = embedded(good, open_folder / "root")  # and all that is imported late is imported now
+    return folder, open_folder / "exports", alone
+
+
+def test_an_unreadable_file_is_skipped(unreadable):
+    folder, exports, alone = unreadable
+    with as_nobody(), pytest.warns(ImatchWarning, match=r"1 of 4 photographs .*\n.*02\.jpg: Permission denied"):
+        step, embeddings, metrics = embedded(folder, exports)
+    assert skipped(step) == {"02.jpg": "Permission denied"}
+    assert metrics["skipped"] == 1
+    assert embeddings.ids == alone.ids
+    assert all(same_tokens(embeddings.tokens(row), alone.tokens(row)) for row in range(3))
+
+
+def test_an_unreadable_file_ends_the_run_if_asked(unreadable):
+    folder, exports, _ = unreadable
+    with as_nobody(), pytest.raises(PhotographError, match=r"02\.jpg: Permission denied"):
+        embedded(folder, exports, on_error="stop")
+
+
+def test_a_file_that_may_be_read_again_is_used(unreadable):
+    folder, exports, _ = unreadable
+    with as_nobody(), pytest.raises(PhotographError, match="Permission denied"):
+        embedded(folder, exports, on_error="stop")
+    with as_nobody(), pytest.warns(ImatchWarning, match="Permission denied"):
+        imatch.embed(start(folder, exports), workers=0)
+    (folder / "02.jpg").chmod(0o644)  # its size and time of change stay as they were
+    shutil.rmtree(exports / "r")
+    with as_nobody():
+        _, embeddings, _ = embedded(folder, exports)
+    assert len(embeddings) == 4
+
+
+def test_the_permission_of_a_file_is_not_remembered(unreadable):
+    folder, exports, _ = unreadable
+    with as_nobody():
+        with pytest.raises(PhotographError, match="Permission denied"):
+            embedded(folder, exports, on_error="stop")
+        with pytest.warns(ImatchWarning, match="Permission denied"):
+            step, _, _ = embedded(folder, exports)
+    (folder / "02.jpg").chmod(0o644)
+    with as_nobody():
+        step = start(folder, exports)
+        step.on_change = "recompute"
+        embeddings = imatch.embed(step, workers=0)
+    assert len(embeddings) == 4
+
+
+def test_an_unreadable_folder_is_named(open_folder):
+    folder = write(open_folder / "data", 2)
+    write(folder / "secret", 1)
+    (folder / "secret").chmod(0)
+    with as_nobody(), pytest.raises(ImatchError, match=r"data/secret cannot be listed: Permission denied"):
+        embedded(folder, open_folder / "exports")
+
+
+# --- on_error and the share of bad files ------------------------------------------------------------------
+
+
+def test_on_error_is_skip_or_stop(tmp_path):
+    step = start(write(tmp_path / "data", 1), tmp_path / "exports")
+    with pytest.raises(ImatchError, match="on_error 'ignore' is not known: use skip or stop"):
+        imatch.embed(step, workers=0, on_error="ignore")
+
+
+def test_headers_are_checked_before_the_work_starts(tmp_path):
+    folder = write(tmp_path / "data", 9)
+    (folder / "zz.jpg").write_bytes(b"a letter")
+    with pytest.raises(PhotographError, match=r"zz\.jpg: not a photograph"):
+        embedded(folder, tmp_path / "exports", shard_size=2, on_error="stop")
+    assert list(tmp_path.glob("exports/**/*.npy")) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_ends_at_the_first_and_keeps_what_was_finished(tmp_path, workers):
+    folder = write(tmp_path / "data", 10)
+    whole, _, _ = embedded(folder, tmp_path / "whole", shard_size=2)
+    good = {name: (folder / name).read_bytes() for name in ("05.jpg", "08.jpg")}
+    for name in good:
+        truncate(folder / name)
+    with pytest.raises(PhotographError, match=r"^05\.jpg: .*truncated.*what was finished stays"):
+        embedded(folder, tmp_path / "exports", workers, shard_size=2, on_error="stop")
+    local = start(folder, tmp_path / "exports", shard_size=2).folder / "local"
+    assert sorted(p.name for p in local.glob("*.jsonl")) == ["00000.jsonl", "00001.jsonl"]
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in local.glob("0000[01].npy")}
+    assert len(before) == 2
+
+    for name, data in good.items():
+        (folder / name).write_bytes(data)
+    step, embeddings, metrics = embedded(folder, tmp_path / "exports", workers, shard_size=2, on_error="stop")
+    assert metrics["skipped"] == 0
+    assert len(embeddings) == 10
+    assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in before} == before
+    assert results(step.folder) == results(whole.folder)
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("photographs") / "forty", 40)
+
+
+@pytest.fixture
+def forty_with(forty, tmp_path):
+    """A copy of forty photographs in which some are spoilt."""
+
+    def spoil(how, names):
+        folder = Path(shutil.copytree(forty, tmp_path / "data"))
+        for name in names:
+            how(folder / name)
+        return folder
+
+    return spoil
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", [empty, truncate])
+def test_five_percent_are_skipped_by_default(forty_with, tmp_path, how):
+    folder = forty_with(how, ["03.jpg", "20.jpg"])
+    with pytest.warns(ImatchWarning, match="2 of 40 photographs were skipped"):
+        step, embeddings, metrics = embedded(folder, tmp_path / "exports")
+    assert sorted(skipped(step)) == ["03.jpg", "20.jpg"]
+    assert (len(embeddings), metrics["skipped"]) == (38, 2)
+
+
+def test_past_five_percent_bad_headers_stop_the_run_before_it_works(forty_with, tmp_path):
+    folder = forty_with(empty, ["03.jpg", "20.jpg", "39.jpg"])
+    with pytest.raises(ImatchError, match=r"3 of 40 photographs cannot be used, more than max_skipped = 5%") as error:
+        embedded(folder, tmp_path / "exports")
+    assert all(f"{name}: empty file" in str(error.value) for name in ("03.jpg", "20.jpg", "39.jpg"))
+    assert list(tmp_path.glob("exports/**/*.npy")) == []
+
+
+def test_past_five_percent_bad_pixels_stop_the_run_and_keep_what_was_finished(forty_with, tmp_path):
+    folder = forty_with(truncate, ["03.jpg", "20.jpg", "33.jpg"])
+    for _ in range(2):  # run again, it must not creep past what stopped it
+        with pytest.raises(ImatchError, match=r"3 of 40 photographs cannot be used, more than max_skipped = 5%"):
+            embedded(folder, tmp_path / "exports")
+        local = start(folder, tmp_path / "exports").folder / "local"
+        assert [p.stem for p in sorted(local.glob("*.jsonl"))] == [f"{i:05d}" for i in range(8)]
+    with pytest.warns(ImatchWarning, match="3 of 40 photographs were skipped"):
+        _, embeddings, metrics = embedded(folder, tmp_path / "exports", max_skipped=0.1)
+    assert (len(embeddings), metrics["skipped"]) == (37, 3)
+
+
+def test_what_was_mended_after_a_stop_is_used(forty_with, forty, tmp_path):
+    folder = forty_with(truncate, ["03.jpg", "20.jpg", "33.jpg"])
+    with pytest.raises(ImatchError, match="Mend or remove them"):
+        embedded(folder, tmp_path / "exports")
+    for name in ("03.jpg", "20.jpg", "33.jpg"):
+        shutil.copy(forty / name, folder / name)
+    step, embeddings, metrics = embedded(folder, tmp_path / "exports")
+    assert (len(embeddings), metrics["skipped"]) == (40, 0)
+    whole, _, _ = embedded(forty, tmp_path / "whole")
+    assert results(step.folder) == results(whole.folder)
+
+
+@pytest.mark.parametrize("how", [empty, truncate])
+def test_a_single_bad_file_never_stops_a_run(tmp_path, how):
+    folder = write(tmp_path / "data", 2)
+    how(folder / "00.jpg")
+    with pytest.warns(ImatchWarning, match=r"1 of 2 photographs were skipped:\n  00\.jpg: "):
+        _, embeddings, metrics = embedded(folder, tmp_path / "exports")
+    assert embeddings.ids == ["01.jpg"]
+    assert metrics["skipped"] == 1
+
+
+@pytest.mark.parametrize("how", [empty, truncate])
+def test_nothing_but_bad_files_is_said(tmp_path, how):
+    folder = write(tmp_path / "data", 3)
+    for path in folder.iterdir():
+        how(path)
+    with pytest.raises(ImatchError, match=r"none of the 3 photographs in .* could be used, the first: 00\.jpg: "):
+        embedded(folder, tmp_path / "exports", max_skipped=1.0)
+
+
+# --- links ------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_link_in_a_circle_are_read_once(tmp_path):
+    folder = write(tmp_path / "data", 2)
+    write(folder / "sub", 1, first=2)
+    (folder / "sub" / "parent").symlink_to("..")
+    (folder / "sub" / "here").symlink_to(".")
+    (folder / "nowhere").symlink_to("nowhere")
+    _, embeddings, _ = embedded(folder, tmp_path / "exports")
+    assert embeddings.ids == ["00.jpg", "01.jpg", "sub/02.jpg"]
+
+
+def test_a_link_to_itself_is_skipped(tmp_path):
+    folder = write(tmp_path / "data", 2)
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.warns(ImatchWarning, match=r"loop\.jpg: .*symbolic links"):
+        _, embeddings, metrics = embedded(folder, tmp_path / "exports")
+    assert embeddings.ids == ["00.jpg", "01.jpg"]
+    assert metrics["skipped"] == 1
+
+
+# --- hardly any photographs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [[], ["notes.txt", ".hidden.jpg"]], ids=["empty", "no photographs"])
+def test_a_folder_without_photographs(tmp_path, names):
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / "data" / name).write_bytes(b"text")
+    with pytest.raises(ImatchError, match=rf"no photographs in {tmp_path}/data: none of its files ends in .*\.jpg"):
+        embedded(tmp_path / "data", tmp_path / "exports")
+
+
+def test_a_folder_that_was_empty_is_used_when_photographs_came(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ImatchError, match="no photographs in"):
+        embedded(tmp_path / "data", tmp_path / "exports")
+    _, embeddings, _ = embedded(write(tmp_path / "data", 1), tmp_path / "exports")
+    assert embeddings.ids == ["00.jpg"]
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(ImatchError, match=rf"dataset folder {tmp_path}/data does not exist: give an existing folder"):
+        start(tmp_path / "data", tmp_path / "exports")
+    assert not (tmp_path / "exports").exists()
+
+
+def test_a_file_instead_of_a_folder(tmp_path):
+    folder = write(tmp_path / "data", 1)
+    with pytest.raises(ImatchError, match=r"00\.jpg is a file: give the folder"):
+        start(folder / "00.jpg", tmp_path / "exports")
+
+
+def test_no_dataset_at_all(tmp_path):
+    with pytest.raises(ImatchError, match="no dataset given"):
+        start("", tmp_path / "exports")
+
+
+def neighbours(step, k=3):
+    """The step's photographs searched among themselves: hits, twins, metrics and the finished 03_index."""
+    index_step = imatch.start_index(
+        str(step.folder),
+        "",
+        direction="data-data",
+        index="flat",
+        k=k,
+        exclude_siblings=False,
+        tag="",
+        on_change="refuse",
+    )
+    query, gallery = imatch.query_and_gallery(index_step)
+    index = imatch.build_index(index_step, gallery)
+    twins = imatch.self_check(index, gallery)
+    hits = imatch.search(index_step, index, query, gallery)
+    return hits, index_step.finish(imatch.index_metrics(index_step, query, gallery, hits, twins)), index_step
+
+
+def references_of(step):
+    """The step's photographs as references, and the finished 02_references."""
+    views = imatch.start_references(
+        str(step.folder), kind="isometric", angles=[0, 90], crops=[1.0], quality=95, tag="", on_change="refuse"
+    )
+    imatch.make_references(views, workers=0)
+    tokens = imatch.start_reference_tokens(views)
+    imatch.finish_embed(tokens, imatch.embed(tokens, workers=0))
+    return tokens
+
+
+def test_one_photograph(tmp_path):
+    step, embeddings, metrics = embedded(write(tmp_path / "data", 1), tmp_path / "exports")
+    assert embeddings.ids == ["00.jpg"]
+    assert (metrics["photographs"], metrics["skipped"]) == (1, 0)
+    assert np.linalg.norm(embeddings.vectors[0]) == pytest.approx(1, abs=1e-5)
+    assert len(imatch.Embeddings(references_of(step).folder)) == 2
+    hits, metrics, _ = neighbours(step)
+    assert (hits.rows == -1).all()
+    assert (metrics["gallery"], metrics["without_answer"]) == (1, 1)
+
+
+def test_two_photographs_with_equal_content(tmp_path):
+    folder = write(tmp_path / "data", 1)
+    shutil.copy(folder / "00.jpg", folder / "copy.jpg")
+    step, embeddings, metrics = embedded(folder, tmp_path / "exports", shard_size=1)
+    a, b = embeddings.rows
+    assert (a["id"], b["id"], metrics["photographs"]) == ("00.jpg", "copy.jpg", 2)
+    assert a["sha256"] == b["sha256"]
+    assert same_tokens(embeddings.tokens(0), embeddings.tokens(1))
+    assert len(imatch.Embeddings(references_of(step).folder)) == 4
+    hits, metrics, index_step = neighbours(step)
+    assert hits.rows.tolist() == [[1, -1, -1], [0, -1, -1]]
+    assert hits.scores[:, 0] == pytest.approx(1, abs=1e-5)
+    assert metrics["twins"] <= 1  # of two equal vectors an index may name either first
+
+    match_step = imatch.start_match(
+        str(index_step.folder),
+        candidates=1,
+        matcher="mutual",
+        matcher_options={},
+        model="homography",
+        threshold=0.0,
+        confidence=0.9999,
+        iterations=1000,
+        min_inliers=8,
+        min_share=0.0,
+        outputs=["json"],
+        tag="",
+        on_change="refuse",
+    )
+    pairs = imatch.match(match_step, workers=0)
+    assert [(row["query"], row["candidate"]) for row in pairs] == [("00.jpg", "copy.jpg"), ("copy.jpg", "00.jpg")]
+    for row in pairs:
+        assert row["verified"], row["reason"]
+        assert np.array(row["matrix"]) / row["matrix"][2][2] == pytest.approx(np.eye(3), abs=1e-3)
+
+
+# --- no room left -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no small disk can be mounted here: {error}")
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path):
+    """Write to a file until its disk is full; returns how much there was room for."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return file.tell()
+
+
+def check_what_was_finished(folder, whole):
+    """Shards that say they are whole have the bytes of a run on a disk with room."""
+    assert list(folder.rglob("*.tmp")) == []
+    finished = [path.stem for path in (folder / "local").glob("*.jsonl")]
+    for stem in finished:
+        for suffix in (".npy", ".xy.npy"):
+            name = f"local/{stem}{suffix}"
+            assert (folder / name).read_bytes() == whole[name]
+    return len(finished)
+
+
+def test_a_full_disk_is_said_at_every_page_and_ends_well_with_room(small_disk, tmp_path):
+    folder = write(tmp_path / "data", 4)
+    step, _, _ = embedded(folder, tmp_path / "exports", shard_size=1)
+    whole = results(step.folder)
+    exports, filler = small_disk / "exports", small_disk / "filler"
+    folder_of_step = exports / step.folder.relative_to(tmp_path / "exports")
+    full, kept = set(), set()
+    size = fill(filler)
+    assert size > 1_500_000
+    while True:
+        try:
+            embedded(folder, exports, shard_size=1)
+            break
+        except ImatchError as error:
+            assert str(error).startswith("disk full while writing ")
+            assert "what was finished stays valid; free some space" in str(error)
+            full.add(Path(str(error).split(" (")[0].removeprefix("disk full while writing ")).name)
+        kept.add(check_what_was_finished(folder_of_step, whole))
+        size -= 4096  # one page more room, and the same again
+        assert size > 0
+        os.truncate(filler, size)
+    assert results(folder_of_step) == whole
+    assert {"step.json", "00000.npy", "00000.global.npy", "00003.jsonl", "global.npy"} <= full
+    assert kept == {0, 1, 2, 3, 4}

@@ -79,6 +79,8 @@ class Step:
         if not self.finished:
             self.fingerprint = digest([_identity(self), contents])
             self._write(seconds=round(time.monotonic() - self.started, 3))
+            for left in self.folder.rglob(".*.tmp"):  # by a kill
+                left.unlink(missing_ok=True)
             store.write_json(self.folder / "metrics.json", dict(metrics))
         _publish(self)
         return self.metrics
@@ -114,6 +116,8 @@ def start(
         raise StepError(f"on_change {on_change!r} is not known: use {' or '.join(ON_CHANGE)}")
     relative = {key: store.relative(path, folder) for key, path in (links or {}).items()}
     step = Step(folder, name, json.loads(json.dumps(dict(parameters))), dict(upstream or {}), relative, on_change)
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
         before = read(folder, finished=False)
         differences = compare(_identity(before), _identity(step))
@@ -125,8 +129,10 @@ def start(
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
         refuse_or_say(step, f"{folder} was made differently", differences)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        folder.rename(aside)  # at once, so that a kill leaves no half of a step
+        shutil.rmtree(aside)
+    with store.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     step._write()
     print(f"{name}: new at {folder}")
     return step

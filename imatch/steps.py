@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,6 +152,8 @@ def embed(
     size = step.parameters["shard_size"]
     plan = [ids[first : first + size] for first in range(0, len(ids), size)]
     todo = _missing_shards(step, plan, seen)
+    for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
+        bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
     backbone = backbones.create(step.parameters["weight"], step.parameters["backbone"])
     resize = Resize(**step.parameters["resize"])
     readable = [root / id for shard in todo for id in plan[shard] if not seen[id]["problem"]]
@@ -258,12 +261,14 @@ def _write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence
 def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> list[int]:
     """The shards to compute; shards made from other bytes are refused or, with on_change="recompute", dropped."""
     done = store.shard_rows(step.folder)
-    before = {row["id"]: row["sha256"] for rows in done.values() for row in rows}
+    recorded = [row for rows in done.values() for row in rows]
     now = {id for ids in plan for id in ids}
-    changed = {id for id in before if id in now and seen.digest(id) != before[id]}
-    differences = [f"changed: {id}" for id in sorted(changed)] + [f"gone: {id}" for id in sorted({*before} - now)]
+    changed = {row["id"] for row in recorded if row["id"] in now and seen.digest(row["id"]) != row["sha256"]}
+    # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
+    before = {row["id"] for row in recorded if store.is_merged(step.folder) or "skipped" not in row}
+    differences = [f"changed: {id}" for id in sorted(changed & before)] + [f"gone: {id}" for id in sorted(before - now)]
     if store.is_merged(step.folder):
-        differences += [f"new: {id}" for id in sorted(now - {*before})]
+        differences += [f"new: {id}" for id in sorted(now - before)]
     if differences:
         runs.refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
 
@@ -272,7 +277,8 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> l
         return ids == list(plan[shard]) and not changed.intersection(ids)
 
     todo = [shard for shard in range(len(plan)) if not valid(shard)]
-    stale = [shard for shard in done if shard >= len(plan) or shard in todo]
+    begun = {int(path.name.partition(".")[0]) for path in (step.folder / "local").glob("[0-9]*.npy")}
+    stale = [shard for shard in {*done, *begun} if shard >= len(plan) or (shard in done and shard in todo)]
     if store.is_merged(step.folder):
         if not todo and not stale:
             store.remove_parts(step.folder)  # what a kill between merging and cleaning left
@@ -300,15 +306,18 @@ class _Seen:
     def check_headers(self, ids: Sequence[str]) -> None:
         """Read the headers of files that are new or changed."""
         stats = {id: self._stat(id) for id in ids}
-        unknown = [id for id in ids if self._known.get(id, {}).get("stat", ()) != stats[id] or stats[id] is None]
+        known = {id for id, row in self._known.items() if row["stat"] and row["stat"] == stats.get(id)}
+        unknown = [id for id in ids if id not in known]
         from tqdm import tqdm
 
         with ThreadPoolExecutor(2 * registry.cores()) as pool:
             checked = tqdm(
                 pool.map(self._problem, unknown), "headers", len(unknown), file=runs.output(), delay=1, ncols=88
             )
-            for id, problem in zip(unknown, checked, strict=True):
-                self._known[id] = {"id": id, "stat": stats[id], "problem": problem, "sha256": None}
+            for id, (problem, lasting) in zip(unknown, checked, strict=True):
+                stat = stats[id] if lasting else None
+                self._known[id] = {"id": id, "stat": stat, "problem": problem, "sha256": None}
+        self._known = {id: self._known[id] for id in ids}
 
     def digest(self, id: str) -> str | None:
         """The SHA-256 of a file, read only if it is not remembered; None if it cannot be read."""
@@ -321,14 +330,15 @@ class _Seen:
 
     def append(self, ids: Iterator[str]) -> None:
         """Remember these photographs even if the run is killed now."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with store.writing(self.path), self.path.open("ab") as file:
             file.write(b"\n")  # ends a line that a kill left torn
             file.writelines(store.line(self._known[id]) for id in ids)
 
     def save(self) -> None:
-        """Write what is known, one row a photograph."""
-        store.write_rows(self.path, (self._known[id] for id in sorted(self._known)))
+        """Write what is known, one row a photograph, unless the file says just that."""
+        rows = [self._known[id] for id in sorted(self._known)]
+        if not self.path.is_file() or self.path.read_bytes() != b"".join(map(store.line, rows)):
+            store.write_rows(self.path, rows)
 
     def _stat(self, id: str) -> list[int] | None:
         try:
@@ -337,12 +347,14 @@ class _Seen:
             return None
         return [stat.st_size, stat.st_mtime_ns]
 
-    def _problem(self, id: str) -> str | None:
+    def _problem(self, id: str) -> tuple[str | None, bool]:
+        """What is wrong with a header, and whether it stays wrong while the file's bytes stay (no permission may
+        be granted without a trace in size or time)."""
         try:
             images.check_header(self.root / id)
         except PhotographError as error:
-            return str(error)
-        return None
+            return str(error), os.access(self.root / id, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+        return None, True
 
 
 def _whole(line: bytes) -> Row | None:
@@ -443,8 +455,8 @@ def make_references(step: Step, *, workers: int = -1) -> list[Row]:
     when a corner is empty, and a row of references.jsonl.
 
     Returns:
-        The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w), matrix
-        (3 x 3, photograph -> view), scale, covered (share of its pixels that show the photograph), mask.
+        The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w),
+        matrix (3 x 3, photograph -> view), scale, covered (share of its pixels that show the photograph), mask.
 
     Raises:
         ImatchError: a photograph changed since it was embedded, or cannot be read any more.
@@ -458,11 +470,11 @@ def make_references(step: Step, *, workers: int = -1) -> list[Row]:
         problems = [problem for problem in runs.parallel(make, todo, workers, "references") if problem]
         if problems:
             raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
-        parts = sorted((step.folder / "rows").iterdir())
+        parts = (step.folder / "rows" / f"{number:08d}.jsonl" for _, _, number in jobs)
         rows = sorted((row for part in parts for row in store.read_rows(part)), key=lambda row: row["id"])
         store.write_rows(step.folder / "references.jsonl", rows)
         step.finish({"references": len(rows), "photographs": len(source)})
-        shutil.rmtree(step.folder / "rows")
+    shutil.rmtree(step.folder / "rows", ignore_errors=True)
     return store.read_rows(step.folder / "references.jsonl")
 
 

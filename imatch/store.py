@@ -18,6 +18,7 @@ import numpy as np
 from imatch.records import ImatchError, StepError, Tokens
 
 Row = dict[str, Any]
+FULL = os.strerror(errno.ENOSPC)
 
 
 @contextmanager
@@ -27,23 +28,38 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         ImatchError: the disk is full; nothing is left behind and what was finished stays valid.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say clearly that the disk is full when that is why something inside cannot write `path`.
+
+    Raises:
+        ImatchError: the disk is full.
+    """
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        yield
+    except (OSError, RuntimeError) as error:
+        # numpy counts the items it could not write and FAISS quotes the system; neither passes the number on
+        said = str(error)
+        short = isinstance(error, OSError) and error.errno is None and said.endswith("written")
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not short and FULL not in said:
             raise
-        free = shutil.disk_usage(path.parent).free / 2**20
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free / 2**20
         raise ImatchError(
             f"disk full while writing {path} ({free:.1f} MB free): what was finished stays valid; free some space "
             "or choose another disk with --exports, then run the same command again"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -226,13 +242,18 @@ class Embeddings:
             raise StepError(f"{self.folder}: {len(self.vectors)} vectors for {len(self.rows)} photographs")
         if self.ids != sorted(set(self.ids)):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
+        gridless = {row["shard"] for row in self.rows if row["grid"] is None}
         for shard, end in ends.items():
             if len(self._local(shard)) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {len(self._local(shard))} descriptors, not {end}")
+            if shard in gridless and len(self._local(shard, ".xy.npy")) != end:
+                n = len(self._local(shard, ".xy.npy"))
+                raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One a photograph: id, size (h, w), sha256, position, grid, shard, first, n (and source, source_sha256 of a reference)."""
+        """One a photograph: id, size (h, w), sha256, position, grid, shard, first, n; of a reference also source and
+        source_sha256."""
         return read_rows(self.folder / "images.jsonl")
 
     @cached_property
@@ -251,7 +272,7 @@ class Embeddings:
     @cached_property
     def vectors(self) -> np.ndarray:
         """(N, D) float32, L2-normalised global vectors."""
-        return np.load(self.folder / "global.npy", mmap_mode="r")
+        return _mapped(self.folder / "global.npy")
 
     @cached_property
     def _shards(self) -> dict[str, np.ndarray]:
@@ -260,7 +281,7 @@ class Embeddings:
     def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
         path = self.folder / "local" / f"{shard:05d}{suffix}"
         if path.name not in self._shards:
-            self._shards[path.name] = np.load(path, mmap_mode="r")
+            self._shards[path.name] = _mapped(path)
         return self._shards[path.name]
 
     def tokens(self, row: int) -> Tokens:
@@ -285,3 +306,12 @@ class Embeddings:
             f"{len(self)} photographs, {skipped} skipped; global {self.vectors.shape[1]} numbers each; "
             f"local {n} descriptors of {d} ({n / len(self):.0f} a photograph)"
         )
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise StepError(
+            f"{path} cannot be read ({error}): delete its step's folder and run the notebook again"
+        ) from error

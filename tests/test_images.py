@@ -465,6 +465,17 @@ def test_other_truncated_formats_have_no_pixels(tmp_path, suffix, share):
         images.decode(path)
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_a_damaged_png_is_no_photograph(tmp_path, place):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[int(len(data) * place)] ^= 255
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(PhotographError, match="broken"):
+        images.decode(tmp_path / "a.png")
+
+
 def test_a_header_is_checked_without_the_pixels(tmp_path):
     Image.fromarray(smooth(300, 400)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()

@@ -1,0 +1,273 @@
+"""Embeddings on disk: rows stay with their vectors, files are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imatch import store
+from imatch.records import StepError, Tokens
+from imatch.store import Embeddings
+
+SHARDS, SHARD, D = 4, 3, 8
+
+
+def tokens(seed: int, grid: tuple[int, int] | None = None) -> Tokens:
+    random = np.random.default_rng(seed)
+    n = grid[0] * grid[1] if grid else 3 + seed % 4
+    vector = random.normal(size=D).astype(np.float32)
+    xy = random.uniform(0, 90, (n, 2)).astype(np.float32)
+    return Tokens(vector, random.normal(size=(n, D)).astype(np.float16), xy, grid)
+
+
+def write_shards(folder: Path, grid: tuple[int, int] | None = None) -> list[Tokens]:
+    """Shards of photographs; those of the last but one shard are all skipped, and one of the first."""
+    written = []
+    for shard in range(SHARDS):
+        rows, kept = [], []
+        for i in range(shard * SHARD, (shard + 1) * SHARD):
+            rows.append({"id": f"flight é/{i:02d}.jpg", "size": (64, 96), "sha256": f"{i:064x}", "position": None})
+            if shard == SHARDS - 2 or i == 1:
+                rows[-1] = {"id": rows[-1]["id"], "skipped": "empty file", "sha256": rows[-1]["sha256"]}
+            else:
+                kept.append(tokens(i, grid))
+        store.write_shard(folder, shard, rows, kept)
+        written += kept
+    return written
+
+
+@pytest.fixture(params=[None, (2, 3)], ids=["keypoints", "grid"])
+def grid(request) -> tuple[int, int] | None:
+    return request.param
+
+
+@pytest.fixture
+def written(grid, tmp_path) -> list[Tokens]:
+    return write_shards(tmp_path, grid)
+
+
+@pytest.fixture
+def merged(written, tmp_path) -> Path:
+    """A whole store."""
+    assert len(written) == 8
+    store.merge(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what was written is what is read ---------------------------------------------------------------------
+
+
+def test_tokens_come_back(written, merged, grid):
+    embeddings = Embeddings(merged)
+    assert len(embeddings) == len(written)
+    assert embeddings.ids == [f"flight é/{i:02d}.jpg" for i in (0, 2, 3, 4, 5, 9, 10, 11)]
+    for row, one in enumerate(written):
+        back = embeddings.tokens(row)
+        assert np.array_equal(back.vector, one.vector)
+        assert np.array_equal(back.descriptors, one.descriptors)
+        assert np.array_equal(back.xy, one.xy if grid is None else store.grid_xy(grid, (64, 96)))
+        assert back.grid == grid
+    skipped = store.read_rows(merged / "skipped.jsonl")
+    assert [row["id"][-6:-4] for row in skipped] == ["01", "06", "07", "08"]
+    assert str(embeddings).startswith("8 photographs, 4 skipped; global 8 numbers each; ")
+
+
+def test_merge_and_split_are_inverse(written, tmp_path):
+    """Split after merge gives back the parts, merge after split the whole, byte for byte."""
+    parts = files(tmp_path)
+    store.merge(tmp_path)
+    whole = files(tmp_path)
+    local = {name for name in parts if not name.endswith((".jsonl", ".global.npy"))}
+    assert {*whole} == local | {"images.jsonl", "skipped.jsonl", "global.npy"}
+    assert {name: whole[name] for name in local} == {name: parts[name] for name in local}
+    assert np.array_equal(np.load(tmp_path / "global.npy"), np.stack([one.vector for one in written]))
+
+    store.split(tmp_path)
+    assert not store.is_merged(tmp_path)
+    again = files(tmp_path)
+    assert {name: again[name] for name in parts} == parts
+    store.merge(tmp_path)
+    assert files(tmp_path) == whole
+
+
+@pytest.mark.usefixtures("written")
+def test_shard_rows_are_the_same_before_and_after_merging(tmp_path):
+    before = store.shard_rows(tmp_path)
+    store.merge(tmp_path)
+    assert store.shard_rows(tmp_path) == before
+    assert [len(rows) for rows in before.values()] == [SHARD] * SHARDS
+
+
+@pytest.mark.usefixtures("written")
+def test_removed_shard_leaves_nothing(tmp_path):
+    names = {*files(tmp_path)}
+    store.remove_shard(tmp_path, 1)
+    assert {*files(tmp_path)} == {name for name in names if not name.startswith("local/00001")}
+    store.remove_shard(tmp_path, 1)
+
+
+@pytest.mark.usefixtures("written")
+def test_merging_refuses_vectors_that_are_missing(tmp_path):
+    """Fewer vectors than rows in a part: nothing is marked as merged."""
+    path = tmp_path / "local/00001.global.npy"
+    store.write_array(path, np.load(path)[:-1])
+    with pytest.raises(StepError, match="vectors and rows do not fit"):
+        store.merge(tmp_path)
+    assert not store.is_merged(tmp_path)
+
+
+# --- rows that do not belong to their arrays --------------------------------------------------------------
+
+
+def refused(folder: Path, reason: str) -> None:
+    with pytest.raises(StepError, match=reason) as error:
+        Embeddings(folder)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_rows_are_refused(seed, merged):
+    rows = store.read_rows(merged / "images.jsonl")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    store.write_rows(merged / "images.jsonl", [rows[i] for i in order])
+    refused(merged, "does not follow the one before it|are not sorted and unique")
+
+
+def test_swapped_shards_are_refused(merged):
+    """Rows of whole shards in another order: every shard fits in itself, the vectors do not."""
+    rows = store.read_rows(merged / "images.jsonl")
+    store.write_rows(merged / "images.jsonl", sorted(rows, key=lambda row: -row["shard"]))
+    refused(merged, "not sorted and unique")
+
+
+def test_swapped_ids_are_refused(merged):
+    rows = store.read_rows(merged / "images.jsonl")
+    rows[0]["id"], rows[-1]["id"] = rows[-1]["id"], rows[0]["id"]
+    store.write_rows(merged / "images.jsonl", rows)
+    refused(merged, "not sorted and unique")
+
+
+@pytest.mark.parametrize("row", [0, 3, 7])
+def test_missing_row_is_refused(row, merged):
+    rows = store.read_rows(merged / "images.jsonl")
+    store.write_rows(merged / "images.jsonl", rows[:row] + rows[row + 1 :])
+    refused(merged, "does not follow the one before it|8 vectors for 7 photographs")
+
+
+@pytest.mark.parametrize("wanted", [7, 9])
+def test_missing_or_surplus_vector_is_refused(wanted, merged):
+    vectors = np.load(merged / "global.npy")
+    store.write_array(merged / "global.npy", np.resize(vectors, (wanted, D)))
+    refused(merged, f"{wanted} vectors for 8 photographs")
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_shard_with_missing_or_surplus_descriptors_is_refused(more, merged):
+    path = merged / "local/00001.npy"
+    descriptors = np.load(path)
+    store.write_array(path, np.resize(descriptors, (len(descriptors) + more, D)))
+    refused(merged, f"shard 1 holds {len(descriptors) + more} descriptors, not {len(descriptors)}")
+
+
+def test_shard_with_missing_positions_is_refused(tmp_path):
+    write_shards(tmp_path)
+    store.merge(tmp_path)
+    path = tmp_path / "local/00003.xy.npy"
+    xy = np.load(path)
+    store.write_array(path, xy[:-1])
+    refused(tmp_path, f"shard 3 holds {len(xy) - 1} positions for {len(xy)} descriptors")
+
+
+@pytest.mark.parametrize("name", ["global.npy", "local/00000.npy", "local/00003.npy"])
+@pytest.mark.parametrize("harm", ["gone", "cut short", "empty"])
+def test_array_that_is_gone_or_cut_short_is_refused(name, harm, merged):
+    path = merged / name
+    if harm == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 1 if harm == "cut short" else 0)
+    refused(merged, re.escape(f"{path} cannot be read") + r"(?s:.*) run the notebook again")
+
+
+@pytest.mark.usefixtures("written")
+def test_unmerged_shards_are_no_embeddings(tmp_path):
+    refused(tmp_path, "no embeddings at .* it goes on where it stopped")
+    refused(tmp_path / "nowhere", "no embeddings at")
+
+
+# --- small files ------------------------------------------------------------------------------------------
+
+
+def half_write(path: Path, error: BaseException) -> None:
+    was = files(path.parent)
+    with store.atomic(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert files(path.parent) == {**was, temporary.name: b"half"}
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
+def test_atomic_leaves_nothing_behind_on_an_exception(error, tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    with pytest.raises(type(error)):
+        half_write(path, error)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
+def test_atomic_keeps_the_old_file_on_an_exception(error, tmp_path):
+    path = tmp_path / "file.bin"
+    store.write_bytes(path, b"old")
+    with pytest.raises(type(error)):
+        half_write(path, error)
+    assert files(tmp_path) == {"file.bin": b"old"}
+    store.write_bytes(path, b"new")
+    assert files(tmp_path) == {"file.bin": b"new"}
+
+
+def test_atomic_passes_on_what_is_not_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), store.atomic(tmp_path / "file.bin"):
+        pass  # nothing was written
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"rows": [1.0, -float("inf")]}])
+def test_nan_is_no_json(value, tmp_path):
+    path = tmp_path / "metrics.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.write_json(path, value)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.write_rows(path, [{"fine": 1}, {"value": value}])
+    assert files(tmp_path) == {}
+
+
+def test_json_and_rows_come_back(tmp_path):
+    """Names of any kind: other alphabets, line separators, and bytes that are no UTF-8 at all."""
+    names = ["서울.jpg", "a\nb.jpg", "a\u2028b.jpg", os.fsdecode(b"\xff.jpg"), 'q"uote\\.jpg']
+    rows = [{"id": name, "score": 0.1 + 0.2, "size": [1, 2]} for name in names]
+    store.write_rows(tmp_path / "rows.jsonl", rows)
+    assert store.read_rows(tmp_path / "rows.jsonl") == rows
+    assert b"".join(map(store.line, rows)) == (tmp_path / "rows.jsonl").read_bytes()
+    assert (tmp_path / "rows.jsonl").read_bytes().count(b"\n") == len(rows)
+    store.write_json(tmp_path / "value.json", rows)
+    assert store.read_json(tmp_path / "value.json") == rows
+    assert json.loads((tmp_path / "value.json").read_text("utf-8", "surrogateescape")) == rows
+
+
+def test_relative_is_relative_with_forward_slashes(tmp_path):
+    assert store.relative(tmp_path / "a" / "b", tmp_path / "c" / "d") == "../../a/b"
+
+
+def test_grid_positions_are_the_centres_of_patches():
+    xy = store.grid_xy((2, 3), (32, 48))
+    assert xy.dtype == np.float32
+    assert xy.tolist() == [[7.5, 7.5], [23.5, 7.5], [39.5, 7.5], [7.5, 23.5], [23.5, 23.5], [39.5, 23.5]]

@@ -10,38 +10,41 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */:/' | awk -F: '{printf "make %-12s %s\n", $$1, $$2}'
 
-setup: .venv/ready  ## make .venv with the pinned dependencies (FAISS=gpu for faiss-gpu)
+READY := .venv/ready-$(FAISS)
 
-.venv/ready: pyproject.toml constraints.txt
+setup: $(READY)  ## make .venv with the pinned dependencies (FAISS=gpu for faiss-gpu)
+
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "imatch needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "pip>=25.1" setuptools
+	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo]" --group dev
-	touch $@
+	rm -f .venv/ready-* && touch $@
 
-demo: .venv/ready  ## the whole chain on 18 real photographs: a table, reports and pictures
+demo: $(READY)  ## the whole chain on 18 real photographs: a table, reports and pictures
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/python -m imatch.batch params/demo.yaml
 
-test: .venv/ready  ## every test
+test: $(READY)  ## every test
 	$(BIN)/python -m pytest -n auto
 
-lint: .venv/ready  ## format and check
+lint: $(READY)  ## format and check
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-lab: .venv/ready  ## JupyterLab on the notebooks
+lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/jupyter lab notebooks
 
-bench: .venv/ready  ## speed, as ratios measured in one run
+bench: $(READY)  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_embed.py
 
-vocabulary: .venv/ready  ## learn the visual words of sift again (minutes)
+vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy
 
-lock: .venv/ready  ## write constraints.txt from what is installed
+lock: $(READY)  ## write constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | grep -v '^faiss' > constraints.txt
 
-clean:  ## remove the environment and all results
-	rm -rf .venv exports data
+clean:  ## remove the environment and the caches (never exports or data)
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -137,6 +137,13 @@ def load(
         if key not in Recipe.__dataclass_fields__:
             raise ImatchError(f"{path}: {plugins.unknown('entry', key, Recipe.__dataclass_fields__)}")
     recipe = Recipe(content["notebooks"], content.get("parameters") or {}, content.get("sweep") or {})
+    for key, value, kind in (
+        ("notebooks", recipe.notebooks, list),
+        ("parameters", recipe.parameters, dict),
+        ("sweep", recipe.sweep, dict),
+    ):
+        if not isinstance(value, kind):
+            raise ImatchError(f"{path}: `{key}` wants a {kind.__name__}, got {value!r}")
     for name in recipe.notebooks:
         if not (notebooks / f"{name}.ipynb").is_file():
             known = [p.stem for p in notebooks.glob("*.ipynb")]
@@ -229,7 +236,10 @@ def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Para
 
     exports = registry.resolve(values.get("exports", schema["exports"].default if "exports" in schema else "exports"))
     report = exports / ".running" / f"{notebook.stem}_{runs.digest(dict(values))[:12]}.ipynb"
-    report.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot write to {exports}: {error.strerror}; choose another folder with --exports"
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():

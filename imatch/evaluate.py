@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Row = Mapping[str, Any]
+T = TypeVar("T", bound=Row)
 
 
 def right_answers(rows: np.ndarray, query_shows: Sequence[str], gallery_shows: Sequence[str]) -> np.ndarray:
@@ -65,23 +66,25 @@ def hit_at_k(right: np.ndarray, k: int, has_answer: np.ndarray | None = None) ->
     return float(hits.mean()) if len(hits) else None
 
 
-def best_pairs(pairs: Iterable[Row]) -> list[Row]:
-    """Of each query's retrieved pairs, the one that re-ranking puts first: verified pairs by their inliers, then
-    the others as retrieval ranked them (inliers that do not verify are chance).
+def rerank(pairs: Iterable[T]) -> list[T]:
+    """One query's retrieved pairs in a new order: verified ones by their inliers, then the others as retrieval
+    ranked them (inliers that do not verify are chance).
 
-    >>> rows = [dict(query="q", rank=r, verified=r == 1, inliers=9 * r, score=-r, retrieved=True) for r in range(2)]
-    >>> [row["rank"] for row in best_pairs(rows)]
-    [1]
+    >>> rows = [dict(rank=r, verified=r == 1, inliers=9 * r, retrieved=True) for r in range(3)]
+    >>> [row["rank"] for row in rerank(rows)]
+    [1, 0, 2]
     """
-    best: dict[str, Row] = {}
+    retrieved = (row for row in pairs if row["retrieved"])
+    return sorted(retrieved, key=lambda r: (not r["verified"], -r["inliers"] if r["verified"] else 0, r["rank"]))
+
+
+def best_pairs(pairs: Iterable[Row]) -> list[Row]:
+    """Of each query's retrieved pairs, the one that re-ranking puts first; sorted by query."""
+    by_query: dict[str, list[Row]] = {}
     for row in pairs:
-        if row["retrieved"] and (row["query"] not in best or _order(row) < _order(best[row["query"]])):
-            best[row["query"]] = row
-    return [best[query] for query in sorted(best)]
-
-
-def _order(row: Row) -> tuple[Any, ...]:
-    return (not row["verified"], -row["inliers"] if row["verified"] else 0, row["rank"])
+        by_query.setdefault(row["query"], []).append(row)
+    ranked = (rerank(by_query[query]) for query in sorted(by_query))
+    return [rows[0] for rows in ranked if rows]
 
 
 def match_metrics(pairs: Sequence[Row]) -> dict[str, Any]:
@@ -160,6 +163,8 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}")
     for name, metrics in finished.items():
         lines += ["", f"{name}: {metrics['queries']} queries, {_cell(metrics['verified'])} of them verified"]
+        if metrics.get("queries_skipped"):
+            lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be embedded")
         if metrics["verified_right"] is not None:
             lines.append(f"  of the verified, right: {_cell(metrics['verified_right'])}")
         if metrics["corner_error_median"] is not None:

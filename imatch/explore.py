@@ -52,7 +52,8 @@ def browse(step: Step) -> widgets.VBox:
     pairs: dict[str, list[Row]] = {}
     for row in store.read_rows(step.folder / "pairs.jsonl"):
         pairs.setdefault(row["query"], []).append(row)
-    query = widgets.Dropdown(options=sorted(pairs), description="query", layout={"width": "480px"})
+    names = [(store.printable(id), id) for id in sorted(pairs)]
+    query = widgets.Dropdown(options=names, description="query", layout={"width": "480px"})
     rank = widgets.Dropdown(description="rank")
     threshold = widgets.FloatSlider(0.8, min=0, max=1, step=0.01, description="similarity", continuous_update=False)
     inliers = widgets.Checkbox(True, description="inliers only")
@@ -61,7 +62,11 @@ def browse(step: Step) -> widgets.VBox:
     def show(*_: object) -> None:
         if rank.value is None:
             return
-        pair = load_pair(step, rank.value)
+        try:
+            pair = load_pair(step, rank.value)
+        except StepError as error:
+            picture.value, text.value = b"", str(error)
+            return
         shown = pair.matches.similarity >= threshold.value
         shown &= pair.geometry.inliers | (not inliers.value)
         picture.value = png.encode(png.draw(pair, 300, shown))
@@ -83,8 +88,8 @@ def browse(step: Step) -> widgets.VBox:
 
 
 def _label(row: Row) -> str:
-    place = "own source" if row["rank"] is None else f"{row['rank'] + 1}"
-    return f"{place}: {row['candidate']} ({row['inliers']} inliers)"
+    place = "own source" if row["rank"] is None else f"{row['rank'] + 1}, re-ranked {row['reranked'] + 1}"
+    return f"{place}: {store.printable(row['candidate'])} ({row['inliers']} inliers)"
 
 
 def _size(folder: Path, id: str) -> tuple[int, int]:

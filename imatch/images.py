@@ -58,8 +58,8 @@ class Resize:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ImatchError(f"resize {self.mode!r} is not known: use {' or '.join(MODES)}")
-        if self.long_side < 1 or self.scale <= 0:
-            raise ImatchError(f"long_side {self.long_side} and scale {self.scale} must be larger than 0")
+        if self.long_side < 1 or not 0 < self.scale < math.inf:
+            raise ImatchError(f"long_side {self.long_side} and scale {self.scale} must be numbers larger than 0")
 
     def check(self, patch: int) -> None:
         """Raise ImatchError when `long_side` is not a multiple of `patch`.
@@ -101,8 +101,8 @@ class Decoded:
     position: dict[str, float | None] | None
 
 
-def list_photographs(root: Path) -> list[str]:
-    """The ids of all photographs below `root`: POSIX paths relative to it, sorted.
+def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
+    """The ids of all photographs below `root`, but for those below `leave_out`: POSIX paths relative to it, sorted.
 
     Linked folders are followed, a link back to a folder above itself is not. Hidden files are left out.
 
@@ -116,12 +116,12 @@ def list_photographs(root: Path) -> list[str]:
     ...     list_photographs(Path(folder))
     ['a.PNG', 'b.jpg']
     """
-    return sorted(path.relative_to(root).as_posix() for path in _walk(root, ()))
+    return sorted(path.relative_to(root).as_posix() for path in _walk(root, (), leave_out))
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[str, ...], leave_out: Path | None) -> Iterator[Path]:
     real = os.path.realpath(folder)
-    if real in above:
+    if real in above or folder == leave_out:
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -133,7 +133,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if _is_folder(entry):
-            yield from _walk(folder / entry.name, (*above, real))
+            yield from _walk(folder / entry.name, (*above, real), leave_out)
         elif Path(entry.name).suffix.lower() in SUFFIXES:
             yield folder / entry.name
 

@@ -8,12 +8,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from imatch import registry, store
 from imatch.records import ImatchError, StepError
@@ -82,6 +82,9 @@ class Step:
             for left in self.folder.rglob(".*.tmp"):  # by a kill
                 left.unlink(missing_ok=True)
             store.write_json(self.folder / "metrics.json", dict(metrics))
+        record = store.read_json(self.folder / "step.json")
+        if record["links"] != self.links:  # the same inputs, moved
+            store.write_json(self.folder / "step.json", {**record, "links": self.links})
         _publish(self)
         return self.metrics
 
@@ -123,9 +126,6 @@ def start(
         differences = compare(_identity(before), _identity(step))
         if not differences:
             step.fingerprint = before.fingerprint
-            if before.links != step.links:  # the same inputs, moved
-                record = store.read_json(folder / "step.json")
-                store.write_json(folder / "step.json", {**record, "links": step.links})
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
         refuse_or_say(step, f"{folder} was made differently", differences)
@@ -210,7 +210,6 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
     if not items:
         return
     from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     workers = min(registry.cores() if workers < 0 else workers, len(items))
     loader = DataLoader(
@@ -222,15 +221,28 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
     )
     with _without_threads(workers):
         results = iter(loader)
-    for result in tqdm(results, what, len(items), file=output(), mininterval=1, ncols=88):
-        if isinstance(result, _Raised):
-            raise result.error
-        yield result
+    try:
+        for result in progress(results, what, len(items), delay=0):
+            if isinstance(result, _Raised):
+                raise result.error
+            yield result
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise ImatchError(
+            f"{what}: a worker process was killed ({error}), mostly for want of memory: use fewer (-p workers 1) "
+            "and run the same command again, it goes on where it stopped"
+        ) from error
 
 
-def output() -> TextIO:
-    """Where progress bars go: standard output, which a notebook shows without alarm and batch passes on."""
-    return sys.stdout
+def progress(items: Iterable[T], what: str, total: int | None = None, delay: float = 1) -> Iterator[T]:
+    """The items, with a progress bar (rate, time left) once they take longer than `delay` seconds.
+
+    It goes to standard output, which a notebook shows without alarm and batch passes on to its log.
+    """
+    from tqdm import tqdm
+
+    return iter(tqdm(items, what, total, file=sys.stdout, mininterval=1, delay=delay, ncols=88))
 
 
 @dataclass(frozen=True)

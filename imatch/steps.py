@@ -7,6 +7,7 @@ is worked through and change no byte.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,8 @@ from imatch.runs import Step
 from imatch.store import Embeddings, Row
 
 ON_ERROR = ("skip", "stop")
+HELD = 2**28
+"""Bytes of decoded photographs that may wait for others of their shape."""
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
 
 
@@ -139,7 +142,7 @@ def embed(
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     root = step.linked("photographs")
     made_from = {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in _views(step)}
-    ids = sorted(made_from) or images.list_photographs(root)
+    ids = sorted(made_from) or images.list_photographs(root, leave_out=_place(step)[0].parent)
     if not ids:
         raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
     seen = _Seen(step.folder / "seen.jsonl", root)
@@ -187,9 +190,15 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
         "global_dimension": embeddings.vectors.shape[1],
         "descriptors": sum(row["n"] for row in embeddings.rows),
         "local_megabytes": round(local / 2**20, 3),
-        "photographs_digest": runs.digest([[row["id"], row["sha256"]] for row in embeddings.rows]),
+        "photographs_digest": runs.digest([[row["id"], row["sha256"]] for row in _decodable(step.folder)]),
     }
     return step.finish(metrics, contents)
+
+
+def _decodable(folder: Path) -> list[Row]:
+    """The rows of all photographs that could be decoded, whether the backbone found something in them or not."""
+    rows = store.read_rows(folder / "images.jsonl") + store.read_rows(folder / "skipped.jsonl")
+    return sorted((row for row in rows if "size" in row), key=lambda row: row["id"])
 
 
 def _decode(path: Path, resize: Resize, patch: int) -> Decoded | PhotographError:
@@ -218,6 +227,7 @@ def _embed_shard(
             if not np.isfinite(one.vector).all() or not one.vector.any():
                 h, w = photograph.size
                 skip(id, f"nothing to describe: no texture was found in its {w} x {h} pixels", photograph.sha256)
+                rows[id]["size"] = photograph.size
                 continue
             factor = np.array(photograph.size[::-1]) / photograph.pixels.shape[1::-1]
             tokens[id] = replace(one, xy=((one.xy + 0.5) * factor - 0.5).astype(np.float32))
@@ -247,6 +257,10 @@ def _embed_shard(
         batch.append((id, photograph))
         if len(batch) == batch_size:
             flush(batch)
+        elif sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
+            for held in shapes.values():
+                if held:
+                    flush(held)
     for batch in shapes.values():
         if batch:
             flush(batch)
@@ -270,6 +284,7 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> l
     if store.is_merged(step.folder):
         differences += [f"new: {id}" for id in sorted(now - before)]
     if differences:
+        seen.save()  # files that were only touched need not be read again
         runs.refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
 
     def valid(shard: int) -> bool:
@@ -308,13 +323,9 @@ class _Seen:
         stats = {id: self._stat(id) for id in ids}
         known = {id for id, row in self._known.items() if row["stat"] and row["stat"] == stats.get(id)}
         unknown = [id for id in ids if id not in known]
-        from tqdm import tqdm
-
         with ThreadPoolExecutor(2 * registry.cores()) as pool:
-            checked = tqdm(
-                pool.map(self._problem, unknown), "headers", len(unknown), file=runs.output(), delay=1, ncols=88
-            )
-            for id, (problem, lasting) in zip(unknown, checked, strict=True):
+            checked = pool.map(self._problem, unknown)
+            for id, (problem, lasting) in zip(runs.progress(unknown, "headers"), checked, strict=True):
                 stat = stats[id] if lasting else None
                 self._known[id] = {"id": id, "stat": stat, "problem": problem, "sha256": None}
         self._known = {id: self._known[id] for id in ids}
@@ -414,7 +425,7 @@ def start_references(
 ) -> Step:
     """Start the first half of 02_references: rotated and cropped views of every photograph of an 01_embed step.
 
-    The views depend on the photographs alone, so all backbones share them.
+    The views depend on the photographs alone (all that can be decoded), so all backbones share them.
 
     Args:
         embed_step: folder of a finished 01_embed.
@@ -431,6 +442,12 @@ def start_references(
     references.create(kind)
     if not angles or not crops:
         raise ImatchError("angles and crops must name at least one value each")
+    for value in (*angles, *crops):
+        if not plugins.fits(value, float) or not math.isfinite(value):
+            raise ImatchError(f"angles {list(angles)} and crops {list(crops)} must be numbers, {value!r} is none")
+    views = [references.name("", angle, crop) for angle in {*angles} for crop in {*crops}]
+    if len(views) != len({*views}):
+        raise ImatchError(f"angles {list(angles)} or crops {list(crops)} lie so close that their names are equal")
     if not all(0 < crop <= 1 for crop in crops):
         raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
     if not 1 <= quality <= 100:
@@ -462,10 +479,10 @@ def make_references(step: Step, *, workers: int = -1) -> list[Row]:
         ImatchError: a photograph changed since it was embedded, or cannot be read any more.
     """
     if not step.finished:
-        source = Embeddings(step.linked("embed"))
-        names = _reference_names(source.ids, _place(step)[1])
+        source = _decodable(step.linked("embed"))
+        names = _reference_names([row["id"] for row in source], _place(step)[1])
         make = partial(_make_views, step=step, root=step.linked("photographs"))
-        jobs = [(row, names[row["id"]], i) for i, row in enumerate(source.rows)]
+        jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
         todo = [job for job in jobs if not (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()]
         problems = [problem for problem in runs.parallel(make, todo, workers, "references") if problem]
         if problems:
@@ -523,7 +540,8 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None
 
 
 def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
-    """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix in the stem where two would be one."""
+    """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix, or a hash of the id, in the stem
+    where two would be one."""
 
     def place(id: str) -> Path:
         folder = Path(id).parent.as_posix()
@@ -537,9 +555,8 @@ def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
     names = {id: plain[id] if count[plain[id].lower()] == 1 else longer[id] for id in ids}
     taken: dict[str, str] = {}
     for id, name in names.items():
-        other = taken.setdefault(name.lower(), id)
-        if other != id:
-            raise ImatchError(f"the references of {other} and {id} would have the same names: rename one of them")
+        if taken.setdefault(name.lower(), id) != id:
+            names[id] = f"{name}-{hashlib.sha256(os.fsencode(id)).hexdigest()[:8]}"
     return names
 
 
@@ -649,7 +666,7 @@ def self_check(index: Index, gallery: Embeddings, block: int = 4096) -> int:
         StepError: a vector finds something else better than itself: rows and index do not belong together.
     """
     twins = 0
-    for first in range(0, len(gallery), block):
+    for first in runs.progress(range(0, len(gallery), block), "self-check"):
         vectors = gallery.vectors[first : first + block]
         hits = index.search(vectors, 1)
         row = np.arange(first, first + len(vectors))
@@ -684,7 +701,7 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
     with store.atomic(step.folder / "hits.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, rows=hits.rows, scores=hits.scores)
     table = ["query,rank,id,score,right"]
-    for q, id in enumerate(query.ids):
+    for q, id in runs.progress(list(enumerate(query.ids)), "write hits"):
         found = [
             {"rank": rank, "id": gallery.ids[row], "score": round(float(score), 6)}
             for rank, (row, score) in enumerate(zip(hits.rows[q], hits.scores[q], strict=True))
@@ -713,7 +730,8 @@ def _without_own(hits: Hits, query: Embeddings, gallery: Embeddings, siblings: b
 
 
 def index_metrics(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, twins: int) -> dict[str, Any]:
-    """The figures of 03_index: sizes, twins, queries that have no answer, Hit@1, Hit@5 and Hit@K."""
+    """The figures of 03_index: sizes, twins, Hit@1, Hit@5 and Hit@K. Counted apart: queries that have no answer in
+    the gallery, and photographs that could not be embedded and so never became queries."""
     right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
     able = answerable(step, query, gallery)
     k = step.parameters["k"]
@@ -723,6 +741,7 @@ def index_metrics(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits
         "dimension": gallery.vectors.shape[1],
         "twins": twins,
         "without_answer": int((~able).sum()),
+        "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")),
         **{f"hit_at_{n}": evaluate.hit_at_k(right, n, able) for n in sorted({1, min(5, k), k})},
     }
 
@@ -804,7 +823,8 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
     that the error of the geometry is known apart from the retrieval; such pairs take no part in re-ranking.
 
     Returns:
-        One row a pair, by query and rank; pairs/<query>/<rank>.json, .npy and .png hold each in full.
+        One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.
+        pairs/<query>/<rank>.json, .npy and .png hold each in full.
     """
     if not step.finished:
         job = _Match(step)
@@ -818,7 +838,8 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
 
 def finish_match(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
     """Finish 04_match with its figures (`evaluate.match_metrics`)."""
-    return step.finish({"pairs": len(pairs), **evaluate.match_metrics(pairs)})
+    skipped = runs.read(step.linked("index")).metrics["queries_skipped"]
+    return step.finish({"pairs": len(pairs), "queries_skipped": skipped, **evaluate.match_metrics(pairs)})
 
 
 class _Match:
@@ -863,13 +884,14 @@ class _Match:
         if source is not None and not self.same and self.query.shows[q] not in found:
             score = float(np.asarray(self.query.vectors[q]) @ np.asarray(self.gallery.vectors[source]))
             wanted.append((source, score, None))  # type: ignore[arg-type]
-        rows = []
-        for row, score, rank in wanted:
-            pair = self._pair(q, row, score, rank)
+        pairs = [self._pair(q, row, score, rank) for row, score, rank in wanted]
+        for place, row in enumerate(evaluate.rerank([pair.row for pair in pairs])):
+            row["reranked"] = place
+        for pair in pairs:
+            name = "source" if pair.row["rank"] is None else f"{pair.row['rank']:02d}"
             for sink in self.sinks:
-                sink(self.done(q).parent / ("source" if rank is None else f"{rank:02d}"), pair)
-            rows.append(pair.row)
-        store.write_rows(self.done(q), rows)
+                sink(self.done(q).parent / name, pair)
+        store.write_rows(self.done(q), (pair.row for pair in pairs))
 
     def _pair(self, q: int, row: int, score: float, rank: int | None) -> Pair:
         a, b = self.query.tokens(q), self.gallery.tokens(row)
@@ -886,11 +908,12 @@ class _Match:
         view_a, view_b = (self.views[side].get(meta["id"]) for side, meta in (("query", meta_a), ("gallery", meta_b)))
         right = self.query.shows[q] == self.gallery.shows[row]
         truth = _truth(view_a, view_b) if right and (view_a or view_b) else None
-        view = view_a or view_b or {}
+        view = view_a or {}  # figures by angle and crop are about queries
         record = {
             "query": meta_a["id"],
             "candidate": meta_b["id"],
             "rank": rank,
+            "reranked": None,
             "retrieved": rank is not None,
             "score": round(score, 6),
             "right": right,
@@ -940,12 +963,15 @@ def _truth(a: Row | None, b: Row | None) -> np.ndarray:
 
 
 def flat_name(id: str) -> str:
-    """An id as one file name.
+    """An id as one file name: another for every id, and never too long for a file system.
 
-    >>> flat_name("flight 1/a.jpg")
-    'flight 1__a.jpg'
+    >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
+    ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
     """
-    return id.replace("__", "_~").replace("/", "__")
+    name, data = id.replace("/", "__"), os.fsencode(id)
+    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
+        return name
+    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"
 
 
 def _tagged(tag: str) -> str:

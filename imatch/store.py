@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ import numpy as np
 from imatch.records import ImatchError, StepError, Tokens
 
 Row = dict[str, Any]
-FULL = os.strerror(errno.ENOSPC)
+MAPS = 16
+"""How many shards are kept mapped: each map holds an open file, of which a process may have some 1,000."""
 
 
 @contextmanager
@@ -49,17 +51,23 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # numpy counts the items it could not write and FAISS quotes the system; neither passes the number on
-        said = str(error)
-        short = isinstance(error, OSError) and error.errno is None and said.endswith("written")
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not short and FULL not in said:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free / 2**20
         raise ImatchError(
             f"disk full while writing {path} ({free:.1f} MB free): what was finished stays valid; free some space "
             "or choose another disk with --exports, then run the same command again"
         ) from error
+
+
+def printable(id: str) -> str:
+    """An id for people: bytes that are no text become a question mark.
+
+    >>> printable("caf\\udce9.jpg")
+    'caf\ufffd.jpg'
+    """
+    return os.fsencode(id).decode(errors="replace")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -97,8 +105,10 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy`, atomically."""
+    array = np.ascontiguousarray(array)
     with atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data.cast("B") if array.size else b"")  # not tofile, which hides why it wrote too little
 
 
 def relative(path: Path, start: Path) -> str:
@@ -174,14 +184,14 @@ def merge(folder: Path) -> None:
     rows = [row for shard in sorted(shards) for row in shards[shard]]
     images = [row for row in rows if "skipped" not in row]
     parts = [folder / "local" / f"{shard:05d}.global.npy" for shard in sorted({row["shard"] for row in images})]
-    vectors = [np.load(part, mmap_mode="r") for part in parts]
-    if sum(map(len, vectors)) != len(images):
+    shapes = [_shape(part) for part in parts]
+    if sum(shape[0] for shape in shapes) != len(images):
         raise StepError(f"{folder}: the shards' vectors and rows do not fit; delete the folder and run again")
     with atomic(folder / "global.npy") as temporary, temporary.open("wb") as file:
-        shape = (len(images), vectors[0].shape[1])
+        shape = (len(images), shapes[0][1])
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for part in parts:  # one at a time, so that memory does not grow with the number of photographs
-            np.load(part).tofile(file)
+            file.write(np.load(part).data.cast("B"))
     write_rows(folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
     write_rows(folder / "images.jsonl", images)
     remove_parts(folder)
@@ -244,10 +254,9 @@ class Embeddings:
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
         gridless = {row["shard"] for row in self.rows if row["grid"] is None}
         for shard, end in ends.items():
-            if len(self._local(shard)) != end:
-                raise StepError(f"{self.folder}: shard {shard} holds {len(self._local(shard))} descriptors, not {end}")
-            if shard in gridless and len(self._local(shard, ".xy.npy")) != end:
-                n = len(self._local(shard, ".xy.npy"))
+            if (n := _shape(self._path(shard))[0]) != end:
+                raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
+            if shard in gridless and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
     @cached_property
@@ -274,15 +283,19 @@ class Embeddings:
         """(N, D) float32, L2-normalised global vectors."""
         return _mapped(self.folder / "global.npy")
 
+    def _path(self, shard: int, suffix: str = ".npy") -> Path:
+        return self.folder / "local" / f"{shard:05d}{suffix}"
+
     @cached_property
-    def _shards(self) -> dict[str, np.ndarray]:
+    def _maps(self) -> dict[Path, np.ndarray]:
         return {}
 
     def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
-        path = self.folder / "local" / f"{shard:05d}{suffix}"
-        if path.name not in self._shards:
-            self._shards[path.name] = _mapped(path)
-        return self._shards[path.name]
+        path = self._path(shard, suffix)
+        self._maps[path] = self._maps.pop(path, None) if path in self._maps else _mapped(path)
+        while len(self._maps) > MAPS:
+            self._maps.pop(next(iter(self._maps)))  # the one not used for longest
+        return self._maps[path]
 
     def tokens(self, row: int) -> Tokens:
         """The tokens of one photograph: descriptors (n, d) float16, xy (n, 2) in pixels of the original."""
@@ -300,7 +313,7 @@ class Embeddings:
 
     def __str__(self) -> str:
         n = sum(row["n"] for row in self.rows)
-        d = self._local(self.rows[0]["shard"]).shape[1]
+        d = _shape(self._path(self.rows[0]["shard"]))[1]
         skipped = len(read_rows(self.folder / "skipped.jsonl"))
         return (
             f"{len(self)} photographs, {skipped} skipped; global {self.vectors.shape[1]} numbers each; "
@@ -309,9 +322,26 @@ class Embeddings:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    try:
+    with _readable(path):
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """The shape of a .npy file, from its header, if the file is as long as that says."""
+    with _readable(path), path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        expected = file.tell() + math.prod(shape) * dtype.itemsize
+        if path.stat().st_size != expected:
+            raise ValueError(f"{path.stat().st_size} bytes, not {expected}")
+        return tuple(shape)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ValueError, EOFError) as error:
         raise StepError(
             f"{path} cannot be read ({error}): delete its step's folder and run the notebook again"
         ) from error

@@ -79,7 +79,7 @@ def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
     for row in rows:
         outline = geometry.transform(np.linalg.inv(row["matrix"]), geometry.corners(row["size"]))
         axis.plot(*np.vstack([outline, outline[:1]]).T, linewidth=1)
-    axis.set_title(f"{rows[0]['source']}: where its {len(rows)} references lie", fontsize=9)
+    axis.set_title(f"{_short(rows[0]['source'])}: where its {len(rows)} references lie", fontsize=9)
     return figure
 
 
@@ -155,8 +155,8 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
     from PIL import Image
 
     best = evaluate.best_pairs(pairs)
-    shown = [best[i] for i in np.unique(np.linspace(0, len(best) - 1, min(n, len(best))).astype(int))]
-    figure = Figure(figsize=(8, 4 * len(shown)), layout="constrained")
+    shown = [best[i] for i in np.unique(np.linspace(0, max(0, len(best) - 1), min(n, len(best))).astype(int))]
+    figure = Figure(figsize=(8, 4 * max(1, len(shown))), layout="constrained")
     for i, row in enumerate(shown):
         axis = figure.add_subplot(len(shown), 1, i + 1)
         axis.axis("off")
@@ -198,7 +198,7 @@ def _photographs(folder: Path) -> Path:
 
 
 def _short(id: str) -> str:
-    name = Path(id).stem
+    name = store.printable(Path(id).stem).replace("$", r"\$")  # matplotlib would read a formula between dollars
     return name if len(name) <= 22 else f"{name[:9]}...{name[-10:]}"
 
 

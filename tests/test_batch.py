@@ -1,5 +1,6 @@
 """imatch.batch: the schema is held before anything runs, a sweep goes on past a point that fails."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def run(*arguments, cwd=ROOT):
         ({}, [("backbone_options", "{a: [")], "is not readable"),
         ({"sweep": {"weight": "sift"}}, [], "wants a list"),
         ({"sweep": {"weight": []}}, [], "wants a list"),
+        ({"parameters": ["a"]}, [], "`parameters` wants a dict"),
+        ({"notebooks": "01_embed"}, [], "`notebooks` wants a list"),
         ({"sweeps": {}}, [], "did you mean 'sweep'"),
         ({"notebooks": ["01_embd"]}, [], "did you mean '01_embed'"),
     ],
@@ -122,4 +125,32 @@ def test_a_folder_that_is_not_there_gives_a_message(tmp_path, dataset, message):
     done = run("params/folder.yaml", "-p", "dataset", where, "--exports", tmp_path / "exports")
     assert done.returncode == 1
     assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_that_are_hard_to_draw_go_through_every_notebook(tmp_path, few_photographs):
+    folder = tmp_path / "한글 폴더"
+    folder.mkdir()
+    for name, source in {b"a$_$b.png": "a.png", b"caf\xe9.png": "b.png", "커피 잔.jpg".encode(): "c.jpg"}.items():
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes((few_photographs / source).read_bytes())
+    small = ["-p", "angles", "[90]", "-p", "crops", "[1.0]", "-p", "candidates", "1"]
+    done = run("params/folder.yaml", "-p", "dataset", folder, "--exports", tmp_path / "exports", *small)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(list((tmp_path / "exports").rglob("pairs/*/00.png"))) == 3
+
+
+def test_one_photograph_with_nothing_to_match_goes_through_every_notebook(tmp_path, few_photographs):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.png").write_bytes((few_photographs / "a.png").read_bytes())
+    options = ["-p", "direction", "data-data", "-p", "outputs", "[json]", "-p", "angles", "[0]"]
+    done = run("params/folder.yaml", "-p", "dataset", tmp_path / "one", "--exports", tmp_path / "exports", *options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "run: 0 queries" in done.stdout
+
+
+def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs):
+    (tmp_path / "exports").write_text("")
+    done = run("params/folder.yaml", "-p", "dataset", few_photographs, "--exports", tmp_path / "exports")
+    assert done.returncode == 1
+    assert "cannot write to" in done.stderr
     assert "Traceback" not in done.stderr

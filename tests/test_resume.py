@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,7 @@ class House:
     on_error: str = "skip"
     max_skipped: float = 0.05
     keypoints: int = KEYPOINTS
+    angles: Sequence[float] = ANGLES
     k: int = K
 
     @property
@@ -94,7 +95,7 @@ class House:
     def start_views(self) -> Step:
         embedded = self.exports / "run" / "01_embed" / "photographs" / "sift" / "scale1_raw"
         return imatch.start_references(
-            str(embedded), kind="legacy", angles=ANGLES, crops=[0.75], quality=90, tag="", on_change=self.on_change
+            str(embedded), kind="legacy", angles=self.angles, crops=[0.75], quality=90, tag="", on_change=self.on_change
         )
 
     def views(self) -> Step:
@@ -501,20 +502,29 @@ def test_killed_while_changed_photographs_are_recomputed(run_killed, tmp_path):
         assert_same(house.folder("01_embed"), fresh.folder("01_embed"))
 
 
-def test_killed_while_another_configuration_is_removed(run_killed, tmp_path):
-    """Killed half through removing the old results, neither the old nor the new parameters reuse what is left."""
+@pytest.mark.parametrize("verb", ["embed", "views"])
+def test_killed_while_another_configuration_is_removed(verb, run_killed, tmp_path):
+    """Killed before any of the old results' files is removed, neither the old nor the new parameters find a remnant."""
     write_photographs(tmp_path / "photographs", 4)
-    old, new = House(tmp_path, "old"), House(tmp_path, "new", keypoints=60)
+    old = House(tmp_path, "old")
     old.embed()
-    new.embed()
-    kills = [Kill("os.remove", "", n) for n in range(1, len(state(old.exports)) + 1) for _ in (old, new)]
-    houses = [new.but(name=f"killed{i}", on_change="recompute") for i in range(len(kills))]
+    shutil.copytree(old.exports, tmp_path / "new")
+    new = old.but(name="new", on_change="recompute", **{"keypoints": 60} if verb == "embed" else {"angles": (30,)})
+    getattr(old, verb)()
+    getattr(new, verb)()
+    step = old.folder("01_embed" if verb == "embed" else "views")
+    kills = [Kill("os.remove", "", n + 1) for n in range(len(state(step)))]
+    houses = [new.but(name=f"killed{n}") for n in range(len(kills))]
     for house in houses:
         shutil.copytree(old.exports, house.exports)
-    run_killed(*((house, "embed", kill) for house, kill in zip(houses, kills, strict=True)))
-    for house, then in zip(houses, itertools.cycle((old, new)), strict=False):
-        house.but(keypoints=then.keypoints).embed()
-        assert_same(house.exports, then.exports)
+    run_killed(*((house, verb, kill) for house, kill in zip(houses, kills, strict=True)))
+    for house in houses:
+        shutil.copytree(house.exports, tmp_path / f"{house.name} back")
+        getattr(house, verb)()
+        assert_same(house.exports, new.exports)
+        back = old.but(name=f"{house.name} back", on_change="recompute")
+        getattr(back, verb)()
+        assert_same(back.exports, old.exports)
 
 
 def test_torn_line_of_seen(run_killed, whole, empty):

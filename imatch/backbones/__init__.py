@@ -25,7 +25,7 @@ class Backbone(Protocol):
 
     @property
     def digest(self) -> str:
-        """What the weights are, for the fingerprint; "" if there are none."""
+        """What the numbers depend on beside the options (weights, whose code), for the fingerprint."""
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """The tokens of a batch of one shape.

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from imatch import pooling, registry, store
-from imatch.records import Tokens
+from imatch.records import ImatchError, Tokens
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class DenseSift:
         patch: side of a patch in pixels.
         width: side of the square that a descriptor looks at, in pixels.
         p: exponent of the generalised mean.
+
+    Raises:
+        ImatchError: a number out of its range.
 
     >>> noise = np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), np.uint8)
     >>> (tokens,) = DenseSift()(noise)
@@ -34,8 +37,12 @@ class DenseSift:
 
     @property
     def digest(self) -> str:
-        """There are no weights."""
-        return ""
+        """There are no weights; whose SIFT it is."""
+        return f"OpenCV {cv2.__version__}"
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.width <= 0 or self.p <= 0:
+            raise ImatchError(f"patch {self.patch} must be at least 1, width {self.width} and p {self.p} above 0")
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs, on a grid of (h / patch, w / patch)."""

@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 
 from imatch import pooling, registry
-from imatch.records import Tokens
+from imatch.records import ImatchError, Tokens
 
+PIXELS = 16_000_000
+"""How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
 VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
 
 
@@ -25,6 +27,9 @@ class Sift:
     Attributes:
         max_keypoints: how many of the strongest keypoints are kept.
         contrast: OpenCV's contrastThreshold; smaller finds keypoints in flatter places.
+
+    Raises:
+        ImatchError: a number out of its range.
 
     >>> noise = np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), np.uint8)
     >>> (tokens,) = Sift(max_keypoints=50)(noise)
@@ -42,17 +47,24 @@ class Sift:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the vocabulary's file."""
-        return hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
+        """SHA-256 of the vocabulary's file, and whose SIFT it is."""
+        return f"{hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()}, OpenCV {cv2.__version__}"
 
     @cached_property
     def words(self) -> np.ndarray:
         """(64, 128) float32, the visual words; made by `python -m imatch.backbones.sift_vocabulary`."""
         return np.load(VOCABULARY).astype(np.float32)
 
+    def __post_init__(self) -> None:
+        if self.max_keypoints < 1 or self.contrast < 0:
+            raise ImatchError(
+                f"max_keypoints {self.max_keypoints} must be at least 1, contrast {self.contrast} at least 0"
+            )
+
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs, without a grid, the strongest keypoint first."""
-        with ThreadPoolExecutor(registry.cores()) as pool:
+        h, w = photographs.shape[1:3]
+        with ThreadPoolExecutor(max(1, min(registry.cores(), PIXELS // (h * w)))) as pool:
             return list(pool.map(self._tokens, photographs))
 
     def _tokens(self, photograph: np.ndarray) -> Tokens:

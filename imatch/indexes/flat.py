@@ -29,7 +29,7 @@ class Flat:
         vectors = np.ascontiguousarray(vectors, np.float32)
         if vectors.ndim != 2 or not len(vectors):
             raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
-        norms = np.linalg.norm(vectors, axis=1)
+        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
         wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
         if len(wrong):
             raise ImatchError(f"vector {wrong[0]} has norm {norms[wrong[0]]:.4g}, not 1: embed the gallery again")
@@ -57,8 +57,7 @@ class Flat:
 
     def save(self, path: Path) -> None:
         """See `Index`."""
-        with store.atomic(path) as temporary:
-            faiss.write_index(self.index, str(temporary))
+        store.write_bytes(path, faiss.serialize_index(self.index).tobytes())  # write_index hides a full disk
 
     def load(self, path: Path) -> None:
         """See `Index`."""

@@ -9,6 +9,9 @@ import torch
 
 from imatch.records import ImatchError, Matches, Tokens
 
+TILE = 2**26
+"""How many similarities are in memory at once (256 MB)."""
+
 
 @dataclass(frozen=True)
 class Mutual:
@@ -43,9 +46,14 @@ class Mutual:
             none = np.zeros(0, np.int64)
             return Matches(none, none, np.zeros(0, np.float32))
         of_a, of_b = (torch.from_numpy(tokens.descriptors.astype(np.float32)) for tokens in (a, b))
-        similarity = of_a @ of_b.T
-        best, in_b = similarity.max(dim=1)
-        in_a = similarity.argmax(dim=0)
+        best, in_b = _nearest(of_a, of_b)
+        _, in_a = _nearest(of_b, of_a)
         kept = torch.nonzero((in_a[in_b] == torch.arange(len(in_b))) & (best >= self.min_similarity)).ravel()
         order = kept[torch.argsort(-best[kept], stable=True)][: self.max_matches or None]
         return Matches(order.numpy(), in_b[order].numpy(), best[order].numpy())
+
+
+def _nearest(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row of a the best cosine with a row of b, and which."""
+    tiles = [(tile @ b.T).max(dim=1) for tile in a.split(max(1, TILE // len(b)))]
+    return torch.cat([tile.values for tile in tiles]), torch.cat([tile.indices for tile in tiles])

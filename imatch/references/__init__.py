@@ -91,8 +91,10 @@ def seen(matrix: np.ndarray, source: tuple[int, int], size: tuple[int, int]) -> 
     Returns:
         (h, w) bool.
     """
-    y, x = np.mgrid[: size[0], : size[1]]
-    x, y, _ = np.linalg.inv(matrix) @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+    (a, b, c), (d, e, f), _ = np.linalg.inv(matrix)
+    v, u = np.arange(size[0])[:, None], np.arange(size[1])[None]
     edge = 0.5 + 1e-6
-    inside = (x >= -edge) & (x <= source[1] - 1 + edge) & (y >= -edge) & (y <= source[0] - 1 + edge)
-    return inside.reshape(size)
+    inside = np.ones(size, bool)
+    for position, side in ((a * u + b * v + c, source[1]), (d * u + e * v + f, source[0])):
+        inside &= (position >= -edge) & (position <= side - 1 + edge)
+    return inside

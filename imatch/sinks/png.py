@@ -12,20 +12,18 @@ import numpy as np
 from imatch import geometry, images, store
 from imatch.records import Pair
 
-SIDE, BAR, GAP = 480, 44, 8
+SIDE, BAR, GAP = 360, 44, 8
 GREEN, RED, WHITE = (90, 220, 90), (235, 90, 80), (255, 255, 255)
 COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
 
 
 @dataclass(frozen=True)
 class Png:
-    """Both photographs at most 480 pixels a side, the 120 most similar inliers coloured by similarity."""
-
-    max_lines: int = 120
+    """Both photographs at most 360 pixels a side, the 120 most similar inliers coloured by similarity."""
 
     def __call__(self, path: Path, pair: Pair) -> None:
         """See `Sink`; writes `<path>.png`."""
-        store.write_bytes(path.with_name(path.name + ".png"), encode(draw(pair, self.max_lines)))
+        store.write_bytes(path.with_name(path.name + ".png"), encode(draw(pair)))
 
 
 def encode(picture: np.ndarray) -> bytes:
@@ -71,7 +69,7 @@ def draw(pair: Pair, max_lines: int = 120, shown: np.ndarray | None = None) -> n
         part = canvas[BAR:, left.shape[1] + GAP :]
         for start, end in zip(corners, corners[1:] + corners[:1], strict=True):
             _line(part, start - offset, end - offset, colour, 2)
-    _text(canvas, 16, f"{row['query']}  ->  {row['candidate']}", WHITE)
+    _text(canvas, 16, f"{store.printable(row['query'])}  ->  {store.printable(row['candidate'])}", WHITE)
     said = f"{'verified' if row['verified'] else 'not verified'}: {row['inliers']} inliers of {row['matches']} matches"
     found = "" if row["rotation"] is None else f", turned {row['rotation']:.1f} degrees, scale {row['scale']:.2f}"
     error = row.get("corner_error")

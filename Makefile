@@ -1,6 +1,7 @@
 # make help lists the targets
 PYTHON ?= python3
-FAISS ?= cpu
+# cpu or gpu; what was installed last stays
+FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -27,7 +28,7 @@ demo: $(READY)  ## the whole chain on 18 real photographs: a table, reports and 
 	$(BIN)/python -m imatch.batch params/demo.yaml
 
 test: $(READY)  ## every test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)  ## format and check
 	$(BIN)/ruff format

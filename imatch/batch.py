@@ -81,27 +81,29 @@ def schema(notebook: Path) -> dict[str, Parameter]:
     return found
 
 
-def check(name: str, value: Any, wanted: Any) -> Any:
-    """`value` if it may stand for a parameter whose default is `wanted`.
+def check(name: str, value: Any, wanted: Parameter) -> Any:
+    """`value` if it may stand where the parameter's default does.
 
     Raises:
-        ImatchError: another type.
+        ImatchError: another type; the message has the parameter's help.
 
-    >>> check("long_side", 512, wanted=640)
+    >>> check("long_side", 512, Parameter(640, "pixels"))
     512
     """
-    if not plugins.fits(value, type(wanted)):
-        raise ImatchError(f"parameter {name} wants {type(wanted).__name__}, such as {wanted!r}; got {value!r}")
+    default = wanted.default
+    if not plugins.fits(value, type(default)):
+        said = f"wants {type(default).__name__}, such as {default!r} ({wanted.help})"
+        raise ImatchError(f"parameter {name} {said}; got {value!r}")
     return value
 
 
-def from_text(name: str, text: str, wanted: Any) -> Any:
+def from_text(name: str, text: str, wanted: Parameter) -> Any:
     """A value from the command line: text stays text where text is wanted, else it is read as YAML.
 
-    >>> from_text("angles", "[0, 90]", wanted=[0]), from_text("dataset", "2024", wanted="")
+    >>> from_text("angles", "[0, 90]", Parameter([0], "")), from_text("dataset", "2024", Parameter("", ""))
     ([0, 90], '2024')
     """
-    if isinstance(wanted, str):
+    if isinstance(wanted.default, str):
         return text
     try:
         return check(name, yaml.safe_load(text), wanted)
@@ -149,22 +151,22 @@ def load(
             known = [p.stem for p in notebooks.glob("*.ipynb")]
             raise ImatchError(f"{path}: {plugins.unknown('notebook', name, known)}")
     schemas = {name: schema(notebooks / f"{name}.ipynb") for name in recipe.notebooks}
-    known = {name: parameter.default for schema in schemas.values() for name, parameter in schema.items()}
+    known = {name: parameter for schema in schemas.values() for name, parameter in schema.items()}
 
-    def default(name: str) -> Any:
+    def wanted(name: str) -> Parameter:
         if name not in known:
             raise ImatchError(plugins.unknown("parameter", name, known))
         return known[name]
 
     for name, value in recipe.parameters.items():
-        check(name, value, default(name))
+        check(name, value, wanted(name))
     for name, values in recipe.sweep.items():
         if not isinstance(values, list) or not values:
             raise ImatchError(f"sweep over {name} wants a list of values, got {values!r}")
         for value in values:
-            check(name, value, default(name))
+            check(name, value, wanted(name))
     for name, text in overrides:
-        recipe.parameters[name] = from_text(name, text, default(name))
+        recipe.parameters[name] = from_text(name, text, wanted(name))
         recipe.sweep.pop(name, None)
     return recipe, schemas
 
@@ -189,6 +191,7 @@ def run(
     finished: dict[str, Path] = {}
     failures: list[str] = []
     ran: dict[str, Path | str] = {}
+    exports = registry.resolve(recipe.parameters.get("exports", "exports"))
     for point in points(recipe.sweep):
         label = " ".join(f"{name}={value}" for name, value in point.items()) or "run"
         steps: dict[str, Path] = {}
@@ -197,7 +200,7 @@ def run(
             key = json.dumps([name, values], sort_keys=True)
             if key not in ran:
                 print(f"== {label}: {name}", flush=True)
-                ran[key] = execute(notebooks / f"{name}.ipynb", values, schemas[name])
+                ran[key] = execute(notebooks / f"{name}.ipynb", values, exports)
             result = ran[key]
             if isinstance(result, str):
                 failures.append(f"{label}: {name}: {result}")
@@ -224,8 +227,10 @@ def _values(
     return values
 
 
-def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Parameter]) -> Path | str:
+def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | str:
     """Run one notebook by papermill and put it, executed, into its step's folder as notebook.ipynb.
+
+    While it runs, and when it fails, it lies in <exports>/.running.
 
     Returns:
         The step's folder, or what went wrong.
@@ -234,16 +239,12 @@ def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Para
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    exports = registry.resolve(values.get("exports", schema["exports"].default if "exports" in schema else "exports"))
     report = exports / ".running" / f"{notebook.stem}_{runs.digest(dict(values))[:12]}.ipynb"
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"cannot write to {exports}: {error.strerror}; choose another folder with --exports"
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with store.writing(report), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # papermill's and nbclient's own
+            report.parent.mkdir(parents=True, exist_ok=True)
             executed = papermill.execute_notebook(
                 notebook,
                 report,
@@ -255,6 +256,8 @@ def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Para
                 stderr_file=_Lines(sys.stderr),
                 extra_arguments=["--IPKernelApp.log_level=40"],  # its word on encryption repeats for every notebook
             )
+    except (ImatchError, OSError) as error:
+        return f"cannot write to {exports}: {error}; choose another folder with --exports"
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}\n  see {report}"
     except DeadKernelError as error:
@@ -265,7 +268,8 @@ def execute(notebook: Path, values: Mapping[str, Any], schema: Mapping[str, Para
     if not published:
         return f"it finished no step (its last cell must call finish)\n  see {report}"
     folder = Path(published[-1]["folder"])
-    report.replace(folder / "notebook.ipynb")
+    store.write_bytes(folder / "notebook.ipynb", report.read_bytes())  # the step may lie on another disk
+    report.unlink()
     return folder
 
 
@@ -326,11 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter (repeatable)"
     )
     parser.add_argument("--exports", help="where results go (default: exports/)")
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="the folder of notebooks")
     options = parser.parse_args(arguments)
     registry.share_cores()
     overrides = [*map(tuple, options.p), *([("exports", options.exports)] if options.exports else [])]
-    folder = registry.resolve(options.notebooks)
+    folder = registry.resolve("notebooks")
     try:
         recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)
     except ImatchError as error:

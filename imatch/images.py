@@ -32,6 +32,8 @@ UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and valu
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+MAX_PIXELS = 300_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
 MODES = ("long_side", "scale")
 
 
@@ -154,7 +156,9 @@ def check_header(path: Path) -> tuple[int, int]:
     with _reasons():
         if path.stat().st_size == 0:
             raise PhotographError("empty file")
-        with Image.open(path) as image:  # no EXIF: in a PNG it can lie behind the pixels, which would all be read
+        with Image.open(path) as image:
+            _check_size(image)
+            # no EXIF: in a PNG it can lie behind the pixels, which would all be read
             return image.size[::-1]
 
 
@@ -178,6 +182,7 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
         if not data:
             raise PhotographError("empty file")
         with Image.open(io.BytesIO(data)) as image:
+            _check_size(image)
             exif = _exif(image)
             turn = _turn(image, exif)
             size = image.size if _sideways(turn) else image.size[::-1]
@@ -194,6 +199,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_size(image: Image.Image) -> None:
+    w, h = image.size
+    if w * h > MAX_PIXELS:
+        raise PhotographError(f"too large to decode: {w} x {h} are {w * h} pixels, more than {MAX_PIXELS}")
+
+
 @contextmanager
 def _reasons() -> Iterator[None]:
     """Turn whatever a decoder raises into a PhotographError that gives the reason in one line."""
@@ -203,8 +214,6 @@ def _reasons() -> Iterator[None]:
         raise
     except Image.UnidentifiedImageError:
         raise PhotographError("not a photograph: no decoder knows its bytes") from None
-    except Image.DecompressionBombError as error:
-        raise PhotographError(f"too large to decode: {error}") from None
     except OSError as error:
         raise PhotographError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise what they like on broken bytes; one file must not end a run

@@ -284,7 +284,6 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> l
     if store.is_merged(step.folder):
         differences += [f"new: {id}" for id in sorted(now - before)]
     if differences:
-        seen.save()  # files that were only touched need not be read again
         runs.refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
 
     def valid(shard: int) -> bool:

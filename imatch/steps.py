@@ -81,6 +81,8 @@ def start_embed(
     Raises:
         ImatchError: no such folder, weight or option; see also `runs.start`.
     """
+    if not run:
+        raise ImatchError("run is empty: name this piece of work (-p run NAME)")
     root = registry.dataset_folder(dataset)
     folder = registry.resolve(exports) / run / "01_embed" / root.name / weight / f"{resize}_raw{_tagged(tag)}"
     return _start_tokens(

@@ -583,7 +583,7 @@ def test_moved_as_a_whole_reuses(house, tmp_path_factory):
     assert state(moved.exports) == before
 
 
-@pytest.mark.parametrize(("workers", "batch_size"), [(2, 8), (0, 1), (2, 3)])
+@pytest.mark.parametrize(("workers", "batch_size"), [(2, 3), (0, 1)])
 def test_workers_and_batches_change_no_byte(workers, batch_size, whole, empty):
     house = empty.but(workers=workers, batch_size=batch_size)
     house.chain()

@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo]" --group dev
 	rm -f .venv/ready-* && touch $@
 
-demo: $(READY)  ## the whole chain on 18 real photographs: a table, reports and pictures
+demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/python -m imatch.batch params/demo.yaml
 

@@ -37,7 +37,7 @@ def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int =
         h, w = meta["size"]
         axis.imshow(thumbnail(root / meta["id"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
         axis.plot(*xy.T, ".", color="#ffd500", markersize=1.5)
-        axis.set_title(f"{_short(meta['id'])}\n{w} x {h}, {meta['n']} descriptors", fontsize=7)
+        axis.set_title(f"{_short(meta['id'])}\n{meta['n']} descriptors, strongest shown", fontsize=7)
     return figure
 
 

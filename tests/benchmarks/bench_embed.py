@@ -29,7 +29,7 @@ from imatch import backbones, demo, images, registry
 
 SIZE = imatch.Resize("long_side", long_side=640)
 LARGE, LONG_SIDE, QUALITY = 12, 4000, 90
-REPEATS = 3
+REPEATS = 2
 
 
 @dataclass(frozen=True)

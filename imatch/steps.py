@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -360,8 +361,8 @@ class _Seen:
         return [stat.st_size, stat.st_mtime_ns]
 
     def _problem(self, id: str) -> tuple[str | None, bool]:
-        """What is wrong with a header, and whether it stays wrong while the file's bytes stay (no permission may
-        be granted without a trace in size or time)."""
+        """What is wrong with a header, and whether it stays wrong while size and time of change stay (a missing
+        permission need not)."""
         try:
             images.check_header(self.root / id)
         except PhotographError as error:
@@ -695,7 +696,7 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
     same = query.folder == gallery.folder
     k = step.parameters["k"]
     siblings = same and step.parameters["exclude_siblings"]
-    most = max(gallery.shows.count(shown) for shown in {*gallery.shows}) if siblings else int(same)
+    most = max(Counter(gallery.shows).values()) if siblings else int(same)
     hits = index.search(query.vectors, k + most)
     hits = _without_own(hits, query, gallery, siblings, k) if same else hits
     right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)

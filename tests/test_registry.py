@@ -1,0 +1,735 @@
+"""imatch.registry: names of weights and data sets, where they lie, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from imatch import plugins, registry
+from imatch.records import ImatchError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / registry.DATA_KEY
+
+TWELVE = """
+vits16     | vit      | dinov3_vits16         | dinov3_vits16_pretrain_lvd1689m-08c60483.pth         | LVD
+vits16+    | vit      | dinov3_vits16plus     | dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth     | LVD
+vitb16     | vit      | dinov3_vitb16         | dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth         | LVD
+vitl16     | vit      | dinov3_vitl16         | dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth         | LVD
+vith16+    | vit      | dinov3_vith16plus     | dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth     | LVD
+vit7b16    | vit      | dinov3_vit7b16        | dinov3_vit7b16_pretrain_lvd1689m-a955f4ea.pth        | LVD
+cxTiny     | convnext | dinov3_convnext_tiny  | dinov3_convnext_tiny_pretrain_lvd1689m-21b726bb.pth  | LVD
+cxSmall    | convnext | dinov3_convnext_small | dinov3_convnext_small_pretrain_lvd1689m-296db49d.pth | LVD
+cxBase     | convnext | dinov3_convnext_base  | dinov3_convnext_base_pretrain_lvd1689m-801f2ba9.pth  | LVD
+cxLarge    | convnext | dinov3_convnext_large | dinov3_convnext_large_pretrain_lvd1689m-61fa432d.pth | LVD
+vitl16sat  | sat      | dinov3_vitl16         | dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth          | SAT
+vit7b16sat | sat      | dinov3_vit7b16        | dinov3_vit7b16_pretrain_sat493m-a6675841.pth         | SAT
+"""
+GOLDEN = [[part.strip() for part in line.split("|")] for line in TWELVE.strip().splitlines()]
+VITS = ["dinov3_vits16", "dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "LVD"]
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch, tmp_path):
+    """An empty working folder, no variable set, no default of the container there."""
+    for name, (_, local) in registry.ROOTS.items():
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setitem(registry.ROOTS, name, (str(tmp_path / "no container"), local))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def key(content, name="key.json"):
+    path = Path(name)
+    path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def survey(captures, **templates):
+    return registry.load(key({"datasets": {"d": {"root": "s", "captures": captures, **templates}}})).dataset("d")
+
+
+def weights(content):
+    return registry.load(key({"weights": content}))
+
+
+# --- roots ------------------------------------------------------------------------------------------------
+
+
+LOCAL = {
+    "DATASET_ROOT": "data",
+    "REFERENCE_ROOT": "references",
+    "WEIGHTS_ROOT": "weights",
+    "DINOV3_REPO": "dinov3",
+    "EXPORT_ROOT": "exports",
+}
+CONTAINER = {
+    "DATASET_ROOT": "/opt/datasets",
+    "REFERENCE_ROOT": "/opt/references",
+    "WEIGHTS_ROOT": "/workspace/weights",
+    "DINOV3_REPO": "/workspace/dinov3",
+    "EXPORT_ROOT": "/exports",
+}
+
+
+def test_container_defaults():
+    text = (ROOT / "imatch" / "registry.py").read_text()
+    for name, folder in CONTAINER.items():
+        assert f'"{name}": ("{folder}", "{LOCAL[name]}")' in text
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_roots_from_variable_container_and_working_folder(monkeypatch, tmp_path, bare, name):
+    assert registry.root(name) == bare / LOCAL[name]
+    monkeypatch.setenv(name, "")
+    assert registry.root(name) == bare / LOCAL[name]
+    container = tmp_path / "container"
+    monkeypatch.setitem(registry.ROOTS, name, (str(container), LOCAL[name]))
+    assert registry.root(name) == bare / LOCAL[name]
+    container.mkdir()
+    assert registry.root(name) == container
+    monkeypatch.setenv(name, str(tmp_path / "set"))
+    assert registry.root(name) == tmp_path / "set"
+    monkeypatch.setenv(name, "../relative")
+    assert registry.root(name) == tmp_path / "relative"
+
+
+def test_an_unknown_root_gets_the_nearest():
+    with pytest.raises(ImatchError, match="did you mean 'WEIGHTS_ROOT'"):
+        registry.root("WEIGHT_ROOT")
+
+
+def test_roots_are_the_same_from_the_notebooks(monkeypatch, bare):
+    (bare / "notebooks").mkdir()
+    monkeypatch.chdir(bare / "notebooks")
+    assert registry.root("DATASET_ROOT") == bare / "data"
+
+
+def test_exports_and_cache(monkeypatch, tmp_path, bare):
+    assert registry.exports_folder("") == bare / "exports"
+    assert registry.exports_folder("here") == bare / "here"
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "e"))
+    assert registry.exports_folder("") == tmp_path / "e"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert registry.cache_folder() == tmp_path / "c" / "imatch"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert registry.cache_folder() == tmp_path / ".cache" / "imatch"
+
+
+# --- weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "group", "hub_entry", "filename", "family"), GOLDEN, ids=[row[0] for row in GOLDEN])
+def test_the_twelve_weights(name, group, hub_entry, filename, family):
+    weight = registry.load(SHIPPED).weight(name)
+    assert weight == registry.Weight(name, "dinov3", group, hub_entry, filename, family)
+    for weight_set in ("dinov3", f"dinov3.{group}"):
+        assert registry.load(SHIPPED).weight(name, weight_set) == weight
+
+
+def test_there_are_twelve_and_no_more():
+    assert [weight.key for weight in registry.load(SHIPPED).weights] == [row[0] for row in GOLDEN]
+
+
+def test_unknown_weights_and_sets_get_the_nearest():
+    shipped = registry.load(SHIPPED)
+    for arguments, message in [
+        (("vits61",), "unknown weight 'vits61': did you mean 'vits16'"),
+        (("vits16 ",), "unknown weight 'vits16 ': did you mean 'vits16'"),
+        (("vits16", "dinov2"), "unknown weight_set 'dinov2': did you mean 'dinov3'"),
+        (("vits16", "dinov3.vti"), "did you mean 'dinov3.vit'"),
+        (("vits16", "dinov3.sat"), "unknown weight 'vits16'.*Known: vit7b16sat, vitl16sat"),
+    ]:
+        with pytest.raises(ImatchError, match=message):
+            shipped.weight(*arguments)
+
+
+def test_a_key_in_several_sets_must_say_which():
+    other = [VITS[0], "mine.pth", "SAT"]
+    read = weights({"a": {"vit": {"v": VITS}}, "b": {"vit": {"v": other}, "sat": {"v": VITS}}})
+    with pytest.raises(ImatchError, match=r"weight v is in a\.vit, b\.vit, b\.sat: say which as weight_set"):
+        read.weight("v")
+    with pytest.raises(ImatchError, match=r"weight v is in b\.vit, b\.sat"):
+        read.weight("v", "b")
+    assert read.weight("v", "a").filename == VITS[1]
+    assert read.weight("v", "b.vit").filename == "mine.pth"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([*VITS[:2], "sat "], "unknown family 'sat ': did you mean 'SAT'"),
+        ([*VITS[:2], "Lvd"], "unknown family 'Lvd': did you mean 'LVD'"),
+        ([*VITS[:2], ""], "unknown family ''.*Known: LVD, SAT"),
+        ([*VITS[:2], "SAT"], "was trained as LVD, but its family is given as SAT"),
+        ([VITS[0], "x_SAT493M-0.pth", "LVD"], "was trained as SAT, but its family is given as LVD"),
+        (VITS[:2], r"wants \[hub entry, file name, LVD or SAT\]"),
+        ([*VITS, "more"], r"wants \[hub entry"),
+        ([VITS[0], 7, "LVD"], r"wants \[hub entry"),
+        ("x.pth", r"wants \[hub entry"),
+        (["os.system", VITS[1], "LVD"], "is no name"),
+        (["", VITS[1], "LVD"], "is no name"),
+        *(
+            ([VITS[0], name, "LVD"], "would leave WEIGHTS_ROOT")
+            for name in ("../a.pth", "/a.pth", "b/a.pth", "..", ".", "", "..\\a.pth", "C:a.pth", "C:\\a.pth", "a\0.pth")
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_weights_are_refused(given, message):
+    with pytest.raises(ImatchError, match=f"^key.json: weight.*{message}"):
+        weights({"s": {"g": {"v": given}}})
+
+
+@pytest.mark.parametrize("name", ["../v", "..", "a/b", "a\\b", "", "a b"])
+def test_keys_that_cannot_name_a_folder_are_refused(name):
+    with pytest.raises(ImatchError, match="becomes the name of a folder"):
+        weights({"s": {"g": {name: VITS}}})
+    with pytest.raises(ImatchError, match="becomes the name of a folder"):
+        registry.load(key({"datasets": {name: {"root": "a"}}}))
+
+
+def test_a_renamed_file_may_be_of_either_family():
+    for family in ("LVD", "SAT"):
+        assert weights({"s": {"g": {"v": [VITS[0], "mine.pth", family]}}}).weight("v").family == family
+
+
+# --- templates --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capture", "templates", "folder", "files"),
+    [  # files: name -> frame, None for one that is not of the capture
+        ("80m", {}, "A1_80m", {"A1_80m_7.jpg": 7, "A1_80m_007.jpg": 7, "A1_80m_.jpg": None, "A2_80m_7.jpg": None}),
+        ({"label": "80m"}, {}, "A1_80m", {"A1_80m_0.jpg": 0, "A1_80m_-1.jpg": None, "A1_80m_7.JPG": None}),
+        ({"altitude": 80}, {}, "A1_80", {"A1_80_12.jpg": 12}),
+        ({"altitude": 80.0}, {}, "A1_80", {"A1_80_12.jpg": 12}),
+        ({"altitude": 12.5}, {}, "A1_12.5", {"A1_12.5_12.jpg": 12, "A1_12x5_12.jpg": None}),
+        ({"altitude": "80m"}, {}, "A1_80m", {"A1_80m_12.jpg": 12}),
+        ("80m", {"filename_template": "DJI_{frame:04d}.JPG"}, "A1_80m", {"DJI_0007.JPG": 7, "DJI_7.JPG": 7}),
+        ("80m", {"filename_template": "DJI_{index:04}.JPG"}, "A1_80m", {"DJI_12345.JPG": 12345, "DJI_x.JPG": None}),
+        ("80m", {"filename_template": "{idx}.png"}, "A1_80m", {"0012.png": 12, "a12.png": None}),
+        ("80m", {"filename_template": "{label}{frame:03d}.jpg"}, "A1_80m", {"80m007.jpg": 7, "80m.jpg": None}),
+        ("80m", {"filename_template": "{frame}_{idx:03d}.jpg"}, "A1_80m", {"7_007.jpg": 7, "7_008.jpg": None}),
+        ("80m", {"filename_template": "a{{b}}.{frame}"}, "A1_80m", {"a{b}.1": 1, "axb}.1": None}),
+        ("80m", {"filename_template": "rgb/{frame}.jpg"}, "A1_80m", {"rgb/3.jpg": 3, "3.jpg": None}),
+        ("80m", {"filename_template": "map.jpg"}, "A1_80m", {"map.jpg": None}),
+        ("80m", {"folder_template": "{dataset_key}/{capture_id:>4}"}, "d/  A1", {"A1_80m_1.jpg": 1}),
+        ("8 m/n", {"folder_template": "{label_token}"}, "8_m_n", {"A1_8 m/n_1.jpg": 1}),
+        ("8 m", {"filename_template": "{label_token}-{frame}.jpg"}, "A1_8 m", {"8_m-1.jpg": 1, "8 m-1.jpg": None}),
+        ("", None, "", {}),
+        ({"label": "80m", "folder": "my flight/"}, {}, "my flight", {"A1_80m_1.jpg": 1}),
+        ({"label": "80m", "folder": ""}, {}, ".", {"A1_80m_1.jpg": 1}),
+        ({"folder": "f", "filename_template": "{frame}.jpg"}, {}, "f", {"1.jpg": 1}),
+        ({"label": "l", "folder_template": "x{label}"}, {"folder_template": "y"}, "xl", {"A1_l_1.jpg": 1}),
+        ({"label": "l", "filename_template": "x{frame}"}, {"filename_template": "y"}, "A1_l", {"x1": 1, "y": None}),
+    ],
+    ids=str,
+)
+def test_templates(capture, templates, folder, files):
+    if templates is None:
+        with pytest.raises(ImatchError, match="is empty: leave it out"):
+            survey({"A1": capture})
+        return
+    made = survey({"A1": capture}, **templates)
+    assert made.captures["A1"].folder == folder
+    for name, frame in files.items():
+        id = name if folder == "." else f"{folder}/{name}"
+        match = made.captures["A1"].pattern.fullmatch(name)
+        if frame is None and name != "map.jpg":
+            assert not match or len(set(map(int, match.groups()))) > 1, name
+        else:
+            assert made.select([id]) == {id: {"capture": "A1", "label": made.captures["A1"].label, "frame": frame}}
+
+
+def test_default_templates():
+    assert registry.FOLDER_TEMPLATE == "{capture_id}_{label}"
+    assert registry.FILENAME_TEMPLATE == "{capture_id}_{label}_{frame}.jpg"
+
+
+@pytest.mark.parametrize("name", ["images", "captures"])
+def test_images_is_another_name_of_captures(name):
+    read = registry.load(key({"datasets": {"d": {"root": "s", name: {"A1": "80m"}}}})).dataset("d")
+    assert list(read.captures) == ["A1"]
+
+
+def test_roots_are_below_dataset_root(monkeypatch, tmp_path, bare):
+    content = {"datasets": {"d": {"root": "a/b"}, "all": {"root": ""}}}
+    assert registry.load(key(content)).dataset("d").root == bare / "data" / "a" / "b"
+    monkeypatch.setenv("DATASET_ROOT", str(tmp_path / "photographs"))
+    assert registry.load(key(content)).dataset("d").root == tmp_path / "photographs" / "a" / "b"
+    assert registry.load(key(content)).dataset("all").root == tmp_path / "photographs"
+
+
+OUTSIDE = [
+    "..",
+    "../x",
+    "a/../../x",
+    "a/..",
+    "/x",
+    "//host/x",
+    "C:",
+    "C:x",
+    "C:\\x",
+    "c:/x",
+    "\\x",
+    "..\\x",
+    "a\\..\\..\\x",
+]
+OUTSIDE += ["\\\\host\\share\\x", "a\0b"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: {"root": path},
+        lambda path: {"root": "a", "glob": path},
+        lambda path: {"root": "a", "captures": {"A1": {"label": "l", "folder": path}}},
+        lambda path: {"root": "a", "captures": {"A1": "l"}, "folder_template": path},
+        lambda path: {"root": "a", "captures": {"A1": "l"}, "filename_template": path + "/{frame}"},
+        lambda path: {"root": "a", "captures": {"A1": {"label": "l", "folder_template": path}}},
+        lambda path: {"root": "a", "captures": {"A1": path}, "folder_template": "{label}"},
+        lambda path: {"root": "a", "captures": {path: "l"}, "folder_template": "{capture_id}"},
+        lambda path: {
+            "root": "a",
+            "captures": {"A1": path},
+            "filename_template": "{label}/{frame}",
+            "folder_template": "f",
+        },
+    ],
+    ids=[
+        "root",
+        "glob",
+        "folder",
+        "folder_template",
+        "filename_template",
+        "own template",
+        "label",
+        "id",
+        "label in file",
+    ],
+)
+def test_what_would_leave_its_root_is_refused(make, path):
+    with pytest.raises(ImatchError, match="would leave"):
+        registry.load(key({"datasets": {"d": make(path)}}))
+
+
+@pytest.mark.parametrize("path", ["a.b", "..a", "a..", "a b", "a\\b", "~", "한글"])
+def test_odd_names_that_stay_are_allowed(bare, path):
+    assert registry.load(key({"datasets": {"d": {"root": path}}})).dataset("d").root == bare / "data" / path
+
+
+@pytest.mark.parametrize(
+    ("label", "token"),
+    [
+        ("80m", "80m"),
+        ("80 m", "80_m"),
+        ("a/b\\c", "a_b_c"),
+        ("1.5+2-x_y", "1.5+2-x_y"),
+        ("..", "__"),
+        (".", "_"),
+        ("높이", "높이"),
+    ],
+)
+def test_label_token(label, token):
+    assert registry.label_token(label) == token
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "^key.json wants an object of datasets, weights"),
+        ({"dataset": {}}, "key.json: dataset: unknown field 'dataset': did you mean 'datasets'"),
+        ({"datasets": []}, "key.json: datasets wants an object"),
+        ({"weights": {"s": {"g": []}}}, r"key.json: weights\.s\.g wants an object"),
+        ({"datasets": {"d": "folder"}}, r"datasets\.d wants an object"),
+        ({"datasets": {"d": {}}}, r"datasets\.d has no root"),
+        ({"datasets": {"d": {"root": 3}}}, r"datasets\.d\.root wants text, got 3"),
+        ({"datasets": {"d": {"rot": "a"}}}, r"datasets\.d\.rot: unknown field 'rot': did you mean 'root'"),
+        ({"datasets": {"d": {"root": "a", "glob": ["*"]}}}, r"datasets\.d\.glob wants text"),
+        ({"datasets": {"d": {"root": "a", "captures": {}}}}, r"datasets\.d\.captures is empty"),
+        ({"datasets": {"d": {"root": "a", "captures": ["A"]}}}, r"datasets\.d\.captures wants an object"),
+        ({"datasets": {"d": {"root": "a", "captures": {"A": 80}}}}, r"captures\.A wants an object of label, altitude"),
+        ({"datasets": {"d": {"root": "a", "captures": {"A": "l"}, "images": {"A": "l"}}}}, "keep one"),
+        ({"datasets": {"d": {"root": "a", "captures": {"A": "l"}, "glob": "*"}}}, "both captures and a glob"),
+        ({"datasets": {"d": {"root": "a", "folder_template": "x"}}}, "templates but no captures"),
+        *(
+            ({"datasets": {"d": {"root": "a", "captures": {"A": capture}}}}, message)
+            for capture, message in [
+                ({"lable": "x"}, r"d\.captures\.A\.lable: unknown field 'lable': did you mean 'label'"),
+                ({"label": "x", "altitude": 3}, "both a label and an altitude"),
+                ({"label": "x", "folder": "f", "folder_template": "g"}, "both a folder and a folder_template"),
+                ({"label": 3}, r"A\.label wants text, got 3"),
+                ({"altitude": True}, r"A\.altitude wants text, got True"),
+                ({"folder": "f"}, r"wants {label}: give the capture a label"),
+                ({"label": "x", "filename_template": ""}, r"A\.filename_template is empty"),
+            ]
+        ),
+        *(
+            ({"datasets": {"d": {"root": "a", "captures": {"A": "l"}, "filename_template": template}}}, message)
+            for template, message in [
+                ("{fram}.jpg", "unknown placeholder 'fram': did you mean 'frame'"),
+                ("{}.jpg", "unknown placeholder ''"),
+                ("{0}.jpg", "unknown placeholder '0'"),
+                ("{label.__class__}{frame}", r"unknown placeholder 'label.__class__'"),
+                ("{label[0]}{frame}", r"unknown placeholder 'label\[0\]'"),
+                ("{frame!r}", "with nothing more inside"),
+                ("{frame:{label}}", "with nothing more inside"),
+                ("{frame:x}", "is no padding"),
+                ("{frame:+d}", "is no padding"),
+                ("{label:04d}{frame}", "does not fit text"),
+                ("{frame", "is no template"),
+                ("frame}", "is no template"),
+            ]
+        ),
+        (
+            {"datasets": {"d": {"root": "a", "captures": {"A": "l"}, "folder_template": "{frame}"}}},
+            "folder_template.*unknown placeholder 'frame'",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_registries_are_refused(content, message):
+    with pytest.raises(ImatchError, match=message):
+        registry.load(key(content))
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["key.yaml", "key.yml", "KEY.YML"])
+def test_yaml_equals_json(name):
+    content = json.loads(SHIPPED.read_text())
+    from_json, from_yaml = registry.load(SHIPPED), registry.load(key(content, name))
+    assert from_yaml.datasets == from_json.datasets
+    assert from_yaml.weights == from_json.weights
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("key.json", "{", "is no JSON"),
+        ("key.json", "", "is no JSON"),
+        ("key.yaml", "a: [", "is no YAML"),
+        ("key.yaml", "", "wants an object"),
+        ("key.json", '{"weights": {"s": {}, "s": {}}}', "'s' is given 2 times"),
+        ("key.yaml", "weights: {s: {}, s: {}}", "'s' is given 2 times"),
+        ("key.yaml", "datasets: {d: {root: a, captures: {007: x}}}", "7 is read as a int: put it in quotes"),
+        ("key.toml", "", "give a file that ends in .json, .yaml or .yml"),
+        ("key.json", b"\xff\xfe", "is no JSON"),
+        ("key.yaml", b"a: \xff", "is no YAML"),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be_read(name, text, message):
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ImatchError, match=message):
+        registry.load(name)
+    with pytest.raises(ImatchError, match="no file"):
+        registry.load("absent.json")
+
+
+def test_a_byte_order_mark_is_nothing():
+    Path("key.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert registry.load("key.json").weights == ()
+
+
+# --- which photographs ------------------------------------------------------------------------------------
+
+
+IDS = [
+    *(f"A1_80m/A1_80m_{frame:03d}.jpg" for frame in (1, 2, 3, 5, 8)),
+    *(f"A2_120m/A2_120m_{frame}.jpg" for frame in (1, 2)),
+    *(f"A3_120m/A3_120m_{frame}.jpg" for frame in (2, 12)),
+    "A1_80m/notes.jpg",
+    "other/A1_80m_1.jpg",
+]
+CAPTURES = {"A1": "80m", "A2": "120m", "A3": "120m", "A4": "nothing there"}
+
+
+def chosen(image_groups, ids=IDS, captures=CAPTURES):
+    found = survey(captures).select(ids, image_groups)
+    assert list(found) == sorted(found)
+    return [f"{meta['capture']}:{meta['frame']}" for meta in found.values()]
+
+
+def test_without_groups_all_that_is_called_as_the_registry_says():
+    assert chosen([]) == ["A1:1", "A1:2", "A1:3", "A1:5", "A1:8", "A2:1", "A2:2", "A3:12", "A3:2"]
+    assert survey(CAPTURES).select(reversed(IDS)) == survey(CAPTURES).select(IDS)
+    assert survey(CAPTURES).select(["A1_80m/A1_80m_001.jpg"]) == {
+        "A1_80m/A1_80m_001.jpg": {"capture": "A1", "label": "80m", "frame": 1}
+    }
+    assert survey(CAPTURES).select([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("group", "wanted"),
+    [
+        ({"folder": "A1"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
+        ({"folder": "A1_80m"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
+        ({"folder": "80m"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
+        ({"folder": "A1_80m/"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
+        ({"folder": ["A1", "A2"], "indices": [1, 2]}, "A1:1 A1:2 A2:1 A2:2"),
+        ({"folder": "A1", "indices": [2, 5]}, "A1:2 A1:3 A1:5"),
+        ({"folder": "A1", "indices": {"from": 2, "to": 5}}, "A1:2 A1:3 A1:5"),
+        ({"folder": "A1", "indices": {"from": 0, "to": 10**15}}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
+        ({"folder": "A1", "indices": [5]}, "A1:5"),
+        ({"folder": "A1", "indices": [5, 5]}, "A1:5"),
+        ({"folder": "A1", "indices": [8, 1, 3]}, "A1:1 A1:3 A1:8"),
+        ({"folder": "A1", "indices": [1, 1, 3]}, "A1:1 A1:3"),
+        ({"folder": ["A1", "A2"], "indices": [[2, 5], [1]]}, "A1:2 A1:3 A1:5 A2:1"),
+        ({"folder": ["A1", "A2"], "indices": [[1, 2, 8], {"from": 2, "to": 9}]}, "A1:1 A1:2 A1:8 A2:2"),
+        ({"folder": "A1", "indices": [[2, 3]]}, "A1:2 A1:3"),
+        ({"indices": [2]}, "A1:2 A2:2 A3:2"),
+        ({"folder": None, "indices": None, "rotation": [0, 90]}, "A1:1 A1:2 A1:3 A1:5 A1:8 A2:1 A2:2 A3:12 A3:2"),
+    ],
+    ids=str,
+)
+def test_image_groups(group, wanted):
+    assert chosen([group]) == wanted.split()
+
+
+def test_groups_are_united():
+    assert chosen([{"folder": "A1", "indices": [1, 3]}, {"folder": "80m", "indices": [3, 5]}, {"folder": "A2"}]) == [
+        *("A1:1", "A1:2", "A1:3", "A1:5", "A2:1", "A2:2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"folder": "A1_80"}, "unknown folder of data set d 'A1_80': did you mean 'A1_80m'"),
+        ({"folder": "120m"}, "label '120m' means any of A2, A3"),
+        ({"folder": "A4"}, r"no photographs in A4 of data set d: none in .*nothing there is called"),
+        (
+            {"folder": "A1", "indices": [1, 4, 6, 8]},
+            "no photographs of frames 4, 6 in A1 of data set d: it has frames 1",
+        ),
+        ({"folder": "A1", "indices": [4]}, "no photographs of frames 4 in A1"),
+        ({"folder": ["A1", "A2"], "indices": [1, 2, 3]}, "no photographs of frames 3 in A2"),
+        ({"folder": "A1", "indices": list(range(20, 40))}, "frames 20, .*, 29 and 10 more in A1"),
+        ({"folder": "A1", "indices": [6, 7]}, "no photographs of frames 6 to 7 in A1 .*: it has frames 1 to 8"),
+        ({"indices": [1]}, "no photographs of frames 1 in A3"),
+        ({"indices": [5, 8]}, "no photographs of frames 5 to 8 in A2"),
+    ],
+    ids=str,
+)
+def test_what_was_asked_for_and_is_not_there_is_an_error(group, message):
+    with pytest.raises(ImatchError, match=message):
+        chosen([group])
+
+
+@pytest.mark.parametrize(
+    ("image_groups", "message"),
+    [
+        ({"folder": "A1"}, "image_groups wants a list"),
+        (["A1"], r"image_groups\[0\] wants an object of folder, indices, rotation"),
+        ([{"folder": "A1"}, {"indicse": [1]}], r"image_groups\[1\]\.indicse: unknown field.*did you mean 'indices'"),
+        ([{"folder": 3}], r"\[0\]\.folder wants a list, got 3"),
+        ([{"folder": ["A1", 3]}], r"\[0\]\.folder wants text, got 3"),
+        ([{"folder": []}], r"\[0\]\.folder names no folder"),
+        ([{"indices": 7}], r"\[0\]\.indices wants a list, got 7"),
+        ([{"indices": "1-7"}], r"\[0\]\.indices wants a list"),
+        ([{"indices": []}], r"\[0\]\.indices is empty"),
+        ([{"indices": [1.0, 2]}], "wants a whole number, got 1.0"),
+        ([{"indices": ["1"]}], "wants a whole number, got '1'"),
+        ([{"indices": [True]}], "wants a whole number, got True"),
+        ([{"indices": [-1, 4]}], "frame -1 is negative"),
+        ([{"indices": [5, 2]}], r"ends at 2 before it begins at 5: write \[2, 5\]"),
+        ([{"indices": {"from": 5, "to": 2}}], "ends at 2 before it begins at 5"),
+        ([{"indices": {"from": 5}}], "wants both ends"),
+        ([{"indices": {"form": 5, "to": 9}}], r"indices\.form: unknown field 'form': did you mean 'from'"),
+        ([{"folder": ["A1", "A2"], "indices": [[1]]}], "has 1 lists for 2 folders"),
+        ([{"indices": [[1]]}], "has 1 lists for no folder"),
+        ([{"folder": ["A1", "A2"], "indices": [[1], 2]}], r"indices\[1\] wants a list, got 2"),
+        ([{"folder": "A1", "indices": [[5, 2]]}], r"indices\[0\]: the range ends at 2"),
+        ([{"folder": "A1", "indices": [[]]}], r"indices\[0\] is empty"),
+    ],
+    ids=str,
+)
+def test_wrong_groups_are_refused(image_groups, message):
+    with pytest.raises(ImatchError, match=message):
+        chosen(image_groups)
+
+
+def test_a_capture_id_wins_over_a_folder_and_a_folder_over_a_label():
+    captures = {"x": "l", "a": {"label": "b", "folder": "x"}, "b": {"label": "c", "folder": "f"}}
+    captures["c"] = {"label": "f", "folder": "g"}
+    made = survey(captures)
+    assert [made.captures_named(name) for name in ("x", "b", "f", "c", "x_l")] == [["x"], ["b"], ["b"], ["c"], ["x"]]
+
+
+def test_two_captures_may_share_a_folder():
+    made = survey({"A1": {"label": "l", "folder": "f"}, "A2": {"label": "m", "folder": "f"}})
+    ids = ["f/A1_l_1.jpg", "f/A2_m_1.jpg", "f/A2_m_2.jpg"]
+    assert list(made.select(ids, [{"folder": "f", "indices": [1]}])) == ids[:2]
+    assert list(made.select(ids, [{"folder": "A2"}])) == ids[1:]
+
+
+def test_photographs_that_could_be_two_things_are_refused():
+    same = {"label": "l", "folder": "f", "filename_template": "{frame}.jpg"}
+    with pytest.raises(ImatchError, match=r"f/1\.jpg belongs to captures A1 and A2"):
+        survey({"A1": same, "A2": same}).select(["f/1.jpg"])
+    with pytest.raises(ImatchError, match=r"f/01\.jpg and f/1\.jpg are both frame 1 of A1: keep one"):
+        survey({"A1": same}).select(["f/1.jpg", "f/01.jpg"])
+
+
+def test_nothing_that_is_called_as_the_registry_says():
+    with pytest.raises(ImatchError, match=r"none of the 1 photographs .*'x.jpg'.* A1_80m/\{capture_id\}_\{label\}"):
+        survey({"A1": "80m"}).select(["x.jpg"])
+
+
+PLAIN = ["a.png", "flight 1/d_07.png", "flight 1/x.png", "flight 1/sub/e2_12.png", "g/h_7.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "wanted"),
+    [
+        ("", PLAIN),
+        ("*", ["a.png"]),
+        ("*/*", [PLAIN[1], PLAIN[2], PLAIN[4]]),
+        ("./*/*.jpg", [PLAIN[4]]),
+        ("**/*.png", PLAIN[:4]),
+        ("flight 1/**", PLAIN[1:4]),
+        ("**", PLAIN),
+        ("flight 1/**/e*", [PLAIN[3]]),
+        ("[ag]*/?_7.*", [PLAIN[4]]),
+    ],
+)
+def test_globs(glob, wanted):
+    made = registry.load(key({"datasets": {"d": {"root": "s", "glob": glob}}})).dataset("d")
+    assert list(made.select(PLAIN)) == sorted(wanted)
+
+
+def test_a_glob_that_matches_nothing():
+    made = registry.load(key({"datasets": {"d": {"root": "s", "glob": "*.tif"}}})).dataset("d")
+    with pytest.raises(ImatchError, match=r"none of the 5 photographs .* is called as the registry says: \*.tif"):
+        made.select(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("group", "wanted"),
+    [
+        ({"folder": ""}, [PLAIN[0]]),
+        ({"folder": "."}, [PLAIN[0]]),
+        ({"folder": "flight 1"}, [PLAIN[1], PLAIN[2]]),
+        ({"folder": "flight 1/sub/"}, [PLAIN[3]]),
+        ({"folder": ["flight 1", "g"], "indices": [7]}, [PLAIN[1], PLAIN[4]]),
+        ({"folder": ["flight 1", "flight 1/sub"], "indices": [[1, 9], [12]]}, [PLAIN[1], PLAIN[3]]),
+    ],
+    ids=str,
+)
+def test_groups_of_a_plain_folder(bare, group, wanted):
+    (bare / "photographs").mkdir()
+    made = registry.dataset("photographs")
+    assert list(made.select(PLAIN, [group])) == wanted
+
+
+def test_what_is_known_of_photographs_in_a_plain_folder(bare):
+    found = registry.Dataset("d", bare).select(PLAIN)
+    assert [meta["frame"] for meta in found.values()] == [None, 7, 12, None, 7]
+    assert {(meta["capture"], meta["label"]) for meta in found.values()} == {(None, None)}
+    for group, message in [
+        ({"folder": "fligth 1"}, "unknown folder of data set d 'fligth 1': did you mean 'flight 1'"),
+        (
+            {"folder": ".", "indices": [1]},
+            "no photographs of frames 1 in . of data set d: its files have no frame number",
+        ),
+        ({"folder": "g", "indices": [8]}, "it has frames 7 to 7"),
+    ]:
+        with pytest.raises(ImatchError, match=message):
+            registry.Dataset("d", bare).select(PLAIN, [group])
+
+
+# --- what a name means ------------------------------------------------------------------------------------
+
+
+def test_a_name_is_a_key_else_a_folder(tmp_path, bare):
+    path = str(key({"datasets": {"demo": {"root": "demo", "glob": "*"}, "lost": {"root": "lost"}}}))
+    for folder in ("demo", "data/demo", "data/only here", "references/views"):
+        (bare / folder).mkdir(parents=True)
+    assert registry.dataset("demo", path) == registry.Dataset("demo", bare / "data" / "demo", glob="*", registered=True)
+    assert registry.dataset("data/demo", path) == registry.Dataset("demo", bare / "data" / "demo")
+    assert registry.dataset("demo", "absent.json").root == bare / "demo"
+    assert registry.dataset("only here", path).root == bare / "data" / "only here"
+    assert registry.dataset("views", path).root == bare / "references" / "views"
+    assert registry.dataset(str(tmp_path), path).root == tmp_path
+    assert registry.dataset("..", path).root == tmp_path
+    with pytest.raises(ImatchError, match=r"data set lost of key.json: its folder .*data/lost does not exist"):
+        registry.dataset("lost", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "no dataset given"),
+        ("key.json", "is a file"),
+        ("dmeo", "does not exist, nor does it below .*data or .*references.*did you mean 'demo'"),
+        ("../dmeo", "does not exist: give an existing folder"),
+    ],
+)
+def test_a_name_that_means_nothing(name, message):
+    path = str(key({"datasets": {"demo": {"root": "demo"}}}))
+    with pytest.raises(ImatchError, match=message):
+        registry.dataset(name, path)
+    if name == "dmeo":
+        with pytest.raises(ImatchError, match=r"no keys in absent\.json"):
+            registry.dataset(name, "absent.json")
+
+
+def test_a_broken_registry_is_an_error_even_for_a_folder(bare):
+    (bare / "photographs").mkdir()
+    Path("key.json").write_text("{")
+    with pytest.raises(ImatchError, match="is no JSON"):
+        registry.dataset("photographs", "key.json")
+
+
+def test_the_shipped_survey():
+    made = registry.load(SHIPPED).dataset("survey")
+    ids = ["flight01_80m/flight01_80m_0001.jpg", "second flight/DJI_0012.JPG"]
+    assert made.select(ids) == {
+        ids[0]: {"capture": "flight01", "label": "80m", "frame": 1},
+        ids[1]: {"capture": "flight02", "label": "120", "frame": 12},
+    }
+
+
+# --- options of plug-ins ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Needy:
+    """A plug-in with an option that must be given."""
+
+    entry: str
+    size: int | None = None
+    ratio: float = 1.0
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (None, re.escape("thing needy wants option entry (str), which was not given")),
+        ({"size": 3}, "wants option entry"),
+        ({"entry": 3}, "option entry of thing needy wants str, got 3"),
+        ({"entry": "a", "size": "b"}, re.escape("option size of thing needy wants int | None, got 'b'")),
+        ({"entry": "a", "ratio": True}, "option ratio of thing needy wants float"),
+        ({"entry": "a", "names": ["b"]}, r"option names of thing needy wants tuple\[str, ...\]"),
+        ({"entyr": "a"}, "did you mean 'entry'"),
+    ],
+    ids=str,
+)
+def test_options_without_a_default_must_be_given(options, message):
+    table = {"needy": f"{__name__}:Needy"}
+    with pytest.raises(ImatchError, match=message):
+        plugins.create(table, "thing", "needy", options)
+    assert plugins.create(table, "thing", "needy", {"entry": "a", "size": None, "ratio": 2, "names": ("b",)}).ratio == 2

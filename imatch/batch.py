@@ -1,10 +1,11 @@
-"""YAML -> checked parameters -> papermill: the notebooks, headless, in a chain.
+"""YAML or a manifest -> checked parameters -> papermill: the notebooks, headless, in a chain.
 
     python -m imatch.batch params/demo.yaml -p NAME VALUE --exports DIR
+    python -m imatch.batch params/manifest.json
 
 The parameters cell of each notebook is its schema. A `sweep` in the YAML expands lists into one executed notebook
-per point; notebooks that a point shares with another run once. A parameter called <name>_step that nobody set is
-the folder of the notebook <nn>_<name> that ran before it.
+per point, a manifest into one per weight, size and variant; notebooks that a point shares with another run once. A
+parameter called <name>_step that nobody set is the folder of the notebook <nn>_<name> that ran before it.
 """
 
 from __future__ import annotations
@@ -28,10 +29,25 @@ from typing import Any, TextIO
 import nbformat
 import yaml
 
-from imatch import evaluate, plugins, registry, runs, store
+from imatch import evaluate, manifest, plugins, registry, runs, store
 from imatch.records import ImatchError
 
-NAMED = frozenset({"dataset", "run", "exports", "weight", "resize", "long_side", "scale", "kind", "direction", "tag"})
+NAMED = frozenset(
+    {
+        "dataset",
+        "run",
+        "exports",
+        "weight",
+        "resize",
+        "long_side",
+        "scale",
+        "cfg",
+        "variant",
+        "kind",
+        "direction",
+        "tag",
+    }
+)
 """Parameters that a step's folder is named by; a sweep over any other one gives its points a tag."""
 
 
@@ -49,11 +65,21 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a YAML file asks for: notebooks in order, parameters for all of them, lists to sweep over."""
+    """What a file asks for: notebooks in order, parameters for all of them, lists to sweep over.
+
+    A manifest has `points` in place of a sweep: the parameters of each; `label` are those that a point is called by
+    (none for all of them).
+    """
 
     notebooks: list[str]
     parameters: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, list[Any]] = field(default_factory=dict)
+    points: list[dict[str, Any]] | None = None
+    label: Sequence[str] = ()
+
+
+RECIPE = ("notebooks", "parameters", "sweep")
+"""What a YAML file may hold."""
 
 
 def schema(notebook: Path) -> dict[str, Parameter]:
@@ -114,11 +140,12 @@ def from_text(name: str, text: str, wanted: Parameter) -> Any:
 def load(
     path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path
 ) -> tuple[Recipe, dict[str, dict[str, Parameter]]]:
-    """Read a YAML file and check every name and type in it against the notebooks, before anything runs.
+    """Read a YAML file or a manifest and check every name and type in it against the notebooks, before anything runs.
 
     Args:
-        path: the YAML file.
-        overrides: (name, text) pairs from the command line; they also replace a sweep over that name.
+        path: the file.
+        overrides: (name, text) pairs from the command line; they also replace a sweep over that name, and what a
+            manifest says of it.
         notebooks: the folder of notebooks.
 
     Returns:
@@ -128,24 +155,9 @@ def load(
         ImatchError: an unknown or mistyped name, with the nearest known one.
     """
     if not path.is_file():
-        raise ImatchError(f"no file {path}: give a YAML file, such as params/demo.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ImatchError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict) or "notebooks" not in content:
-        raise ImatchError(f"{path} must name its `notebooks`")
-    for key in content:
-        if key not in Recipe.__dataclass_fields__:
-            raise ImatchError(f"{path}: {plugins.unknown('entry', key, Recipe.__dataclass_fields__)}")
-    recipe = Recipe(content["notebooks"], content.get("parameters") or {}, content.get("sweep") or {})
-    for key, value, kind in (
-        ("notebooks", recipe.notebooks, list),
-        ("parameters", recipe.parameters, dict),
-        ("sweep", recipe.sweep, dict),
-    ):
-        if not isinstance(value, kind):
-            raise ImatchError(f"{path}: `{key}` wants a {kind.__name__}, got {value!r}")
+        raise ImatchError(f"no file {path}: give a YAML file or a manifest, such as params/demo.yaml")
+    content = registry.read(path)
+    recipe = _manifest(path, overrides) if manifest.is_manifest(content) else _recipe(path, content)
     for name in recipe.notebooks:
         if not (notebooks / f"{name}.ipynb").is_file():
             known = [p.stem for p in notebooks.glob("*.ipynb")]
@@ -165,10 +177,37 @@ def load(
             raise ImatchError(f"sweep over {name} wants a list of values, got {values!r}")
         for value in values:
             check(name, value, wanted(name))
+    for point in recipe.points or []:
+        for name, value in point.items():
+            check(name, value, wanted(name))
     for name, text in overrides:
         recipe.parameters[name] = from_text(name, text, wanted(name))
         recipe.sweep.pop(name, None)
+        for point in recipe.points or []:
+            point.pop(name, None)
     return recipe, schemas
+
+
+def _recipe(path: Path, content: Any) -> Recipe:
+    if not isinstance(content, dict) or "notebooks" not in content:
+        raise ImatchError(f"{path} must name its `notebooks`; a manifest, its `models`")
+    for key in content:
+        if key not in RECIPE:
+            raise ImatchError(f"{path}: {plugins.unknown('entry', key, RECIPE)}")
+    recipe = Recipe(content["notebooks"], content.get("parameters") or {}, content.get("sweep") or {})
+    for key, value, kind in (
+        ("notebooks", recipe.notebooks, list),
+        ("parameters", recipe.parameters, dict),
+        ("sweep", recipe.sweep, dict),
+    ):
+        if not isinstance(value, kind):
+            raise ImatchError(f"{path}: `{key}` wants a {kind.__name__}, got {value!r}")
+    return recipe
+
+
+def _manifest(path: Path, overrides: Sequence[tuple[str, str]]) -> Recipe:
+    found = manifest.read(path, dict(overrides).get("data_key", registry.DATA_KEY))
+    return Recipe(found.notebooks, found.parameters, points=found.points, label=manifest.LABEL)
 
 
 def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -191,9 +230,9 @@ def run(
     finished: dict[str, Path] = {}
     failures: list[str] = []
     ran: dict[str, Path | str] = {}
-    exports = registry.resolve(recipe.parameters.get("exports", "exports"))
-    for point in points(recipe.sweep):
-        label = " ".join(f"{name}={value}" for name, value in point.items()) or "run"
+    exports = registry.exports_folder(recipe.parameters.get("exports", ""))
+    for point in points(recipe.sweep) if recipe.points is None else recipe.points:
+        label = " ".join(f"{name}={point[name]}" for name in recipe.label or point if name in point) or "run"
         steps: dict[str, Path] = {}
         for name in recipe.notebooks:
             values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
@@ -324,12 +363,14 @@ def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 if every point finished, 1 if one failed, 2 for a bad request."""
-    parser = argparse.ArgumentParser(prog="python -m imatch.batch", description="Run the notebooks of a YAML file.")
-    parser.add_argument("recipe", type=Path, help="a YAML file, such as params/demo.yaml")
+    parser = argparse.ArgumentParser(
+        prog="python -m imatch.batch", description="Run the notebooks of a YAML file or manifest."
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file or a manifest, such as params/demo.yaml")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter (repeatable)"
     )
-    parser.add_argument("--exports", help="where results go (default: exports/)")
+    parser.add_argument("--exports", help="where results go (default: EXPORT_ROOT, else exports/)")
     options = parser.parse_args(arguments)
     registry.share_cores()
     overrides = [*map(tuple, options.p), *([("exports", options.exports)] if options.exports else [])]

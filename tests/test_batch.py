@@ -68,10 +68,16 @@ def test_command_line_wins_over_file_and_sweep(tmp_path):
     assert read.sweep == {}
 
 
-def test_shipped_recipes_are_right():
-    for path in sorted((ROOT / "params").glob("*.yaml")):
-        read, schemas = batch.load(path, [], NOTEBOOKS)
-        assert set(schemas) == set(read.notebooks)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "params").glob("*.yaml"), *(ROOT / "params").glob("manifest*.json")]),
+    ids=lambda path: path.name,
+)
+def test_shipped_recipes_and_manifests_are_right(monkeypatch, path):
+    monkeypatch.chdir(ROOT)
+    read, schemas = batch.load(path, [], NOTEBOOKS)
+    assert set(schemas) == set(read.notebooks)
+    assert (read.points is not None) == path.name.startswith("manifest")
 
 
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])

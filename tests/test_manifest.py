@@ -1,0 +1,501 @@
+"""imatch.manifest: what the three manifests expand to, and what is refused."""
+
+import copy
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from imatch import batch, manifest, registry
+from imatch.records import ImatchError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / registry.DATA_KEY
+SMALL = {"dataset_key": "survey", "models": [{"weights": "vits16", "target_res": 256}]}
+
+
+def write(tmp_path, content, name="manifest.json"):
+    path = tmp_path / name
+    path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def read(tmp_path, content, name="manifest.json"):
+    return manifest.read(write(tmp_path, content, name), SHIPPED)
+
+
+def model(**fields):
+    return {**SMALL, "models": [{**SMALL["models"][0], **fields}]}
+
+
+def shared(tag):
+    return {
+        "dataset": "survey",
+        "data_key": str(SHIPPED),
+        "weight_set": "dinov3",
+        "resize": "stretch",
+        "tag": tag,
+        "run": "manifest",
+    }
+
+
+# --- expansion --------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_manifest():
+    found = manifest.read(ROOT / "params" / "manifest.json", SHIPPED)
+    rest = {
+        "image_groups": [{"folder": "flight01", "indices": {"from": 1, "to": 132}}, {"folder": "flight02"}],
+        "files": ["global.npy", "global.json", "patch.npy", "grid.npy", "denseft.png", "denseft.npy"],
+    }
+    assert found == manifest.Manifest(
+        role="dataset",
+        notebooks=["01_embed"],
+        parameters=shared(""),
+        points=[
+            {"weight": "vits16", "long_side": 256, "cfg": "res256", "variant": "raw", **rest},
+            {"weight": "vits16", "long_side": 256, "cfg": "res256", "variant": "sub2", **rest},
+            {"weight": "cxTiny", "long_side": 256, "cfg": "res256", "variant": "raw", **rest},
+            {"weight": "cxTiny", "long_side": 256, "cfg": "res256", "variant": "sub2", **rest},
+        ],
+    )
+
+
+def test_the_shipped_query_manifest():
+    found = manifest.read(ROOT / "params" / "manifestQuery.json", SHIPPED)
+    assert found == manifest.Manifest(
+        role="query",
+        notebooks=["01_embed"],
+        parameters=shared("query"),
+        points=[
+            {
+                "weight": "vits16",
+                "long_side": 256,
+                "cfg": "res256",
+                "variant": "raw",
+                "image_groups": [{"folder": ["flight01", "flight02"], "indices": [[1, 3], [1, 2, 5]]}],
+                "files": ["global.npy", "patch.npy", "grid.npy"],
+            }
+        ],
+    )
+
+
+def test_the_shipped_reference_manifest():
+    found = manifest.read(ROOT / "params" / "manifestReference.json", SHIPPED)
+    assert found == manifest.Manifest(
+        role="reference",
+        notebooks=["01_embed", "02_references"],
+        parameters=shared("reference"),
+        points=[
+            {
+                "weight": "vits16",
+                "long_side": 256,
+                "cfg": "res256",
+                "variant": "raw",
+                "image_groups": [{"folder": "flight01", "indices": [1, 3]}],
+                "files": ["global.npy", "patch.npy"],
+                "angles": [0, 90, 180, 270],
+            }
+        ],
+    )
+
+
+def test_the_least_a_manifest_says(tmp_path):
+    found = read(tmp_path, SMALL)
+    assert found.parameters == {**shared(""), "weight_set": ""}
+    names = {"weight": "vits16", "long_side": 256, "cfg": "res256", "variant": "raw"}
+    assert found.points == [{**names, "image_groups": [], "files": []}]
+
+
+def test_every_weight_size_and_variant(tmp_path):
+    content = {
+        **SMALL,
+        "weight_set": "dinov3.vit",
+        "experiment": {"variant": {"raw": True, "sub": {"use": True, "stride": [2, 4]}}},
+        "models": [
+            {"weights": ["vits16", "vits16+"], "target_res": [256, 512]},
+            {"weight_key": " vitb16, vitl16 ", "target_res": 224, "embedding_cfg": "small"},
+        ],
+    }
+    found = read(tmp_path, content)
+    assert [" ".join(map(str, list(point.values())[:4])) for point in found.points] == [
+        f"{weight} {size} {cfg} {variant}"
+        for weight, size, cfg in [
+            *(("vits16", 256, "res256"), ("vits16", 512, "res512")),
+            *(("vits16+", 256, "res256"), ("vits16+", 512, "res512")),
+            *(("vitb16", 224, "small"), ("vitl16", 224, "small")),
+        ]
+        for variant in ("raw", "sub2", "sub4")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "wanted"),
+    [
+        ({}, ["raw"]),
+        ({"raw": True}, ["raw"]),
+        ({"sub": {"use": True, "stride": 2}}, ["raw", "sub2"]),
+        ({"raw": False, "sub": {"use": True, "stride": [4, 2, 4]}}, ["sub4", "sub2"]),
+        ({"sub": {"use": False, "stride": [2]}}, ["raw"]),
+        ({"sub": {"use": False}}, ["raw"]),
+    ],
+    ids=str,
+)
+def test_variants(tmp_path, variant, wanted):
+    found = read(tmp_path, {**SMALL, "experiment": {"variant": variant}})
+    assert [point["variant"] for point in found.points] == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, []),
+        ({"outputs": {"global": {"npy": True, "json": False}}}, ["global.npy"]),
+        (
+            {"outputs": {"grid": {"json": True}, "patch": {"json": True, "npy": True}}},
+            ["patch.npy", "patch.json", "grid.json"],
+        ),
+        ({"run": {"generate_denseft": True}}, ["denseft.png", "denseft.npy"]),
+        (
+            {"outputs": {"global": {"npy": True}}, "run": {"test_embedding": False, "generate_denseft": True}},
+            ["global.npy", "denseft.png", "denseft.npy"],
+        ),
+    ],
+    ids=str,
+)
+def test_outputs(tmp_path, fields, wanted):
+    assert read(tmp_path, model(**fields)).points[0]["files"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("manifest.json", "dataset"),
+        ("manifestQuery.json", "query"),
+        ("MANIFEST_QUERY.json", "query"),
+        ("manifestReference.json", "reference"),
+        ("references.json", "reference"),
+        ("anything.json", "dataset"),
+    ],
+)
+def test_the_name_of_the_file_says_the_role(tmp_path, name, role):
+    found = read(tmp_path, SMALL, name)
+    assert found.role == role
+    assert found.notebooks == (["01_embed", "02_references"] if role == "reference" else ["01_embed"])
+    assert found.parameters["tag"] == {"dataset": ""}.get(role, role)
+
+
+def test_a_name_that_says_two_things(tmp_path):
+    with pytest.raises(ImatchError, match="says both query and reference"):
+        read(tmp_path, SMALL, "queryReference.json")
+
+
+@pytest.mark.parametrize("name", ["manifest", "manifestQuery", "manifestReference"])
+def test_yaml_of_the_same_shape_is_the_same(tmp_path, name):
+    content = json.loads((ROOT / "params" / f"{name}.json").read_text())
+    assert read(tmp_path, content, f"{name}.yaml") == read(tmp_path, content, f"{name}.json")
+
+
+def test_models_that_are_switched_off_are_said(tmp_path, capsys):
+    off = {"weights": "vitb16", "target_res": 256, "run": {"test_embedding": False, "generate_denseft": False}}
+    content = {**SMALL, "models": [*SMALL["models"], off]}
+    assert [point["weight"] for point in read(tmp_path, content).points] == ["vits16"]
+    assert "manifest.json: models[1] is skipped: its run switches off" in capsys.readouterr().out
+    with pytest.raises(ImatchError, match="there is nothing to run"):
+        read(tmp_path, {**SMALL, "models": [off]})
+    with pytest.raises(ImatchError, match="did you mean 'vitb16'"):
+        read(tmp_path, {**SMALL, "models": [*SMALL["models"], {**off, "weights": "vitb61"}]})
+
+
+def test_models_that_differ_in_photographs_alone_are_one_point(tmp_path):
+    one, two = {"folder": "flight01", "indices": [1, 3]}, {"folder": "flight02"}
+    models = [{**SMALL["models"][0], "image_groups": groups} for groups in ([one], [one, two])]
+    assert [point["image_groups"] for point in read(tmp_path, {**SMALL, "models": models}).points] == [[one, two]]
+    models.append(SMALL["models"][0])
+    assert [point["image_groups"] for point in read(tmp_path, {**SMALL, "models": models}).points] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"target_res": 512, "embedding_cfg": "res256"},
+            r"models\[1\] asks for weight=vits16 cfg=res256 variant=raw.*long_side",
+        ),
+        ({"outputs": {"global": {"npy": True}}}, r"another files \(\['global.npy'\], not \[\]\)"),
+        ({"run": {"generate_denseft": True}}, "another files"),
+    ],
+    ids=str,
+)
+def test_models_that_would_write_over_each_other_are_refused(tmp_path, other, message):
+    with pytest.raises(ImatchError, match=message):
+        read(tmp_path, {**SMALL, "models": [SMALL["models"][0], {**SMALL["models"][0], **other}]})
+
+
+# --- rotation ---------------------------------------------------------------------------------------------
+
+
+def turned(*rotations):
+    return model(image_groups=[{"folder": "flight01", "rotation": rotation} for rotation in rotations])
+
+
+@pytest.mark.parametrize(
+    ("rotations", "wanted"),
+    [((90,), [90]), (([0, 45.5],), [0, 45.5]), (([0, 90], [0, 90]), [0, 90]), ((90, [90]), [90]), ((0,), [0])],
+    ids=str,
+)
+def test_rotation_of_references_is_their_angles(tmp_path, rotations, wanted):
+    point = read(tmp_path, turned(*rotations), "manifestReference.json").points[0]
+    assert point["angles"] == wanted
+    assert point["image_groups"] == [{"folder": "flight01"}] * len(rotations)
+
+
+@pytest.mark.parametrize("content", [SMALL, turned(), turned(None), turned(None, None)], ids=str)
+def test_without_rotation_the_notebook_says_the_angles(tmp_path, content):
+    assert "angles" not in read(tmp_path, content, "manifestReference.json").points[0]
+
+
+@pytest.mark.parametrize(
+    ("rotations", "message"),
+    [
+        ((90, 180), "have different rotations"),
+        ((90, None), "have different rotations"),
+        (([],), r"image_groups\[0\].rotation names no angle"),
+        (("90",), r"image_groups\[0\].rotation wants degrees"),
+        ((True,), "wants degrees"),
+        (([90, "x"],), "wants degrees"),
+        ((float("inf"),), "wants degrees"),
+    ],
+    ids=str,
+)
+def test_wrong_rotations_are_refused(tmp_path, rotations, message):
+    with pytest.raises(ImatchError, match=message):
+        read(tmp_path, turned(*rotations), "manifestReference.json")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifestQuery.json"])
+def test_photographs_are_embedded_as_they_are(tmp_path, name):
+    for rotation in (None, 0, [0], [], 0.0):
+        found = read(tmp_path, turned(rotation), name)
+        assert found.points[0]["image_groups"] == [{"folder": "flight01"}]
+        assert "angles" not in found.points[0]
+    for rotation in (90, [0, 90], [90]):
+        with pytest.raises(ImatchError, match="ask for turned views in the reference manifest"):
+            read(tmp_path, turned(rotation), name)
+
+
+def test_other_views_have_a_folder_of_their_own(tmp_path):
+    groups = [{"folder": "flight01", "rotation": 90}], [{"folder": "flight02", "rotation": 90}]
+    models = [
+        {"weights": weights, "target_res": 256, "image_groups": group}
+        for weights, group in [("vits16, vitb16", groups[0]), ("vitl16", groups[1]), ("cxTiny", groups[0])]
+    ]
+    found = read(tmp_path, {**SMALL, "models": models}, "manifestReference.json")
+    tags = [{**found.parameters, **point}["tag"] for point in found.points]
+    assert tags == ["reference", "reference", "reference2", "reference"]
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modles": []}, r"manifest\.json: modles: unknown field 'modles': did you mean 'models'"),
+        ({"dataset_kye": "x"}, "dataset_kye: unknown field 'dataset_kye': did you mean 'dataset_key'"),
+        ({"dataset_key": "survye"}, "unknown data set 'survye': did you mean 'survey'"),
+        ({"dataset_key": 3}, r"manifest\.json: dataset_key wants text, got 3"),
+        ({"dataset_key": None}, "dataset_key is missing"),
+        ({"models": None}, "models is missing"),
+        ({"models": {}}, r"manifest\.json: models wants a list"),
+        ({"models": []}, "there is nothing to run"),
+        ({"models": ["vits16"]}, r"models\[0\] wants an object of weights, weight_key"),
+        ({"weight_set": ["dinov3"]}, "weight_set wants text"),
+        ({"weight_set": "dinov33"}, "unknown weight_set 'dinov33': did you mean 'dinov3'"),
+        ({"weight_set": "dinov3.sat"}, "unknown weight 'vits16'"),
+        ({"experiment": []}, "experiment wants an object of variant"),
+        ({"experiment": {"varient": {}}}, r"experiment\.varient: unknown field.*did you mean 'variant'"),
+        ({"experiment": {"variant": {"rwa": True}}}, r"experiment\.variant\.rwa: .*did you mean 'raw'"),
+        ({"experiment": {"variant": {"raw": 1}}}, r"experiment\.variant\.raw wants true or false, got 1"),
+        ({"experiment": {"variant": {"raw": False}}}, "switches off raw and sub"),
+        ({"experiment": {"variant": {"sub": True}}}, r"variant\.sub wants an object of use, stride"),
+        ({"experiment": {"variant": {"sub": {"stride": [2]}}}}, r"variant\.sub\.use is missing"),
+        ({"experiment": {"variant": {"sub": {"use": "yes"}}}}, r"variant\.sub\.use wants true or false"),
+        ({"experiment": {"variant": {"sub": {"use": True}}}}, r"variant\.sub\.stride is missing"),
+        ({"experiment": {"variant": {"sub": {"use": True, "strid": 2}}}}, "did you mean 'stride'"),
+        ({"experiment": {"variant": {"sub": {"use": True, "stride": "2"}}}}, r"stride wants a whole number, got '2'"),
+        ({"experiment": {"variant": {"sub": {"use": True, "stride": [2, 1]}}}}, "stride 1 leaves nothing out"),
+    ],
+    ids=str,
+)
+def test_wrong_manifests_are_refused(tmp_path, change, message):
+    with pytest.raises(ImatchError, match=message):
+        read(tmp_path, {**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_rse": 256}, r"manifest\.json: models\[0\]\.target_rse: unknown field.*did you mean 'target_res'"),
+        ({"weights": "vits61"}, r"models\[0\]: .*unknown weight 'vits61': did you mean 'vits16'"),
+        ({"weights": ["vits16", "sift"]}, "unknown weight 'sift'"),
+        ({"weights": "vits16,"}, r"models\[0\]\.weights wants keys of weights"),
+        ({"weights": []}, r"models\[0\]\.weights wants keys of weights"),
+        ({"weights": 16}, r"models\[0\]\.weights wants a list, got 16"),
+        ({"weights": [16]}, r"models\[0\]\.weights wants text, got 16"),
+        ({"weights": None}, r"models\[0\] has no weights"),
+        ({"weight_key": "vits16"}, r"models\[0\] has weights and weight_key"),
+        ({"target_res": None}, r"models\[0\]\.target_res is missing"),
+        ({"target_res": "256"}, r"models\[0\]\.target_res wants a whole number, got '256'"),
+        ({"target_res": 256.0}, "target_res wants a whole number"),
+        ({"target_res": [256, 0]}, "target_res wants pixels"),
+        ({"target_res": []}, "target_res wants pixels"),
+        ({"embedding_cfg": 256}, r"embedding_cfg wants text"),
+        ({"embedding_cfg": "../x"}, "embedding_cfg '../x': it becomes the name of a folder"),
+        ({"embedding_cfg": "x", "target_res": [256, 512]}, "embedding_cfg 'x' names one size"),
+        ({"image_groups": {}}, r"models\[0\]\.image_groups wants a list"),
+        (
+            {"image_groups": [{}, {"indicse": [1]}]},
+            r"models\[0\]\.image_groups\[1\]\.indicse: .*did you mean 'indices'",
+        ),
+        ({"image_groups": [{"indices": [5, 2]}]}, r"image_groups\[0\]\.indices: the range ends at 2"),
+        ({"image_groups": [{"folder": "flight1"}]}, r"models\[0\]\.image_groups: .*'flight1': did you mean 'flight01'"),
+        ({"outputs": ["global"]}, r"models\[0\]\.outputs wants an object of global, patch, grid"),
+        ({"outputs": {"globl": {}}}, r"models\[0\]\.outputs\.globl: .*did you mean 'global'"),
+        ({"outputs": {"global": True}}, r"models\[0\]\.outputs\.global wants an object of npy, json"),
+        ({"outputs": {"global": {"npz": True}}}, r"outputs\.global\.npz: .*did you mean 'npy'"),
+        ({"outputs": {"grid": {"npy": "true"}}}, r"outputs\.grid\.npy wants true or false, got 'true'"),
+        ({"run": True}, r"models\[0\]\.run wants an object of test_embedding, generate_denseft"),
+        ({"run": {"test_embeding": True}}, r"models\[0\]\.run\.test_embeding: .*did you mean 'test_embedding'"),
+        ({"run": {"generate_denseft": 1}}, r"run\.generate_denseft wants true or false, got 1"),
+    ],
+    ids=str,
+)
+def test_wrong_models_are_refused(tmp_path, fields, message):
+    with pytest.raises(ImatchError, match=message):
+        read(tmp_path, model(**fields))
+
+
+def test_the_second_model_is_named(tmp_path):
+    content = {**SMALL, "models": [*SMALL["models"], {"weights": "vitb16", "target_res": 256, "output": {}}]}
+    with pytest.raises(ImatchError, match=r"models\[1\]\.output: .*did you mean 'outputs'"):
+        read(tmp_path, content)
+
+
+def test_reading_changes_nothing_that_was_given(tmp_path):
+    content = copy.deepcopy(SMALL)
+    read(tmp_path, content)
+    assert content == SMALL
+
+
+# --- by batch ---------------------------------------------------------------------------------------------
+
+CELLS = {
+    "01_embed": 'dataset = ""\ndata_key = ""\nexports = ""\nrun = ""\nweight = ""\nweight_set = ""\nresize = ""\n'
+    'long_side = 0\ncfg = ""\nvariant = ""\nimage_groups = []\nfiles = []\ntag = ""',
+    "02_references": 'embed_step = ""\nangles = [0, 30]\ntag = ""',
+}
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    """Notebooks that have the parameters and nothing more."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name, source in CELLS.items():
+        cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / f"{name}.ipynb")
+    return folder
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """What batch would have run; weight cxTiny fails."""
+    calls = []
+
+    def execute(notebook, values, exports):
+        calls.append((notebook.stem, values, exports))
+        return "it broke" if values.get("weight") == "cxTiny" else Path("/done") / f"{notebook.stem}_{len(calls)}"
+
+    monkeypatch.setattr(batch, "execute", execute)
+    return calls
+
+
+def test_a_manifest_runs_point_by_point_past_one_that_fails(monkeypatch, tmp_path, notebooks, executed):
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "results"))
+    overrides = [("data_key", str(SHIPPED)), ("run", "mine")]
+    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, notebooks)
+    finished, failures = batch.run(recipe, schemas, notebooks)
+    assert list(finished) == ["weight=vits16 cfg=res256 variant=raw", "weight=vits16 cfg=res256 variant=sub2"]
+    assert failures == [
+        f"weight=cxTiny cfg=res256 variant={variant}: 01_embed: it broke" for variant in ("raw", "sub2")
+    ]
+    points = manifest.read(ROOT / "params" / "manifest.json", SHIPPED).points
+    assert [values for _, values, _ in executed] == [{**shared(""), "run": "mine", **point} for point in points]
+    assert {exports for _, _, exports in executed} == {tmp_path / "results"}
+
+
+def test_references_read_the_step_before_them(tmp_path, notebooks, executed):
+    path = ROOT / "params" / "manifestReference.json"
+    recipe, schemas = batch.load(path, [("data_key", str(SHIPPED)), ("exports", str(tmp_path))], notebooks)
+    batch.run(recipe, schemas, notebooks)
+    (first, embed, exports), (second, references, _) = executed
+    assert (first, second, exports) == ("01_embed", "02_references", tmp_path)
+    assert "angles" not in embed
+    assert references == {"embed_step": "/done/01_embed_1", "angles": [0, 90, 180, 270], "tag": "reference"}
+
+
+def test_the_command_line_wins_over_a_manifest(notebooks, executed):
+    overrides = [("data_key", str(SHIPPED)), ("weight", "vitb16"), ("variant", "raw"), ("tag", "x")]
+    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, notebooks)
+    finished, failures = batch.run(recipe, schemas, notebooks)
+    assert [(values["weight"], values["variant"], values["tag"]) for _, values, _ in executed] == [
+        ("vitb16", "raw", "x")
+    ]
+    assert list(finished) == ["cfg=res256"]
+    assert failures == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("wieght", "vits16")], "did you mean 'weight'"),
+        ([("long_side", "big")], "long_side wants int"),
+        ([("angles", "[0]")], "unknown parameter 'angles'"),
+        ([("data_key", "absent.json")], r"no file .*absent\.json"),
+    ],
+    ids=str,
+)
+def test_overrides_are_checked(notebooks, overrides, message):
+    with pytest.raises(ImatchError, match=message):
+        batch.load(ROOT / "params" / "manifest.json", [("data_key", str(SHIPPED)), *overrides], notebooks)
+
+
+def test_values_are_checked_against_the_notebooks(tmp_path, notebooks):
+    cell = nbformat.v4.new_code_cell(
+        CELLS["01_embed"].replace("image_groups = []", 'image_groups = ""'), metadata={"tags": ["parameters"]}
+    )
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), notebooks / "01_embed.ipynb")
+    with pytest.raises(ImatchError, match="image_groups wants str"):
+        batch.load(write(tmp_path, SMALL), [("data_key", str(SHIPPED))], notebooks)
+
+
+@pytest.mark.parametrize("content", [{"models": []}, {"dataset_key": "survey", "modles": []}])
+def test_what_looks_like_a_manifest_is_read_as_one(tmp_path, notebooks, content):
+    with pytest.raises(ImatchError, match=r"dataset_key is missing|did you mean 'models'"):
+        batch.load(write(tmp_path, content), [], notebooks)
+
+
+def test_a_recipe_knows_no_points(tmp_path, notebooks):
+    with pytest.raises(ImatchError, match="unknown entry 'points'"):
+        batch.load(write(tmp_path, {"notebooks": ["01_embed"], "points": []}, "a.yaml"), [], notebooks)
+
+
+def test_a_wrong_manifest_exits_with_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = write(tmp_path, model(weights="vits61"))
+    assert batch.main([str(path), "--exports", str(tmp_path / "exports")]) == 2
+    assert "did you mean 'vits16'" in capsys.readouterr().err
+    assert not (tmp_path / "exports").exists()

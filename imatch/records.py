@@ -35,7 +35,8 @@ class Tokens:
 
     Attributes:
         vector: (D,) float32, the global vector, of L2 norm 1 (of norm 0 if there was nothing to see).
-        descriptors: (n, d) float, local descriptors of L2 norm 1.
+        descriptors: (n, d) float, local descriptors as the backbone gives them: of L2 norm 1 for SIFT; the
+            normalised patch tokens (x_norm) of a DINOv3, whose norms say something, too. Matching compares directions.
         xy: (n, 2) float32, their positions in pixels.
         grid: (h, w) with h * w == n when the descriptors lie on a regular grid, row by row; else None.
 
@@ -61,6 +62,21 @@ class Tokens:
             )
         if self.grid is not None and self.grid[0] * self.grid[1] != n:
             raise ValueError(f"a grid of {self.grid} does not hold {n} descriptors")
+
+    def thinned(self, stride: int) -> Tokens:
+        """Every `stride`-th row and column of the grid, from the first; the global vector stays that of all.
+
+        Raises:
+            ImatchError: the descriptors lie on no grid.
+
+        >>> tokens = Tokens(np.ones(1, "f4"), np.ones((15, 4), "f4"), np.zeros((15, 2), "f4"), grid=(3, 5))
+        >>> tokens.thinned(2).grid
+        (2, 3)
+        """
+        if self.grid is None:
+            raise ImatchError("keypoints lie on no grid, so there is no variant sub of them: use variant raw")
+        kept = np.arange(len(self.xy)).reshape(self.grid)[::stride, ::stride]
+        return Tokens(self.vector, self.descriptors[kept.ravel()], self.xy[kept.ravel()], kept.shape)
 
     def as_grid(self) -> np.ndarray:
         """The descriptors as (h, w, d): the same bytes, seen as a grid. Raises ValueError without a grid."""

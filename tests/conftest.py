@@ -8,6 +8,7 @@ from PIL import Image
 
 from imatch import demo
 from imatch.backbones.sift_vocabulary import dead_leaves
+from tests import random_weights
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -31,6 +32,22 @@ def few_photographs(tmp_path_factory):
         leaves = dead_leaves(np.random.default_rng(seed), side=160)[:h, :w]
         Image.fromarray(leaves).save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights_folder(tmp_path_factory):
+    """Files of random numbers in the format of Meta's, and a data_key.json that names them."""
+    folder = tmp_path_factory.mktemp("weights")
+    random_weights.write(folder, ["vits16", "cxTiny"])
+    return folder
+
+
+@pytest.fixture
+def weights(weights_folder, monkeypatch, tmp_path):
+    """WEIGHTS_ROOT is the folder of random weights; the registry that names them is weights / "data_key.json"."""
+    monkeypatch.setenv("WEIGHTS_ROOT", str(weights_folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return weights_folder
 
 
 @pytest.fixture

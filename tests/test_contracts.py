@@ -13,7 +13,7 @@ from imatch.pooling import normalise
 from imatch.records import ImatchError, Pair, Tokens
 
 TABLES = [
-    (backbones.BACKBONES, backbones.create),
+    (backbones.CLASSICAL, backbones.create),
     (references.REFERENCES, references.create),
     (indexes.INDEXES, indexes.create),
     (matching.MATCHERS, matching.create),
@@ -21,7 +21,7 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize(("table", "create"), TABLES, ids=lambda x: "" if isinstance(x, dict) else x.__module__)
+@pytest.mark.parametrize(("table", "create"), TABLES, ids=lambda x: getattr(x, "__module__", ""))
 def test_unknown_name_gets_the_nearest(table, create):
     for name in table:
         assert create(name) is not None
@@ -30,7 +30,7 @@ def test_unknown_name_gets_the_nearest(table, create):
 
 
 @pytest.mark.parametrize(
-    ("create", "table"), [(backbones.create, backbones.BACKBONES), (matching.create, matching.MATCHERS)]
+    ("create", "table"), [(backbones.create, backbones.CLASSICAL), (matching.create, matching.MATCHERS)]
 )
 def test_unknown_and_mistyped_options_raise(create, table):
     for name in table:
@@ -44,9 +44,14 @@ def test_unknown_and_mistyped_options_raise(create, table):
 # --- backbones
 
 
-@pytest.fixture(params=sorted(backbones.BACKBONES))
+@pytest.fixture(params=[*backbones.CLASSICAL, "vits16", "cxTiny"])
 def backbone(request):
-    return backbones.create(request.param)
+    weights = request.getfixturevalue("weights")
+    return backbones.create(request.param, data_key=str(weights / "data_key.json"))
+
+
+def test_every_backbone_is_under_contract():
+    assert set(backbones.BACKBONES) == {*backbones.CLASSICAL, "dinov3"}
 
 
 def leaves(h, w, seed=0):
@@ -61,7 +66,7 @@ def test_backbone_shapes(backbone):
         assert n > 10
         assert tokens.vector.dtype == np.float32
         assert np.linalg.norm(tokens.vector) == pytest.approx(1, abs=1e-5)
-        assert np.allclose(np.linalg.norm(tokens.descriptors, axis=1), 1, atol=1e-3)
+        assert np.isfinite(tokens.descriptors.astype(np.float32)).all()
         assert tokens.xy.shape == (n, 2)
         assert (tokens.xy >= -0.5).all()
         assert (tokens.xy <= [w - 0.5, h - 0.5]).all()
@@ -73,16 +78,21 @@ def test_backbone_shapes(backbone):
 
 def test_backbone_is_deterministic_and_independent_of_the_batch(backbone):
     batch = np.stack([leaves(96, 128, seed) for seed in range(3)])
-    together = backbone(batch)
+    together, options = backbone(batch), backbones.identity(backbone)
     for one, photograph in zip(together, batch, strict=True):
         (alone,) = pickle.loads(pickle.dumps(backbone))(photograph[None])
         for name in ("vector", "descriptors", "xy"):
-            assert getattr(one, name).tobytes() == getattr(alone, name).tobytes()
+            a, b = getattr(one, name).astype(np.float32), getattr(alone, name).astype(np.float32)
+            # a network's matrix products are rounded otherwise in another batch
+            assert np.allclose(a, b, rtol=0, atol=1e-2 * np.abs(b).max() if "filename" in options else 0)
+    assert [t.descriptors.tobytes() for t in backbone(batch)] == [t.descriptors.tobytes() for t in together]
 
 
-def test_backbone_sees_nothing_in_an_even_grey(backbone):
-    (tokens,) = backbone(np.full((1, 64, 64, 3), 127, np.uint8))
+@pytest.mark.parametrize("weight", backbones.CLASSICAL)
+def test_classical_backbone_sees_nothing_in_an_even_grey(weight):
+    (tokens,) = backbones.create(weight)(np.full((1, 64, 64, 3), 127, np.uint8))
     assert not tokens.vector.any()
+    assert not tokens.descriptors.any()
 
 
 def test_descriptor_positions_turn_with_the_photograph(backbone):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from imatch import plugins
-from imatch.records import Tokens
+from imatch import plugins, registry
+from imatch.records import ImatchError, Tokens
 
 BACKBONES = {
     "sift": "imatch.backbones.sift:Sift",
     "dsift": "imatch.backbones.dsift:DenseSift",
+    "dinov3": "imatch.backbones.dinov3:Dinov3",
 }
+CLASSICAL = ("sift", "dsift")
+"""Those that need no weights and are named by themselves; the others are named by their weights."""
 
 
 class Backbone(Protocol):
-    """What imatch asks of a backbone; its options are the fields of its frozen dataclass."""
+    """What imatch asks of a backbone. Its options are the fields of its frozen dataclass; those with compare=False say
+    how it is worked through and change no number."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu", "cuda" or "cuda:1"."""
 
     @property
     def patch(self) -> int:
@@ -38,8 +47,22 @@ class Backbone(Protocol):
         """
 
 
-def create(weight: str, options: Mapping[str, Any] | None = None) -> Backbone:
+def create(
+    weight: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    weight_set: str = "",
+    data_key: str = "params/data_key.json",
+    device: str = "auto",
+) -> Backbone:
     """Make the backbone that a weight names.
+
+    Args:
+        weight: "sift", "dsift", or a key of the registry's weights, such as "vits16".
+        options: the backbone's fields; those of `identity` make the same backbone without the registry.
+        weight_set: where in the registry a key is looked up that stands in several sets.
+        data_key: the registry's file.
+        device: where a network runs; "auto" is the GPU, if there is one. Classical backbones run on the CPU.
 
     Raises:
         ImatchError: unknown weight or option, with the nearest known one.
@@ -47,5 +70,28 @@ def create(weight: str, options: Mapping[str, Any] | None = None) -> Backbone:
     >>> create("sift", {"max_keypoints": 500}).max_keypoints
     500
     """
-    backbone: Backbone = plugins.create(BACKBONES, "weight", weight, options)
+    given = dict(options or {})
+    backbone: Backbone
+    if weight in CLASSICAL:
+        if device not in ("auto", "cpu"):
+            raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
+        backbone = plugins.create(BACKBONES, "weight", weight, given)
+        return backbone
+    if "filename" not in given:
+        known = registry.load(data_key)
+        if weight not in {entry.key for entry in known.weights}:
+            raise ImatchError(plugins.unknown("weight", weight, [*CLASSICAL, *(entry.key for entry in known.weights)]))
+        entry = known.weight(weight, weight_set)
+        given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
+    backbone = plugins.create(BACKBONES, "weight", "dinov3", {**given, "device": device})
     return backbone
+
+
+def identity(backbone: Backbone) -> dict[str, Any]:
+    """The options of a backbone that its numbers depend on.
+
+    >>> identity(create("dsift"))
+    {'patch': 16, 'width': 48.0, 'p': 3.0}
+    """
+    fields = dataclasses.fields(backbone)  # type: ignore[arg-type]
+    return {field.name: getattr(backbone, field.name) for field in fields if field.compare}

@@ -36,6 +36,11 @@ class DenseSift:
     p: float = 3.0
 
     @property
+    def device(self) -> str:
+        """It runs on the CPU."""
+        return "cpu"
+
+    @property
     def digest(self) -> str:
         """There are no weights; whose SIFT it is."""
         return f"OpenCV {cv2.__version__}"

@@ -45,6 +45,11 @@ class Sift:
         """Any size will do."""
         return 1
 
+    @property
+    def device(self) -> str:
+        """It runs on the CPU."""
+        return "cpu"
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the vocabulary's file, and whose SIFT it is."""

@@ -45,7 +45,9 @@ class Mutual:
         if not len(a.descriptors) or not len(b.descriptors):
             none = np.zeros(0, np.int64)
             return Matches(none, none, np.zeros(0, np.float32))
-        of_a, of_b = (torch.from_numpy(tokens.descriptors.astype(np.float32)) for tokens in (a, b))
+        of_a, of_b = (
+            torch.nn.functional.normalize(torch.from_numpy(tokens.descriptors.astype(np.float32))) for tokens in (a, b)
+        )
         best, in_b = _nearest(of_a, of_b)
         _, in_a = _nearest(of_b, of_a)
         kept = torch.nonzero((in_a[in_b] == torch.arange(len(in_b))) & (best >= self.min_similarity)).ravel()

@@ -1,0 +1,211 @@
+"""DINOv3: one forward pass gives the class token, the registers and the grid of patch tokens, normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imatch import pooling, store
+from imatch.backbones import dinov3_weights
+from imatch.plugins import unknown
+from imatch.records import ImatchError, Tokens
+
+MEAN_STD = {
+    "LVD": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "SAT": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+}
+"""How Meta normalised the photographs of each family of weights, RGB in 0 to 1: web photographs (LVD-1689M, as
+ImageNet) and satellite tiles (SAT-493M)."""
+SOURCES = ("timm", "hub")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one forward pass of B photographs yields.
+
+    Attributes:
+        cls: (B, D) float32, the normalised class token; of a ConvNeXt the pooled vector, normalised.
+        registers: (B, R, D) float32, normalised; R is 4 for ViTs and 0 for ConvNeXts.
+        grid: (B, h, w, D) float32, the normalised patch tokens (x_norm).
+        before: (B, m, D) float32, every token before the last normalisation, class token and registers first.
+    """
+
+    cls: Tensor
+    registers: Tensor
+    grid: Tensor
+    before: Tensor
+
+
+@dataclass(frozen=True)
+class Dinov3:
+    """A DINOv3 of any size with the weights that the user brings. Source: Simeoni et al., "DINOv3", 2025.
+
+    `imatch.backbones.create("vits16")` makes one from a line of params/data_key.json.
+
+    Attributes:
+        hub_entry: Meta's name of the architecture, such as "dinov3_vits16".
+        filename: the weight file under WEIGHTS_ROOT.
+        family: "LVD" or "SAT": how photographs are normalised.
+        source: "timm" (timm's model with Meta's weights) or "hub" (Meta's code from a checkout at DINOV3_REPO).
+        pooling: what the global vector is, one of `imatch.pooling.POOLINGS`.
+        precision: "fp32", "bf16" (autocast), or "auto", which becomes bf16 where the device computes in it: GPUs since
+            Ampere, CPUs with AMX or AVX512-BF16.
+        compile: let torch.compile fuse the model; the first batch of a shape then takes a minute.
+        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1". It is no part of what is asked.
+
+    Raises:
+        ImatchError: an unknown name, a missing device, or a weight file that is not what it should be.
+    """
+
+    hub_entry: str
+    filename: str
+    family: str
+    source: str = "timm"
+    pooling: str = "cls"
+    precision: str = "auto"
+    compile: bool = False
+    device: str = field(default="auto", compare=False)
+
+    def __post_init__(self) -> None:
+        for what, name, known in (
+            ("hub entry", self.hub_entry, dinov3_weights.ARCHITECTURES),
+            ("family of weights", self.family, MEAN_STD),
+            ("source", self.source, SOURCES),
+            ("pooling", self.pooling, pooling.POOLINGS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if name not in known:
+                raise ImatchError(unknown(what, name, known))
+        # "auto" becomes what this machine does, so that the step records what was done
+        object.__setattr__(self, "device", resolved(self.device))
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
+
+    @property
+    def patch(self) -> int:
+        """16 pixels; 32 for a ConvNeXt, the stride of its last stage."""
+        return 32 if "convnext" in self.hub_entry else 16
+
+    @cached_property
+    def path(self) -> Path:
+        """The weight file."""
+        return dinov3_weights.find(self.filename)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the weight file, checked against its name."""
+        return dinov3_weights.check_name(self.path)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model on its device, its last normalisation taken out: `features` applies it."""
+        assert self.digest
+        load = {"timm": dinov3_weights.load, "hub": dinov3_weights.load_from_hub}[self.source]
+        model = load(self.hub_entry, self.path).requires_grad_(False)
+        if self.precision == "bf16":
+            for module in model.modules():  # what autocast would do at every pass, done once
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(torch.bfloat16)
+        model = model.to(self.device)
+        return _compiled(model) if self.compile else model
+
+    def features(self, photographs: Tensor) -> Features:
+        """The one forward pass.
+
+        Args:
+            photographs: (B, h, w, 3) uint8 RGB, h and w multiples of `patch`.
+        """
+        mean, std = (torch.tensor(values, device=self.device) * 255 for values in MEAN_STD[self.family])
+        x = ((photographs.to(self.device) - mean) / std).permute(0, 3, 1, 2)
+        h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
+        device_type = torch.device(self.device).type
+        with torch.inference_mode(), torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if self.source == "hub":
+                seen = self.model.forward_features(x)
+                cls, registers, patches = (
+                    seen[f"x_{name}"].float() for name in ("norm_clstoken", "storage_tokens", "norm_patchtokens")
+                )
+                before = seen["x_prenorm"].float()
+            else:
+                before, normalised = _timm_tokens(self.model, x)
+                cls, rest = normalised[:, 0], normalised[:, 1:]
+                registers, patches = rest[:, : -h * w], rest[:, -h * w :]
+        return Features(cls, registers, patches.unflatten(1, (h, w)), before)
+
+    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
+        """Tokens of (B, h, w, 3) uint8 RGB photographs on a grid of (h / patch, w / patch).
+
+        Alone or in a batch, a photograph's tokens are the same to the rounding of the matrix products.
+        """
+        seen = self.features(torch.from_numpy(np.ascontiguousarray(photographs)))
+        with torch.inference_mode():
+            vectors = pooling.pool(self.pooling, seen.cls, seen.grid.flatten(1, 2), seen.before).cpu().numpy()
+            local = seen.grid.flatten(1, 2).half().cpu().numpy()
+        grid = (seen.grid.shape[1], seen.grid.shape[2])
+        xy = store.grid_xy(grid, photographs.shape[1:3])
+        return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in zip(vectors, local, strict=True)]
+
+
+def _timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of timm's model before and after its last normalisation: two (B, m, D) float32."""
+    if hasattr(model, "num_prefix_tokens"):
+        tokens = model.forward_features(x).float()
+        return tokens, model.last_norm(tokens)
+    maps = model.forward_features(x).float()
+    patches = maps.flatten(2).transpose(1, 2)
+    norm = model.head.norm
+    # as Meta's code has it: the pooled vector goes through the norm as one more token
+    normalised = nn.functional.layer_norm(
+        torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1),
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
+    return patches, normalised
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether a device multiplies matrices in bfloat16 itself, rather than to emulate it slowly.
+
+    >>> isinstance(computes_in_bf16("cpu"), bool)
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolved(device: str) -> str:
+    """A device by name: "auto" is the GPU, if there is one.
+
+    Raises:
+        ImatchError: it is not there, or no device that imatch knows.
+
+    >>> resolved("cpu")
+    'cpu'
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1") from error
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ImatchError(f"device {device} is not there, torch sees {torch.cuda.device_count()} GPUs: use auto or cpu")
+    if kind.type not in ("cpu", "cuda"):
+        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
+    return device
+
+
+def _compiled(model: Any) -> nn.Module:
+    model.forward_features = torch.compile(model.forward_features)
+    compiled: nn.Module = model
+    return compiled

@@ -1,0 +1,405 @@
+"""DINOv3 without its gated weights: random ones in the same format, against transformers' own implementation."""
+
+import json
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imatch import backbones, pooling
+from imatch.backbones import dinov3, dinov3_weights
+from imatch.backbones.dinov3 import Dinov3
+from imatch.records import ImatchError
+from tests import random_weights
+
+LVD_MEAN, LVD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def create(weights):
+    """Backbones by the keys of the registry that names the random files."""
+
+    def make(key, **options):
+        return backbones.create(key, {"precision": "fp32", **options}, data_key=str(weights / "data_key.json"))
+
+    return make
+
+
+def pixels(h, w, n=2, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), np.uint8)
+
+
+def normalised(photographs, mean=LVD_MEAN, std=LVD_STD):
+    return ((torch.from_numpy(photographs) / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+
+
+# --- the numbers
+
+
+def vit(**sizes):
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    return DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=12, num_register_tokens=4, **sizes))
+
+
+def convnext():
+    from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel
+
+    return DINOv3ConvNextModel(DINOv3ConvNextConfig())
+
+
+FOREIGN = {
+    "dinov3_vits16": lambda: vit(hidden_size=384, intermediate_size=1536, num_attention_heads=6),
+    "dinov3_vits16plus": lambda: vit(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=6, use_gated_mlp=True, hidden_act="silu"
+    ),
+    "dinov3_convnext_tiny": convnext,
+}
+
+
+@pytest.fixture(scope="module", params=sorted(FOREIGN))
+def foreign(request):
+    """transformers' model with random weights, no bias or layer scale at 0."""
+    torch.manual_seed(0)
+    model = FOREIGN[request.param]().eval()
+    for name, parameter in model.named_parameters():
+        is_scale = "norm" in name and name.endswith("weight")
+        middle = 1.0 if is_scale else 0.3 if "lambda" in name or "gamma" in name else 0.0
+        width = 0.05 if parameter.ndim > 1 else 0.1
+        torch.nn.init.normal_(parameter.data, middle, width)
+    return request.param, model
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 384)], ids=str)
+@pytest.mark.parametrize("layout", [".pth", ".safetensors"])
+def test_tokens_agree_with_transformers(foreign, layout, size, tmp_path, monkeypatch):
+    """From a file in Meta's names and from one in Hugging Face's."""
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    hub_entry, model = foreign
+    if layout == ".pth":
+        state = dinov3_weights._in_metas_names(dict(model.state_dict()))
+        path = random_weights.save(state, tmp_path, f"{hub_entry}_pretrain_lvd1689m")
+    else:
+        path = tmp_path / "model.safetensors"
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    photographs = pixels(*size)
+    ours = Dinov3(hub_entry, path.name, "LVD", precision="fp32").features(torch.from_numpy(photographs))
+    with torch.inference_mode():
+        theirs = model(normalised(photographs)).last_hidden_state
+    before_patches = 1 + ours.registers.shape[1]
+    for a, b in (
+        (ours.cls, theirs[:, 0]),
+        (ours.registers, theirs[:, 1:before_patches]),
+        (ours.grid.flatten(1, 2), theirs[:, before_patches:]),
+    ):
+        assert a.shape == b.shape
+        if a.numel():
+            assert torch.nn.functional.cosine_similarity(a, b, dim=-1).min() >= 0.9999
+            assert (a - b).norm() / b.norm() <= 1e-3
+
+
+def test_periods_of_the_file_are_used(create):
+    """Meta's files hold them rounded to bfloat16: timm's own, exact ones would be a little beside Meta's code."""
+    backbone = create("vits16")
+    in_file = dinov3_weights.read(backbone.path)["rope_embed.periods"]
+    assert torch.equal(backbone.model.rope.periods, in_file)
+    assert not torch.equal(in_file, 100 ** (torch.arange(16) / 16))
+
+
+def test_one_forward_pass_a_batch(create):
+    backbone = create("vits16", pooling="legacy_mean")
+    passes = []
+    backbone.model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    tokens = backbone(pixels(64, 96, n=3))
+    assert len(tokens) == 3
+    assert len(passes) == 1
+
+
+def test_grids_need_not_be_square(create):
+    (tokens,) = create("vits16")(pixels(384, 640, n=1))
+    assert tokens.grid == (24, 40)  # 640 x 384 pixels are 40 x 24 patches
+    assert tokens.xy[:2].tolist() == [[7.5, 7.5], [23.5, 7.5]]
+    (tokens,) = create("cxTiny")(pixels(384, 640, n=1))
+    assert tokens.grid == (12, 20)
+
+
+@pytest.mark.parametrize("key", ["vits16", "cxTiny"])
+def test_a_photograph_does_not_depend_on_its_batch(create, key):
+    photographs = pixels(96, 128, n=3)
+    together = create(key)(photographs)
+    again = create(key)(photographs)
+    for one, same, photograph in zip(together, again, photographs, strict=True):
+        (alone,) = create(key)(photograph[None])
+        assert same.descriptors.tobytes() == one.descriptors.tobytes()
+        assert np.allclose(alone.vector, one.vector, atol=1e-5)
+        assert np.allclose(alone.descriptors, one.descriptors, atol=2e-2)
+
+
+def test_each_family_is_normalised_as_it_was_trained(create):
+    """A mixed run: the same weights, once as web and once as satellite, differ as their normalisations do."""
+    photographs = pixels(64, 64, n=1)
+    lvd = create("vits16")
+    sat = Dinov3("dinov3_vits16", lvd.filename, "SAT", precision="fp32")
+    for backbone, mean, std in ((lvd, LVD_MEAN, LVD_STD), (sat, (0.430, 0.411, 0.296), (0.213, 0.156, 0.143))):
+        seen = []
+        hook = backbone.model.patch_embed.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0]))
+        backbone(photographs)
+        hook.remove()
+        assert torch.allclose(seen[0], normalised(photographs, mean, std), atol=1e-5)
+    assert not np.allclose(lvd(photographs)[0].vector, sat(photographs)[0].vector, atol=1e-3)
+
+
+def test_poolings_are_what_they_say(create):
+    photographs = pixels(64, 96, n=2)
+    seen = create("vits16").features(torch.from_numpy(photographs))
+    patches = seen.grid.flatten(1, 2)
+    unit = torch.nn.functional.normalize
+    expected = {
+        "cls": seen.cls,
+        "mean": patches.mean(1),
+        "cls+mean": torch.cat([unit(seen.cls), unit(patches.mean(1))], 1),
+        "gem": (patches**3).mean(1).sign() * (patches**3).mean(1).abs() ** (1 / 3),
+        # 1 class token, 4 registers and 24 patches, before the last normalisation
+        "legacy_mean": seen.before.sum(1) / 29,
+    }
+    assert seen.before.shape == (2, 29, 384)
+    assert set(expected) == set(pooling.POOLINGS)
+    for name, wanted in expected.items():
+        got = np.stack([tokens.vector for tokens in create("vits16", pooling=name)(photographs)])
+        assert np.allclose(got, unit(wanted).numpy(), atol=1e-5), name
+    model = create("vits16").model
+    assert torch.allclose(model.last_norm(seen.before)[:, 0], seen.cls, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["vits16", "cxTiny"])
+def test_bf16_stays_close_to_fp32(create, key, demo_photographs):
+    from imatch.images import Resize, decode
+
+    resize = Resize("stretch", long_side=256)
+    paths = sorted(demo_photographs.iterdir())[:6]
+    photographs = np.stack([decode(path, resize, 16).pixels for path in paths])
+    for full, half in zip(create(key)(photographs), create(key, precision="bf16")(photographs), strict=True):
+        assert full.vector @ half.vector >= 0.999
+        cosine = (
+            pooling.normalise(full.descriptors.astype("f4")) * pooling.normalise(half.descriptors.astype("f4"))
+        ).sum(1)
+        assert np.median(cosine) >= 0.999
+
+
+def test_auto_becomes_what_the_device_does(create):
+    made = create("vits16", precision="auto")
+    if made.device == "cpu":
+        assert made.precision == ("bf16" if dinov3.computes_in_bf16("cpu") else "fp32")
+    assert backbones.identity(made)["precision"] == made.precision
+    assert "device" not in backbones.identity(made)
+
+
+def test_identity_makes_the_same_backbone_without_the_registry(create):
+    made = create("cxTiny", pooling="gem")
+    again = backbones.create("cxTiny", backbones.identity(made), data_key="nowhere.json")
+    assert again == made
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+def test_all_architectures_have_a_model():
+    for hub_entry in dinov3_weights.ARCHITECTURES:
+        shapes = dinov3_weights.layout(dinov3_weights.skeleton(hub_entry))
+        assert ("storage_tokens" in shapes) == ("convnext" not in hub_entry)
+        assert ("blocks.0.attn.qkv.bias" in shapes) == ("vit" in hub_entry and "7b" not in hub_entry)
+
+
+# --- strictness
+
+
+@pytest.fixture
+def broken(weights, tmp_path, monkeypatch):
+    """Change the tensors of the random vits16, save them under a right name and load that."""
+    original = torch.load(next(weights.glob("dinov3_vits16_*.pth")), weights_only=True)
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+
+    def load(change, hub_entry="dinov3_vits16"):
+        state = dict(original)
+        change(state)
+        path = random_weights.save(state, tmp_path, "dinov3_vits16_pretrain_lvd1689m")
+        return Dinov3(hub_entry, path.name, "LVD", precision="fp32").model
+
+    return load
+
+
+def test_an_untouched_file_loads(broken):
+    broken(dict)
+
+
+def test_a_missing_tensor_is_refused(broken):
+    with pytest.raises(ImatchError, match=r"is no dinov3_vits16.*\n  blocks.3.ls1.gamma is missing"):
+        broken(lambda state: state.pop("blocks.3.ls1.gamma"))
+
+
+@pytest.mark.parametrize("name", ["blocks.12.norm1.weight", "rope_new", "projectors.0.weight", "head.weight"])
+def test_an_extra_tensor_is_refused(broken, name):
+    with pytest.raises(ImatchError, match=f"{name} has no place"):
+        broken(lambda state: state.update({name: torch.zeros(3)}))
+
+
+def test_a_wrong_shape_is_refused(broken):
+    """timm by itself would resample a patch embedding of another size."""
+    with pytest.raises(ImatchError, match=r"patch_embed.proj.weight is \(384, 3, 14, 14\), not \(384, 3, 16, 16\)"):
+        broken(lambda state: state.update({"patch_embed.proj.weight": torch.zeros(384, 3, 14, 14)}))
+
+
+def test_another_architecture_is_named(broken):
+    with pytest.raises(ImatchError, match="is no dinov3_vitb16, it is a dinov3_vits16: correct its hub entry"):
+        broken(dict, hub_entry="dinov3_vitb16")
+
+
+def test_biases_of_keys_are_refused(broken):
+    with pytest.raises(ImatchError, match="lets keys have a bias"):
+        broken(lambda state: state.update({"blocks.0.attn.qkv.bias_mask": torch.ones(1152)}))
+
+
+def test_every_needless_tensor_is_let_pass(broken):
+    broken(
+        lambda state: state.update({"local_cls_norm.weight": torch.ones(384), "local_cls_norm.bias": torch.ones(384)})
+    )
+
+
+@pytest.fixture
+def file(weights, tmp_path, monkeypatch):
+    """A copy of the random vits16 in a folder of its own."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.setenv("WEIGHTS_ROOT", str(folder))
+    return Path(shutil.copy(next(weights.glob("dinov3_vits16_*.pth")), folder))
+
+
+def load(filename):
+    return Dinov3("dinov3_vits16", filename, "LVD", precision="fp32").model
+
+
+@pytest.mark.usefixtures("file")
+def test_a_missing_file_says_where_it_belongs():
+    with pytest.raises(ImatchError, match=r"no dinov3_vitl16.*\.pth in .*own: ask for DINOv3's weights at https"):
+        load("dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth")
+
+
+def test_a_missing_folder_says_so(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path / "nowhere"))
+    with pytest.raises(ImatchError, match=r"no weights folder .*nowhere: make it"):
+        load(file.name)
+
+
+def test_a_renamed_file_is_found_out(file):
+    name = file.name
+    file.rename(file.with_name(f"backup of {name}"))
+    with pytest.raises(ImatchError, match=f"no {name} in .*, but backup of {name}: if it is that file renamed"):
+        load(name)
+
+
+def test_a_file_under_another_ones_name_is_refused(file):
+    other = file.with_name("dinov3_vits16_pretrain_lvd1689m-08c60483.pth")
+    file.rename(other)
+    with pytest.raises(ImatchError, match=r"its SHA-256 begins with .*, not with 08c60483. Download it again"):
+        load(other.name)
+
+
+def test_a_truncated_file_is_refused(file):
+    with file.open("rb+") as opened:
+        opened.truncate(1_000_000)
+    with pytest.raises(ImatchError, match=r"is truncated \(1.0 MB\): its end is missing. Download it again"):
+        load(file.name)
+
+
+def test_a_page_saved_as_weights_is_refused(file):
+    file.write_text("<html>Your link has expired</html>")
+    with pytest.raises(ImatchError, match="is no weight file of PyTorch"):
+        load(file.name)
+
+
+def test_a_pickle_with_code_is_not_run(file):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(file.parent / "ran"),)
+
+    path = random_weights.save({"cls_token": Code()}, file.parent, "dinov3_vits16_pretrain_lvd1689m")
+    with pytest.raises(ImatchError, match="loading it would run code, so it was not loaded"):
+        load(path.name)
+    assert not (file.parent / "ran").exists()
+
+
+def test_a_training_checkpoint_is_refused(file):
+    path = random_weights.save({"teacher": {}, "epoch": 3}, file.parent, "dinov3_vits16_pretrain_lvd1689m")
+    with pytest.raises(ImatchError, match=r"is no state dict of a backbone \(it holds teacher, epoch\)"):
+        load(path.name)
+
+
+def test_truncated_safetensors_are_refused(file):
+    path = file.parent / "model.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 384)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ImatchError, match="it is truncated; download it again"):
+        load("model.safetensors")
+
+
+def test_checksums_are_remembered_by_size_and_time(file, monkeypatch):
+    digest = dinov3_weights.check_name(file)
+    reads = []
+    monkeypatch.setattr(dinov3_weights.runs, "progress", lambda blocks, *_, **__: reads.append(1) or blocks)
+    assert dinov3_weights.sha256(file) == digest
+    assert not reads
+    with file.open("ab") as opened:
+        opened.write(b"x")
+    assert dinov3_weights.sha256(file) != digest
+    assert reads
+
+
+def test_the_hub_needs_a_checkout(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("DINOV3_REPO", str(tmp_path / "none"))
+    with pytest.raises(ImatchError, match=r"no checkout of Meta's DINOv3 at .*none"):
+        assert Dinov3("dinov3_vits16", file.name, "LVD", source="hub").model
+
+
+def test_a_checkout_that_misses_packages_names_the_extra(file, monkeypatch, tmp_path):
+    (tmp_path / "hubconf.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.setenv("DINOV3_REPO", str(tmp_path))
+    with pytest.raises(ImatchError, match=r"imports a_package_that_nobody_has, .*pip install 'imatch\[hub\]'"):
+        assert Dinov3("dinov3_vits16", file.name, "LVD", source="hub").model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling": "clss"}, "unknown pooling 'clss': did you mean 'cls'"),
+        ({"family": "SAD"}, "unknown family of weights 'SAD'"),
+        ({"source": "hubb"}, "unknown source 'hubb': did you mean 'hub'"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'"),
+        ({"hub_entry": "dinov3_vits14"}, "unknown hub entry 'dinov3_vits14': did you mean 'dinov3_vits16'"),
+    ],
+)
+def test_unknown_names_get_the_nearest(create, options, message):
+    with pytest.raises(ImatchError, match=message):
+        create("vits16", **options)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    for device in ("cuda:99", "tpu", "mps"):
+        with pytest.raises(ImatchError, match="device"):
+            Dinov3("dinov3_vits16", "x.pth", "LVD", device=device)
+
+
+def test_unknown_weight_names_the_nearest_of_all(weights):
+    with pytest.raises(ImatchError, match="unknown weight 'vits61': did you mean 'vits16'"):
+        backbones.create("vits61", data_key=str(weights / "data_key.json"))
+    assert json.loads((weights / "data_key.json").read_text())["weights"]
+
+
+def test_nothing_warns_when_a_model_is_built():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dinov3_weights.skeleton("dinov3_vits16")

@@ -34,6 +34,8 @@ _VERBS = {
         "match",
         "finish_match",
     ),
+    "imatch.checks": ("preflight",),
+    "imatch.legacy": ("export",),
     "imatch.explore": ("browse",),
 }
 _ROOM = {verb: room for room, verbs in _VERBS.items() for verb in verbs}

@@ -34,16 +34,18 @@ UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and valu
 }
 MAX_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
-MODES = ("long_side", "scale")
+MODES = ("scale", "long_side", "stretch", "crop")
 
 
 @dataclass(frozen=True)
 class Resize:
-    """How large a photograph is when the backbone sees it; its aspect is kept to the nearest patch.
+    """How large a photograph is when the backbone sees it.
 
     Attributes:
         mode: "long_side": its longer side becomes `long_side` pixels; "scale": both sides are multiplied by
-            `scale`, the same for all photographs, so that a crop is not enlarged to the size of its source.
+            `scale`, the same for all photographs, so that a crop is not enlarged to the size of its source (both
+            keep the aspect to the nearest patch); "stretch": a square of `long_side`, whatever the aspect;
+            "crop": a square of `long_side` of the largest square in its middle.
         long_side: pixels, a multiple of the backbone's patch.
         scale: factor, larger than 0.
 
@@ -51,6 +53,8 @@ class Resize:
     (304, 512)
     >>> Resize("scale", scale=0.5).target((600, 1000), patch=1)
     (300, 500)
+    >>> Resize("crop", long_side=256).target((600, 1000), patch=16), Resize("crop", long_side=256).box((600, 1000))
+    ((256, 256), (200.0, 0.0, 800.0, 600.0))
     """
 
     mode: str = "scale"
@@ -59,7 +63,7 @@ class Resize:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ImatchError(f"resize {self.mode!r} is not known: use {' or '.join(MODES)}")
+            raise ImatchError(f"resize {self.mode!r} is not known: use {', '.join(MODES[:-1])} or {MODES[-1]}")
         if self.long_side < 1 or not 0 < self.scale < math.inf:
             raise ImatchError(f"long_side {self.long_side} and scale {self.scale} must be numbers larger than 0")
 
@@ -70,7 +74,7 @@ class Resize:
         Traceback (most recent call last):
         imatch.records.ImatchError: long_side 518 is not a multiple of patch 16: use 512 or 528
         """
-        if self.mode == "long_side" and self.long_side % patch:
+        if self.mode != "scale" and self.long_side % patch:
             low = self.long_side // patch * patch
             use = f"{low} or {low + patch}" if low else f"{patch}"
             raise ImatchError(f"long_side {self.long_side} is not a multiple of patch {patch}: use {use}")
@@ -78,12 +82,27 @@ class Resize:
     def target(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
         """The (h, w) that a photograph of (h, w) pixels is resized to: multiples of `patch`, at least one each."""
         self.check(patch)
+        if self.mode in ("stretch", "crop"):
+            return self.long_side, self.long_side
         factor = self.long_side / max(size) if self.mode == "long_side" else self.scale
         h, w = (max(1, round(side * factor / patch)) * patch for side in size)
         return h, w
 
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part (left, top, right, bottom) of a photograph of (h, w) pixels that is seen, in pixel edges."""
+        h, w = size
+        side = min(size)
+        left, top = (w - side) / 2, (h - side) / 2
+        return (left, top, left + side, top + side) if self.mode == "crop" else (0.0, 0.0, float(w), float(h))
+
     def __str__(self) -> str:
-        return f"ls{self.long_side}" if self.mode == "long_side" else f"scale{self.scale:g}".replace(".", "p")
+        names = {
+            "scale": f"scale{self.scale:g}".replace(".", "p"),
+            "long_side": f"ls{self.long_side}",
+            "stretch": f"res{self.long_side}",
+            "crop": f"crop{self.long_side}",
+        }
+        return names[self.mode]
 
 
 @dataclass(frozen=True)
@@ -95,12 +114,20 @@ class Decoded:
         size: (H, W) of the upright photograph before resizing.
         sha256: hexadecimal digest of the file's bytes.
         position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
+        box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
     """
 
     pixels: np.ndarray
     size: tuple[int, int]
     sha256: str
     position: dict[str, float | None] | None
+    box: tuple[float, float, float, float]
+
+    def to_original(self, xy: np.ndarray) -> np.ndarray:
+        """Positions (n, 2) in `pixels` as float32 positions in the upright photograph as it lies on disk."""
+        origin, corner = np.array(self.box[:2]), np.array(self.box[2:])
+        factor = (corner - origin) / self.pixels.shape[1::-1]
+        return np.asarray((xy + 0.5) * factor + origin - 0.5, np.float32)
 
 
 def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
@@ -187,10 +214,16 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
             turn = _turn(image, exif)
             size = image.size if _sideways(turn) else image.size[::-1]
             target = resize.target(size, patch) if resize else size
-            pixels = _resized(image, target[::-1] if _sideways(turn) else target)
+            lying = _sideways(turn)
+            # a box in the middle is the same box before and after turning upright, but for its sides
+            left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
+            box = (top, left, bottom, right) if lying else (left, top, right, bottom)
+            pixels = _resized(image, target[::-1] if lying else target, box)
             if turn in UPRIGHT:
                 pixels = pixels.transpose(UPRIGHT[turn])
-            return Decoded(np.asarray(pixels), size, hashlib.sha256(data).hexdigest(), _position(exif))
+            return Decoded(
+                np.asarray(pixels), size, hashlib.sha256(data).hexdigest(), _position(exif), (left, top, right, bottom)
+            )
 
 
 def file_digest(path: Path) -> str:
@@ -240,14 +273,21 @@ def _sideways(turn: int) -> bool:
     return turn >= 5
 
 
-def _resized(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+def _resized(image: Image.Image, target: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
     h, w = target
-    box: tuple[float, float, float, float] = (0, 0, *image.size)
-    if image.size != (w, h):
-        drafted = image.draft(None, (2 * w, 2 * h))  # None unless the decoder can (JPEG)
-        box = drafted[1] if drafted else box
+    whole = (w, h) == image.size
+    if not whole:
+        # the size at which the box alone has twice the pixels that are wanted
+        full = image.size
+        wanted = (math.ceil(2 * w * full[0] / (box[2] - box[0])), math.ceil(2 * h * full[1] / (box[3] - box[1])))
+        drafted = image.draft(None, wanted)  # None unless the decoder can (JPEG)
+        if drafted:
+            fx, fy = drafted[1][2] / full[0], drafted[1][3] / full[1]
+            box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
     image = _rgb(image)
-    return image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=3)
+    if whole:
+        return image
+    return image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=3)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 ON_CHANGE = ("refuse", "recompute")
 MIME = "application/vnd.imatch.step+json"
-VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch")
+VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch", "timm")
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Step:
         upstream: fingerprints of what it was made from.
         links: paths of the steps it reads, relative to `folder`.
         on_change: "refuse" or "recompute", what to do with results made from something else.
+        device: where it was computed, for the record.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Step:
     links: dict[str, str] = field(default_factory=dict)
     on_change: str = "refuse"
     fingerprint: str | None = None
+    device: str = "cpu"
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -93,7 +95,7 @@ class Step:
             **_identity(self),
             "fingerprint": self.fingerprint,
             "links": self.links,
-            "device": "cpu",
+            "device": self.device,
             "machine": platform.machine(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
             "seconds": seconds,
@@ -198,7 +200,9 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what: str) -> Iterator[R]:
+def parallel(
+    function: Callable[[T], R], items: Sequence[T], workers: int, what: str, quiet: bool = False
+) -> Iterator[R]:
     """`function(item)` for every item, in order, with a progress bar (rate, time left) on standard output.
 
     Args:
@@ -206,6 +210,7 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
         items: picklable things.
         workers: processes; 0 runs here; -1 is one a core. At most two results a worker wait in memory.
         what: the bar's label, such as "embed".
+        quiet: without the bar.
     """
     if not items:
         return
@@ -222,7 +227,7 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
     with _without_threads(workers):
         results = iter(loader)
     try:
-        for result in progress(results, what, len(items), delay=0):
+        for result in results if quiet else progress(results, what, len(items), delay=0):
             if isinstance(result, _Raised):
                 raise result.error
             yield result

@@ -12,13 +12,15 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,67 +60,102 @@ DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-d
 def start_embed(
     dataset: str,
     *,
+    data_key: str = "params/data_key.json",
+    image_groups: Sequence[Mapping[str, Any]] = (),
     exports: str,
     run: str,
     weight: str,
+    weight_set: str = "",
     backbone_options: Mapping[str, Any],
     resize: Resize,
+    cfg: str = "",
+    variant: str = "raw",
     shard_size: int,
     tag: str,
     on_change: str,
 ) -> Step:
-    """Start 01_embed on a folder of photographs.
+    """Start 01_embed on a data set.
 
     Args:
-        dataset: the folder.
+        dataset: a key of the registry's data sets, or a folder of photographs.
+        data_key: the registry's file.
+        image_groups: which of the photographs (see `registry.Dataset.select`); none is all.
         exports, run: results go to <exports>/<run>/.
-        weight: a name of `backbones.BACKBONES`.
+        weight: "sift", "dsift" or a key of the registry's weights.
+        weight_set: the set of the registry that this key is looked up in; "" is any.
         backbone_options: fields of that backbone.
         resize: how large the backbone sees the photographs.
+        cfg: the name of this size in folders and files; "" takes one from `resize`.
+        variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
         shard_size: photographs a shard, the unit of resuming.
         tag: appended to the folder's name, to keep two configurations apart.
         on_change: "refuse" or "recompute" what was made from something else.
 
     Raises:
-        ImatchError: no such folder, weight or option; see also `runs.start`.
+        ImatchError: no such folder, weight, option or weight file; see also `runs.start`.
     """
     if not run:
         raise ImatchError("run is empty: name this piece of work (-p run NAME)")
-    root = registry.dataset_folder(dataset)
-    folder = registry.resolve(exports) / run / "01_embed" / root.name / weight / f"{resize}_raw{_tagged(tag)}"
-    return _start_tokens(
-        folder, "01_embed", weight, backbone_options, resize, shard_size, {"photographs": root}, {}, on_change
+    if shard_size < 1:
+        raise ImatchError(f"shard_size {shard_size} must be at least 1")
+    _stride(variant)
+    photographs = registry.dataset(dataset, data_key)
+    backbone = backbones.create(weight, backbone_options, weight_set=weight_set, data_key=data_key)
+    resize.check(backbone.patch)
+    parameters = {
+        "dataset": photographs.key if photographs.registered else "",
+        "image_groups": list(image_groups),
+        "weight": weight,
+        "backbone": backbones.identity(backbone),
+        "weights_digest": backbone.digest,
+        "resize": {"mode": resize.mode, **_side(resize)},
+        "cfg": _named("cfg", cfg) or str(resize),
+        "variant": variant,
+        "shard_size": shard_size,
+    }
+    name = f"{parameters['cfg']}_{variant}{_tagged(tag)}"
+    folder = registry.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
+    links = {"photographs": photographs.root}
+    if photographs.registered:
+        links["data_key"] = registry.resolve(data_key)
+    return runs.start(folder, "01_embed", parameters, {}, links, on_change)
+
+
+def _side(resize: Resize) -> dict[str, float]:
+    return {"scale": resize.scale} if resize.mode == "scale" else {"long_side": resize.long_side}
+
+
+def _stride(variant: str) -> int:
+    """1 for "raw", s for "sub{s}"."""
+    if variant == "raw":
+        return 1
+    if variant.startswith("sub") and variant[3:].isdecimal() and int(variant[3:]) > 1:
+        return int(variant[3:])
+    raise ImatchError(
+        f"variant {variant!r} is not known: use raw, or sub2, sub3, ... for every 2nd, 3rd row and column"
     )
 
 
-def _start_tokens(
-    folder: Path,
-    name: str,
-    weight: str,
-    options: Mapping[str, Any],
-    resize: Resize,
-    shard_size: int,
-    links: Mapping[str, Path],
-    upstream: Mapping[str, str],
-    on_change: str,
-) -> Step:
-    backbone = backbones.create(weight, options)
-    resize.check(backbone.patch)
-    if shard_size < 1:
-        raise ImatchError(f"shard_size {shard_size} must be at least 1")
-    parameters = {
-        "weight": weight,
-        "backbone": asdict(backbone),  # type: ignore[call-overload]
-        "weights_digest": backbone.digest,
-        "resize": {"mode": resize.mode, resize.mode: getattr(resize, resize.mode)},
-        "shard_size": shard_size,
-    }
-    return runs.start(folder, name, parameters, upstream, links, on_change)
+def chosen(step: Step) -> dict[str, Row]:
+    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame)."""
+    if views := _views(step):
+        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}
+    root = step.linked("photographs")
+    if "data_key" in step.links:
+        dataset = registry.load(step.linked("data_key")).dataset(step.parameters["dataset"])
+    else:
+        dataset = registry.dataset(str(root))
+    ids = images.list_photographs(root, leave_out=_place(step)[0].parent)
+    chosen = dataset.select(ids, step.parameters["image_groups"])
+    if not chosen:
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
+    return {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
 
 
 def embed(
     step: Step,
     *,
+    devices: str = "auto",
     workers: int = -1,
     batch_size: int = 8,
     on_error: str = "skip",
@@ -131,6 +168,8 @@ def embed(
 
     Args:
         step: from `start_embed` or `start_reference_tokens`.
+        devices: where a network runs: "auto" (all GPUs, else the CPU), "cpu", or several, such as "cuda:0,cuda:1".
+            Each of several gets a process and shards of its own; the bytes are those of one.
         workers: processes that decode; -1 is one a core, 0 none.
         batch_size: photographs a forward pass.
         on_error: "skip" leaves bad photographs out and says so; "stop" ends at the first.
@@ -144,10 +183,8 @@ def embed(
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     root = step.linked("photographs")
-    made_from = {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in _views(step)}
-    ids = sorted(made_from) or images.list_photographs(root, leave_out=_place(step)[0].parent)
-    if not ids:
-        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
+    about = chosen(step)
+    ids = sorted(about)
     seen = _Seen(step.folder / "seen.jsonl", root)
     bad = _Bad(len(ids), on_error, max_skipped, step)
     seen.check_headers(ids)
@@ -160,19 +197,18 @@ def embed(
     todo = _missing_shards(step, plan, seen)
     for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    backbone = backbones.create(step.parameters["weight"], step.parameters["backbone"])
-    resize = Resize(**step.parameters["resize"])
-    readable = [root / id for shard in todo for id in plan[shard] if not seen[id]["problem"]]
-    decoded = runs.parallel(partial(_decode, resize=resize, patch=backbone.patch), readable, workers, step.name[3:])
-    with ThreadPoolExecutor(1) as writer:
-        pending: Future[None] | None = None
-        for shard in todo:
-            rows, tokens = _embed_shard(plan[shard], seen, decoded, backbone, batch_size, bad, made_from)
-            if pending:
-                pending.result()
-            pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
-        if pending:
-            pending.result()
+    todo = _thin(step, plan, todo, seen, bad)
+    work = _Work(step, {shard: plan[shard] for shard in todo}, about, workers, batch_size, on_error, max_skipped)
+    if todo:
+        used = devices_of(step, devices)
+        step.device = ",".join(used)
+        if len(used) == 1:
+            work(used[0], seen, bad)
+        else:
+            seen.save()
+            _on_each(work, used)
+            seen = _Seen(seen.path, root)
+            seen.check_headers(ids)
     seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
@@ -211,6 +247,120 @@ def _decode(path: Path, resize: Resize, patch: int) -> Decoded | PhotographError
         return error
 
 
+def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> list[int]:
+    """Write the shards of a variant sub{s} that the finished raw variant beside it holds, without another forward
+    pass; returns those that are left to compute."""
+    parameters = step.parameters
+    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{parameters['variant']}"
+    beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
+    if stride == 1 or not todo or not (beside / "metrics.json").is_file():
+        return list(todo)
+    if runs.read(beside).parameters != {**parameters, "variant": "raw"}:
+        return list(todo)
+    raw, shards = Embeddings(beside), store.shard_rows(beside)
+    place = {id: row for row, id in enumerate(raw.ids)}
+    left = []
+    for shard in runs.progress(todo, "thin"):
+        rows = shards.get(shard, [])
+        if [row["id"] for row in rows] != list(plan[shard]) or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
+            left.append(shard)
+            continue
+        for row in rows:
+            if "skipped" in row:
+                bad.add(row["id"], row["skipped"])
+        tokens = [raw.tokens(place[row["id"]]).thinned(stride) for row in rows if "skipped" not in row]
+        about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
+        _write_shard(step.folder, shard, about, tokens, seen)
+    return left
+
+
+def devices_of(step: Step, devices: str) -> list[str]:
+    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs."""
+    if devices != "auto":
+        return [device.strip() for device in devices.split(",")]
+    device = backbones.create(step.parameters["weight"], step.parameters["backbone"]).device
+    if device != "cuda":
+        return [device]
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The shards that are missing, and how to work through them."""
+
+    step: Step
+    shards: Mapping[int, Sequence[str]]
+    about: Mapping[str, Row]
+    workers: int
+    batch_size: int
+    on_error: str
+    max_skipped: float
+
+    def __call__(self, device: str, seen: _Seen, bad: _Bad, quiet: bool = False) -> None:
+        """Embed and write the shards on one device; a shard is written while the next one is computed."""
+        step, parameters = self.step, self.step.parameters
+        backbone = backbones.create(parameters["weight"], parameters["backbone"], device=device)
+        if backbone.digest != parameters["weights_digest"]:
+            raise StepError(
+                f"{step.name}: the weights of {parameters['weight']} have changed since 01_embed "
+                f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
+            )
+        resize = Resize(**parameters["resize"])
+        readable = [seen.root / id for ids in self.shards.values() for id in ids if not seen[id]["problem"]]
+        decode = partial(_decode, resize=resize, patch=backbone.patch)
+        decoded = runs.parallel(decode, readable, self.workers, step.name[3:], quiet)
+        stride = _stride(parameters["variant"])
+        with ThreadPoolExecutor(1) as writer:
+            pending: Future[None] | None = None
+            for shard, ids in self.shards.items():
+                rows, tokens = _embed_shard(ids, seen, decoded, backbone, self.batch_size, bad, self.about, stride)
+                if pending:
+                    pending.result()
+                pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
+            if pending:
+                pending.result()
+
+    def part(self, number: int, of: int) -> _Work:
+        """Every `of`-th shard from `number` on."""
+        shards = {shard: ids for i, (shard, ids) in enumerate(self.shards.items()) if i % of == number}
+        workers = registry.cores() if self.workers < 0 else self.workers
+        return replace(self, shards=shards, workers=-(-workers // of))
+
+
+def _on_each(work: _Work, devices: Sequence[str]) -> None:
+    """Work through the shards with one process a device; each writes shards of its own."""
+    parts = [work.part(number, len(devices)) for number in range(len(devices))]
+    with ProcessPoolExecutor(len(devices), get_context("spawn")) as pool:
+        running = [pool.submit(_work_alone, part, device) for part, device in zip(parts, devices, strict=True)]
+        for _ in runs.progress(_as_they_end(work, running), "shards", len(work.shards), delay=0):
+            pass
+        for future in running:
+            future.result()
+
+
+def _work_alone(work: _Work, device: str) -> None:
+    """In a process of its own: one device's part."""
+    registry.share_cores()
+    seen = _Seen(work.step.folder / "seen.jsonl", work.step.linked("photographs"))
+    ids = [id for part in work.shards.values() for id in part]
+    seen.check_headers(ids)
+    work(device, seen, _Bad(len(ids), work.on_error, work.max_skipped, work.step), quiet=True)
+
+
+def _as_they_end(work: _Work, running: Sequence[Future[None]]) -> Iterator[int]:
+    left = set(work.shards)
+    while left:
+        ended = all(future.done() for future in running)  # asked first, so that a last shard is not missed
+        written = {shard for shard in left if (work.step.folder / "local" / f"{shard:05d}.jsonl").is_file()}
+        yield from written
+        left -= written
+        if ended or any(future.done() and future.exception() for future in running):
+            return
+        time.sleep(0.2)
+
+
 def _embed_shard(
     ids: Sequence[str],
     seen: _Seen,
@@ -218,7 +368,8 @@ def _embed_shard(
     backbone: Backbone,
     batch_size: int,
     bad: _Bad,
-    made_from: Mapping[str, Row],
+    about: Mapping[str, Row],
+    stride: int,
 ) -> tuple[list[Row], list[Tokens]]:
     """One shard's rows and tokens. Batches never reach over a shard, so it comes out the same on every run."""
     rows: dict[str, Row] = {}
@@ -232,8 +383,8 @@ def _embed_shard(
                 skip(id, f"nothing to describe: no texture was found in its {w} x {h} pixels", photograph.sha256)
                 rows[id]["size"] = photograph.size
                 continue
-            factor = np.array(photograph.size[::-1]) / photograph.pixels.shape[1::-1]
-            tokens[id] = replace(one, xy=((one.xy + 0.5) * factor - 0.5).astype(np.float32))
+            one = store.settled(replace(one, xy=photograph.to_original(one.xy)), photograph.size)
+            tokens[id] = one if stride == 1 else one.thinned(stride)
         batch.clear()
 
     def skip(id: str, reason: str, sha256: str | None) -> None:
@@ -254,7 +405,7 @@ def _embed_shard(
             "size": photograph.size,
             "sha256": photograph.sha256,
             "position": photograph.position,
-            **made_from.get(id, {}),
+            **about[id],
         }
         batch = shapes.setdefault(photograph.pixels.shape, [])
         batch.append((id, photograph))
@@ -441,6 +592,8 @@ def start_references(
         ImatchError: an unknown kind or a number out of its range; see also `runs.start`.
     """
     source = runs.read(registry.resolve(embed_step))
+    if source.parameters.get("imported"):
+        raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.create(kind)
     if not angles or not crops:
         raise ImatchError("angles and crops must name at least one value each")
@@ -565,19 +718,10 @@ def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
 def start_reference_tokens(views: Step) -> Step:
     """Start the second half of 02_references: the tokens of the views, by the backbone of the 01_embed step."""
     source = runs.read(views.linked("embed"))
-    parameters = source.parameters
     folder = views.folder.parent / source.folder.parent.name / source.folder.name
-    return _start_tokens(
-        folder,
-        "02_references",
-        parameters["weight"],
-        parameters["backbone"],
-        Resize(**parameters["resize"]),
-        parameters["shard_size"],
-        {"photographs": views.folder, "views": views.folder, "embed": source.folder},
-        {"views": str(runs.read(views.folder).fingerprint), "embed": str(source.fingerprint)},
-        views.on_change,
-    )
+    links = {"photographs": views.folder, "views": views.folder, "embed": source.folder}
+    upstream = {"views": str(runs.read(views.folder).fingerprint), "embed": str(source.fingerprint)}
+    return runs.start(folder, "02_references", source.parameters, upstream, links, views.on_change)
 
 
 def _views(step: Step) -> list[Row]:
@@ -602,7 +746,8 @@ def start_index(
 
     Args:
         embed_step: folder of a finished 01_embed.
-        references_step: folder of the finished 02_references made from it; "" for the direction "data-data".
+        references_step: folder of the finished 02_references made from it, or of another 01_embed in their place, made
+            with the same backbone at the same size; "" for the direction "data-data".
         direction: "<query>-<gallery>", one of `DIRECTIONS`.
         index: a name of `indexes.INDEXES`.
         k: neighbours a query.
@@ -610,7 +755,7 @@ def start_index(
         tag, on_change: as in `start_embed`.
 
     Raises:
-        StepError: the references were not made from that 01_embed.
+        StepError: the references were not made from that 01_embed, or differ in backbone, pooling, family or size.
         ImatchError: an unknown direction or index; see also `runs.start`.
     """
     if direction not in DIRECTIONS:
@@ -627,12 +772,7 @@ def start_index(
                 f"direction {direction} needs references: give references_step, the folder of 02_references"
             )
         found["reference"] = runs.read(registry.resolve(references_step))
-        if found["reference"].upstream.get("embed") != found["data"].fingerprint:
-            raise StepError(
-                f"{found['reference'].folder} was not made from {found['data'].folder} as it is now: "
-                "run 02_references again"
-            )
-        kind = f"_{found['reference'].folder.parent.parent.name}"
+        kind = _kind_of_reference(found["reference"], found["data"])
     exports, dataset = _place(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
     folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{_tagged(tag)}"
@@ -640,6 +780,25 @@ def start_index(
     upstream = {side: str(found[name].fingerprint) for side, name in sides.items()}
     links = {side: found[name].folder for side, name in sides.items()}
     return runs.start(folder, "03_index", parameters, upstream, links, on_change)
+
+
+def _kind_of_reference(reference: Step, data: Step) -> str:
+    """The ending that the other side of an index gives to its folder's name, after checking that the two belong
+    together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
+    if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
+        raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
+    compared = ("weight", "backbone", "weights_digest", "resize")
+    of_data, of_reference = ({key: step.parameters[key] for key in compared} for step in (data, reference))
+    if differences := runs.compare(of_data, of_reference):
+        raise StepError(
+            f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
+            + "\n  ".join(differences)
+            + "\nEmbed both with the same weight, pooling, precision and size"
+        )
+    if reference.name == "02_references":
+        return f"_{reference.folder.parent.parent.name}"
+    _, dataset = _place(reference)
+    return f"_{dataset}-{reference.folder.name}"
 
 
 def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
@@ -910,7 +1069,7 @@ class _Match:
         view_a, view_b = (self.views[side].get(meta["id"]) for side, meta in (("query", meta_a), ("gallery", meta_b)))
         right = self.query.shows[q] == self.gallery.shows[row]
         truth = _truth(view_a, view_b) if right and (view_a or view_b) else None
-        view = view_a or {}  # figures by angle and crop are about queries
+        view = view_a or meta_a  # figures by angle and crop are about queries
         record = {
             "query": meta_a["id"],
             "candidate": meta_b["id"],
@@ -977,9 +1136,13 @@ def flat_name(id: str) -> str:
 
 
 def _tagged(tag: str) -> str:
-    if tag and not all(c.isalnum() or c in "-_.+" for c in tag):
-        raise ImatchError(f"tag {tag!r} becomes part of a folder's name: use letters, digits, '-', '_', '.', '+'")
-    return f"_{tag}" if tag else ""
+    return f"_{_named('tag', tag)}" if tag else ""
+
+
+def _named(what: str, name: str) -> str:
+    if not all(c.isalnum() or c in "-_.+" for c in name):
+        raise ImatchError(f"{what} {name!r} becomes part of a folder's name: use letters, digits, '-', '_', '.', '+'")
+    return name
 
 
 def _place(step: Step) -> tuple[Path, str]:

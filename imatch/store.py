@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import numpy as np
 from imatch.records import ImatchError, StepError, Tokens
 
 Row = dict[str, Any]
+PLACED = ("grid", "xy", "shard", "first", "n")
+"""What a row says of where its tokens lie."""
 MAPS = 16
 """How many shards are kept mapped: each map holds an open file, of which a process may have some 1,000."""
 
@@ -137,26 +139,54 @@ def grid_xy(grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
 
 
-def write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens]) -> None:
+def settled(tokens: Tokens, size: tuple[int, int]) -> Tokens:
+    """The same tokens; positions that are those of a grid over the whole photograph but for rounding become just those.
+
+    >>> tokens = Tokens(np.ones(1), np.ones((1, 1)), np.array([[7.50001, 7.5]]), grid=(1, 1))
+    >>> settled(tokens, (16, 16)).xy.tolist()
+    [[7.5, 7.5]]
+    """
+    if tokens.grid is None:
+        return tokens
+    xy = grid_xy(tokens.grid, size)
+    return replace(tokens, xy=xy) if np.allclose(tokens.xy, xy, rtol=0, atol=1e-3) else tokens
+
+
+def write_shard(
+    folder: Path,
+    shard: int,
+    rows: Sequence[Row],
+    tokens: Sequence[Tokens],
+    dtype: type[np.floating] | None = np.float16,
+) -> None:
     """Write the photographs of one shard; its `.jsonl`, written last, says that it is whole.
 
     Args:
         folder: the step's folder.
         shard: its number.
         rows: one a photograph in order, skipped ones (with "skipped") included.
-        tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs.
+        tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs. Positions
+            are written unless they are those of grids that cover their photographs (`grid_xy`).
+        dtype: of the local descriptors on disk; None keeps theirs.
     """
     base = folder / "local" / f"{shard:05d}"
+    used = [row for row in rows if "skipped" not in row]
+    placed_apart = any(
+        one.grid is None or not np.array_equal(one.xy, grid_xy(one.grid, row["size"]))
+        for row, one in zip(used, tokens, strict=True)
+    )
     if tokens:
-        write_array(base.with_suffix(".npy"), np.concatenate([t.descriptors for t in tokens]).astype(np.float16))
+        local = np.concatenate([t.descriptors for t in tokens])
+        write_array(base.with_suffix(".npy"), local.astype(dtype or local.dtype))
         write_array(base.with_suffix(".global.npy"), np.stack([t.vector for t in tokens]).astype(np.float32))
-        if tokens[0].grid is None:
+        if placed_apart:
             write_array(base.with_suffix(".xy.npy"), np.concatenate([t.xy for t in tokens]).astype(np.float32))
     first, placed, rest = 0, [], iter(tokens)
     for row in rows:
         if "skipped" not in row:
             one = next(rest)
-            row = {**row, "grid": one.grid, "shard": shard, "first": first, "n": len(one.descriptors)}
+            where = {"shard": shard, "first": first, "n": len(one.descriptors)}
+            row = {**row, "grid": one.grid, "xy": placed_apart, **where}
             first += len(one.descriptors)
         placed.append({**row, "shard": shard})
     write_rows(base.with_suffix(".jsonl"), placed)
@@ -252,16 +282,17 @@ class Embeddings:
             raise StepError(f"{self.folder}: {len(self.vectors)} vectors for {len(self.rows)} photographs")
         if self.ids != sorted(set(self.ids)):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
-        gridless = {row["shard"] for row in self.rows if row["grid"] is None}
+        apart = {row["shard"] for row in self.rows if row["xy"]}
         for shard, end in ends.items():
             if (n := _shape(self._path(shard))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
-            if shard in gridless and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
+            if shard in apart and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One a photograph: id, size (h, w), sha256, position, grid, shard, first, n; of a reference also source and
+        """One a photograph: id, size (h, w), sha256, position, grid, xy (whether positions have a file of their own),
+        shard, first, n; where a registry knows them, capture, label and frame; of a reference also source and
         source_sha256."""
         return read_rows(self.folder / "images.jsonl")
 
@@ -298,13 +329,13 @@ class Embeddings:
         return self._maps[path]
 
     def tokens(self, row: int) -> Tokens:
-        """The tokens of one photograph: descriptors (n, d) float16, xy (n, 2) in pixels of the original."""
+        """The tokens of one photograph: descriptors (n, d) as stored, xy (n, 2) in pixels of the original."""
         meta = self.rows[row]
         part = slice(meta["first"], meta["first"] + meta["n"])
-        if meta["grid"] is None:
-            grid, xy = None, np.asarray(self._local(meta["shard"], ".xy.npy")[part])
+        grid = None if meta["grid"] is None else tuple(meta["grid"])
+        if meta["xy"] or grid is None:
+            xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part])
         else:
-            grid = tuple(meta["grid"])
             xy = grid_xy(grid, meta["size"])
         return Tokens(np.asarray(self.vectors[row]), np.asarray(self._local(meta["shard"])[part]), xy, grid)
 

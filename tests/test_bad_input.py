@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from test_images import STORED, orientation, png_of_zeros
 
 import imatch
 from imatch import store
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
+from tests.test_images import STORED, orientation, png_of_zeros
 
 NOBODY = 65534
 

@@ -1,0 +1,284 @@
+"""Is everything there, and will it fit? Looked at before a run starts.
+
+    python -m imatch.registry
+
+prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
+memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
+that cannot fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from imatch import images, registry, steps
+from imatch.backbones import dinov3, dinov3_weights
+from imatch.images import Resize
+from imatch.records import ImatchError
+from imatch.runs import Step
+
+SHARE = 0.35
+"""Share of a device's rate of matrix products that a forward pass reaches (measured: README, "How fast")."""
+SAMPLE = 16
+"""Photographs whose headers are read for the size that a run will see."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an architecture costs at one size of photograph.
+
+    Attributes:
+        parameters: how many numbers the model has.
+        flop: floating-point operations of one photograph's forward pass, a multiplication and an addition being two.
+        tokens, dimension: n and d of its local descriptors.
+        weights: bytes of the model in memory.
+        working: bytes that one photograph of a batch needs beside it.
+    """
+
+    parameters: int
+    flop: int
+    tokens: int
+    dimension: int
+    weights: int
+    working: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of one photograph on disk: local descriptors in float16 and a global vector in float32."""
+        return 2 * self.tokens * self.dimension + 4 * self.dimension
+
+
+@cache
+def cost(hub_entry: str, size: tuple[int, int], precision: str = "fp32") -> Cost:
+    """What an architecture costs, counted on a model without memory; no weights are needed.
+
+    Args:
+        hub_entry: such as "dinov3_vits16".
+        size: (h, w) of a photograph as the backbone sees it.
+        precision: "fp32" or "bf16".
+
+    >>> small = cost("dinov3_vits16", (256, 256))
+    >>> round(small.parameters / 1e6, 1), round(small.flop / 1e9, 1), small.tokens, small.dimension
+    (21.6, 12.5, 256, 384)
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model: Any = dinov3_weights.skeleton(hub_entry)
+    matrices = sum(
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        for parameter in module.parameters(recurse=False)
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    widest = 0
+
+    def watch(_: Any, given: Any, made: Any) -> None:
+        nonlocal widest
+        together = sum(x.numel() for x in (*given, made) if isinstance(x, torch.Tensor))
+        widest = max(widest, together)
+
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        seen = model.forward_features(torch.empty(1, 3, *size, device="meta"))
+    patch = 32 if "convnext" in hub_entry else 16
+    tokens = (size[0] // patch) * (size[1] // patch)
+    dimension = int(seen.shape[1] if "convnext" in hub_entry else seen.shape[2])
+    weights = 4 * parameters - (2 * matrices if precision == "bf16" else 0)
+    # the widest step's input and output, the residual beside them, and what goes in and comes out
+    working = 4 * (2 * widest + 3 * size[0] * size[1] + 4 * tokens * dimension)
+    return Cost(parameters, counter.get_total_flops(), tokens, dimension, weights, working)
+
+
+@cache
+def rate(device: str, precision: str) -> float:
+    """Matrix products of a device in FLOP/s, measured for a fifth of a second on 1024 x 1024 (GPU: 8192 x 8192)."""
+    import torch
+
+    n = 1024 if device == "cpu" else 8192
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    wait = torch.cuda.synchronize if device != "cpu" else (lambda: None)
+    for _ in range(2):
+        a @ a
+    wait()
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        a @ a
+        wait()
+        products += 1
+    return 2 * n**3 * products / (time.perf_counter() - start)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device: a GPU's own memory, or the machine's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
+    """Look at what a started 01_embed is about to do, print it, and refuse what cannot fit.
+
+    Raises:
+        ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
+            by how much, and what would fit.
+    """
+    chosen = sorted(steps.chosen(step))
+    root = step.linked("photographs")
+    megabytes = sum((root / id).stat().st_size for id in chosen if (root / id).is_file()) / 2**20
+    lines = [f"photographs  {len(chosen)} in {root}, {megabytes:.1f} MB"]
+    if step.finished:
+        print("\n".join([*lines, "all of it    is there already"]))
+        return
+    parameters = step.parameters
+    problems: list[str] = []
+    if "hub_entry" in parameters["backbone"]:
+        used = steps.devices_of(step, devices)
+        size = _largest(root, chosen, Resize(**parameters["resize"]), parameters["backbone"]["hub_entry"])
+        said, problems, stored = _model(parameters, size, used, batch_size)
+        free, wanted = _disk(step, stored * len(chosen))
+        lines += [*said, f"disk         {stored / 2**20:.2f} MB a photograph, {_gb(wanted)} of {_gb(free)} free"]
+        if wanted > free:
+            problems.append(
+                f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk with "
+                "--exports, a smaller size, or a variant such as sub2"
+            )
+    print("\n".join(lines))
+    if problems:
+        raise ImatchError("this run cannot fit:\n  " + "\n  ".join(problems))
+
+
+def _model(
+    parameters: dict[str, Any], size: tuple[int, int], used: Sequence[str], batch_size: int
+) -> tuple[list[str], list[str], int]:
+    """Lines about the model, what does not fit, and bytes a photograph on disk."""
+    options = parameters["backbone"]
+    hub_entry, precision = options["hub_entry"], options["precision"]
+    one = cost(hub_entry, size, precision)
+    needed = one.weights + batch_size * one.working
+    path = dinov3_weights.find(options["filename"])
+    pace = sum(rate(device, precision) for device in used)
+    free = min(free_memory(device) for device in used)
+    h, w = size
+    lines = [
+        f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}",
+        f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}",
+        f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens of {one.dimension}",
+        f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})",
+        f"speed        about {SHARE * pace / one.flop:.2g} photographs/s ({pace / 1e9:.0f} GFLOP/s measured)",
+    ]
+    problems = []
+    if needed > free:
+        fitting = int((free - one.weights) // one.working)
+        remedy = f"-p batch_size {fitting}" if fitting > 0 else "a smaller model or size, or precision bf16"
+        problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
+    stride = int(parameters["variant"][3:] or 1) if parameters["variant"] != "raw" else 1
+    return lines, problems, 2 * one.tokens * one.dimension // stride**2 + 4 * one.dimension
+
+
+def _largest(root: Path, ids: Sequence[str], resize: Resize, hub_entry: str) -> tuple[int, int]:
+    """The largest (h, w) that the backbone will see, by the headers of some photographs."""
+    patch = 32 if "convnext" in hub_entry else 16
+    sizes = []
+    for id in ids[:: -(-len(ids) // SAMPLE)]:
+        try:
+            sizes.append(resize.target(images.check_header(root / id), patch))
+        except ImatchError:  # it will be skipped and reported when its turn comes
+            continue
+    return max(sizes, key=lambda size: size[0] * size[1], default=resize.target((1080, 1920), patch))
+
+
+def _disk(step: Step, whole: int) -> tuple[int, int]:
+    """Bytes free where the step writes, and bytes that it still has to write."""
+    written = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
+    return shutil.disk_usage(step.folder).free, max(0, whole - written)
+
+
+def _gb(amount: float) -> str:
+    return f"{amount / 2**30:.2f} GB"
+
+
+def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
+    """Every data set and weight of a registry: there or not, and what to expect on this machine.
+
+    Args:
+        data_key: the registry's file.
+        side: of the square photographs that memory and speed are told for, in pixels.
+        batch_size: photographs a forward pass.
+    """
+    known = registry.load(data_key)
+    lines = [f"{'data set':14} {'photographs':>11}  where"]
+    for key, dataset in sorted(known.datasets.items()):
+        lines.append(f"{key:14} {_photographs(dataset):>11}  {dataset.root}")
+    device = dinov3.resolved("auto")
+    precision = "bf16" if dinov3.computes_in_bf16(device) else "fp32"
+    free = free_memory(device)
+    lines += [
+        "",
+        f"weights in {registry.root('WEIGHTS_ROOT')}; {device} with {_gb(free)} free, {precision}, "
+        f"{side} x {side} px, batches of {batch_size}",
+        f"{'key':12} {'family':6} {'file':>9} {'MB':>8} {'params M':>8} {'GFLOP':>7} {'memory':>9} {'per s':>6}  "
+        "SHA-256",
+    ]
+    for weight in known.weights:
+        one = cost(weight.hub_entry, (side, side), precision)
+        needed = one.weights + batch_size * one.working
+        there, size, checked = _file(weight.filename)
+        pace = SHARE * rate(device, precision) / one.flop
+        lines.append(
+            f"{weight.key:12} {weight.family:6} {there:>9} {size:>8} {one.parameters / 1e6:8.1f} {one.flop / 1e9:7.0f} "
+            f"{_gb(needed):>9} {pace:6.2g}  {checked}{'' if needed <= free else '; does not fit into memory'}"
+        )
+    return "\n".join(lines)
+
+
+def _photographs(dataset: registry.Dataset) -> str:
+    if not dataset.root.is_dir():
+        return "not there"
+    try:
+        return str(len(dataset.select(images.list_photographs(dataset.root))))
+    except ImatchError as error:
+        return str(error)
+
+
+def _file(filename: str) -> tuple[str, str, str]:
+    """Found or missing, megabytes, and what is to be said of the checksum."""
+    try:
+        path = dinov3_weights.find(filename)
+    except ImatchError as error:
+        return "missing", "", str(error) if ", but " in str(error) else ""
+    megabytes = f"{path.stat().st_size / 2**20:.1f}"
+    try:
+        return "found", megabytes, f"{dinov3_weights.check_name(path)[:8]} as its name says"
+    except ImatchError as error:
+        return "WRONG", megabytes, str(error)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code is 1 when a file is not what its name says, 2 for a bad request."""
+    parser = argparse.ArgumentParser(prog="python -m imatch.registry", description="What is there, and will it fit?")
+    parser.add_argument("--data-key", default=registry.DATA_KEY, help="registry of data sets and weights")
+    parser.add_argument("--side", type=int, default=512, help="pixels of square photographs (default 512)")
+    parser.add_argument("--batch-size", type=int, default=8, help="photographs a forward pass (default 8)")
+    options = parser.parse_args(arguments)
+    try:
+        text = table(options.data_key, options.side, options.batch_size)
+    except ImatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 1 if " WRONG " in text else 0

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from imatch import evaluate, geometry, images, store
-from imatch.records import Hits
+from imatch.denseft import covered, fit, picture
+from imatch.records import Hits, ImatchError
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
 
@@ -38,6 +39,37 @@ def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int =
         axis.imshow(thumbnail(root / meta["id"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
         axis.plot(*xy.T, ".", color="#ffd500", markersize=1.5)
         axis.set_title(f"{_short(meta['id'])}\n{meta['n']} descriptors, strongest shown", fontsize=7)
+    return figure
+
+
+def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: bool = False) -> Figure:
+    """n photographs, evenly spread, each beside its DenseFT: colours of one basis, so equal colours are equal tokens.
+
+    Where there can be none (keypoints lie on no grid), the figure says so in words.
+
+    Args:
+        embeddings: of the photographs.
+        photographs: the folder that their ids are relative to.
+        n: how many.
+        weighted: darken tokens of small norm.
+    """
+    try:
+        basis = fit(embeddings)
+    except ImatchError:
+        why = "keypoints lie on no grid" if embeddings.rows[0]["grid"] is None else "there are too few tokens"
+        figure = Figure(figsize=(6, 1), layout="constrained")
+        figure.text(0.02, 0.5, f"No DenseFT: {why}.", fontsize=9, va="center")
+        return figure
+    shown = np.unique(np.linspace(0, len(embeddings) - 1, max(1, min(n, len(embeddings)))).astype(int)).tolist()
+    columns = min(3, len(shown))
+    figure, axes = _sheet(-(-len(shown) // columns), 2 * columns)
+    pairs = axes.reshape(-1, 2)  # row by row, so a pair stays in its row
+    for row, (left, right) in zip(shown, pairs[: len(shown)], strict=True):
+        meta, tokens = embeddings.rows[row], embeddings.tokens(row)
+        left.imshow(thumbnail(photographs / meta["id"], 320))
+        left.set_title(_short(meta["id"]), fontsize=7)
+        right.imshow(picture(basis(tokens, weighted), covered(tokens, meta["size"]), 320))
+        right.set_title("{} x {} tokens".format(*meta["grid"]), fontsize=7)
     return figure
 
 

@@ -40,6 +40,8 @@ lab: $(READY)  ## JupyterLab on the notebooks
 
 bench: $(READY)  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_embed.py
+	$(BIN)/python tests/benchmarks/bench_dinov3.py
+	$(BIN)/python tests/benchmarks/bench_dinov3.py --memory
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy

@@ -27,8 +27,8 @@ from imatch.images import Resize
 from imatch.records import ImatchError
 from imatch.runs import Step
 
-SHARE = 0.35
-"""Share of a device's rate of matrix products that a forward pass reaches (measured: README, "How fast")."""
+SHARE = {"fp32": 0.6, "bf16": 0.35}
+"""Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
 SAMPLE = 16
 """Photographs whose headers are read for the size that a run will see."""
 
@@ -172,6 +172,7 @@ def _model(
     needed = one.weights + batch_size * one.working
     path = dinov3_weights.find(options["filename"])
     pace = sum(rate(device, precision) for device in used)
+    expected = SHARE[precision] * pace / one.flop
     free = min(free_memory(device) for device in used)
     h, w = size
     lines = [
@@ -179,7 +180,7 @@ def _model(
         f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}",
         f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens of {one.dimension}",
         f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})",
-        f"speed        about {SHARE * pace / one.flop:.2g} photographs/s ({pace / 1e9:.0f} GFLOP/s measured)",
+        f"speed        about {expected:.2g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
     ]
     problems = []
     if needed > free:
@@ -230,18 +231,19 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     lines += [
         "",
         f"weights in {registry.root('WEIGHTS_ROOT')}; {device} with {_gb(free)} free, {precision}, "
-        f"{side} x {side} px, batches of {batch_size}",
-        f"{'key':12} {'family':6} {'file':>9} {'MB':>8} {'params M':>8} {'GFLOP':>7} {'memory':>9} {'per s':>6}  "
-        "SHA-256",
+        f"{side} x {side} px, batches of {batch_size}; per s and disk MB are of photographs",
+        f"{'key':12} {'family':6} {'file':>9} {'MB':>8} {'params M':>8} {'GFLOP':>7} {'memory':>9} {'per s':>6} "
+        f"{'disk MB':>7}  SHA-256",
     ]
     for weight in known.weights:
         one = cost(weight.hub_entry, (side, side), precision)
         needed = one.weights + batch_size * one.working
-        there, size, checked = _file(weight.filename)
-        pace = SHARE * rate(device, precision) / one.flop
+        there, size, said = _file(weight.filename)
+        said = said if needed <= free else f"{said}; does not fit into memory"
+        pace = SHARE[precision] * rate(device, precision) / one.flop
         lines.append(
             f"{weight.key:12} {weight.family:6} {there:>9} {size:>8} {one.parameters / 1e6:8.1f} {one.flop / 1e9:7.0f} "
-            f"{_gb(needed):>9} {pace:6.2g}  {checked}{'' if needed <= free else '; does not fit into memory'}"
+            f"{_gb(needed):>9} {pace:6.2g} {one.stored / 2**20:7.2f}  {said}"
         )
     return "\n".join(lines)
 
@@ -260,7 +262,7 @@ def _file(filename: str) -> tuple[str, str, str]:
     try:
         path = dinov3_weights.find(filename)
     except ImatchError as error:
-        return "missing", "", str(error) if ", but " in str(error) else ""
+        return "missing", "", str(error) if ", but " in str(error) else filename
     megabytes = f"{path.stat().st_size / 2**20:.1f}"
     try:
         return "found", megabytes, f"{dinov3_weights.check_name(path)[:8]} as its name says"

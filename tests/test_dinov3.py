@@ -193,6 +193,13 @@ def test_bf16_stays_close_to_fp32(create, key, demo_photographs):
         assert np.median(cosine) >= 0.999
 
 
+def test_compiled_tokens_are_the_same(create):
+    photographs = pixels(32, 32, n=1)
+    (eager,), (compiled,) = create("vits16")(photographs), create("vits16", compile=True)(photographs)
+    assert np.allclose(eager.vector, compiled.vector, atol=1e-5)
+    assert np.allclose(eager.descriptors, compiled.descriptors, atol=1e-2)
+
+
 def test_auto_becomes_what_the_device_does(create):
     made = create("vits16", precision="auto")
     if made.device == "cpu":
@@ -397,6 +404,17 @@ def test_unknown_weight_names_the_nearest_of_all(weights):
     with pytest.raises(ImatchError, match="unknown weight 'vits61': did you mean 'vits16'"):
         backbones.create("vits61", data_key=str(weights / "data_key.json"))
     assert json.loads((weights / "data_key.json").read_text())["weights"]
+
+
+def test_nothing_goes_to_the_network(create, monkeypatch):
+    import socket
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert create("cxTiny").model is not None
 
 
 def test_nothing_warns_when_a_model_is_built():

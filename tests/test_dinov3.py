@@ -400,6 +400,16 @@ def test_a_device_that_is_not_there_is_refused():
             Dinov3("dinov3_vits16", "x.pth", "LVD", device=device)
 
 
+@pytest.mark.parametrize(("n", "remedy"), [(8, "use -p batch_size 4"), (1, "use a smaller size or model")])
+def test_a_device_without_memory_says_what_to_do(create, monkeypatch, n, remedy):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Dinov3, "features", full)
+    with pytest.raises(ImatchError, match=f"cpu has no memory for {n} photographs of 48 x 32: {remedy}"):
+        create("vits16")(pixels(32, 48, n=n))
+
+
 def test_unknown_weight_names_the_nearest_of_all(weights):
     with pytest.raises(ImatchError, match="unknown weight 'vits61': did you mean 'vits16'"):
         backbones.create("vits61", data_key=str(weights / "data_key.json"))

@@ -143,8 +143,16 @@ class Dinov3:
         """Tokens of (B, h, w, 3) uint8 RGB photographs on a grid of (h / patch, w / patch).
 
         Alone or in a batch, a photograph's tokens are the same to the rounding of the matrix products.
+
+        Raises:
+            ImatchError: the device has not enough memory for the batch.
         """
-        seen = self.features(torch.from_numpy(np.ascontiguousarray(photographs)))
+        try:
+            seen = self.features(torch.from_numpy(np.ascontiguousarray(photographs)))
+        except torch.OutOfMemoryError as error:
+            n, h, w = photographs.shape[:3]
+            remedy = f"use -p batch_size {n // 2}" if n > 1 else "use a smaller size or model, or precision bf16"
+            raise ImatchError(f"{self.device} has no memory for {n} photographs of {w} x {h}: {remedy}") from error
         with torch.inference_mode():
             vectors = pooling.pool(self.pooling, seen.cls, seen.grid.flatten(1, 2), seen.before).cpu().numpy()
             local = seen.grid.flatten(1, 2).half().cpu().numpy()

@@ -13,6 +13,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,12 +25,12 @@ import psutil
 from imatch import images, registry, steps
 from imatch.backbones import dinov3, dinov3_weights
 from imatch.images import Resize
-from imatch.records import ImatchError
+from imatch.records import ImatchError, PhotographError
 from imatch.runs import Step
 
 SHARE = {"fp32": 0.6, "bf16": 0.35}
 """Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
-SAMPLE = 16
+SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""
 
 
@@ -107,16 +108,19 @@ def rate(device: str, precision: str) -> float:
     """Matrix products of a device in FLOP/s, measured for a fifth of a second on 1024 x 1024 (GPU: 8192 x 8192)."""
     import torch
 
-    n = 1024 if device == "cpu" else 8192
+    gpu = torch.device(device).type == "cuda"
+    n = 8192 if gpu else 1024
     a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    wait = torch.cuda.synchronize if device != "cpu" else (lambda: None)
-    for _ in range(2):
+
+    def product() -> None:
         a @ a
-    wait()
+        if gpu:
+            torch.cuda.synchronize(device)
+
+    product()
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < 0.2:
-        a @ a
-        wait()
+        product()
         products += 1
     return 2 * n**3 * products / (time.perf_counter() - start)
 
@@ -126,6 +130,7 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         import torch
 
+        torch.cuda.empty_cache()  # what torch keeps for later is free, too
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
@@ -148,10 +153,16 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
     problems: list[str] = []
     if "hub_entry" in parameters["backbone"]:
         used = steps.devices_of(step, devices)
-        size = _largest(root, chosen, Resize(**parameters["resize"]), parameters["backbone"]["hub_entry"])
-        said, problems, stored = _model(parameters, size, used, batch_size)
-        free, wanted = _disk(step, stored * len(chosen))
-        lines += [*said, f"disk         {stored / 2**20:.2f} MB a photograph, {_gb(wanted)} of {_gb(free)} free"]
+        patch = 32 if "convnext" in parameters["backbone"]["hub_entry"] else 16
+        sizes = _sizes(root, chosen, Resize(**parameters["resize"]), patch)
+        size, together = _heaviest(sizes, len(chosen), batch_size)
+        said, problems, stored = _model(parameters, size, used, together)
+        share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
+        free, wanted = _disk(step, round(stored * share * len(chosen)))
+        lines += [
+            *said,
+            f"disk         {stored * share / 2**20:.2f} MB a photograph, {_gb(wanted)} of {_gb(free)} free",
+        ]
         if wanted > free:
             problems.append(
                 f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk with "
@@ -191,16 +202,25 @@ def _model(
     return lines, problems, 2 * one.tokens * one.dimension // stride**2 + 4 * one.dimension
 
 
-def _largest(root: Path, ids: Sequence[str], resize: Resize, hub_entry: str) -> tuple[int, int]:
-    """The largest (h, w) that the backbone will see, by the headers of some photographs."""
-    patch = 32 if "convnext" in hub_entry else 16
+def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[tuple[int, int]]:
+    """The (h, w) that the backbone will see, of some photographs evenly spread, by their headers."""
     sizes = []
     for id in ids[:: -(-len(ids) // SAMPLE)]:
         try:
             sizes.append(resize.target(images.check_header(root / id), patch))
-        except ImatchError:  # it will be skipped and reported when its turn comes
+        except PhotographError:  # it will be skipped and reported when its turn comes
             continue
-    return max(sizes, key=lambda size: size[0] * size[1], default=resize.target((1080, 1920), patch))
+    return sizes or [resize.target((1080, 1920), patch)]
+
+
+def _heaviest(sizes: Sequence[tuple[int, int]], count: int, batch_size: int) -> tuple[tuple[int, int], int]:
+    """The batch that takes most memory: the (h, w) of its photographs and how many there are, for a batch has one size.
+
+    >>> _heaviest([(64, 64)] * 9 + [(128, 128)], count=10, batch_size=8)
+    ((64, 64), 8)
+    """
+    batches = {size: min(batch_size, -(-n * count // len(sizes))) for size, n in Counter(sizes).items()}
+    return max(batches.items(), key=lambda batch: (batch[0][0] * batch[0][1] * batch[1], batch))
 
 
 def _disk(step: Step, whole: int) -> tuple[int, int]:
@@ -265,7 +285,8 @@ def _file(filename: str) -> tuple[str, str, str]:
         return "missing", "", str(error) if ", but " in str(error) else filename
     megabytes = f"{path.stat().st_size / 2**20:.1f}"
     try:
-        return "found", megabytes, f"{dinov3_weights.check_name(path)[:8]} as its name says"
+        digest = dinov3_weights.check_name(path)[:8]
+        return "found", megabytes, f"{digest} as its name says" if digest in filename else f"{digest}, not in its name"
     except ImatchError as error:
         return "WRONG", megabytes, str(error)
 

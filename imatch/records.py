@@ -78,6 +78,22 @@ class Tokens:
         kept = np.arange(len(self.xy)).reshape(self.grid)[::stride, ::stride]
         return Tokens(self.vector, self.descriptors[kept.ravel()], self.xy[kept.ravel()], kept.shape)
 
+    @property
+    def spacing(self) -> tuple[float, float]:
+        """How far apart neighbours of the grid lie, (x, y) in the unit of `xy`; 0 along a side of one.
+
+        >>> xy = np.array([[7.5, 7.5], [23.5, 7.5]], np.float32)
+        >>> Tokens(np.ones(1, "f4"), np.ones((2, 4), "f4"), xy, grid=(1, 2)).spacing
+        (16.0, 0.0)
+        """
+        if self.grid is None:
+            raise ValueError("these descriptors lie on no grid")
+        cells = self.xy.reshape(*self.grid, 2)
+        h, w = self.grid
+        return float(cells[0, 1, 0] - cells[0, 0, 0]) if w > 1 else 0.0, (
+            float(cells[1, 0, 1] - cells[0, 0, 1]) if h > 1 else 0.0
+        )
+
     def as_grid(self) -> np.ndarray:
         """The descriptors as (h, w, d): the same bytes, seen as a grid. Raises ValueError without a grid."""
         if self.grid is None:

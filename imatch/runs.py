@@ -63,6 +63,11 @@ class Step:
         """The folder of the step that this one reads under the name `link`."""
         return Path(registry.resolve(self.folder / self.links[link]))
 
+    def runs_on(self, device: str) -> None:
+        """Record where an unfinished step is being computed."""
+        self.device = device
+        self._write()
+
     def unfinish(self) -> None:
         """Take the finished mark away before anything below is changed."""
         (self.folder / "metrics.json").unlink(missing_ok=True)
@@ -127,7 +132,7 @@ def start(
         before = read(folder, finished=False)
         differences = compare(_identity(before), _identity(step))
         if not differences:
-            step.fingerprint = before.fingerprint
+            step.fingerprint, step.device = before.fingerprint, before.device
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
         refuse_or_say(step, f"{folder} was made differently", differences)
@@ -168,6 +173,7 @@ def read(folder: Path, finished: bool = True) -> Step:
         record["upstream"],
         record["links"],
         fingerprint=record["fingerprint"],
+        device=record["device"],
     )
     if finished and not step.finished:
         raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")

@@ -11,18 +11,19 @@ import hashlib
 import json
 import math
 import os
+import queue
 import shutil
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -47,6 +48,10 @@ from imatch.indexes import Index
 from imatch.records import Hits, ImatchError, ImatchWarning, Pair, PhotographError, StepError, Tokens
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+    from multiprocessing.queues import Queue
 
 ON_ERROR = ("skip", "stop")
 HELD = 2**28
@@ -201,7 +206,7 @@ def embed(
     work = _Work(step, {shard: plan[shard] for shard in todo}, about, workers, batch_size, on_error, max_skipped)
     if todo:
         used = devices_of(step, devices)
-        step.device = ",".join(used)
+        step.runs_on(",".join(used))
         if len(used) == 1:
             work(used[0], seen, bad)
         else:
@@ -209,6 +214,8 @@ def embed(
             _on_each(work, used)
             seen = _Seen(seen.path, root)
             seen.check_headers(ids)
+            for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
+                bad.add(row["id"], row["skipped"])  # each part has counted its own
     seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
@@ -275,12 +282,15 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
 
 
 def devices_of(step: Step, devices: str) -> list[str]:
-    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs."""
-    if devices != "auto":
-        return [device.strip() for device in devices.split(",")]
-    device = backbones.create(step.parameters["weight"], step.parameters["backbone"]).device
-    if device != "cuda":
-        return [device]
+    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs.
+
+    Raises:
+        ImatchError: one that is not there.
+    """
+    weight, options = step.parameters["weight"], step.parameters["backbone"]
+    used = [backbones.create(weight, options, device=name.strip()).device for name in devices.split(",")]
+    if devices != "auto" or used != ["cuda"]:
+        return used
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -315,6 +325,8 @@ class _Work:
         with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
             for shard, ids in self.shards.items():
+                if (above := parent_process()) and not above.is_alive():
+                    return  # killed, so nobody waits for this part any more
                 rows, tokens = _embed_shard(ids, seen, decoded, backbone, self.batch_size, bad, self.about, stride)
                 if pending:
                     pending.result()
@@ -330,33 +342,53 @@ class _Work:
 
 
 def _on_each(work: _Work, devices: Sequence[str]) -> None:
-    """Work through the shards with one process a device; each writes shards of its own."""
+    """Work through the shards with one process a device, each with shards of its own. One that fails ends all."""
+    context = get_context("spawn")
+    failures = context.Queue()
     parts = [work.part(number, len(devices)) for number in range(len(devices))]
-    with ProcessPoolExecutor(len(devices), get_context("spawn")) as pool:
-        running = [pool.submit(_work_alone, part, device) for part, device in zip(parts, devices, strict=True)]
+    running = [
+        context.Process(target=_work_alone, args=(part, device, failures), name=device)
+        for part, device in zip(parts, devices, strict=True)
+    ]
+    try:
+        for process in running:
+            process.start()
         for _ in runs.progress(_as_they_end(work, running), "shards", len(work.shards), delay=0):
             pass
-        for future in running:
-            future.result()
+        if ended := [process for process in running if process.exitcode]:
+            try:
+                raise failures.get(timeout=5)
+            except queue.Empty:
+                raise ImatchError(
+                    f"the process on {ended[0].name} was killed (exit code {ended[0].exitcode}), mostly for want of "
+                    "memory; run the same command again, it goes on where it stopped"
+                ) from None
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
 
 
-def _work_alone(work: _Work, device: str) -> None:
+def _work_alone(work: _Work, device: str, failures: Queue[ImatchError]) -> None:
     """In a process of its own: one device's part."""
-    registry.share_cores()
     seen = _Seen(work.step.folder / "seen.jsonl", work.step.linked("photographs"))
-    ids = [id for part in work.shards.values() for id in part]
-    seen.check_headers(ids)
-    work(device, seen, _Bad(len(ids), work.on_error, work.max_skipped, work.step), quiet=True)
+    seen.check_headers([id for part in work.shards.values() for id in part])
+    try:
+        work(device, seen, _Bad(len(work.about), work.on_error, work.max_skipped, work.step), quiet=True)
+    except ImatchError as error:  # it is for the user, so it goes to the process that the user sees
+        failures.put(error)
+        raise SystemExit(1) from None
 
 
-def _as_they_end(work: _Work, running: Sequence[Future[None]]) -> Iterator[int]:
+def _as_they_end(work: _Work, running: Sequence[SpawnProcess]) -> Iterator[int]:
+    """The shards as they are written, until all processes have ended or one has failed."""
     left = set(work.shards)
-    while left:
-        ended = all(future.done() for future in running)  # asked first, so that a last shard is not missed
+    while True:
+        going = [process.exitcode is None for process in running]  # asked first, so that no last shard is missed
         written = {shard for shard in left if (work.step.folder / "local" / f"{shard:05d}.jsonl").is_file()}
-        yield from written
+        yield from sorted(written)
         left -= written
-        if ended or any(future.done() and future.exception() for future in running):
+        if not any(going) or any(process.exitcode for process in running):
             return
         time.sleep(0.2)
 
@@ -378,7 +410,11 @@ def _embed_shard(
 
     def flush(batch: list[tuple[str, Decoded]]) -> None:
         for (id, photograph), one in zip(batch, backbone(np.stack([d.pixels for _, d in batch])), strict=True):
-            if not np.isfinite(one.vector).all() or not one.vector.any():
+            if not np.isfinite(one.vector).all():
+                raise ImatchError(
+                    f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
+                )
+            if not one.vector.any():
                 h, w = photograph.size
                 skip(id, f"nothing to describe: no texture was found in its {w} x {h} pixels", photograph.sha256)
                 rows[id]["size"] = photograph.size
@@ -1060,7 +1096,7 @@ class _Match:
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
         matches = self.matcher(a, b)
         xy_a, xy_b = a.xy[matches.index_a], b.xy[matches.index_b]
-        patch = None if b.grid is None else max(s / g for s, g in zip(sizes[1], b.grid, strict=True))
+        patch = None if b.grid is None else max(b.spacing)
         estimator = _estimator(self.step.parameters["geometry"], patch)
         found = estimator(xy_a, xy_b, *sizes)
         turned, scaled = (None, None)

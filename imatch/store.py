@@ -282,7 +282,7 @@ class Embeddings:
             raise StepError(f"{self.folder}: {len(self.vectors)} vectors for {len(self.rows)} photographs")
         if self.ids != sorted(set(self.ids)):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
-        apart = {row["shard"] for row in self.rows if row["xy"]}
+        apart = {row["shard"] for row in self.rows if _apart(row)}
         for shard, end in ends.items():
             if (n := _shape(self._path(shard))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
@@ -333,10 +333,7 @@ class Embeddings:
         meta = self.rows[row]
         part = slice(meta["first"], meta["first"] + meta["n"])
         grid = None if meta["grid"] is None else tuple(meta["grid"])
-        if meta["xy"] or grid is None:
-            xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part])
-        else:
-            xy = grid_xy(grid, meta["size"])
+        xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part]) if _apart(meta) else grid_xy(grid, meta["size"])
         return Tokens(np.asarray(self.vectors[row]), np.asarray(self._local(meta["shard"])[part]), xy, grid)
 
     def __len__(self) -> int:
@@ -350,6 +347,11 @@ class Embeddings:
             f"{len(self)} photographs, {skipped} skipped; global {self.vectors.shape[1]} numbers each; "
             f"local {n} descriptors of {d} ({n / len(self):.0f} a photograph)"
         )
+
+
+def _apart(row: Row) -> bool:
+    """Whether a row's positions have a file of their own; stores of before there was `xy` have one for keypoints."""
+    return bool(row.get("xy", row["grid"] is None))
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -1,11 +1,18 @@
 """Sizes, variants, devices and poolings through the steps: what is embedded, and what may be compared with what."""
 
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 import imatch
-from imatch import runs, store
+from imatch import checks, runs, store
 from imatch.backbones.dinov3 import Dinov3
 from imatch.images import Resize
 from imatch.records import ImatchError, StepError
@@ -170,33 +177,84 @@ def test_several_devices_write_the_bytes_of_one(dinov3, tmp_path):
     assert np.allclose(one.vectors, two.vectors, atol=1e-5)
 
 
-def test_bad_photographs_stop_several_devices_as_they_stop_one(weights, tmp_path):
+@pytest.fixture
+def some_broken(weights, tmp_path):
+    """Start 01_embed on eight photographs, two of them truncated, one photograph a shard."""
     folder = tmp_path / "photographs"
     folder.mkdir()
-    for i in range(4):
+    for i in range(8):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
-    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:5000])
+    for i in (4, 7):  # one for each of two devices
+        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:5000])
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
     given |= {"backbone_options": {}, "resize": Resize("stretch", long_side=64), "on_change": "refuse"}
-    step = start_embed(str(folder), weight="vits16", shard_size=1, **given)
-    with pytest.raises(ImatchError, match=r"2\.png: .* \(on_error is stop"):
-        imatch.embed(step, devices="cpu,cpu", workers=0, on_error="stop")
-    with pytest.warns(imatch.records.ImatchWarning, match="1 of 4 photographs were skipped"):
-        embeddings = imatch.embed(step, devices="cpu,cpu", workers=0)
-    assert embeddings.ids == ["0.png", "1.png", "3.png"]
+    return start_embed(str(folder), weight="vits16", shard_size=1, **given)
 
 
-def test_a_device_that_is_not_there_is_named(dinov3):
-    with pytest.raises(ImatchError, match="cuda:9 is not there"):
-        imatch.embed(dinov3(), devices="cuda:9", workers=0)
-    with pytest.raises(ImatchError, match="cuda:9 is not there"):
-        imatch.embed(dinov3(), devices="cpu,cuda:9", workers=0)
+def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
+    with pytest.raises(ImatchError, match=r"(4|7)\.png: .* \(on_error is stop"):
+        imatch.embed(some_broken, devices="cpu,cpu", workers=0, on_error="stop")
+    for devices in ("cpu,cpu", "cpu"):
+        with pytest.raises(ImatchError, match="2 of 8 photographs cannot be used, more than max_skipped"):
+            imatch.embed(some_broken, devices=devices, workers=0)
+    with pytest.warns(imatch.records.ImatchWarning, match="2 of 8 photographs were skipped"):
+        embeddings = imatch.embed(some_broken, devices="cpu,cpu", workers=0, max_skipped=0.5)
+    assert embeddings.ids == [f"{i}.png" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_a_killed_run_leaves_no_process_behind(some_broken):
+    """Each device's process sees between shards that the one above it is gone."""
+    code = (
+        "import sys; from pathlib import Path; import imatch; from imatch import runs\n"
+        "import multiprocessing, threading, os, time, signal\n"
+        "step = runs.read(Path(sys.argv[1]), finished=False)\n"
+        "def kill():\n"
+        "    while not list((step.folder / 'local').glob('*.jsonl')): time.sleep(0.05)\n"
+        "    print('pids', *[p.pid for p in multiprocessing.active_children()], file=sys.stderr, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "threading.Thread(target=kill).start()\n"
+        "imatch.embed(step, devices='cpu,cpu', workers=0, max_skipped=1.0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(some_broken.folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("pids")]
+    children = [int(pid) for pid in told.split()[1:]]
+    assert len(children) == 2
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in children)
+    with pytest.warns(imatch.records.ImatchWarning):
+        assert len(imatch.embed(some_broken, workers=0, max_skipped=1.0)) == 6
+
+
+def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path):
+    from tests import random_weights
+
+    state = random_weights.state("dinov3_vits16")
+    state["norm.weight"][0] = float("nan")
+    path = random_weights.save(state, tmp_path, "dinov3_vits16_pretrain_lvd1689m")
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+    with pytest.raises(ImatchError, match="numbers are not finite: its weights are broken"):
+        embedded(dinov3(backbone_options={"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD"}))
+
+
+def test_a_device_that_is_not_there_is_named(dinov3, start):
+    for devices in ("cpu,cuda:9", "cuda:9"):
+        with pytest.raises(ImatchError, match="cuda:9 is not there"):
+            imatch.embed(dinov3(), devices=devices, workers=0)
+        with pytest.raises(ImatchError, match="cuda:9 is not there"):
+            imatch.preflight(dinov3(), devices=devices, batch_size=1)
+    with pytest.raises(ImatchError, match="sift runs on the CPU, not on cuda"):
+        imatch.embed(start("sift"), devices="cuda", workers=0)
 
 
 # --- what belongs together
 
 
-def test_references_come_from_the_same_backbone_and_weights(dinov3, weights, monkeypatch, tmp_path):
+def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch, tmp_path):
     data = dinov3()
     embedded(data)
     views = start_references(
@@ -216,7 +274,6 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, weights, mon
     tokens.parameters["backbone"]["filename"] = "model.pth"
     with pytest.raises(StepError, match="the weights of vits16 have changed since 01_embed"):
         imatch.embed(tokens, workers=0)
-    assert weights.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -272,16 +329,28 @@ def test_image_groups_are_part_of_what_was_asked(dinov3):
 # --- preflight
 
 
-def test_preflight_refuses_what_cannot_fit_and_says_what_would(dinov3, capsys):
+def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch):
     step = dinov3()
-    with pytest.raises(ImatchError, match=r"needs .* GB, cpu has .* GB free: use -p batch_size \d+"):
-        imatch.preflight(step, batch_size=10**7)
     imatch.preflight(step, batch_size=8)
     said = capsys.readouterr().out
     for part in ("photographs  4 in", "SHA-256", "21.6 million parameters, normalises as LVD", "photographs/s", "disk"):
         assert part in said
+    one = checks.cost("dinov3_vits16", (96, 96))
+    with monkeypatch.context() as small:
+        small.setattr(checks, "free_memory", lambda _: one.weights + int(2.5 * one.working))
+        with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.09 GB free: use -p batch_size 2"):
+            imatch.preflight(step, batch_size=8)
+        imatch.preflight(step, batch_size=2)
+        small.setattr(checks, "free_memory", lambda _: one.weights - 1)
+        with pytest.raises(ImatchError, match="use a smaller model or size, or precision bf16"):
+            imatch.preflight(step, batch_size=1)
+    with monkeypatch.context() as full:
+        full.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(ImatchError, match=r"the result takes .* choose another disk with --exports"):
+            imatch.preflight(step, batch_size=8)
     embedded(step)
-    imatch.preflight(step, batch_size=10**7)
+    capsys.readouterr()
+    imatch.preflight(step, batch_size=8)
     assert "is there already" in capsys.readouterr().out
 
 
@@ -303,6 +372,22 @@ def test_preflight_knows_the_memory_that_a_pass_takes(weights, key, entry):
     held = np.cumsum([event.nbytes() for event in events])
     estimate = 4 * cost(entry, (256, 256)).working
     assert 0.8 < estimate / held.max() < 4
+
+
+def test_a_large_photograph_among_small_ones_is_no_batch_of_large_ones(weights, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i in range(9):
+        Image.new("RGB", (64, 64)).save(folder / f"{i}.png")
+    Image.new("RGB", (640, 480)).save(folder / "large.png")
+    given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
+    given |= {"backbone_options": {}, "resize": Resize("scale"), "on_change": "refuse", "shard_size": 64}
+    step = start_embed(str(folder), weight="vits16", **given)
+    imatch.preflight(step, batch_size=8)
+    said = capsys.readouterr().out
+    assert "photograph of 640 x 480" in said
+    assert "batches of 1" in said
+    assert "disk         0.10 MB a photograph" in said  # (9 x 16 + 1200) tokens of 384 numbers, by ten
 
 
 def test_runs_records_what_was_asked(dinov3):

@@ -106,7 +106,7 @@ class Dinov3:
     @cached_property
     def model(self) -> nn.Module:
         """The model on its device, its last normalisation taken out: `features` applies it."""
-        assert self.digest
+        dinov3_weights.check_name(self.path)
         load = {"timm": dinov3_weights.load, "hub": dinov3_weights.load_from_hub}[self.source]
         model = load(self.hub_entry, self.path).requires_grad_(False)
         if self.precision == "bf16":
@@ -203,12 +203,12 @@ def resolved(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device)
+        kind = torch.device(device or "none")
     except RuntimeError as error:
         raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1") from error
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise ImatchError(f"device {device} is not there, torch sees {torch.cuda.device_count()} GPUs: use auto or cpu")
-    if kind.type not in ("cpu", "cuda"):
+    if kind.type not in ("cpu", "cuda") or device.startswith("cpu:"):
         raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
     return device
 

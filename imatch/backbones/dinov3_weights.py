@@ -38,8 +38,8 @@ ARCHITECTURES = {
 """Meta's hub entry -> timm's model. The _qkvb builds keep biases that timm's plain ones leave out as near zero."""
 
 NEEDLESS = {
-    r"rope_embed\.periods": "a constant; it is taken over, not left over",
-    r"blocks\.\d+\.attn\.qkv\.bias_mask": "says that keys have no bias, which is checked",
+    r"rope_embed\.periods": "a constant that timm computes; the file's is checked and taken over",
+    r"blocks\.\d+\.attn\.qkv\.bias_mask": "multiplied into the bias, as Meta's code does at every pass",
     r"mask_token": "used in training only",
     r"local_cls_norm\.(weight|bias)": "used in training only (ViT-L SAT, ViT-7B)",
     r"norms\.3\.(weight|bias)": "the last norm of a ConvNeXt under a second name",
@@ -302,7 +302,7 @@ def load(hub_entry: str, path: Path) -> nn.Module:
     model = skeleton(hub_entry)
     state = read(path)
     _refuse(problems(state, layout(model)), state, hub_entry, path)
-    _check_bias_masks(state, path)
+    _mask_biases(state, path)
     needless = re.compile("|".join(NEEDLESS))
     kept = {name: value.float() for name, value in state.items() if not needless.fullmatch(name)}
     convert = convnext.checkpoint_filter_fn if "convnext" in hub_entry else eva.checkpoint_filter_fn
@@ -313,9 +313,8 @@ def load(hub_entry: str, path: Path) -> nn.Module:
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
         if unmade:
             module.init_non_persistent_buffers()
-    if "rope_embed.periods" in state:  # Meta's files hold them rounded to bfloat16, and Meta's code uses them so
-        model.rope.periods.copy_(state["rope_embed.periods"])
     if "convnext" not in hub_entry:
+        model.rope.periods.copy_(_periods(state, model.rope.periods, path))
         model.last_norm, model.norm = model.norm, torch.nn.Identity()
     return model
 
@@ -329,12 +328,24 @@ def _refuse(found: list[str], state: State, hub_entry: str, path: Path) -> None:
     raise ImatchError(f"{path} is no {hub_entry}, {said}:\n  " + "\n  ".join(found[:10]) + more)
 
 
-def _check_bias_masks(state: State, path: Path) -> None:
-    for name, mask in state.items():
-        if name.endswith(".bias_mask"):
-            q, k, v = mask.chunk(3)
-            if not (bool((q == 1).all()) and bool((k == 0).all()) and bool((v == 1).all())):
-                raise ImatchError(f"{path}: {name} lets keys have a bias, which timm's model has not: use source hub")
+def _mask_biases(state: State, path: Path) -> None:
+    """Multiply the masks into the biases, as Meta's layers do. (In the files that Meta released both are all zero.)"""
+    for name in [name for name in state if name.endswith(".qkv.bias")]:
+        mask = state.get(f"{name}_mask")
+        if mask is not None and mask.shape != state[name].shape:
+            raise ImatchError(f"{path}: {name}_mask is {tuple(mask.shape)}, not {tuple(state[name].shape)}")
+        state[name] = state[name] if mask is None else state[name] * mask
+        if not bool((state[name].chunk(3)[1] == 0).all()):
+            raise ImatchError(f"{path}: {name} gives keys a bias, which timm's model has not: use source hub")
+
+
+def _periods(state: State, exact: Tensor, path: Path) -> Tensor:
+    """The periods of the position embedding: Meta's files hold them rounded to bfloat16, and Meta's code uses them so;
+    Hugging Face's files hold none, and are given the same, so that the same weights give the same tokens."""
+    found: Tensor = state.get("rope_embed.periods", exact.bfloat16().float())
+    if found.shape != exact.shape or not bool(((found / exact - 1).abs() < 0.01).all()):
+        raise ImatchError(f"{path}: rope_embed.periods are not those of DINOv3: use source hub, or Meta's own file")
+    return found
 
 
 def load_from_hub(hub_entry: str, path: Path) -> nn.Module:

@@ -186,19 +186,20 @@ def _model(
     expected = SHARE[precision] * pace / one.flop
     free = min(free_memory(device) for device in used)
     h, w = size
+    stride = 1 if parameters["variant"] == "raw" else int(parameters["variant"][3:])
+    kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
     lines = [
         f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}",
         f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}",
-        f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens of {one.dimension}",
+        f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens{kept}",
         f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})",
-        f"speed        about {expected:.2g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
+        f"speed        about {expected:.1g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
     ]
     problems = []
     if needed > free:
         fitting = int((free - one.weights) // one.working)
         remedy = f"-p batch_size {fitting}" if fitting > 0 else "a smaller model or size, or precision bf16"
         problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
-    stride = int(parameters["variant"][3:] or 1) if parameters["variant"] != "raw" else 1
     return lines, problems, 2 * one.tokens * one.dimension // stride**2 + 4 * one.dimension
 
 
@@ -263,7 +264,7 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
         pace = SHARE[precision] * rate(device, precision) / one.flop
         lines.append(
             f"{weight.key:12} {weight.family:6} {there:>9} {size:>8} {one.parameters / 1e6:8.1f} {one.flop / 1e9:7.0f} "
-            f"{_gb(needed):>9} {pace:6.2g} {one.stored / 2**20:7.2f}  {said}"
+            f"{_gb(needed):>9} {pace:6.1g} {one.stored / 2**20:7.2f}  {said}"
         )
     return "\n".join(lines)
 

@@ -226,6 +226,28 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
             )
 
 
+def thumbnail(path: Path, size: tuple[int, int], side: int) -> np.ndarray:
+    """A photograph for a picture, its longer side `side` pixels.
+
+    Args:
+        path: the file. Where it is not there, or broken by now, a grey one of the right aspect stands for it: a figure
+            must not end a run, and an imported store may have no photographs.
+        size: its (h, w), for that.
+        side: pixels.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+
+    >>> thumbnail(Path("gone.jpg"), (60, 120), 20).shape
+    (10, 20, 3)
+    """
+    resize = Resize("long_side", long_side=side)
+    try:
+        return decode(path, resize).pixels
+    except PhotographError:
+        return np.full((*resize.target(size, 1), 3), 160, np.uint8)
+
+
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file's bytes, hexadecimal."""
     with _reasons(), path.open("rb") as file:

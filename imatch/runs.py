@@ -130,7 +130,10 @@ def start(
     shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
         before = read(folder, finished=False)
-        differences = compare(_identity(before), _identity(step))
+        nothing_done = not before.finished and {path.name for path in folder.iterdir()} <= {"step.json", "seen.jsonl"}
+        differences = [] if nothing_done else compare(_identity(before), _identity(step))
+        if nothing_done:
+            step._write()  # of a run that was refused before it computed anything
         if not differences:
             step.fingerprint, step.device = before.fingerprint, before.device
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")

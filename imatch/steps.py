@@ -333,6 +333,7 @@ class _Work:
                 pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
             if pending:
                 pending.result()
+        next(decoded, None)  # lets the bar know that this was the last
 
     def part(self, number: int, of: int) -> _Work:
         """Every `of`-th shard from `number` on."""

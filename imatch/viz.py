@@ -24,21 +24,18 @@ rcParams["font.family"] = ["DejaVu Sans", *(name for name in KOREAN if name in f
 RIGHT, WRONG = "#2ca02c", "#d62728"
 
 
-def thumbnail(path: Path, side: int = 200) -> np.ndarray:
-    """A photograph as (h, w, 3) uint8 with its longer side `side` pixels."""
-    return images.decode(path, images.Resize("long_side", long_side=side)).pixels
-
-
 def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int = 300) -> Figure:
     """The first n photographs with the positions of their local descriptors."""
     n = min(n, len(embeddings))
     figure, axes = _sheet(1, n)
     for row, axis in enumerate(axes.flat):
-        meta, xy = embeddings.rows[row], embeddings.tokens(row).xy[:strongest]
+        meta, xy = embeddings.rows[row], embeddings.tokens(row).xy
+        xy = xy if meta["grid"] else xy[:strongest]
         h, w = meta["size"]
-        axis.imshow(thumbnail(root / meta["id"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+        told = ", strongest shown" if meta["grid"] is None and meta["n"] > strongest else ""
+        axis.imshow(images.thumbnail(root / meta["id"], meta["size"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
         axis.plot(*xy.T, ".", color="#ffd500", markersize=1.5)
-        axis.set_title(f"{_short(meta['id'])}\n{meta['n']} descriptors, strongest shown", fontsize=7)
+        axis.set_title(f"{_short(meta['id'])}\n{meta['n']} descriptors{told}", fontsize=7)
     return figure
 
 
@@ -66,7 +63,7 @@ def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: boo
     pairs = axes.reshape(-1, 2)  # row by row, so a pair stays in its row
     for row, (left, right) in zip(shown, pairs[: len(shown)], strict=True):
         meta, tokens = embeddings.rows[row], embeddings.tokens(row)
-        left.imshow(thumbnail(photographs / meta["id"], 320))
+        left.imshow(images.thumbnail(photographs / meta["id"], meta["size"], 320))
         left.set_title(_short(meta["id"]), fontsize=7)
         right.imshow(picture(basis(tokens, weighted), covered(tokens, meta["size"]), 320))
         right.set_title("{} x {} tokens".format(*meta["grid"]), fontsize=7)
@@ -74,11 +71,12 @@ def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: boo
 
 
 def similarity(embeddings: Embeddings, n: int = 40) -> Figure:
-    """Cosine between the global vectors of the first n photographs; the diagonal is 1."""
+    """Cosine between the global vectors of the first n photographs; the diagonal is 1, dark is the least alike."""
     vectors = np.asarray(embeddings.vectors[:n])
+    cosine = vectors @ vectors.T
     figure = Figure(figsize=(6, 5), layout="constrained")
     axis = figure.add_subplot()
-    shown = axis.imshow(vectors @ vectors.T, vmin=0, vmax=1, cmap="viridis")
+    shown = axis.imshow(cosine, vmin=min(cosine.min(), 0.999), vmax=1, cmap="viridis")
     names = [_short(id) for id in embeddings.ids[:n]]
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axis.set_yticks(range(len(names)), names, fontsize=6)
@@ -96,7 +94,7 @@ def reference_sheet(views: Step, rows: Sequence[Row], columns: int = 12) -> Figu
     by_view = {(row["crop"], row["angle"]): row for row in rows}
     for (i, crop), (j, angle) in ((c, a) for c in enumerate(crops) for a in enumerate(angles)):
         row, axis = by_view[crop, angle], axes[i, j]
-        axis.imshow(thumbnail(views.folder / row["id"]))
+        axis.imshow(images.thumbnail(views.folder / row["id"], row["size"], 200))
         axis.set_title(f"{angle:g} deg, crop {crop:g}\nscale {row['scale']:.2f}, {row['covered']:.0%}", fontsize=6)
     return figure
 
@@ -107,7 +105,10 @@ def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
     h, w = rows[0]["source_size"]
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axis = figure.add_subplot()
-    axis.imshow(thumbnail(views.linked("photographs") / rows[0]["source"], 480), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+    axis.imshow(
+        images.thumbnail(views.linked("photographs") / rows[0]["source"], rows[0]["source_size"], 480),
+        extent=(-0.5, w - 0.5, h - 0.5, -0.5),
+    )
     for row in rows:
         outline = geometry.transform(np.linalg.inv(row["matrix"]), geometry.corners(row["size"]))
         axis.plot(*np.vstack([outline, outline[:1]]).T, linewidth=1)
@@ -123,13 +124,13 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, n:
     from_query, from_gallery = (_photographs(step.linked(side)) for side in ("query", "gallery"))
     figure, axes = _sheet(len(shown), k + 1, side=1.5)
     for i, q in enumerate(shown):
-        axes[i, 0].imshow(thumbnail(from_query / query.ids[q]))
+        axes[i, 0].imshow(images.thumbnail(from_query / query.ids[q], query.rows[q]["size"], 200))
         axes[i, 0].set_title(f"query\n{_short(query.ids[q])}", fontsize=6)
         for rank in range(k):
             row, axis = hits.rows[q, rank], axes[i, rank + 1]
             if row < 0:
                 continue
-            picture = thumbnail(from_gallery / gallery.ids[row])
+            picture = images.thumbnail(from_gallery / gallery.ids[row], gallery.rows[row]["size"], 200)
             axis.imshow(picture)
             axis.set_title(f"{rank + 1}: {hits.scores[q, rank]:.3f}\n{_short(gallery.ids[row])}", fontsize=6)
             size = (picture.shape[1], picture.shape[0])
@@ -195,7 +196,7 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
         path = pair_path(step, row).with_suffix(".png")
         if path.is_file():
             with Image.open(path) as picture:
-                axis.imshow(np.asarray(picture))
+                axis.imshow(np.asarray(picture.convert("RGB")))  # on disk it has a palette
     return figure
 
 

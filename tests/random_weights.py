@@ -58,7 +58,8 @@ def save(tensors, folder, stem, suffix=".pth"):
 
 def write(folder, keys):
     """The files of these keys and a data_key.json that names them; returns its path."""
-    content = json.loads((ROOT / "params" / "data_key.json").read_text())
+    path = folder / "data_key.json"
+    content = json.loads((path if path.is_file() else ROOT / "params" / "data_key.json").read_text())
     for groups in content["weights"].values():
         for group in groups.values():
             for key, entry in group.items():
@@ -66,7 +67,6 @@ def write(folder, keys):
                     hub_entry, filename, _ = entry
                     stem = filename.rpartition("-")[0]
                     entry[1] = save(state(hub_entry, seed=len(key)), folder, stem).name
-    path = folder / "data_key.json"
     path.write_text(json.dumps(content, indent=1))
     return path
 

@@ -72,6 +72,9 @@ def foreign(request):
         middle = 1.0 if is_scale else 0.3 if "lambda" in name or "gamma" in name else 0.0
         width = 0.05 if parameter.ndim > 1 else 0.1
         torch.nn.init.normal_(parameter.data, middle, width)
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):  # Meta's files, and so imatch, have the periods in bfloat16
+            buffer.copy_(1 / (1 / buffer).bfloat16().float())
     return request.param, model
 
 

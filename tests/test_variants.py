@@ -338,7 +338,7 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     one = checks.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:
         small.setattr(checks, "free_memory", lambda _: one.weights + int(2.5 * one.working))
-        with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.09 GB free: use -p batch_size 2"):
+        with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use -p batch_size 2"):
             imatch.preflight(step, batch_size=8)
         imatch.preflight(step, batch_size=2)
         small.setattr(checks, "free_memory", lambda _: one.weights - 1)
@@ -395,3 +395,17 @@ def test_runs_records_what_was_asked(dinov3):
     assert parameters["backbone"]["pooling"] == "cls"
     assert parameters["backbone"]["family"] == "LVD"
     assert (parameters["cfg"], parameters["variant"]) == ("own", "sub2")
+
+
+def test_a_run_that_was_refused_before_it_began_blocks_no_other(start):
+    """Frames that are not there: the corrected request needs no permission to recompute what was never computed."""
+    with pytest.raises(ImatchError):
+        imatch.embed(start(image_groups=[{"folder": "flight 1", "indices": [77]}]), workers=0)
+    assert len(embedded(start(image_groups=[{"folder": "flight 1"}]))) == 1
+
+
+def test_spacing_knows_crops_and_variants(start):
+    """What half a patch is, in pixels of the photograph."""
+    crop = Resize("crop", long_side=64)
+    assert embedded(start(resize=crop)).tokens(0).spacing == (24.0, 24.0)  # 96 of 128 x 96 pixels on 64
+    assert embedded(start(resize=crop, variant="sub3")).tokens(0).spacing == (72.0, 72.0)

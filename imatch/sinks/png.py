@@ -47,7 +47,7 @@ def draw(pair: Pair, max_lines: int = 120, shown: np.ndarray | None = None) -> n
     Returns:
         (h, w, 3) uint8 RGB. Colours run from dark blue (similarity 0.7 and below) to yellow (1.0).
     """
-    left, right = (_thumbnail(path) for path in pair.paths)
+    left, right = (_thumbnail(path, size) for path, size in zip(pair.paths, pair.sizes, strict=True))
     height = max(len(left), len(right)) + BAR
     canvas = np.full((height, left.shape[1] + GAP + right.shape[1], 3), 24, np.uint8)
     canvas[BAR : BAR + len(left), : left.shape[1]] = left
@@ -81,9 +81,8 @@ def draw(pair: Pair, max_lines: int = 120, shown: np.ndarray | None = None) -> n
 
 
 @lru_cache(maxsize=64)
-def _thumbnail(path: Path) -> np.ndarray:
-    h, w = images.check_header(path)
-    return images.decode(path, images.Resize("long_side", long_side=min(SIDE, max(h, w)))).pixels
+def _thumbnail(path: Path, size: tuple[int, int]) -> np.ndarray:
+    return images.thumbnail(path, size, min(SIDE, max(size)))
 
 
 def _to_canvas(size: tuple[int, int], part: np.ndarray):  # noqa: ANN202  (a closure over the scale)

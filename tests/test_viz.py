@@ -1,0 +1,28 @@
+"""What figures show, looked at by their pixels."""
+
+import numpy as np
+from PIL import Image
+
+from imatch import images, store, viz
+from imatch.runs import Step
+from imatch.sinks import png
+
+
+def test_pairs_keep_their_colours(tmp_path):
+    """Pictures of pairs have a palette on disk; its numbers are no colours."""
+    step = Step(tmp_path, "04_match", {}, {})
+    row = {"query": "a.jpg", "candidate": "b.jpg", "rank": 0, "reranked": 0, "retrieved": True, "verified": False}
+    drawn = np.zeros((40, 60, 3), np.uint8)
+    drawn[:, :20], drawn[:, 20:40] = (230, 20, 20), (20, 20, 230)
+    store.write_bytes(viz.pair_path(step, row).with_suffix(".png"), png.encode(drawn))
+    figure = viz.pair_sheet(step, [row])
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    assert np.abs(shown.astype(int) - drawn).max() < 12
+
+
+def test_a_photograph_that_is_gone_is_grey_and_of_the_right_aspect(tmp_path):
+    grey = images.thumbnail(tmp_path / "gone.jpg", (90, 160), 80)
+    assert grey.shape == (45, 80, 3)
+    assert len(np.unique(grey)) == 1
+    Image.new("RGB", (160, 90), "red").save(tmp_path / "there.png")
+    assert images.thumbnail(tmp_path / "there.png", (90, 160), 80)[0, 0].tolist() == [255, 0, 0]

@@ -67,15 +67,13 @@ class Parameter:
 class Recipe:
     """What a file asks for: notebooks in order, parameters for all of them, lists to sweep over.
 
-    A manifest has `points` in place of a sweep: the parameters of each; `label` are those that a point is called by
-    (none for all of them).
+    A manifest has `points` in place of a sweep: what each is called by -> its parameters.
     """
 
     notebooks: list[str]
     parameters: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, list[Any]] = field(default_factory=dict)
-    points: list[dict[str, Any]] | None = None
-    label: Sequence[str] = ()
+    points: dict[str, dict[str, Any]] | None = None
 
 
 RECIPE = ("notebooks", "parameters", "sweep")
@@ -157,7 +155,8 @@ def load(
     if not path.is_file():
         raise ImatchError(f"no file {path}: give a YAML file or a manifest, such as params/demo.yaml")
     content = registry.read(path)
-    recipe = _manifest(path, overrides) if manifest.is_manifest(content) else _recipe(path, content)
+    points = manifest.is_manifest(content)
+    recipe = Recipe(manifest.ROLES[manifest.role(path)]) if points else _recipe(path, content)
     for name in recipe.notebooks:
         if not (notebooks / f"{name}.ipynb").is_file():
             known = [p.stem for p in notebooks.glob("*.ipynb")]
@@ -170,6 +169,10 @@ def load(
             raise ImatchError(plugins.unknown("parameter", name, known))
         return known[name]
 
+    given = {name: from_text(name, text, wanted(name)) for name, text in overrides}
+    if points:
+        found = manifest.read(path, given.get("data_key", registry.DATA_KEY), given)
+        recipe = Recipe(found.notebooks, found.parameters, points=found.points)
     for name, value in recipe.parameters.items():
         check(name, value, wanted(name))
     for name, values in recipe.sweep.items():
@@ -177,14 +180,12 @@ def load(
             raise ImatchError(f"sweep over {name} wants a list of values, got {values!r}")
         for value in values:
             check(name, value, wanted(name))
-    for point in recipe.points or []:
+    for point in (recipe.points or {}).values():
         for name, value in point.items():
             check(name, value, wanted(name))
-    for name, text in overrides:
-        recipe.parameters[name] = from_text(name, text, wanted(name))
+    for name, value in given.items():
+        recipe.parameters[name] = value
         recipe.sweep.pop(name, None)
-        for point in recipe.points or []:
-            point.pop(name, None)
     return recipe, schemas
 
 
@@ -203,11 +204,6 @@ def _recipe(path: Path, content: Any) -> Recipe:
         if not isinstance(value, kind):
             raise ImatchError(f"{path}: `{key}` wants a {kind.__name__}, got {value!r}")
     return recipe
-
-
-def _manifest(path: Path, overrides: Sequence[tuple[str, str]]) -> Recipe:
-    found = manifest.read(path, dict(overrides).get("data_key", registry.DATA_KEY))
-    return Recipe(found.notebooks, found.parameters, points=found.points, label=manifest.LABEL)
 
 
 def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -231,8 +227,11 @@ def run(
     failures: list[str] = []
     ran: dict[str, Path | str] = {}
     exports = registry.exports_folder(recipe.parameters.get("exports", ""))
-    for point in points(recipe.sweep) if recipe.points is None else recipe.points:
-        label = " ".join(f"{name}={point[name]}" for name in recipe.label or point if name in point) or "run"
+    todo = recipe.points
+    if todo is None:
+        swept = points(recipe.sweep)
+        todo = {" ".join(f"{name}={value}" for name, value in point.items()) or "run": point for point in swept}
+    for label, point in todo.items():
         steps: dict[str, Path] = {}
         for name in recipe.notebooks:
             values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imatch import plugins, registry
+from imatch import datasets, images, plugins, registry
+from imatch.datasets import fields, wants
 from imatch.records import ImatchError
-from imatch.registry import fields, wants
 
 ROLES = {"dataset": ["01_embed"], "query": ["01_embed"], "reference": ["01_embed", "02_references"]}
 """What a manifest is of -> the notebooks that it runs."""
-LABEL = ("weight", "cfg", "variant")
-"""The parameters that a point is called by; no two points of a manifest have all three in common."""
 FIELDS = ("dataset_key", "weight_set", "experiment", "models")
 MODEL = ("weights", "weight_key", "target_res", "embedding_cfg", "image_groups", "outputs", "run")
 OUTPUTS = {"global": ("npy", "json"), "patch": ("npy", "json"), "grid": ("npy", "json")}
@@ -34,13 +32,13 @@ class Manifest:
         role: "dataset", "query" or "reference".
         notebooks: what it runs, in order.
         parameters: of all its points.
-        points: parameters of each point.
+        points: what each point is called by, its weight, size and variant -> its parameters.
     """
 
     role: str
     notebooks: list[str]
     parameters: dict[str, Any]
-    points: list[dict[str, Any]]
+    points: dict[str, dict[str, Any]]
 
 
 def is_manifest(content: object) -> bool:
@@ -68,7 +66,9 @@ def role(path: str | Path) -> str:
     return found[0] if found else "dataset"
 
 
-def read(path: str | Path, data_key: str | Path = registry.DATA_KEY) -> Manifest:
+def read(
+    path: str | Path, data_key: str | Path = registry.DATA_KEY, given: Mapping[str, Any] | None = None
+) -> Manifest:
     """Read a manifest, JSON or YAML, check all of it against the registry, and expand it.
 
     Models that are switched off are said in a printed line and left out.
@@ -76,15 +76,17 @@ def read(path: str | Path, data_key: str | Path = registry.DATA_KEY) -> Manifest
     Args:
         path: the file.
         data_key: the registry that has its data set and its weights.
+        given: parameters that win over what it says, as from the command line.
 
     Raises:
-        ImatchError: an unknown field, key or folder, with the nearest known one; a value of the wrong type;
-            two models that would write different things to the same folder; nothing left to run.
+        ImatchError: an unknown field, key or folder, with the nearest known one; a value of the wrong type; a size
+            that does not fit the weight; two points that would write different things to the same folder; nothing
+            left to run.
 
     >>> home = Path(__file__).parents[1]
     >>> found = read(home / "params/manifestQuery.json", home / registry.DATA_KEY)
-    >>> found.role, found.notebooks, [point["variant"] for point in found.points]
-    ('query', ['01_embed'], ['raw'])
+    >>> found.role, found.notebooks, list(found.points)
+    ('query', ['01_embed'], ['weight=vits16 cfg=res256 variant=raw'])
     """
     of, top = role(path), f"{Path(path).name}: "
     content = fields(registry.read(path), FIELDS, top)
@@ -94,23 +96,30 @@ def read(path: str | Path, data_key: str | Path = registry.DATA_KEY) -> Manifest
     known = registry.load(data_key)
     dataset = known.dataset(wants(content["dataset_key"], str, f"{top}dataset_key"))
     weight_set = wants(content.get("weight_set", ""), str, f"{top}weight_set")
+    parameters = {
+        "dataset": dataset.key,
+        "data_key": str(data_key),
+        "weight_set": weight_set,
+        "resize": "stretch",
+        "tag": "" if of == "dataset" else of,
+        "run": "manifest",
+        **({"crops": [1.0]} if of == "reference" else {}),  # whole views, turned
+        **(given or {}),
+    }
     variants = _variants(content.get("experiment", {}), f"{top}experiment")
-    points: dict[tuple[str, ...], dict[str, Any]] = {}
-    for i, given in enumerate(wants(content["models"], list, f"{top}models")):
+    points: dict[str, dict[str, Any]] = {}
+    for i, said in enumerate(wants(content["models"], list, f"{top}models")):
         where = f"{top}models[{i}]"
-        model = fields(given, MODEL, where)
-        made = list(_points(model, variants, of, dataset, where))
-        for point in made:
-            try:
-                known.weight(point["weight"], weight_set)
-            except ImatchError as error:
-                raise ImatchError(f"{where}: {error}") from error
+        model = fields(said, MODEL, where)
+        made = [
+            _called(point, parameters, given or {}, known, where)
+            for point in _points(model, variants, of, dataset, where)
+        ]
         if not _runs(model, where):
             print(f"{where} is skipped: its run switches off both test_embedding and generate_denseft", flush=True)
             continue
-        for point in made:
-            key = tuple(point[name] for name in LABEL)
-            points[key] = _united(points[key], point, where) if key in points else point
+        for label, point in made:
+            points[label] = _united(points[label], point, f"{where} asks for {label}") if label in points else point
     if not points:
         raise ImatchError(f"{top}models: there is nothing to run: name a model, or switch one on by its run")
     if of == "reference":  # views of other photographs, or at other angles, need a folder of their own
@@ -119,16 +128,27 @@ def read(path: str | Path, data_key: str | Path = registry.DATA_KEY) -> Manifest
             if (view := (point["image_groups"], point.get("angles"))) not in views:
                 views.append(view)
             if number := views.index(view):
-                point["tag"] = f"reference{number + 1}"
-    parameters = {
-        "dataset": dataset.key,
-        "data_key": str(data_key),
-        "weight_set": weight_set,
-        "resize": "stretch",
-        "tag": "" if of == "dataset" else of,
-        "run": "manifest",
-    }
-    return Manifest(of, ROLES[of], parameters, list(points.values()))
+                point["tag"] = f"{parameters['tag']}{number + 1}"
+    return Manifest(of, ROLES[of], parameters, points)
+
+
+def _called(
+    point: dict[str, Any],
+    parameters: Mapping[str, Any],
+    given: Mapping[str, Any],
+    known: registry.DataKey,
+    where: str,
+) -> tuple[str, dict[str, Any]]:
+    """A point with what was given, and what it is called by: as its folder, which no other point may have."""
+    try:
+        weight = known.weight(point["weight"], parameters["weight_set"])
+        point = {**point, **given}
+        size = images.Resize(parameters["resize"], point["long_side"], parameters.get("scale", 1.0))
+        if "weight" not in given:
+            size.check(32 if "convnext" in weight.hub_entry else 16)
+    except ImatchError as error:
+        raise ImatchError(f"{where}: {error}") from error
+    return f"weight={point['weight']} cfg={point.get('cfg') or size} variant={point['variant']}", point
 
 
 def _variants(given: Any, where: str) -> list[str]:
@@ -140,14 +160,10 @@ def _variants(given: Any, where: str) -> list[str]:
         if "use" not in sub:
             raise ImatchError(f"{where}.sub.use is missing: say true or false")
         strides = _numbers(sub.get("stride", []), f"{where}.sub.stride")
-        for stride in strides:
-            if stride < 2:
-                raise ImatchError(f"{where}.sub.stride {stride} leaves nothing out: give 2 or more, and `raw` for all")
         if wants(sub["use"], bool, f"{where}.sub.use"):
-            if not strides:
-                raise ImatchError(
-                    f"{where}.sub.stride is missing: every how many rows and columns to keep, such as [2, 4]"
-                )
+            if not strides or min(strides) < 2:
+                said = f"wants every how many rows and columns to keep, 2 or more, such as [2, 4], got {strides}"
+                raise ImatchError(f"{where}.sub.stride {said}; `raw` keeps all")
             names += [f"sub{stride}" for stride in strides]
     if not names:
         raise ImatchError(f"{where} switches off raw and sub: switch one on")
@@ -155,7 +171,7 @@ def _variants(given: Any, where: str) -> list[str]:
 
 
 def _points(
-    model: Mapping[str, Any], variants: Sequence[str], of: str, dataset: registry.Dataset, where: str
+    model: Mapping[str, Any], variants: Sequence[str], of: str, dataset: datasets.Dataset, where: str
 ) -> Iterator[dict[str, Any]]:
     """The points of one model, whether it is switched on or not: what is switched off is checked, too."""
     if "target_res" not in model:
@@ -170,11 +186,12 @@ def _points(
             raise ImatchError(f"{where}.embedding_cfg {cfg!r} names one size: leave it out, or give one target_res")
     image_groups, angles = _image_groups(model.get("image_groups", []), of, dataset, f"{where}.image_groups")
     shared = {"image_groups": image_groups, "files": _outputs(model, where), **angles}
+    if cfg:
+        shared["cfg"] = cfg
     for weight in _weights(model, where):
         for size in sizes:
             for variant in variants:
-                names = {"weight": weight, "long_side": size, "cfg": cfg or f"res{size}", "variant": variant}
-                yield {**names, **shared}
+                yield {"weight": weight, "long_side": size, "variant": variant, **shared}
 
 
 def _weights(model: Mapping[str, Any], where: str) -> list[str]:
@@ -195,13 +212,13 @@ def _numbers(given: Any, where: str) -> list[int]:
 
 
 def _image_groups(
-    given: Any, of: str, dataset: registry.Dataset, where: str
+    given: Any, of: str, dataset: datasets.Dataset, where: str
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """The groups as 01_embed takes them, and for references the angles, if a rotation says them."""
-    for group in registry.groups(given, where):
-        if dataset.captures and group.folder is not None:
+    for folder, _ in datasets.groups(given, where):
+        if dataset.captures and folder is not None:
             try:
-                dataset.captures_named(group.folder)
+                dataset.captures_named(folder)
             except ImatchError as error:
                 raise ImatchError(f"{where}: {error}") from error
     rotations = [_rotation(group.get("rotation"), f"{where}[{i}].rotation") for i, group in enumerate(given)]
@@ -255,10 +272,9 @@ def _united(first: dict[str, Any], second: dict[str, Any], where: str) -> dict[s
     """Two models that differ in their photographs alone are one point: both write to one folder."""
     for name in sorted({*first, *second} - {"image_groups"}):
         if first.get(name) != second.get(name):
-            said = " ".join(f"{part}={first[part]}" for part in LABEL)
             raise ImatchError(
-                f"{where} asks for {said}, as a model above does, but with another {name} "
-                f"({second.get(name)!r}, not {first.get(name)!r}): make them equal, or give one an embedding_cfg"
+                f"{where} again, but with another {name} ({second.get(name)!r}, not {first.get(name)!r}), for the same "
+                "folder: make them equal, give one an embedding_cfg, or leave out a -p that makes them meet"
             )
     groups = [*first["image_groups"], *(g for g in second["image_groups"] if g not in first["image_groups"])]
     everything = not first["image_groups"] or not second["image_groups"]

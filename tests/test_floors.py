@@ -9,20 +9,24 @@ import imatch
 
 PACKAGE = Path(imatch.__file__).parent
 FLOORS = [
-    {"registry", "records", "plugins"},
+    {"registry", "datasets", "records", "plugins"},
     {"images", "store", "pooling", "geometry"},
     {"runs"},
     {"backbones", "references", "indexes", "matching", "sinks"},
     {"evaluate", "steps", "demo", "denseft"},
-    {"viz", "explore", "batch", "manifest", "legacy", "checks"},
+    {"viz", "explore", "batch", "manifest", "legacy", "perimage", "checks"},
 ]
 WITHIN = {
     ("steps", "evaluate"),
     ("explore", "viz"),
     ("batch", "manifest"),
+    ("legacy", "perimage"),
     ("plugins", "records"),
     ("registry", "records"),
     ("registry", "plugins"),
+    ("registry", "datasets"),
+    ("datasets", "records"),
+    ("datasets", "plugins"),
 }
 """Neighbours on one floor of which the first may look at the second."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")

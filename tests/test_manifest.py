@@ -1,6 +1,5 @@
 """imatch.manifest: what the three manifests expand to, and what is refused."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -26,6 +25,10 @@ def read(tmp_path, content, name="manifest.json"):
     return manifest.read(write(tmp_path, content, name), SHIPPED)
 
 
+def points(*arguments):
+    return list(read(*arguments).points.values())
+
+
 def model(**fields):
     return {**SMALL, "models": [{**SMALL["models"][0], **fields}]}
 
@@ -38,6 +41,7 @@ def shared(tag):
         "resize": "stretch",
         "tag": tag,
         "run": "manifest",
+        **({"crops": [1.0]} if tag == "reference" else {}),
     }
 
 
@@ -54,12 +58,16 @@ def test_the_shipped_manifest():
         role="dataset",
         notebooks=["01_embed"],
         parameters=shared(""),
-        points=[
-            {"weight": "vits16", "long_side": 256, "cfg": "res256", "variant": "raw", **rest},
-            {"weight": "vits16", "long_side": 256, "cfg": "res256", "variant": "sub2", **rest},
-            {"weight": "cxTiny", "long_side": 256, "cfg": "res256", "variant": "raw", **rest},
-            {"weight": "cxTiny", "long_side": 256, "cfg": "res256", "variant": "sub2", **rest},
-        ],
+        points={
+            f"weight={weight} cfg=res256 variant={variant}": {
+                "weight": weight,
+                "long_side": 256,
+                "variant": variant,
+                **rest,
+            }
+            for weight in ("vits16", "cxTiny")
+            for variant in ("raw", "sub2")
+        },
     )
 
 
@@ -69,16 +77,15 @@ def test_the_shipped_query_manifest():
         role="query",
         notebooks=["01_embed"],
         parameters=shared("query"),
-        points=[
-            {
+        points={
+            "weight=vits16 cfg=res256 variant=raw": {
                 "weight": "vits16",
                 "long_side": 256,
-                "cfg": "res256",
                 "variant": "raw",
                 "image_groups": [{"folder": ["flight01", "flight02"], "indices": [[1, 3], [1, 2, 5]]}],
                 "files": ["global.npy", "patch.npy", "grid.npy"],
             }
-        ],
+        },
     )
 
 
@@ -88,40 +95,39 @@ def test_the_shipped_reference_manifest():
         role="reference",
         notebooks=["01_embed", "02_references"],
         parameters=shared("reference"),
-        points=[
-            {
+        points={
+            "weight=vits16 cfg=res256 variant=raw": {
                 "weight": "vits16",
                 "long_side": 256,
-                "cfg": "res256",
                 "variant": "raw",
                 "image_groups": [{"folder": "flight01", "indices": [1, 3]}],
                 "files": ["global.npy", "patch.npy"],
                 "angles": [0, 90, 180, 270],
             }
-        ],
+        },
     )
 
 
 def test_the_least_a_manifest_says(tmp_path):
     found = read(tmp_path, SMALL)
     assert found.parameters == {**shared(""), "weight_set": ""}
-    names = {"weight": "vits16", "long_side": 256, "cfg": "res256", "variant": "raw"}
-    assert found.points == [{**names, "image_groups": [], "files": []}]
+    point = {"weight": "vits16", "long_side": 256, "variant": "raw", "image_groups": [], "files": []}
+    assert found.points == {"weight=vits16 cfg=res256 variant=raw": point}
 
 
 def test_every_weight_size_and_variant(tmp_path):
     content = {
         **SMALL,
-        "weight_set": "dinov3.vit",
+        "weight_set": "dinov3",
         "experiment": {"variant": {"raw": True, "sub": {"use": True, "stride": [2, 4]}}},
         "models": [
             {"weights": ["vits16", "vits16+"], "target_res": [256, 512]},
             {"weight_key": " vitb16, vitl16 ", "target_res": 224, "embedding_cfg": "small"},
         ],
     }
-    found = read(tmp_path, content)
-    assert [" ".join(map(str, list(point.values())[:4])) for point in found.points] == [
-        f"{weight} {size} {cfg} {variant}"
+    found = read(tmp_path, content).points
+    assert [(label, point["long_side"], point.get("cfg", "")) for label, point in found.items()] == [
+        (f"weight={weight} cfg={cfg} variant={variant}", size, cfg.removeprefix(f"res{size}"))
         for weight, size, cfg in [
             *(("vits16", 256, "res256"), ("vits16", 512, "res512")),
             *(("vits16+", 256, "res256"), ("vits16+", 512, "res512")),
@@ -140,12 +146,13 @@ def test_every_weight_size_and_variant(tmp_path):
         ({"raw": False, "sub": {"use": True, "stride": [4, 2, 4]}}, ["sub4", "sub2"]),
         ({"sub": {"use": False, "stride": [2]}}, ["raw"]),
         ({"sub": {"use": False}}, ["raw"]),
+        ({"sub": {"use": False, "stride": [1, 2]}}, ["raw"]),
     ],
     ids=str,
 )
 def test_variants(tmp_path, variant, wanted):
-    found = read(tmp_path, {**SMALL, "experiment": {"variant": variant}})
-    assert [point["variant"] for point in found.points] == wanted
+    found = points(tmp_path, {**SMALL, "experiment": {"variant": variant}})
+    assert [point["variant"] for point in found] == wanted
 
 
 @pytest.mark.parametrize(
@@ -166,7 +173,7 @@ def test_variants(tmp_path, variant, wanted):
     ids=str,
 )
 def test_outputs(tmp_path, fields, wanted):
-    assert read(tmp_path, model(**fields)).points[0]["files"] == wanted
+    assert points(tmp_path, model(**fields))[0]["files"] == wanted
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,7 @@ def test_yaml_of_the_same_shape_is_the_same(tmp_path, name):
 def test_models_that_are_switched_off_are_said(tmp_path, capsys):
     off = {"weights": "vitb16", "target_res": 256, "run": {"test_embedding": False, "generate_denseft": False}}
     content = {**SMALL, "models": [*SMALL["models"], off]}
-    assert [point["weight"] for point in read(tmp_path, content).points] == ["vits16"]
+    assert [point["weight"] for point in points(tmp_path, content)] == ["vits16"]
     assert "manifest.json: models[1] is skipped: its run switches off" in capsys.readouterr().out
     with pytest.raises(ImatchError, match="there is nothing to run"):
         read(tmp_path, {**SMALL, "models": [off]})
@@ -212,9 +219,9 @@ def test_models_that_are_switched_off_are_said(tmp_path, capsys):
 def test_models_that_differ_in_photographs_alone_are_one_point(tmp_path):
     one, two = {"folder": "flight01", "indices": [1, 3]}, {"folder": "flight02"}
     models = [{**SMALL["models"][0], "image_groups": groups} for groups in ([one], [one, two])]
-    assert [point["image_groups"] for point in read(tmp_path, {**SMALL, "models": models}).points] == [[one, two]]
+    assert [point["image_groups"] for point in points(tmp_path, {**SMALL, "models": models})] == [[one, two]]
     models.append(SMALL["models"][0])
-    assert [point["image_groups"] for point in read(tmp_path, {**SMALL, "models": models}).points] == [[]]
+    assert [point["image_groups"] for point in points(tmp_path, {**SMALL, "models": models})] == [[]]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_models_that_differ_in_photographs_alone_are_one_point(tmp_path):
     [
         (
             {"target_res": 512, "embedding_cfg": "res256"},
-            r"models\[1\] asks for weight=vits16 cfg=res256 variant=raw.*long_side",
+            r"models\[1\] asks for weight=vits16 cfg=res256 variant=raw again, but with another cfg",
         ),
         ({"outputs": {"global": {"npy": True}}}, r"another files \(\['global.npy'\], not \[\]\)"),
         ({"run": {"generate_denseft": True}}, "another files"),
@@ -232,6 +239,13 @@ def test_models_that_differ_in_photographs_alone_are_one_point(tmp_path):
 def test_models_that_would_write_over_each_other_are_refused(tmp_path, other, message):
     with pytest.raises(ImatchError, match=message):
         read(tmp_path, {**SMALL, "models": [SMALL["models"][0], {**SMALL["models"][0], **other}]})
+
+
+def test_what_only_the_second_model_says_is_not_lost(tmp_path):
+    one, two = {"folder": "flight01"}, {"folder": "flight02", "rotation": 90}
+    models = [{**SMALL["models"][0], "image_groups": [group]} for group in (one, two)]
+    with pytest.raises(ImatchError, match=r"another angles \(\[90\], not None\)"):
+        read(tmp_path, {**SMALL, "models": models}, "manifestReference.json")
 
 
 # --- rotation ---------------------------------------------------------------------------------------------
@@ -247,14 +261,14 @@ def turned(*rotations):
     ids=str,
 )
 def test_rotation_of_references_is_their_angles(tmp_path, rotations, wanted):
-    point = read(tmp_path, turned(*rotations), "manifestReference.json").points[0]
+    point = points(tmp_path, turned(*rotations), "manifestReference.json")[0]
     assert point["angles"] == wanted
     assert point["image_groups"] == [{"folder": "flight01"}] * len(rotations)
 
 
 @pytest.mark.parametrize("content", [SMALL, turned(), turned(None), turned(None, None)], ids=str)
 def test_without_rotation_the_notebook_says_the_angles(tmp_path, content):
-    assert "angles" not in read(tmp_path, content, "manifestReference.json").points[0]
+    assert "angles" not in points(tmp_path, content, "manifestReference.json")[0]
 
 
 @pytest.mark.parametrize(
@@ -278,9 +292,9 @@ def test_wrong_rotations_are_refused(tmp_path, rotations, message):
 @pytest.mark.parametrize("name", ["manifest.json", "manifestQuery.json"])
 def test_photographs_are_embedded_as_they_are(tmp_path, name):
     for rotation in (None, 0, [0], [], 0.0):
-        found = read(tmp_path, turned(rotation), name)
-        assert found.points[0]["image_groups"] == [{"folder": "flight01"}]
-        assert "angles" not in found.points[0]
+        [point] = points(tmp_path, turned(rotation), name)
+        assert point["image_groups"] == [{"folder": "flight01"}]
+        assert "angles" not in point
     for rotation in (90, [0, 90], [90]):
         with pytest.raises(ImatchError, match="ask for turned views in the reference manifest"):
             read(tmp_path, turned(rotation), name)
@@ -293,7 +307,7 @@ def test_other_views_have_a_folder_of_their_own(tmp_path):
         for weights, group in [("vits16, vitb16", groups[0]), ("vitl16", groups[1]), ("cxTiny", groups[0])]
     ]
     found = read(tmp_path, {**SMALL, "models": models}, "manifestReference.json")
-    tags = [{**found.parameters, **point}["tag"] for point in found.points]
+    tags = [{**found.parameters, **point}["tag"] for point in found.points.values()]
     assert tags == ["reference", "reference", "reference2", "reference"]
 
 
@@ -314,7 +328,7 @@ def test_other_views_have_a_folder_of_their_own(tmp_path):
         ({"models": ["vits16"]}, r"models\[0\] wants an object of weights, weight_key"),
         ({"weight_set": ["dinov3"]}, "weight_set wants text"),
         ({"weight_set": "dinov33"}, "unknown weight_set 'dinov33': did you mean 'dinov3'"),
-        ({"weight_set": "dinov3.sat"}, "unknown weight 'vits16'"),
+        ({"weight_set": "dinov3.vit"}, "unknown weight_set 'dinov3.vit': did you mean 'dinov3'"),
         ({"experiment": []}, "experiment wants an object of variant"),
         ({"experiment": {"varient": {}}}, r"experiment\.varient: unknown field.*did you mean 'variant'"),
         ({"experiment": {"variant": {"rwa": True}}}, r"experiment\.variant\.rwa: .*did you mean 'raw'"),
@@ -323,10 +337,16 @@ def test_other_views_have_a_folder_of_their_own(tmp_path):
         ({"experiment": {"variant": {"sub": True}}}, r"variant\.sub wants an object of use, stride"),
         ({"experiment": {"variant": {"sub": {"stride": [2]}}}}, r"variant\.sub\.use is missing"),
         ({"experiment": {"variant": {"sub": {"use": "yes"}}}}, r"variant\.sub\.use wants true or false"),
-        ({"experiment": {"variant": {"sub": {"use": True}}}}, r"variant\.sub\.stride is missing"),
+        (
+            {"experiment": {"variant": {"sub": {"use": True}}}},
+            r"variant\.sub\.stride wants every how many rows .* got \[\]",
+        ),
         ({"experiment": {"variant": {"sub": {"use": True, "strid": 2}}}}, "did you mean 'stride'"),
         ({"experiment": {"variant": {"sub": {"use": True, "stride": "2"}}}}, r"stride wants a whole number, got '2'"),
-        ({"experiment": {"variant": {"sub": {"use": True, "stride": [2, 1]}}}}, "stride 1 leaves nothing out"),
+        (
+            {"experiment": {"variant": {"sub": {"use": True, "stride": [2, 1]}}}},
+            r"stride wants .* 2 or more, .*\[2, 1\]",
+        ),
     ],
     ids=str,
 )
@@ -352,6 +372,8 @@ def test_wrong_manifests_are_refused(tmp_path, change, message):
         ({"target_res": 256.0}, "target_res wants a whole number"),
         ({"target_res": [256, 0]}, "target_res wants pixels"),
         ({"target_res": []}, "target_res wants pixels"),
+        ({"target_res": [256, 250]}, r"models\[0\]: long_side 250 is not a multiple of patch 16: use 240 or 256"),
+        ({"weights": "cxTiny", "target_res": 240}, r"models\[0\]: long_side 240 .* patch 32: use 224 or 256"),
         ({"embedding_cfg": 256}, r"embedding_cfg wants text"),
         ({"embedding_cfg": "../x"}, "embedding_cfg '../x': it becomes the name of a folder"),
         ({"embedding_cfg": "x", "target_res": [256, 512]}, "embedding_cfg 'x' names one size"),
@@ -384,30 +406,9 @@ def test_the_second_model_is_named(tmp_path):
         read(tmp_path, content)
 
 
-def test_reading_changes_nothing_that_was_given(tmp_path):
-    content = copy.deepcopy(SMALL)
-    read(tmp_path, content)
-    assert content == SMALL
-
-
 # --- by batch ---------------------------------------------------------------------------------------------
 
-CELLS = {
-    "01_embed": 'dataset = ""\ndata_key = ""\nexports = ""\nrun = ""\nweight = ""\nweight_set = ""\nresize = ""\n'
-    'long_side = 0\ncfg = ""\nvariant = ""\nimage_groups = []\nfiles = []\ntag = ""',
-    "02_references": 'embed_step = ""\nangles = [0, 30]\ntag = ""',
-}
-
-
-@pytest.fixture
-def notebooks(tmp_path):
-    """Notebooks that have the parameters and nothing more."""
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    for name, source in CELLS.items():
-        cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / f"{name}.ipynb")
-    return folder
+NOTEBOOKS = ROOT / "notebooks"
 
 
 @pytest.fixture
@@ -423,39 +424,94 @@ def executed(monkeypatch):
     return calls
 
 
-def test_a_manifest_runs_point_by_point_past_one_that_fails(monkeypatch, tmp_path, notebooks, executed):
+def test_a_manifest_runs_point_by_point_past_one_that_fails(monkeypatch, tmp_path, executed):
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "results"))
     overrides = [("data_key", str(SHIPPED)), ("run", "mine")]
-    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, notebooks)
-    finished, failures = batch.run(recipe, schemas, notebooks)
+    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
+    finished, failures = batch.run(recipe, schemas, NOTEBOOKS)
     assert list(finished) == ["weight=vits16 cfg=res256 variant=raw", "weight=vits16 cfg=res256 variant=sub2"]
     assert failures == [
         f"weight=cxTiny cfg=res256 variant={variant}: 01_embed: it broke" for variant in ("raw", "sub2")
     ]
-    points = manifest.read(ROOT / "params" / "manifest.json", SHIPPED).points
-    assert [values for _, values, _ in executed] == [{**shared(""), "run": "mine", **point} for point in points]
+    made = manifest.read(ROOT / "params" / "manifest.json", SHIPPED).points.values()
+    assert [values for _, values, _ in executed] == [{**shared(""), **point, "run": "mine"} for point in made]
     assert {exports for _, _, exports in executed} == {tmp_path / "results"}
 
 
-def test_references_read_the_step_before_them(tmp_path, notebooks, executed):
+def test_references_read_the_step_before_them(tmp_path, executed):
     path = ROOT / "params" / "manifestReference.json"
-    recipe, schemas = batch.load(path, [("data_key", str(SHIPPED)), ("exports", str(tmp_path))], notebooks)
-    batch.run(recipe, schemas, notebooks)
+    recipe, schemas = batch.load(path, [("data_key", str(SHIPPED)), ("exports", str(tmp_path))], NOTEBOOKS)
+    batch.run(recipe, schemas, NOTEBOOKS)
     (first, embed, exports), (second, references, _) = executed
     assert (first, second, exports) == ("01_embed", "02_references", tmp_path)
     assert "angles" not in embed
-    assert references == {"embed_step": "/done/01_embed_1", "angles": [0, 90, 180, 270], "tag": "reference"}
+    views = {"angles": [0, 90, 180, 270], "crops": [1.0], "tag": "reference", "files": ["global.npy", "patch.npy"]}
+    assert references == {"embed_step": "/done/01_embed_1", **views}
 
 
-def test_the_command_line_wins_over_a_manifest(notebooks, executed):
+def test_the_command_line_wins_over_a_manifest(executed):
     overrides = [("data_key", str(SHIPPED)), ("weight", "vitb16"), ("variant", "raw"), ("tag", "x")]
-    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, notebooks)
-    finished, failures = batch.run(recipe, schemas, notebooks)
+    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
+    finished, failures = batch.run(recipe, schemas, NOTEBOOKS)
     assert [(values["weight"], values["variant"], values["tag"]) for _, values, _ in executed] == [
         ("vitb16", "raw", "x")
     ]
-    assert list(finished) == ["cfg=res256"]
+    assert list(finished) == ["weight=vitb16 cfg=res256 variant=raw"]
     assert failures == []
+
+
+def loaded(path, *overrides):
+    recipe, _ = batch.load(path, [("data_key", str(SHIPPED)), *overrides], NOTEBOOKS)
+    return {label: {**recipe.parameters, **point} for label, point in recipe.points.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ([("long_side", "512")], "res512"),
+        ([("resize", "crop")], "crop256"),
+        ([("resize", "scale"), ("scale", "0.5")], "scale0p5"),
+        ([("cfg", "mine")], "mine"),
+    ],
+    ids=str,
+)
+def test_points_are_called_as_what_the_command_line_makes_of_them(overrides, size):
+    found = loaded(ROOT / "params" / "manifestQuery.json", *overrides)
+    assert list(found) == [f"weight=vits16 cfg={size} variant=raw"]
+    assert [values.get("cfg") for values in found.values()] == [{"mine": "mine"}.get(size)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("cfg", "x"), r"weight=vits16 cfg=x variant=raw again, but with another long_side \(512, not 256\)"),
+        (("weight", "vitb16"), "weight=vitb16 cfg=res256 variant=raw again, but with another files"),
+        (("long_side", "250"), "long_side 250 is not a multiple of patch 16"),
+        (("resize", "squeeze"), "resize 'squeeze' is not known"),
+    ],
+    ids=str,
+)
+def test_what_the_command_line_makes_of_points_is_checked_before_anything_runs(tmp_path, override, message):
+    models = [
+        {"weights": "vits16", "target_res": [256, 512]},
+        {"weights": "cxTiny", "target_res": 256, "outputs": {"global": {"npy": True}}},
+    ]
+    path = write(tmp_path, {**SMALL, "models": models})
+    with pytest.raises(ImatchError, match=message):
+        loaded(path, override)
+    assert list(loaded(path, ("cfg", "x"), ("long_side", "256"))) == [
+        "weight=vits16 cfg=x variant=raw",
+        "weight=cxTiny cfg=x variant=raw",
+    ]
+
+
+def test_a_tag_keeps_views_apart(tmp_path):
+    models = [
+        {"weights": weight, "target_res": 256, "image_groups": [{"folder": folder}]}
+        for weight, folder in [("vits16", "flight01"), ("vitb16", "flight02")]
+    ]
+    path = write(tmp_path, {**SMALL, "models": models}, "manifestReference.json")
+    assert [values["tag"] for values in loaded(path, ("tag", "x")).values()] == ["x", "x2"]
 
 
 @pytest.mark.parametrize(
@@ -468,29 +524,29 @@ def test_the_command_line_wins_over_a_manifest(notebooks, executed):
     ],
     ids=str,
 )
-def test_overrides_are_checked(notebooks, overrides, message):
+def test_overrides_are_checked(overrides, message):
     with pytest.raises(ImatchError, match=message):
-        batch.load(ROOT / "params" / "manifest.json", [("data_key", str(SHIPPED)), *overrides], notebooks)
+        batch.load(ROOT / "params" / "manifest.json", [("data_key", str(SHIPPED)), *overrides], NOTEBOOKS)
 
 
-def test_values_are_checked_against_the_notebooks(tmp_path, notebooks):
-    cell = nbformat.v4.new_code_cell(
-        CELLS["01_embed"].replace("image_groups = []", 'image_groups = ""'), metadata={"tags": ["parameters"]}
-    )
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), notebooks / "01_embed.ipynb")
+def test_values_are_checked_against_the_notebooks(tmp_path):
+    cell = "\n".join(f"{name} = {p.default!r}" for name, p in batch.schema(NOTEBOOKS / "01_embed.ipynb").items())
+    cell = cell.replace("image_groups = []", 'image_groups = ""')
+    cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_embed.ipynb")
     with pytest.raises(ImatchError, match="image_groups wants str"):
-        batch.load(write(tmp_path, SMALL), [("data_key", str(SHIPPED))], notebooks)
+        batch.load(write(tmp_path, SMALL), [("data_key", str(SHIPPED))], tmp_path)
 
 
 @pytest.mark.parametrize("content", [{"models": []}, {"dataset_key": "survey", "modles": []}])
-def test_what_looks_like_a_manifest_is_read_as_one(tmp_path, notebooks, content):
+def test_what_looks_like_a_manifest_is_read_as_one(tmp_path, content):
     with pytest.raises(ImatchError, match=r"dataset_key is missing|did you mean 'models'"):
-        batch.load(write(tmp_path, content), [], notebooks)
+        batch.load(write(tmp_path, content), [], NOTEBOOKS)
 
 
-def test_a_recipe_knows_no_points(tmp_path, notebooks):
+def test_a_recipe_knows_no_points(tmp_path):
     with pytest.raises(ImatchError, match="unknown entry 'points'"):
-        batch.load(write(tmp_path, {"notebooks": ["01_embed"], "points": []}, "a.yaml"), [], notebooks)
+        batch.load(write(tmp_path, {"notebooks": ["01_embed"], "points": []}, "a.yaml"), [], NOTEBOOKS)
 
 
 def test_a_wrong_manifest_exits_with_2(tmp_path, capsys, monkeypatch):

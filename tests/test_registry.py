@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imatch import plugins, registry
+from imatch import datasets, plugins, registry
 from imatch.records import ImatchError
 
 ROOT = Path(__file__).parents[1]
@@ -50,10 +50,6 @@ def key(content, name="key.json"):
     path = Path(name)
     path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False))
     return path
-
-
-def survey(captures, **templates):
-    return registry.load(key({"datasets": {"d": {"root": "s", "captures": captures, **templates}}})).dataset("d")
 
 
 def weights(content):
@@ -101,11 +97,6 @@ def test_roots_from_variable_container_and_working_folder(monkeypatch, tmp_path,
     assert registry.root(name) == tmp_path / "relative"
 
 
-def test_an_unknown_root_gets_the_nearest():
-    with pytest.raises(ImatchError, match="did you mean 'WEIGHTS_ROOT'"):
-        registry.root("WEIGHT_ROOT")
-
-
 def test_roots_are_the_same_from_the_notebooks(monkeypatch, bare):
     (bare / "notebooks").mkdir()
     monkeypatch.chdir(bare / "notebooks")
@@ -129,10 +120,9 @@ def test_exports_and_cache(monkeypatch, tmp_path, bare):
 
 @pytest.mark.parametrize(("name", "group", "hub_entry", "filename", "family"), GOLDEN, ids=[row[0] for row in GOLDEN])
 def test_the_twelve_weights(name, group, hub_entry, filename, family):
-    weight = registry.load(SHIPPED).weight(name)
-    assert weight == registry.Weight(name, "dinov3", group, hub_entry, filename, family)
-    for weight_set in ("dinov3", f"dinov3.{group}"):
-        assert registry.load(SHIPPED).weight(name, weight_set) == weight
+    for weight_set in ("", "dinov3"):
+        weight = registry.load(SHIPPED).weight(name, weight_set)
+        assert weight == registry.Weight(name, "dinov3", group, hub_entry, filename, family)
 
 
 def test_there_are_twelve_and_no_more():
@@ -145,8 +135,7 @@ def test_unknown_weights_and_sets_get_the_nearest():
         (("vits61",), "unknown weight 'vits61': did you mean 'vits16'"),
         (("vits16 ",), "unknown weight 'vits16 ': did you mean 'vits16'"),
         (("vits16", "dinov2"), "unknown weight_set 'dinov2': did you mean 'dinov3'"),
-        (("vits16", "dinov3.vti"), "did you mean 'dinov3.vit'"),
-        (("vits16", "dinov3.sat"), "unknown weight 'vits16'.*Known: vit7b16sat, vitl16sat"),
+        (("vits16", "dinov3.vit"), "unknown weight_set 'dinov3.vit': did you mean 'dinov3'"),
     ]:
         with pytest.raises(ImatchError, match=message):
             shipped.weight(*arguments)
@@ -155,12 +144,13 @@ def test_unknown_weights_and_sets_get_the_nearest():
 def test_a_key_in_several_sets_must_say_which():
     other = [VITS[0], "mine.pth", "SAT"]
     read = weights({"a": {"vit": {"v": VITS}}, "b": {"vit": {"v": other}, "sat": {"v": VITS}}})
-    with pytest.raises(ImatchError, match=r"weight v is in a\.vit, b\.vit, b\.sat: say which as weight_set"):
+    with pytest.raises(
+        ImatchError, match=r"weight v is in a\.vit, b\.vit, b\.sat: say which set as weight_set, or rename one"
+    ):
         read.weight("v")
     with pytest.raises(ImatchError, match=r"weight v is in b\.vit, b\.sat"):
         read.weight("v", "b")
     assert read.weight("v", "a").filename == VITS[1]
-    assert read.weight("v", "b.vit").filename == "mine.pth"
 
 
 @pytest.mark.parametrize(
@@ -202,57 +192,7 @@ def test_a_renamed_file_may_be_of_either_family():
         assert weights({"s": {"g": {"v": [VITS[0], "mine.pth", family]}}}).weight("v").family == family
 
 
-# --- templates --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("capture", "templates", "folder", "files"),
-    [  # files: name -> frame, None for one that is not of the capture
-        ("80m", {}, "A1_80m", {"A1_80m_7.jpg": 7, "A1_80m_007.jpg": 7, "A1_80m_.jpg": None, "A2_80m_7.jpg": None}),
-        ({"label": "80m"}, {}, "A1_80m", {"A1_80m_0.jpg": 0, "A1_80m_-1.jpg": None, "A1_80m_7.JPG": None}),
-        ({"altitude": 80}, {}, "A1_80", {"A1_80_12.jpg": 12}),
-        ({"altitude": 80.0}, {}, "A1_80", {"A1_80_12.jpg": 12}),
-        ({"altitude": 12.5}, {}, "A1_12.5", {"A1_12.5_12.jpg": 12, "A1_12x5_12.jpg": None}),
-        ({"altitude": "80m"}, {}, "A1_80m", {"A1_80m_12.jpg": 12}),
-        ("80m", {"filename_template": "DJI_{frame:04d}.JPG"}, "A1_80m", {"DJI_0007.JPG": 7, "DJI_7.JPG": 7}),
-        ("80m", {"filename_template": "DJI_{index:04}.JPG"}, "A1_80m", {"DJI_12345.JPG": 12345, "DJI_x.JPG": None}),
-        ("80m", {"filename_template": "{idx}.png"}, "A1_80m", {"0012.png": 12, "a12.png": None}),
-        ("80m", {"filename_template": "{label}{frame:03d}.jpg"}, "A1_80m", {"80m007.jpg": 7, "80m.jpg": None}),
-        ("80m", {"filename_template": "{frame}_{idx:03d}.jpg"}, "A1_80m", {"7_007.jpg": 7, "7_008.jpg": None}),
-        ("80m", {"filename_template": "a{{b}}.{frame}"}, "A1_80m", {"a{b}.1": 1, "axb}.1": None}),
-        ("80m", {"filename_template": "rgb/{frame}.jpg"}, "A1_80m", {"rgb/3.jpg": 3, "3.jpg": None}),
-        ("80m", {"filename_template": "map.jpg"}, "A1_80m", {"map.jpg": None}),
-        ("80m", {"folder_template": "{dataset_key}/{capture_id:>4}"}, "d/  A1", {"A1_80m_1.jpg": 1}),
-        ("8 m/n", {"folder_template": "{label_token}"}, "8_m_n", {"A1_8 m/n_1.jpg": 1}),
-        ("8 m", {"filename_template": "{label_token}-{frame}.jpg"}, "A1_8 m", {"8_m-1.jpg": 1, "8 m-1.jpg": None}),
-        ("", None, "", {}),
-        ({"label": "80m", "folder": "my flight/"}, {}, "my flight", {"A1_80m_1.jpg": 1}),
-        ({"label": "80m", "folder": ""}, {}, ".", {"A1_80m_1.jpg": 1}),
-        ({"folder": "f", "filename_template": "{frame}.jpg"}, {}, "f", {"1.jpg": 1}),
-        ({"label": "l", "folder_template": "x{label}"}, {"folder_template": "y"}, "xl", {"A1_l_1.jpg": 1}),
-        ({"label": "l", "filename_template": "x{frame}"}, {"filename_template": "y"}, "A1_l", {"x1": 1, "y": None}),
-    ],
-    ids=str,
-)
-def test_templates(capture, templates, folder, files):
-    if templates is None:
-        with pytest.raises(ImatchError, match="is empty: leave it out"):
-            survey({"A1": capture})
-        return
-    made = survey({"A1": capture}, **templates)
-    assert made.captures["A1"].folder == folder
-    for name, frame in files.items():
-        id = name if folder == "." else f"{folder}/{name}"
-        match = made.captures["A1"].pattern.fullmatch(name)
-        if frame is None and name != "map.jpg":
-            assert not match or len(set(map(int, match.groups()))) > 1, name
-        else:
-            assert made.select([id]) == {id: {"capture": "A1", "label": made.captures["A1"].label, "frame": frame}}
-
-
-def test_default_templates():
-    assert registry.FOLDER_TEMPLATE == "{capture_id}_{label}"
-    assert registry.FILENAME_TEMPLATE == "{capture_id}_{label}_{frame}.jpg"
+# --- data sets --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["images", "captures"])
@@ -329,22 +269,6 @@ def test_odd_names_that_stay_are_allowed(bare, path):
 
 
 @pytest.mark.parametrize(
-    ("label", "token"),
-    [
-        ("80m", "80m"),
-        ("80 m", "80_m"),
-        ("a/b\\c", "a_b_c"),
-        ("1.5+2-x_y", "1.5+2-x_y"),
-        ("..", "__"),
-        (".", "_"),
-        ("높이", "높이"),
-    ],
-)
-def test_label_token(label, token):
-    assert registry.label_token(label) == token
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "^key.json wants an object of datasets, weights"),
@@ -358,7 +282,7 @@ def test_label_token(label, token):
         ({"datasets": {"d": {"root": "a", "glob": ["*"]}}}, r"datasets\.d\.glob wants text"),
         ({"datasets": {"d": {"root": "a", "captures": {}}}}, r"datasets\.d\.captures is empty"),
         ({"datasets": {"d": {"root": "a", "captures": ["A"]}}}, r"datasets\.d\.captures wants an object"),
-        ({"datasets": {"d": {"root": "a", "captures": {"A": 80}}}}, r"captures\.A wants an object of label, altitude"),
+        ({"datasets": {"d": {"root": "a", "captures": {"A": ["x"]}}}}, r"captures\.A\.label wants text, got \['x'\]"),
         ({"datasets": {"d": {"root": "a", "captures": {"A": "l"}, "images": {"A": "l"}}}}, "keep one"),
         ({"datasets": {"d": {"root": "a", "captures": {"A": "l"}, "glob": "*"}}}, "both captures and a glob"),
         ({"datasets": {"d": {"root": "a", "folder_template": "x"}}}, "templates but no captures"),
@@ -368,7 +292,7 @@ def test_label_token(label, token):
                 ({"lable": "x"}, r"d\.captures\.A\.lable: unknown field 'lable': did you mean 'label'"),
                 ({"label": "x", "altitude": 3}, "both a label and an altitude"),
                 ({"label": "x", "folder": "f", "folder_template": "g"}, "both a folder and a folder_template"),
-                ({"label": 3}, r"A\.label wants text, got 3"),
+                ({"label": False}, r"A\.label wants text, got False"),
                 ({"altitude": True}, r"A\.altitude wants text, got True"),
                 ({"folder": "f"}, r"wants {label}: give the capture a label"),
                 ({"label": "x", "filename_template": ""}, r"A\.filename_template is empty"),
@@ -386,6 +310,8 @@ def test_label_token(label, token):
                 ("{frame:{label}}", "with nothing more inside"),
                 ("{frame:x}", "is no padding"),
                 ("{frame:+d}", "is no padding"),
+                ("{frame:*>4}", "is no padding"),
+                ("{frame:0<4}", "is no padding"),
                 ("{label:04d}{frame}", "does not fit text"),
                 ("{frame", "is no template"),
                 ("frame}", "is no template"),
@@ -443,213 +369,6 @@ def test_a_byte_order_mark_is_nothing():
     assert registry.load("key.json").weights == ()
 
 
-# --- which photographs ------------------------------------------------------------------------------------
-
-
-IDS = [
-    *(f"A1_80m/A1_80m_{frame:03d}.jpg" for frame in (1, 2, 3, 5, 8)),
-    *(f"A2_120m/A2_120m_{frame}.jpg" for frame in (1, 2)),
-    *(f"A3_120m/A3_120m_{frame}.jpg" for frame in (2, 12)),
-    "A1_80m/notes.jpg",
-    "other/A1_80m_1.jpg",
-]
-CAPTURES = {"A1": "80m", "A2": "120m", "A3": "120m", "A4": "nothing there"}
-
-
-def chosen(image_groups, ids=IDS, captures=CAPTURES):
-    found = survey(captures).select(ids, image_groups)
-    assert list(found) == sorted(found)
-    return [f"{meta['capture']}:{meta['frame']}" for meta in found.values()]
-
-
-def test_without_groups_all_that_is_called_as_the_registry_says():
-    assert chosen([]) == ["A1:1", "A1:2", "A1:3", "A1:5", "A1:8", "A2:1", "A2:2", "A3:12", "A3:2"]
-    assert survey(CAPTURES).select(reversed(IDS)) == survey(CAPTURES).select(IDS)
-    assert survey(CAPTURES).select(["A1_80m/A1_80m_001.jpg"]) == {
-        "A1_80m/A1_80m_001.jpg": {"capture": "A1", "label": "80m", "frame": 1}
-    }
-    assert survey(CAPTURES).select([]) == {}
-
-
-@pytest.mark.parametrize(
-    ("group", "wanted"),
-    [
-        ({"folder": "A1"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
-        ({"folder": "A1_80m"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
-        ({"folder": "80m"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
-        ({"folder": "A1_80m/"}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
-        ({"folder": ["A1", "A2"], "indices": [1, 2]}, "A1:1 A1:2 A2:1 A2:2"),
-        ({"folder": "A1", "indices": [2, 5]}, "A1:2 A1:3 A1:5"),
-        ({"folder": "A1", "indices": {"from": 2, "to": 5}}, "A1:2 A1:3 A1:5"),
-        ({"folder": "A1", "indices": {"from": 0, "to": 10**15}}, "A1:1 A1:2 A1:3 A1:5 A1:8"),
-        ({"folder": "A1", "indices": [5]}, "A1:5"),
-        ({"folder": "A1", "indices": [5, 5]}, "A1:5"),
-        ({"folder": "A1", "indices": [8, 1, 3]}, "A1:1 A1:3 A1:8"),
-        ({"folder": "A1", "indices": [1, 1, 3]}, "A1:1 A1:3"),
-        ({"folder": ["A1", "A2"], "indices": [[2, 5], [1]]}, "A1:2 A1:3 A1:5 A2:1"),
-        ({"folder": ["A1", "A2"], "indices": [[1, 2, 8], {"from": 2, "to": 9}]}, "A1:1 A1:2 A1:8 A2:2"),
-        ({"folder": "A1", "indices": [[2, 3]]}, "A1:2 A1:3"),
-        ({"indices": [2]}, "A1:2 A2:2 A3:2"),
-        ({"folder": None, "indices": None, "rotation": [0, 90]}, "A1:1 A1:2 A1:3 A1:5 A1:8 A2:1 A2:2 A3:12 A3:2"),
-    ],
-    ids=str,
-)
-def test_image_groups(group, wanted):
-    assert chosen([group]) == wanted.split()
-
-
-def test_groups_are_united():
-    assert chosen([{"folder": "A1", "indices": [1, 3]}, {"folder": "80m", "indices": [3, 5]}, {"folder": "A2"}]) == [
-        *("A1:1", "A1:2", "A1:3", "A1:5", "A2:1", "A2:2")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        ({"folder": "A1_80"}, "unknown folder of data set d 'A1_80': did you mean 'A1_80m'"),
-        ({"folder": "120m"}, "label '120m' means any of A2, A3"),
-        ({"folder": "A4"}, r"no photographs in A4 of data set d: none in .*nothing there is called"),
-        (
-            {"folder": "A1", "indices": [1, 4, 6, 8]},
-            "no photographs of frames 4, 6 in A1 of data set d: it has frames 1",
-        ),
-        ({"folder": "A1", "indices": [4]}, "no photographs of frames 4 in A1"),
-        ({"folder": ["A1", "A2"], "indices": [1, 2, 3]}, "no photographs of frames 3 in A2"),
-        ({"folder": "A1", "indices": list(range(20, 40))}, "frames 20, .*, 29 and 10 more in A1"),
-        ({"folder": "A1", "indices": [6, 7]}, "no photographs of frames 6 to 7 in A1 .*: it has frames 1 to 8"),
-        ({"indices": [1]}, "no photographs of frames 1 in A3"),
-        ({"indices": [5, 8]}, "no photographs of frames 5 to 8 in A2"),
-    ],
-    ids=str,
-)
-def test_what_was_asked_for_and_is_not_there_is_an_error(group, message):
-    with pytest.raises(ImatchError, match=message):
-        chosen([group])
-
-
-@pytest.mark.parametrize(
-    ("image_groups", "message"),
-    [
-        ({"folder": "A1"}, "image_groups wants a list"),
-        (["A1"], r"image_groups\[0\] wants an object of folder, indices, rotation"),
-        ([{"folder": "A1"}, {"indicse": [1]}], r"image_groups\[1\]\.indicse: unknown field.*did you mean 'indices'"),
-        ([{"folder": 3}], r"\[0\]\.folder wants a list, got 3"),
-        ([{"folder": ["A1", 3]}], r"\[0\]\.folder wants text, got 3"),
-        ([{"folder": []}], r"\[0\]\.folder names no folder"),
-        ([{"indices": 7}], r"\[0\]\.indices wants a list, got 7"),
-        ([{"indices": "1-7"}], r"\[0\]\.indices wants a list"),
-        ([{"indices": []}], r"\[0\]\.indices is empty"),
-        ([{"indices": [1.0, 2]}], "wants a whole number, got 1.0"),
-        ([{"indices": ["1"]}], "wants a whole number, got '1'"),
-        ([{"indices": [True]}], "wants a whole number, got True"),
-        ([{"indices": [-1, 4]}], "frame -1 is negative"),
-        ([{"indices": [5, 2]}], r"ends at 2 before it begins at 5: write \[2, 5\]"),
-        ([{"indices": {"from": 5, "to": 2}}], "ends at 2 before it begins at 5"),
-        ([{"indices": {"from": 5}}], "wants both ends"),
-        ([{"indices": {"form": 5, "to": 9}}], r"indices\.form: unknown field 'form': did you mean 'from'"),
-        ([{"folder": ["A1", "A2"], "indices": [[1]]}], "has 1 lists for 2 folders"),
-        ([{"indices": [[1]]}], "has 1 lists for no folder"),
-        ([{"folder": ["A1", "A2"], "indices": [[1], 2]}], r"indices\[1\] wants a list, got 2"),
-        ([{"folder": "A1", "indices": [[5, 2]]}], r"indices\[0\]: the range ends at 2"),
-        ([{"folder": "A1", "indices": [[]]}], r"indices\[0\] is empty"),
-    ],
-    ids=str,
-)
-def test_wrong_groups_are_refused(image_groups, message):
-    with pytest.raises(ImatchError, match=message):
-        chosen(image_groups)
-
-
-def test_a_capture_id_wins_over_a_folder_and_a_folder_over_a_label():
-    captures = {"x": "l", "a": {"label": "b", "folder": "x"}, "b": {"label": "c", "folder": "f"}}
-    captures["c"] = {"label": "f", "folder": "g"}
-    made = survey(captures)
-    assert [made.captures_named(name) for name in ("x", "b", "f", "c", "x_l")] == [["x"], ["b"], ["b"], ["c"], ["x"]]
-
-
-def test_two_captures_may_share_a_folder():
-    made = survey({"A1": {"label": "l", "folder": "f"}, "A2": {"label": "m", "folder": "f"}})
-    ids = ["f/A1_l_1.jpg", "f/A2_m_1.jpg", "f/A2_m_2.jpg"]
-    assert list(made.select(ids, [{"folder": "f", "indices": [1]}])) == ids[:2]
-    assert list(made.select(ids, [{"folder": "A2"}])) == ids[1:]
-
-
-def test_photographs_that_could_be_two_things_are_refused():
-    same = {"label": "l", "folder": "f", "filename_template": "{frame}.jpg"}
-    with pytest.raises(ImatchError, match=r"f/1\.jpg belongs to captures A1 and A2"):
-        survey({"A1": same, "A2": same}).select(["f/1.jpg"])
-    with pytest.raises(ImatchError, match=r"f/01\.jpg and f/1\.jpg are both frame 1 of A1: keep one"):
-        survey({"A1": same}).select(["f/1.jpg", "f/01.jpg"])
-
-
-def test_nothing_that_is_called_as_the_registry_says():
-    with pytest.raises(ImatchError, match=r"none of the 1 photographs .*'x.jpg'.* A1_80m/\{capture_id\}_\{label\}"):
-        survey({"A1": "80m"}).select(["x.jpg"])
-
-
-PLAIN = ["a.png", "flight 1/d_07.png", "flight 1/x.png", "flight 1/sub/e2_12.png", "g/h_7.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("glob", "wanted"),
-    [
-        ("", PLAIN),
-        ("*", ["a.png"]),
-        ("*/*", [PLAIN[1], PLAIN[2], PLAIN[4]]),
-        ("./*/*.jpg", [PLAIN[4]]),
-        ("**/*.png", PLAIN[:4]),
-        ("flight 1/**", PLAIN[1:4]),
-        ("**", PLAIN),
-        ("flight 1/**/e*", [PLAIN[3]]),
-        ("[ag]*/?_7.*", [PLAIN[4]]),
-    ],
-)
-def test_globs(glob, wanted):
-    made = registry.load(key({"datasets": {"d": {"root": "s", "glob": glob}}})).dataset("d")
-    assert list(made.select(PLAIN)) == sorted(wanted)
-
-
-def test_a_glob_that_matches_nothing():
-    made = registry.load(key({"datasets": {"d": {"root": "s", "glob": "*.tif"}}})).dataset("d")
-    with pytest.raises(ImatchError, match=r"none of the 5 photographs .* is called as the registry says: \*.tif"):
-        made.select(PLAIN)
-
-
-@pytest.mark.parametrize(
-    ("group", "wanted"),
-    [
-        ({"folder": ""}, [PLAIN[0]]),
-        ({"folder": "."}, [PLAIN[0]]),
-        ({"folder": "flight 1"}, [PLAIN[1], PLAIN[2]]),
-        ({"folder": "flight 1/sub/"}, [PLAIN[3]]),
-        ({"folder": ["flight 1", "g"], "indices": [7]}, [PLAIN[1], PLAIN[4]]),
-        ({"folder": ["flight 1", "flight 1/sub"], "indices": [[1, 9], [12]]}, [PLAIN[1], PLAIN[3]]),
-    ],
-    ids=str,
-)
-def test_groups_of_a_plain_folder(bare, group, wanted):
-    (bare / "photographs").mkdir()
-    made = registry.dataset("photographs")
-    assert list(made.select(PLAIN, [group])) == wanted
-
-
-def test_what_is_known_of_photographs_in_a_plain_folder(bare):
-    found = registry.Dataset("d", bare).select(PLAIN)
-    assert [meta["frame"] for meta in found.values()] == [None, 7, 12, None, 7]
-    assert {(meta["capture"], meta["label"]) for meta in found.values()} == {(None, None)}
-    for group, message in [
-        ({"folder": "fligth 1"}, "unknown folder of data set d 'fligth 1': did you mean 'flight 1'"),
-        (
-            {"folder": ".", "indices": [1]},
-            "no photographs of frames 1 in . of data set d: its files have no frame number",
-        ),
-        ({"folder": "g", "indices": [8]}, "it has frames 7 to 7"),
-    ]:
-        with pytest.raises(ImatchError, match=message):
-            registry.Dataset("d", bare).select(PLAIN, [group])
-
-
 # --- what a name means ------------------------------------------------------------------------------------
 
 
@@ -657,8 +376,8 @@ def test_a_name_is_a_key_else_a_folder(tmp_path, bare):
     path = str(key({"datasets": {"demo": {"root": "demo", "glob": "*"}, "lost": {"root": "lost"}}}))
     for folder in ("demo", "data/demo", "data/only here", "references/views"):
         (bare / folder).mkdir(parents=True)
-    assert registry.dataset("demo", path) == registry.Dataset("demo", bare / "data" / "demo", glob="*", registered=True)
-    assert registry.dataset("data/demo", path) == registry.Dataset("demo", bare / "data" / "demo")
+    assert registry.dataset("demo", path) == datasets.Dataset("demo", bare / "data" / "demo", glob="*", registered=True)
+    assert registry.dataset("data/demo", path) == datasets.Dataset("demo", bare / "data" / "demo")
     assert registry.dataset("demo", "absent.json").root == bare / "demo"
     assert registry.dataset("only here", path).root == bare / "data" / "only here"
     assert registry.dataset("views", path).root == bare / "references" / "views"

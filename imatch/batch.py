@@ -376,6 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = registry.resolve("notebooks")
     try:
         recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)
+        if recipe.points:  # all of them need it: one message in place of one each
+            registry.dataset(recipe.parameters["dataset"], recipe.parameters["data_key"])
     except ImatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

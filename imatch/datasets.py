@@ -276,6 +276,8 @@ class Dataset:
         if isinstance(frames, range):
             if not any(frame in frames for frame in there):
                 raise ImatchError(f"no photographs of frames {frames[0]} to {frames[-1]} in {where}: {has}")
+            if absent := len(frames) - sum(frame in frames for frame in there):
+                _once_a_process(f"{where}: {absent} of frames {frames[0]} to {frames[-1]} are not there; {has}")
         elif missing := sorted(frames - there):
             hint = "leave them out of `indices`, or bring the files"
             raise ImatchError(f"no photographs of frames {names(missing)} in {where}: {has}; {hint}")

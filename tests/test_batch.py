@@ -160,3 +160,12 @@ def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs):
     assert done.returncode == 1
     assert "cannot write to" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_manifest_without_its_photographs_is_refused_once(tmp_path):
+    environment = {**os.environ, "DATASET_ROOT": str(tmp_path / "nowhere")}
+    command = [sys.executable, "-m", "imatch.batch", "params/manifest.json", "--exports", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "its folder" in done.stderr
+    assert "set DATASET_ROOT" in done.stderr

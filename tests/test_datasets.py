@@ -336,3 +336,11 @@ def test_letters_in_parts_are_the_same_letters(file, said):
             assert list(made.select([id], [{"folder": name}])) == [id]
         assert list(read().select([id], [{"folder": turned(form, "비행_높이")[0]}])) == [id]
     assert list(read(glob=turned(said, "비행*/*")[0]).select([id])) == [id]
+
+
+def test_frames_that_a_range_does_not_find_are_told(capsys):
+    """A list of frames is refused when one is absent; a range may have gaps, but says so."""
+    ids = [f"gaps/x_{frame}.jpg" for frame in (1, 2, 9)]
+    chosen = datasets.Dataset("d", Path("/d")).select(ids, [{"folder": "gaps", "indices": [1, 12]}])
+    assert sorted(chosen) == sorted(ids)
+    assert "gaps of data set d: 9 of frames 1 to 12 are not there; it has frames 1 to 9" in capsys.readouterr().out

@@ -35,7 +35,7 @@ _VERBS = {
         "finish_match",
     ),
     "imatch.checks": ("preflight",),
-    "imatch.legacy": ("export",),
+    "imatch.perimage": ("export",),
     "imatch.explore": ("browse",),
 }
 _ROOM = {verb: room for room, verbs in _VERBS.items() for verb in verbs}

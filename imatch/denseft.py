@@ -82,8 +82,8 @@ class Basis:
 def fit(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     """The basis of a data set, from tokens spread evenly over all of its photographs.
 
-    Every photograph gives the share of the sample that it has of the tokens, drawn with a fixed seed, so the basis
-    does not depend on the order of the photographs. Memory: two (d, d) matrices and a block of tokens.
+    Every photograph gives the share of the sample that it has of the tokens, drawn with a seed of its own: one seed
+    for all would look at the same places of every photograph. Memory: two (d, d) matrices and a block of tokens.
 
     Args:
         embeddings: tokens on grids, of 3 dimensions or more.
@@ -138,7 +138,7 @@ def _blocks(embeddings: Embeddings, sample: int, what: str) -> Iterator[np.ndarr
         descriptors = embeddings.tokens(row).descriptors
         n = len(descriptors)
         # drawn, for even steps could fall on the same column of every grid
-        drawn = np.random.default_rng(0).choice(n, min(n, max(1, round(n * share))), replace=False) if n else []
+        drawn = np.random.default_rng(row).choice(n, min(n, max(1, round(n * share))), replace=False) if n else []
         held.append(descriptors[np.sort(drawn).astype(int)].astype(np.float64))
         if sum(map(len, held)) >= BLOCK:
             yield np.concatenate(held)

@@ -1,55 +1,35 @@
-"""Per-image files, out and in: a tree of `.npy` + `_meta.json` for people and other tools, and back into a store.
+"""Per-image files, in: a tree of `.npy` + `_meta.json`, of `perimage` or of another tool, becomes a store.
 
-    <folder>/<dataset>/<weight>/<label>/GlobalToken/GlobalToken_res256_raw_dinov3_vits16_LVD_<label>_<frame>.npy
-    <folder>/<dataset>/<weight>/<label>/rot045/ReferenceGlobal/ReferenceGlobal_res256_raw_..._<label>_<frame>.npy
+    python -m imatch.legacy import DIR [--exports DIR] [--run NAME] [--on-change refuse|recompute]
 
-    python -m imatch.legacy import DIR [--exports DIR] [--run NAME] [--photographs DIR]
-
-A backbone without hub entry and family (dsift, sift) puts its own name and NONE in their place. A step's tag
-follows the configuration after a hyphen (`res256-tag`).
+Names and folders are those of `perimage`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imatch import denseft, images, plugins, pooling, references, registry, runs, steps, store
-from imatch.records import ImatchError, StepError, Tokens
-from imatch.runs import Step
+from imatch import images, perimage, pooling, registry, runs, steps, store
+from imatch.records import ImatchError, Tokens
 from imatch.store import Embeddings, Row
 
-KINDS = {
-    "global": ("GlobalToken", "ReferenceGlobal"),
-    "patch": ("PatchToken", "ReferencePatch"),
-    "grid": ("PatchGrid", "ReferenceGrid"),
-    "denseft": ("DenseFT", "ReferenceDenseFT"),
-}
-"""What an output is called: of a photograph, of a reference."""
-OUTPUTS = tuple(f"{name}.{suffix}" for name in KINDS for suffix in ("npy", "png" if name == "denseft" else "json"))
-NEUTRAL = ("shard_size", "image_groups", "dataset", "imported", "files")
-"""Parameters of a step that change no number of a single photograph."""
 SHARD = 64
 PATCH = 16
 PATCH_CONVNEXT = 32
-_ANCHOR = (
-    r"_(?P<variant>raw|sub\d+)_(?:(?P<hub>dinov3_[a-z0-9]+(?:_[a-z]+)?)_(?P<family>LVD|SAT)|(?P<name>[^_]+)_NONE)_"
-)
 _NAME = re.compile(
     r"(?P<reference>Reference)?(?P<kind>Global|PatchGrid|Patch|Grid|DenseFT)(?:Token)?_(?P<cfg>.+)"
-    + _ANCHOR
+    + perimage.ANCHOR
     + "(?P<tail>.+)",
     re.DOTALL,
 )
@@ -58,267 +38,6 @@ _ROTATION = re.compile(
     r"(?:rot)?_?(?P<minus>m|-)?(?P<angle>\d+(?:[p.]\d+)?)(?:deg)?(?:_crop(?P<crop>\d+(?:[p.]\d+)?))?", re.I
 )
 _KIND = {"Global": "global", "Patch": "patch", "PatchGrid": "grid", "Grid": "grid"}
-
-
-# --- out --------------------------------------------------------------------------------------------------
-
-
-def export(step: Step, embeddings: Embeddings, outputs: Sequence[str], folder: Path | None = None) -> int:
-    """Write per-image files of a step of 01_embed or 02_references, those that are missing.
-
-    Args:
-        step: the step; its on_change says what happens to files that were made differently.
-        embeddings: its embeddings.
-        outputs: names of `OUTPUTS`. "<kind>.npy" is the array with its meta beside it, "<kind>.json" the meta alone,
-            "denseft.png" the picture with its meta. DenseFT has one basis for the whole store.
-        folder: the tree's root; None is <exports>/<run>/per_image, the same for data sets and references.
-
-    Returns:
-        How many files were written.
-
-    Raises:
-        ImatchError: an unknown output, or one that needs a grid of a backbone without one; nothing is written.
-        StepError: files are there that were made differently, and `step.on_change` is "refuse".
-
-    >>> export(Step(Path("s"), "01_embed", {}, {}), None, ["globl.npy"])
-    Traceback (most recent call last):
-    imatch.records.ImatchError: unknown output 'globl.npy': did you mean 'global.npy'? Known: ...
-    """
-    wanted: dict[str, set[str]] = {}
-    for output in outputs:
-        if output not in OUTPUTS:
-            raise ImatchError(plugins.unknown("output", output, OUTPUTS))
-        kind, _, suffix = output.partition(".")
-        wanted.setdefault(kind, {"json"}).add(suffix)  # an array has a meta, always
-    gridless = next((row["id"] for row in embeddings.rows if row["grid"] is None), None)
-    if gridless is not None and {*wanted} - {"global"}:
-        raise ImatchError(
-            f"outputs {', '.join(sorted(o for o in outputs if not o.startswith('global')))} need a grid, and "
-            f"{gridless} of {step.folder} has keypoints: leave them out, or use a backbone with a grid (DINOv3, dsift)"
-        )
-    if not wanted:
-        return 0
-    return _Export(step, embeddings, folder or step.folder.parents[4 if _is_reference(step) else 3] / "per_image")(
-        wanted
-    )
-
-
-@dataclass(frozen=True)
-class _File:
-    """One array to be: its row, its output, the path of its files without their endings, its fingerprint."""
-
-    row: int
-    output: str
-    base: Path
-    fingerprint: str
-
-    @property
-    def at(self) -> dict[str, Path]:
-        endings = {"json": "_meta.json", "npy": ".npy", "png": ".png"}
-        return {suffix: self.base.with_name(self.base.name + ending) for suffix, ending in endings.items()}
-
-
-class _Export:
-    """What all files of a step share, and the files."""
-
-    def __init__(self, step: Step, embeddings: Embeddings, folder: Path) -> None:
-        self.step, self.embeddings, self.folder = step, embeddings, folder
-        parameters, reference = step.parameters, _is_reference(step)
-        backbone, cfg, variant = (parameters[key] for key in ("backbone", "cfg", "variant"))
-        tag = step.folder.name.removeprefix(f"{cfg}_{variant}").removeprefix("_")
-        dataset = step.folder.parents[2 if reference else 1].name
-        hub = backbone.get("hub_entry") or parameters["weight"].replace("_", "-")
-        self.middle = f"{cfg}{'-' if tag else ''}{tag}_{variant}_{hub}_{backbone.get('family') or 'NONE'}"
-        self.made_by = {key: value for key, value in parameters.items() if key not in NEUTRAL}
-        self.said = {
-            "dataset": dataset,
-            "weight": parameters["weight"],
-            **{key: backbone.get(key) for key in ("hub_entry", "family", "filename", "pooling", "precision")},
-            **{key: parameters[key] for key in ("weights_digest", "cfg", "variant", "resize", "backbone")},
-            "tag": tag,
-        }
-        self.names = _names(_sources(step, embeddings), dataset)
-        self.views = _views(step) if reference else {}
-        self.several = (
-            len({view["crop"] for view in self.views.values()} or {r.get("crop") for r in embeddings.rows}) > 1
-        )
-
-    def __call__(self, wanted: Mapping[str, set[str]]) -> int:
-        """Write what is missing of each output's suffixes; returns how many files that was."""
-        todo = self._todo(self._files(sorted(wanted)), wanted)
-        basis = denseft.fit(self.embeddings) if any(file.output == "denseft" for file, _ in todo) else None
-        return sum(self._write(file, suffixes, basis) for file, suffixes in runs.progress(todo, "per-image files"))
-
-    def _files(self, outputs: Sequence[str]) -> list[_File]:
-        """Every file of every photograph. Two that would share a name end it before anything is written."""
-        reference, all_of_it = _is_reference(self.step), ""
-        if "denseft" in outputs:  # whose colours depend on all photographs
-            all_of_it = runs.digest([[row["id"], row["sha256"]] for row in self.embeddings.rows])
-        found, taken = [], dict[str, str]()
-        for i, row in enumerate(self.embeddings.rows):
-            label, frame = self.names[row.get("source", row["id"])]
-            place = self.folder / self.said["dataset"] / self.said["weight"] / label
-            if reference:
-                view = self.views.get(row["id"], row)
-                name = references.name("", view["angle"], view["crop"] or 1.0).removeprefix("_")
-                place /= name if self.several else name.partition("_crop")[0]
-            for output in outputs:
-                kind = KINDS[output][reference]
-                base = place / kind / f"{kind}_{self.middle}_{label}_{frame}"
-                if (other := taken.setdefault(str(base).lower(), row["id"])) != row["id"]:
-                    raise ImatchError(f"{row['id']} and {other} would both be written to {base}.npy: rename one")
-                made_from = [self.made_by, row["sha256"], all_of_it if output == "denseft" else ""]
-                found.append(_File(i, output, base, runs.digest(made_from)))
-        return found
-
-    def _todo(self, files: Sequence[_File], wanted: Mapping[str, set[str]]) -> list[tuple[_File, list[str]]]:
-        """The files that are missing and which suffixes of them; those made differently are refused or removed."""
-        todo, stale, differences = [], [], []
-        for file in files:
-            there = {suffix: path for suffix, path in file.at.items() if path.is_file()}
-            before = _read_meta(there["json"]).get("fingerprint") if "json" in there else None
-            if there and before != file.fingerprint:
-                said = f"{before} -> {file.fingerprint}" if "json" in there else "no meta says how it was made"
-                differences.append(f"{store.relative(file.base, self.folder)}: {said}")
-                stale += there.values()
-                there = {}
-            if missing := sorted(wanted[file.output] - {*there}):
-                todo.append((file, missing))
-        if differences:
-            runs.refuse_or_say(self.step, f"files under {self.folder} were made differently", differences)
-        for path in stale:
-            path.unlink()
-        return todo
-
-    def _write(self, file: _File, suffixes: Sequence[str], basis: denseft.Basis | None) -> int:
-        """Write some files of one array: the meta first, so that no array of ours ever lies there without one."""
-        tokens, row = self.embeddings.tokens(file.row), self.embeddings.rows[file.row]
-        if file.output == "denseft":
-            assert basis is not None
-            array = basis(tokens)
-        elif file.output == "global":
-            norm = row.get("global_norm", 1.0)  # of an import: its file had this norm
-            array = tokens.vector if norm == 1 else tokens.vector * np.float32(norm)
-        else:
-            array = tokens.descriptors if file.output == "patch" else tokens.as_grid()
-        for suffix in suffixes:
-            if suffix == "json":
-                store.write_json(file.at[suffix], self._meta(file, row, tokens, array))
-            elif suffix == "npy":
-                store.write_array(file.at[suffix], array)
-            else:
-                data = io.BytesIO()
-                denseft.picture(array, denseft.covered(tokens, row["size"])).save(data, "PNG")
-                store.write_bytes(file.at[suffix], data.getvalue())
-        return len(suffixes)
-
-    def _meta(self, file: _File, row: Row, tokens: Tokens, array: np.ndarray) -> Row:
-        label, frame = self.names[row.get("source", row["id"])]
-        view = {**row, **{key: self.views[row["id"]][key] for key in ("angle", "crop") if row["id"] in self.views}}
-        return {
-            "kind": KINDS[file.output][_is_reference(self.step)],
-            **self.said,
-            **{key: row.get(key) for key in ("id", "sha256", "size", "grid", "position", "capture")},
-            "label": row.get("label", label),
-            "frame": row.get("frame", frame),
-            **{key: view[key] for key in ("source", "source_sha256", "angle", "crop") if key in view},
-            **_lattice(tokens, row),
-            "shape": array.shape,
-            "dtype": str(array.dtype),
-            "fingerprint": file.fingerprint,
-        }
-
-
-def _is_reference(step: Step) -> bool:
-    return step.name == "02_references"
-
-
-def _lattice(tokens: Tokens, row: Row) -> Row:
-    """Where a grid lies that does not cover its photograph (crops, thinned grids): its first centre and its step,
-    (x, y) pixels. Nothing for other grids, whose size says it."""
-    if not row["xy"] or tokens.grid is None:
-        return {}
-    dy, dx = (side / n for side, n in zip(denseft.covered(tokens, row["size"]), tokens.grid, strict=True))
-    return {"xy_first": tokens.xy[0].tolist(), "xy_step": [dx, dy]}
-
-
-def _views(step: Step) -> dict[str, Row]:
-    if "views" not in step.links:
-        return {}
-    return {row["id"]: row for row in store.read_rows(step.linked("views") / "references.jsonl")}
-
-
-def _sources(step: Step, embeddings: Embeddings) -> list[Row]:
-    """The rows of the photographs that files are named after: a reference bears the name of its source."""
-    if not _is_reference(step):
-        return embeddings.rows
-    found: dict[str, Row] = {}
-    if "embed" in step.links:
-        above = step.linked("embed")
-        rows = store.read_rows(above / "images.jsonl") + store.read_rows(above / "skipped.jsonl")
-        found = {row["id"]: row for row in rows}
-    for row in embeddings.rows:
-        found.setdefault(row["source"], {**row, "id": row["source"]})
-    return [found[id] for id in sorted(found)]
-
-
-def _names(rows: Sequence[Row], dataset: str) -> dict[str, tuple[str, str]]:
-    """Photograph id -> (label, frame) of its files; no two alike, even where case does not count.
-
-    The label is the registry's, with the capture before it where two captures share it, else the folder's name
-    (all of its path where two folders share it). The frame is the registry's as the file name pads it, else the
-    stem; where two would be one the suffix joins it, and at last a hash of the id.
-    """
-    shared: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    places = {}
-    for row in rows:
-        above = PurePosixPath(row["id"]).parent
-        if row.get("label") is not None:
-            capture, label = str(row.get("capture") or ""), str(row["label"])
-            places[row["id"]] = (label, f"{capture}_{label}" if capture else label)
-            shared[label.lower()].add(("capture", capture))
-        else:
-            label = above.name or dataset
-            places[row["id"]] = (label, "_".join(above.parts) or dataset)
-            shared[label.lower()].add(("folder", above.as_posix()))
-    labels = {id: _safe(long if len(shared[short.lower()]) > 1 else short) for id, (short, long) in places.items()}
-    plain = {row["id"]: (labels[row["id"]], _safe(_frame(row["id"], row.get("frame")))) for row in rows}
-    longer = {id: (labels[id], _safe(PurePosixPath(id).name.replace(".", "_"))) for id in labels}
-    count = Counter(_folded(name) for name in plain.values())
-    names = {id: name if count[_folded(name)] == 1 else longer[id] for id, name in plain.items()}
-    count = Counter(_folded(name) for name in names.values())
-    for id, (label, frame) in names.items():
-        if count[_folded((label, frame))] > 1:
-            names[id] = (label, f"{frame}-{hashlib.sha256(os.fsencode(id)).hexdigest()[:8]}")
-    return names
-
-
-def _folded(name: tuple[str, str]) -> str:
-    return "/".join(name).lower()
-
-
-def _frame(id: str, frame: int | str | None) -> str:
-    """The frame as its file's name writes it: digits with their padding; the stem where no frame is known."""
-    stem = PurePosixPath(id).stem
-    if frame is None or isinstance(frame, str):
-        return frame or stem
-    return ([digits for digits in re.findall(r"\d+", stem, re.ASCII) if int(digits) == frame] or [str(frame)])[-1]
-
-
-def _safe(text: str) -> str:
-    """Text as a part of a file's name on any system, never long.
-
-    >>> _safe("flight 1: low"), _safe("..")
-    ('flight-1--low', '-')
-    """
-    name = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text).lstrip(".") or "-"
-    if len(name.encode()) <= 80:
-        return name
-    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
-    return f"{name.encode()[:70].decode(errors='ignore')}-{digest}"
-
-
-# --- in ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -352,8 +71,8 @@ class Item:
 
     def metas(self) -> dict[str, Row]:
         """The content of the meta files that are there, by the array they belong to."""
-        paths = {kind: _meta_path(path) for kind, path in self.files.items()}
-        return {kind: _read_meta(path) for kind, path in paths.items() if path.is_file()}
+        paths = {kind: _meta_path(path) for kind, path in sorted(self.files.items())}
+        return {kind: _checked(path) for kind, path in paths.items() if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -430,6 +149,13 @@ def read_tree(tree: Path) -> list[Group]:
         raise ImatchError(
             f"no per-image files below {tree}: give the folder of the tree, its data set's or its weight's"
         )
+    called: dict[str, Path] = {}
+    for _, folder, *_ in found:
+        if (other := called.setdefault(folder.name, folder)) != folder:
+            raise ImatchError(
+                f"{tree} holds two data sets named {folder.name}, {other} and {folder}, which would become one: "
+                "import each by its folder and with a --run of its own, or rename one"
+            )
     return [Group(*key[1:], key[0], [items[id] for id in sorted(items)]) for key, items in sorted(found.items())]
 
 
@@ -438,7 +164,7 @@ def _parse(path: Path) -> tuple[tuple[Any, ...], str, Item] | str | None:
     name = _NAME.fullmatch(path.stem)
     if name is None:
         return "not <Kind>_<cfg>_<variant>_<hub_entry>_<LVD|SAT>_<label>_<frame>"
-    if len(re.findall(f"(?={_ANCHOR})", path.stem)) > 1:
+    if len(re.findall(f"(?={perimage.ANCHOR})", path.stem)) > 1:
         return "a variant, an entry and a family can be read from it in two ways"
     if name["kind"] == "DenseFT":
         return None  # made from the tokens, and made again from the store
@@ -453,144 +179,88 @@ def _parse(path: Path) -> tuple[tuple[Any, ...], str, Item] | str | None:
     dataset = above.parent.parent
     if not dataset.name:
         return "there is no folder of a data set above it"
-    entry = (name["hub"] or name["name"], name["family"] or "NONE")
-    key = (bool(name["reference"]), dataset, above.parent.name, name["cfg"], name["variant"], *entry)
+    made = (name["cfg"], name["variant"], name["hub"], name["family"])
+    key = (bool(name["reference"]), dataset, above.parent.name, *made)
     return key, _KIND[name["kind"]], Item(above.name, name["tail"][len(above.name) + 1 :], rotation)
 
 
-def import_tree(
-    tree: Path, exports: Path, run: str, photographs: Path | None = None, on_change: str = "refuse"
-) -> list[Path]:
-    """Turn a tree of per-image files, one that `export` wrote or one of another tool, into finished steps.
-
-    One step of 01_embed for every data set, weight, configuration and variant (and family, where there are two),
-    one of 02_references, of kind "imported", for their references.
-
-    Args:
-        tree: as in `read_tree`.
-        exports, run: the steps go to <exports>/<run>/.
-        photographs: the data set's folder, if it is at hand: then ids are its files', as 01_embed would have them,
-            and pictures can be drawn. Else ids are <label>/<frame>.
-        on_change: "refuse" or "recompute" a step that was made from other files.
-
-    Returns:
-        The steps' folders.
-
-    Raises:
-        ImatchError: files that do not fit each other; every message says which.
-        StepError: the tree changed since it was imported, and `on_change` is "refuse".
-    """
-    groups = read_tree(tree)
-    return [import_group(group, groups, exports, run, photographs, on_change) for group in groups]
-
-
 def import_group(
-    group: Group,
-    groups: Sequence[Group],
-    exports: Path,
-    run: str,
-    photographs: Path | None = None,
-    on_change: str = "refuse",
+    group: Group, groups: Sequence[Group], exports: Path, run: str = "imported", on_change: str = "refuse"
 ) -> Path:
-    """Turn one group of files into a finished step; see `import_tree`.
+    """Turn one group of files into a finished step: of 01_embed, or of 02_references, of kind "imported".
+
+    Beside the store, metas.jsonl keeps what the metas said, one line a row, by kind of file.
 
     Args:
         group: one of `groups`.
-        groups: all that `read_tree` found.
-        exports, run, photographs, on_change: as in `import_tree`.
+        groups: all that `read_tree` found; those of photographs are imported before their references.
+        exports, run: the step goes to <exports>/<run>/.
+        on_change: "refuse" or "recompute" a step that was made from other files.
+
+    Returns:
+        The step's folder.
+
+    Raises:
+        ImatchError: files that do not fit each other; every message says which.
+        StepError: the files changed since they were imported, and `on_change` is "refuse".
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     name = "beach/vits16/low/GlobalToken/Global_res256_raw_dinov3_vits16_LVD_low_0007.npy"
+    ...     store.write_array(Path(folder) / name, np.array([3.0, 4]))
+    ...     (group,) = read_tree(Path(folder))
+    ...     Embeddings(import_group(group, [group], Path(folder) / "exports")).ids
+    01_embed: new at ...
+    01_embed finished: ...
+    ['low/0007']
     """
-    if not run:
-        raise ImatchError("run is empty: name this piece of work (--run NAME)")
-    exports = registry.resolve(exports) / run
-    photographs = registry.dataset(str(photographs), "").root if photographs else None
-    folder, parameters = _folder(group, groups, exports), _parameters(group)
-    links, upstream, twin = {"photographs": photographs or group.folder}, {}, {}
-    if group.reference:
-        data = _folder(_photographs_of(group), groups, exports)
-        links["photographs"] = group.folder
-        if (data / "step.json").is_file():
-            above = runs.read(data)
-            links["embed"], upstream = data, {"embed": str(above.fingerprint)}
-            rows = store.read_rows(data / "images.jsonl")
-            names = _names(rows, group.folder.name)  # of a step that 01_embed made; an import's rows know theirs
-            twin = {row.get("name") or "/".join(names[row["id"]]): row for row in rows}
-    given = _given(group, photographs) if photographs and not group.reference else {}
-    before = _seen(folder)
-    seen = _hashes(group, before)
-    parameters["files"] = runs.digest([[row["file"], row["sha256"]] for row in seen] + sorted(given.items()))
-    if before and _changed(folder, group, before, seen, on_change):
-        on_change = "recompute"
+    above = exports / registry.folder_name(run, "run")
+    folder, parameters = _folder(group, groups, above), _parameters(group)
+    links, upstream, twin = {"photographs": group.folder}, {}, {}
+    if group.reference and ((data := _folder(replace(group, reference=False), groups, above)) / "step.json").is_file():
+        source = runs.read(data)
+        links["embed"], upstream = data, {"embed": str(source.fingerprint)}
+        rows = store.read_rows(data / "images.jsonl")
+        called = perimage.names(source, rows)
+        twin = {"/".join(called[row["id"]]): row for row in rows}
+    parameters["files"] = _digest(group)
+    if (folder / "step.json").is_file():
+        before = runs.read(folder, finished=False)
+        if before.parameters.get("imported") and not before.finished:
+            on_change = "recompute"  # an import that failed asked for its files to be mended
     step = runs.start(
         folder, "02_references" if group.reference else "01_embed", parameters, upstream, links, on_change
     )
-    if before != seen or not _seen(folder):
-        store.write_rows(folder / "seen.jsonl", seen)
     if not store.is_merged(folder):
-        _store(step, group, given, photographs, twin)
+        done = store.shard_rows(folder)
+        todo = [shard for shard in range(-(-len(group.items) // SHARD)) if shard not in done]
+        for shard in runs.progress(todo, "import"):
+            read = [_read(group, item, twin) for item in group.items[shard * SHARD : (shard + 1) * SHARD]]
+            store.write_shard(folder, shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
+        store.write_rows(folder / "metas.jsonl", (item.metas() for item in group.items))
+        store.merge(folder)
     steps.finish_embed(step, Embeddings(folder))
     return folder
 
 
-def _seen(folder: Path) -> list[Row]:
-    """Which files the step at `folder` was imported from: file, stat, sha256. Nothing if it is no import."""
-    if not (folder / "step.json").is_file() or not (folder / "seen.jsonl").is_file():
-        return []
-    imported = runs.read(folder, finished=False).parameters.get("imported")
-    return store.read_rows(folder / "seen.jsonl") if imported else []
-
-
-def _hashes(group: Group, before: Sequence[Row]) -> list[Row]:
-    """Every file of a group with its SHA-256, read again only where size or time of change differ from before."""
-    known = {(row["file"], *row["stat"]): row["sha256"] for row in before}
+def _digest(group: Group) -> str:
+    """Of every file of a group."""
     paths = [path for item in group.items for path in item.files.values()]
     paths += [meta for path in paths if (meta := _meta_path(path)).is_file()]
-    rows = []
-    for path in runs.progress(sorted(paths), "hash"):
-        name, stat = store.relative(path, group.folder.parent), path.stat()
-        sign = [stat.st_size, stat.st_mtime_ns]
-        rows.append({"file": name, "stat": sign, "sha256": known.get((name, *sign)) or images.file_digest(path)})
-    return rows
+    seen = [
+        (store.relative(path, group.folder), images.file_digest(path)) for path in runs.progress(sorted(paths), "hash")
+    ]
+    return runs.digest(seen)
 
 
-def _changed(folder: Path, group: Group, before: Sequence[Row], now: Sequence[Row], on_change: str) -> bool:
-    """Whether a step may be made anew because its files changed: an unfinished one may, for it asked for them to be
-    mended. False when they did not change; refused when that was not allowed."""
-    was, have = ({row["file"]: row["sha256"] for row in rows} for rows in (before, now))
-    differences = [f"gone: {file}" for file in sorted({*was} - {*have})]
-    differences += [f"new: {file}" for file in sorted({*have} - {*was})]
-    differences += [f"changed: {file}" for file in sorted(have) if was.get(file, have[file]) != have[file]]
-    if differences and on_change == "refuse" and (folder / "metrics.json").is_file():
-        raise _listed(
-            f"the files in {group.folder} are not those that {folder} was made from",
-            differences,
-            "nothing was touched; to import anew: --on-change recompute, to keep both: --run NAME",
-            StepError,
-        )
-    return bool(differences)
-
-
-def _store(
-    step: Step, group: Group, given: Mapping[str, str], photographs: Path | None, twin: Mapping[str, Row]
-) -> None:
-    """Write the shards that are missing, one in memory at a time, and merge them."""
-    ordered = sorted(((given.get(item.id, item.id), item) for item in group.items), key=lambda one: one[0])
-    done = store.shard_rows(step.folder)
-    todo = [shard for shard in range(-(-len(ordered) // SHARD)) if shard not in done]
-    for shard in runs.progress(todo, "import"):
-        part = ordered[shard * SHARD : (shard + 1) * SHARD]
-        read = [_read(group, item, id, photographs if given else None, twin) for id, item in part]
-        store.write_shard(step.folder, shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
-    store.merge(step.folder)
-
-
-def _read(group: Group, item: Item, id: str, photographs: Path | None, twin: Mapping[str, Row]) -> tuple[Row, Tokens]:
+def _read(group: Group, item: Item, twin: Mapping[str, Row]) -> tuple[Row, Tokens]:
     """One photograph's row and tokens."""
-    metas = item.metas()
+    said = _said(item, item.metas())
     arrays = {kind: _load(kind, path) for kind, path in item.files.items()}
     for kind, array in arrays.items():
         if not np.isfinite(array).all():
             raise ImatchError(f"{item.files[kind]} holds values that are not finite: export it again")
-    grid = _grid(item, metas, arrays)
+    grid = _grid(item, said, arrays)
     norm = float(np.linalg.norm(arrays["global"].astype(np.float64)))
     vector = arrays["global"].astype(np.float32)
     if abs(norm - 1) < 1e-5:
@@ -600,38 +270,25 @@ def _read(group: Group, item: Item, id: str, photographs: Path | None, twin: Map
     local = arrays["grid"].reshape(grid[0] * grid[1], -1) if grid and "grid" in arrays else arrays.get("patch")
     if local is None:
         local = np.zeros((0, len(vector)), np.float32)
-
-    decoded = images.decode(photographs / id) if photographs else None
-    sha256 = _known(item, metas, "sha256", str)
-    if decoded and sha256 not in (None, decoded.sha256):
-        raise ImatchError(f"{photographs}/{id} is not the photograph that {item.files['global']} was made from")
-    size = decoded.size if decoded else _known(item, metas, "size", list) or _size(group, grid)
+    size, xy = _placed(group, item, said, grid)
     row: Row = {
-        "id": id,
+        "id": item.id,
         "size": size,
-        "sha256": decoded.sha256 if decoded else sha256 or _name_digest(group, item.id),
-        "position": decoded.position if decoded else _known(item, metas, "position", dict),
+        "sha256": said.get("sha256") or _name_digest(group, item.id),
+        "position": said.get("position"),
         "label": item.label,
+        **({"capture": said["capture"]} if "capture" in said else {}),
+        **({"frame": int(item.frame)} if item.frame.isdecimal() else {}),
+        **(_made_from(group, item, said, twin) if group.reference else {}),
+        "name": item.id,
+        "global_norm": norm,
     }
-    if capture := _known(item, metas, "capture", str):
-        row["capture"] = capture
-    if item.frame.isdecimal():
-        row["frame"] = int(item.frame)
-    if group.reference:
-        row |= _made_from(group, item, metas, twin)
-    said = {"cfg": group.cfg, "variant": group.variant, "hub_entry": group.hub_entry, "family": group.family}
-    said |= {"label": item.label, "frame": item.frame, **({"rotation": item.rotation} if item.rotation else {})}
-    row["name"] = item.id
-    row["global_norm"] = norm
-    row["meta"] = {kind: metas.get(kind, said) for kind in sorted(item.files)}
-    xy = np.zeros((len(local), 2), np.float32) if grid is None else _positions(group, item, metas, grid, tuple(size))
     return row, Tokens(vector, np.ascontiguousarray(local), xy, grid)
 
 
-def _made_from(group: Group, item: Item, metas: Mapping[str, Row], twin: Mapping[str, Row]) -> Row:
+def _made_from(group: Group, item: Item, said: Row, twin: Mapping[str, Row]) -> Row:
     """What the row of a reference says of its source and of itself as a view."""
-    source = twin.get(item.source, {})
-    digest = _known(item, metas, "source_sha256", str)
+    source, digest = twin.get(item.source, {}), said.get("source_sha256")
     if source and digest not in (None, source["sha256"]):
         raise ImatchError(
             f"{item.files['global']} was made from another photograph than {source['id']} of the imported data set: "
@@ -641,15 +298,11 @@ def _made_from(group: Group, item: Item, metas: Mapping[str, Row], twin: Mapping
     assert named is not None  # read_tree asked for it
     angle = _decimal(named["angle"]) * (-1 if named["minus"] else 1)
     crop = _decimal(named["crop"]) / 100 if named["crop"] else None
-    angle, crop = (
-        value if (said := _known(item, metas, key, (int, float))) is None else said
-        for key, value in (("angle", angle), ("crop", crop))
-    )
     return {
-        "source": source.get("id") or _known(item, metas, "source", str) or item.source,
+        "source": source.get("id") or said.get("source") or item.source,
         "source_sha256": source.get("sha256") or digest or _name_digest(group, item.source),
-        "angle": angle,
-        "crop": crop,
+        "angle": said.get("angle", angle),
+        "crop": said.get("crop", crop),
     }
 
 
@@ -660,6 +313,7 @@ def _parameters(group: Group) -> Row:
     """The parameters of the step, as 01_embed would have them; checks counts, metas and the arrays' headers."""
     _check_counts(group)
     made: Row | None = None
+    claimed: dict[str, Item] = {}
     shapes: dict[str, tuple[str, Path]] = {}
     for item in runs.progress(group.items, "check"):
         metas = item.metas()
@@ -673,6 +327,13 @@ def _parameters(group: Group) -> Row:
                     "put files of one way of making them into a tree of their own (files without any meta count as "
                     "pooling legacy_mean)",
                 )
+        said = _said(item, metas)
+        ours = "id" in said and any("fingerprint" in meta for meta in metas.values())
+        if ours and (other := claimed.setdefault(said["id"], item)) is not item:
+            raise ImatchError(
+                f"{group}: the files of {other.id} and of {item.id} both say that they show {said['id']}: one of the "
+                "two is left from an earlier export; delete it, or export anew with on_change recompute"
+            )
         arrays = {kind: _load(kind, path) for kind, path in item.files.items()}
         for kind, array in arrays.items():
             meta = metas.get(kind, {})
@@ -688,9 +349,7 @@ def _parameters(group: Group) -> Row:
                     f"{group}: {what} of one store must be alike, but {path} has {before} each and "
                     f"{item.files[kind]} {of}: move one of them into a tree of its own"
                 )
-        for key, kinds in _MUST_AGREE.items():
-            _known(item, metas, key, kinds)
-        _grid(item, metas, arrays, values=False)
+        _placed(group, item, said, _grid(item, said, arrays, values=False))
     return {
         "weight": group.weight,
         **(made or {}),
@@ -701,18 +360,6 @@ def _parameters(group: Group) -> Row:
         "image_groups": [],
         "imported": True,
     }
-
-
-_MUST_AGREE: dict[str, type | tuple[type, ...]] = {
-    "id": str,
-    "sha256": str,
-    "size": list,
-    "grid": list,
-    "source": str,
-    "source_sha256": str,
-    "angle": (int, float),
-}
-"""What the metas of one photograph's files may not say in two ways: its files would not belong together."""
 
 
 def _check_counts(group: Group) -> None:
@@ -733,26 +380,25 @@ def _check_counts(group: Group) -> None:
 def _described(group: Group, meta: Row | None) -> Row:
     """How a file was made; without a meta, what older exports hold."""
     meta = meta or {}
+    text = {key: value for key, value in meta.items() if isinstance(value, str)}
     backbone = meta.get("backbone")
     if not isinstance(backbone, dict):
         entry = {"hub_entry": group.hub_entry, "family": group.family} if group.family != "NONE" else {}
         backbone = {
             **entry,
-            "filename": meta.get("filename") or "",
+            "filename": text.get("filename", ""),
             "source": "imported",
-            "pooling": meta.get("pooling") or "legacy_mean",
-            "precision": meta.get("precision") or "",
+            "pooling": text.get("pooling", "legacy_mean"),
+            "precision": text.get("precision", ""),
         }
     return {
         "backbone": backbone,
-        "weights_digest": meta.get("weights_digest") or "",
-        "resize": meta.get("resize") or {},
+        "weights_digest": text.get("weights_digest", ""),
+        "resize": resize if isinstance(resize := meta.get("resize"), dict) else {},
     }
 
 
-def _grid(
-    item: Item, metas: Mapping[str, Row], arrays: Mapping[str, np.ndarray], values: bool = True
-) -> tuple[int, int] | None:
+def _grid(item: Item, said: Row, arrays: Mapping[str, np.ndarray], values: bool = True) -> tuple[int, int] | None:
     """The (h, w) of an item's local tokens, None without any; checks that PatchToken and PatchGrid are the same."""
     patch, grid = arrays.get("patch"), arrays.get("grid")
     if grid is not None:
@@ -766,13 +412,13 @@ def _grid(
         return h, w
     if patch is None:
         return None
-    said = _known(item, metas, "grid", list)
-    if said is not None:
-        if len(said) != 2 or said[0] * said[1] != len(patch):
+    if "grid" in said:
+        h, w = map(int, said["grid"])
+        if h * w != len(patch):
             raise ImatchError(
-                f"{item.files['patch']} holds {len(patch)} tokens, its meta says a grid of {said}: export it again"
+                f"{item.files['patch']} holds {len(patch)} tokens, its meta says a grid of {[h, w]}: export it again"
             )
-        return int(said[0]), int(said[1])
+        return h, w
     side = math.isqrt(len(patch))
     if side * side != len(patch):
         raise ImatchError(
@@ -782,28 +428,29 @@ def _grid(
     return side, side  # older exports were square
 
 
-def _positions(
-    group: Group, item: Item, metas: Mapping[str, Row], grid: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """(h * w, 2) float32, where the tokens lie: as the meta says, else on a grid, thinned for sub<s>."""
-    first, step = (_known(item, metas, key, list) for key in ("xy_first", "xy_step"))
-    if first and step:
-        x, y = np.meshgrid(first[0] + np.arange(grid[1]) * step[0], first[1] + np.arange(grid[0]) * step[1])
-        return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
-    stride = _stride(group)
-    h, w = grid[0] * stride, grid[1] * stride
-    return store.grid_xy((h, w), size).reshape(h, w, 2)[::stride, ::stride].reshape(-1, 2)
-
-
-def _stride(group: Group) -> int:
-    return int(group.variant.removeprefix("sub")) if group.variant != "raw" else 1
-
-
-def _size(group: Group, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """The (h, w) of a photograph of which nothing is known but its tokens: as the backbone saw it."""
+def _placed(group: Group, item: Item, said: Row, grid: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
+    """The (h, w) of a photograph, as its meta says or else as the backbone saw it, and (n, 2) float32 where its tokens
+    lie: as the meta says, else on a grid over all of it, thinned for sub<s>."""
     patch = PATCH_CONVNEXT if "convnext" in group.hub_entry else PATCH
-    h, w = grid or (1, 1)
-    return h * patch * _stride(group), w * patch * _stride(group)
+    size = tuple(map(int, said.get("size", ())))
+    if grid is None:
+        return size or (patch, patch), np.zeros((0, 2), np.float32)
+    lattice = "xy_first" in said and "xy_step" in said
+    stride, raw = 1 if group.variant == "raw" else int(group.variant[3:]), grid
+    if stride > 1 and not (lattice and size):
+        number = re.fullmatch(r"res_?(\d+)(-.*)?", group.cfg)
+        raw = (int(number[1]) // patch if number else 0,) * 2
+        if tuple(-(-side // stride) for side in raw) != grid:
+            raise ImatchError(
+                f"{item.files.get('grid') or item.files['patch']} is a grid of {grid}, thinned by {stride} from one "
+                f"that neither configuration {group.cfg} nor a meta tells: give it a meta with size, xy_first and "
+                "xy_step ([x, y] pixels of the first token, and between neighbours), or import the variant raw"
+            )
+    size = size or (raw[0] * patch, raw[1] * patch)
+    if lattice:
+        x, y = (f + np.arange(n) * s for f, n, s in zip(said["xy_first"], grid[::-1], said["xy_step"], strict=True))
+        return size, np.stack([a.ravel() for a in np.meshgrid(x, y)], axis=1).astype(np.float32)
+    return size, store.grid_xy(raw, size).reshape(*raw, 2)[::stride, ::stride].reshape(-1, 2)
 
 
 # --- small things -----------------------------------------------------------------------------------------
@@ -829,26 +476,52 @@ def _meta_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_meta.json")
 
 
-def _read_meta(path: Path) -> Row:
-    try:
-        meta = store.read_json(path)
-    except ValueError as error:
-        raise ImatchError(f"{path} is no JSON ({error}): export it again or delete it") from error
-    if not isinstance(meta, dict):
-        raise ImatchError(f"{path} holds no JSON object: export it again or delete it")
+_WANTED = {  # of a meta -> what it must be, how many numbers, whether whole, whether positive
+    "size": ("a list of 2 positive whole numbers", 2, True, True),
+    "grid": ("a list of 2 positive whole numbers", 2, True, True),
+    "xy_first": ("a list of 2 numbers", 2, False, False),
+    "xy_step": ("a list of 2 positive numbers", 2, False, True),
+    "angle": ("a number", 1, False, False),
+    "crop": ("a positive number", 1, False, True),
+}
+_TOLD = (*_WANTED, "position", "id", "sha256", "capture", "source", "source_sha256")
+
+
+def _checked(path: Path) -> Row:
+    """What a meta file says; numbers that would place tokens or photographs wrongly are refused."""
+    meta = perimage.read_meta(path)
+    for key, (wanted, count, whole, positive) in _WANTED.items():
+        value = meta.get(key)
+        numbers = value if count > 1 and isinstance(value, list) else [value]
+        if value is not None and not (len(numbers) == count and all(_fits(n, whole, positive) for n in numbers)):
+            raise ImatchError(f"{path}: {key} wants {wanted}, got {value!r}: correct it, or leave it out")
+    if not isinstance(meta.get("position"), dict | None):
+        raise ImatchError(f"{path}: position wants an object, got {meta['position']!r}: correct it, or leave it out")
     return meta
 
 
-def _known(item: Item, metas: Mapping[str, Row], key: str, wanted: type | tuple[type, ...]) -> Any:
-    """What the metas say under `key`, None if nothing of that type; they may not say two things."""
-    said = [(kind, meta[key]) for kind, meta in metas.items() if isinstance(meta.get(key), wanted)]
-    for kind, value in said[1:]:
-        if value != said[0][1]:
-            raise ImatchError(
-                f"{item.files[said[0][0]]} and {item.files[kind]} do not belong together: {key} is {said[0][1]} in "
-                f"the meta of one and {value} in the other's; export them again"
-            )
-    return said[0][1] if said else None
+def _fits(value: Any, whole: bool, positive: bool) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value == int(value) or not whole) and (value > 0 or not positive)
+
+
+def _said(item: Item, metas: Mapping[str, Row]) -> Row:
+    """What the metas of one photograph's files say of it; they may not say two things."""
+    said: Row = {}
+    for key in _TOLD:
+        wanted = object if key in (*_WANTED, "position") else str
+        told = [
+            (kind, meta[key])
+            for kind, meta in metas.items()
+            if meta.get(key) is not None and isinstance(meta[key], wanted)
+        ]
+        for kind, value in told:
+            if value != said.setdefault(key, value):
+                raise ImatchError(
+                    f"{item.files[told[0][0]]} and {item.files[kind]} do not belong together: {key} is {said[key]} in "
+                    f"the meta of one and {value} in the other's; export them again"
+                )
+    return said
 
 
 def _name_digest(group: Group, name: str) -> str:
@@ -856,51 +529,11 @@ def _name_digest(group: Group, name: str) -> str:
     return hashlib.sha256(os.fsencode(f"{group.folder.name}/{name}")).hexdigest()
 
 
-def _given(group: Group, photographs: Path) -> dict[str, str]:
-    """Item id -> id of its photograph: that of the meta, else the one file that bears the label and the frame."""
-    there = images.list_photographs(photographs)
-    folders: dict[str, list[str]] = defaultdict(list)
-    for id in there:
-        folders[PurePosixPath(id).parent.name or photographs.name].append(id)
-    known, found, problems = {*there}, {}, []
-    for item in group.items:
-        said = _known(item, item.metas(), "id", str)
-        near = [name for name in folders if name == item.label or name.endswith(f"_{item.label}")]
-        fitting = [id for name in near for id in folders[name] if _bears(PurePosixPath(id).stem, item.frame)]
-        fitting = [said] if said in known else fitting
-        if len(fitting) == 1:
-            found[item.id] = fitting[0]
-        else:
-            problems.append(f"{item.id}: {', '.join(fitting) or 'none'}")
-    twice = [id for id, n in Counter(found.values()).items() if n > 1]
-    problems += [f"{item}: {id}, as another" for item, id in found.items() if id in twice]
-    if problems:
-        raise _listed(
-            f"{group}: {len(problems)} of {len(group.items)} do not have one photograph in {photographs}",
-            problems,
-            "correct --photographs, or leave it out",
-        )
-    return found
-
-
-def _bears(stem: str, frame: str) -> bool:
-    """Whether a file's stem ends in a frame, whatever its padding."""
-    number = re.search(r"\d+$", stem, re.ASCII)
-    same = number is not None and frame.isdecimal() and int(number[0]) == int(frame)
-    return same or _safe(stem) == frame or stem.endswith(f"_{frame}")
-
-
-def _photographs_of(group: Group) -> Group:
-    return Group(group.folder, *_configuration(group), group.hub_entry, group.family, False, [])
-
-
-def _configuration(group: Group) -> tuple[str, str, str]:
-    return group.weight, group.cfg, group.variant
-
-
 def _folder(group: Group, groups: Sequence[Group], run: Path) -> Path:
     """Where a group's step goes. Two families of one weight are kept apart; two networks are refused."""
-    alike = [g for g in groups if (g.folder, *_configuration(g)) == (group.folder, *_configuration(group))]
+    alike = [
+        g for g in groups if all(getattr(g, k) == getattr(group, k) for k in ("folder", "weight", "cfg", "variant"))
+    ]
     entries = {g.hub_entry for g in alike if g.family == group.family}
     if len(entries) > 1:
         raise ImatchError(
@@ -918,10 +551,10 @@ def _decimal(text: str) -> float:
     return float(text.replace("p", "."))
 
 
-def _listed(what: str, problems: Sequence[str], remedy: str, kind: type[ImatchError] = ImatchError) -> ImatchError:
+def _listed(what: str, problems: Sequence[str], remedy: str) -> ImatchError:
     more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
     lines = "\n".join(f"  {store.printable(line)}" for line in [*problems[:10], *more])
-    return kind(f"{what}:\n{lines}\n{remedy[0].upper()}{remedy[1:]}.")
+    return ImatchError(f"{what}:\n{lines}\n{remedy[0].upper()}{remedy[1:]}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -931,12 +564,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("tree", type=Path, help="the root of the files, a data set's folder in it or a weight's")
     command.add_argument("--exports", default="", help="where the stores go (default: EXPORT_ROOT, else exports/)")
     command.add_argument("--run", default="imported", help="name of this piece of work (default: imported)")
-    command.add_argument("--photographs", help="the data set's folder, if it is at hand")
     command.add_argument("--on-change", default="refuse", choices=runs.ON_CHANGE, help="stores of changed files")
     options = parser.parse_args(arguments)
     try:
         groups = read_tree(registry.resolve(options.tree))
-        photographs = registry.dataset(options.photographs, "").root if options.photographs else None
+        registry.folder_name(options.run, "run")
     except ImatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -944,11 +576,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for group in groups:
         print(f"== {group}: {len(group.items)}", flush=True)
         try:
-            exports = registry.exports_folder(options.exports)
-            import_group(group, groups, exports, options.run, photographs, options.on_change)
+            import_group(group, groups, registry.exports_folder(options.exports), options.run, options.on_change)
         except ImatchError as error:
             failures += 1
-            print(f"FAILED {group}: {error}", file=sys.stderr, flush=True)
+            said = str(error).replace("-p on_change", "--on-change").replace("-p run", "--run")
+            print(f"FAILED {group}: {said}", file=sys.stderr, flush=True)
     return 1 if failures else 0
 
 

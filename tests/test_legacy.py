@@ -1,4 +1,4 @@
-"""Per-image files: out under the names that were agreed on, and back in without a changed bit."""
+"""Per-image files come back without a changed bit, ours and those of other tools."""
 
 from __future__ import annotations
 
@@ -14,103 +14,26 @@ from PIL import Image
 
 import imatch
 from imatch import legacy, runs, steps, store
-from imatch.records import ImatchError, StepError, Tokens
-from imatch.runs import Step
+from imatch.records import ImatchError, StepError
 from imatch.store import Embeddings
-
-ALL = ("global.npy", "patch.npy", "grid.npy", "denseft.npy", "denseft.png")
-PATCH, D = 16, 24
-PARAMETERS = {
-    "dataset": "survey",
-    "image_groups": [],
-    "weight": "vits16+",
-    "backbone": {
-        "hub_entry": "dinov3_vits16plus",
-        "filename": "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
-        "family": "LVD",
-        "source": "timm",
-        "pooling": "cls",
-        "precision": "fp32",
-    },
-    "weights_digest": "4057cbaa",
-    "resize": {"mode": "stretch", "long_side": 64},
-    "cfg": "res64",
-    "variant": "raw",
-    "shard_size": 3,
-}
-IDS = {  # id -> capture, label, frame
-    "250912_low/250912_low_0007.JPG": ("250912", "low", 7),
-    "250912_low/250912_low_0012.JPG": ("250912", "low", 12),
-    "250912_very_high/250912_very_high_0007.JPG": ("250912", "very_high", 7),
-    "251001_high/251001_high_7.JPG": ("251001", "high", 7),
-}
-LOW_7 = "_res64_raw_dinov3_vits16plus_LVD_low_0007"
+from tests.test_perimage import (
+    ALL,
+    IDS,
+    LOW_7,
+    PARAMETERS,
+    embedded,
+    export,
+    files,
+    row,
+    survey,
+    tokens,
+    with_references,
+)
 
 
-def tokens(seed: int, grid=(4, 6), size=(64, 96), dtype=np.float16, xy=None) -> Tokens:
-    random = np.random.default_rng(seed)
-    vector = random.normal(size=D)
-    descriptors = random.normal(size=(grid[0] * grid[1], D)).astype(dtype)
-    xy = store.grid_xy(grid, size) if xy is None else xy
-    return Tokens((vector / np.linalg.norm(vector)).astype(np.float32), descriptors, xy, grid)
-
-
-def made(folder: Path, rows: list[dict], name="01_embed", upstream=None, links=None, **given) -> Step:
-    """A finished step as 01_embed or 02_references leaves it."""
-    given = {**PARAMETERS, **given}
-    links = {"photographs": folder.parent, **(links or {})}
-    step = runs.start(folder, name, given, upstream or {}, links)
-    for shard in range(0, len(rows), 3):
-        part = rows[shard : shard + 3]
-        every = [tokens(shard + i, size=row["size"]) for i, row in enumerate(part)]
-        store.write_shard(folder, shard // 3, part, every)
-    store.merge(folder)
-    steps.finish_embed(step, Embeddings(folder))
-    return step
-
-
-def row(id: str, number: int, **about) -> dict:
-    return {"id": id, "size": (64, 96), "sha256": f"{number:064x}", "position": {"latitude": 1.5}, **about}
-
-
-def survey(exports: Path, **given) -> Step:
-    rows = [
-        row(id, i, capture=capture, label=label, frame=frame)
-        for i, (id, (capture, label, frame)) in enumerate(IDS.items())
-    ]
-    return made(exports / "r" / "01_embed" / "survey" / "vits16+" / "res64_raw", rows, **given)
-
-
-def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
-    data = survey(exports)
-    views = exports / "r" / "02_references" / "survey" / "isometric"
-    step = runs.start(views / "views", "02_references", {"crops": list(crops)}, {}, {"embed": data.folder})
-    rows, described = [], []
-    for number, source in enumerate(store.read_rows(data.folder / "images.jsonl")):
-        for angle in (0.0, 22.5, -45.0):
-            for crop in crops:
-                id = f"{source['id'][:-4]}_{angle}_{crop}.jpg"
-                made_of = {"source": source["id"], "source_sha256": source["sha256"]}
-                rows.append(row(id, 100 + len(rows), **made_of))
-                described.append({"id": id, "angle": angle, "crop": crop, "source": source["id"]})
-                assert number < 4
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    store.write_rows(views / "views" / "references.jsonl", [described[i] for i in order])
-    step.finish({})
-    links = {"views": step.folder, "embed": data.folder}
-    upstream = {"embed": str(data.fingerprint)}
-    references = made(
-        views / "vits16+" / "res64_raw", [rows[i] for i in order], "02_references", upstream=upstream, links=links
-    )
-    return data, references
-
-
-def export(step: Step, folder: Path, outputs=ALL) -> int:
-    return legacy.export(step, Embeddings(step.folder), outputs, folder)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def imported(tree: Path, exports: Path, run: str = "i", on_change: str = "refuse") -> list[Path]:
+    groups = legacy.read_tree(tree)
+    return [legacy.import_group(group, groups, exports, run, on_change) for group in groups]
 
 
 @pytest.fixture
@@ -120,268 +43,7 @@ def tree(tmp_path) -> Path:
     return tmp_path / "tree"
 
 
-# --- out --------------------------------------------------------------------------------------------------
-
-
-def test_files_have_the_names_that_were_agreed_on(tmp_path):
-    assert export(survey(tmp_path / "exports"), tmp_path / "tree") == 4 * (4 * 2 + 1)
-    names = sorted(files(tmp_path / "tree"))
-    for name in (
-        "survey/vits16+/low/GlobalToken/GlobalToken_res64_raw_dinov3_vits16plus_LVD_low_0007.npy",
-        "survey/vits16+/low/GlobalToken/GlobalToken_res64_raw_dinov3_vits16plus_LVD_low_0007_meta.json",
-        "survey/vits16+/low/PatchToken/PatchToken_res64_raw_dinov3_vits16plus_LVD_low_0012.npy",
-        "survey/vits16+/very_high/PatchGrid/PatchGrid_res64_raw_dinov3_vits16plus_LVD_very_high_0007.npy",
-        "survey/vits16+/high/DenseFT/DenseFT_res64_raw_dinov3_vits16plus_LVD_high_7.npy",
-        "survey/vits16+/high/DenseFT/DenseFT_res64_raw_dinov3_vits16plus_LVD_high_7.png",
-        "survey/vits16+/high/DenseFT/DenseFT_res64_raw_dinov3_vits16plus_LVD_high_7_meta.json",
-    ):
-        assert name in names
-    assert len(names) == 36
-
-
-@pytest.mark.parametrize(("crops", "rot"), [((1.0,), "rot22p5"), ((0.5, 1.0), "rot22p5_crop50")], ids=str)
-def test_references_bear_the_names_of_their_sources(crops, rot, tmp_path):
-    _, references = with_references(tmp_path / "exports", crops)
-    export(references, tmp_path / "tree", ("global.npy", "patch.json", "grid.npy", "denseft.png"))
-    names = files(tmp_path / "tree")
-    for kind, suffix in (
-        ("ReferenceGlobal", ".npy"),
-        ("ReferencePatch", "_meta.json"),
-        ("ReferenceGrid", ".npy"),
-        ("ReferenceDenseFT", ".png"),
-    ):
-        assert f"survey/vits16+/low/{rot}/{kind}/{kind}_res64_raw_dinov3_vits16plus_LVD_low_0007{suffix}" in names
-    turned = "rotm045" if len(crops) == 1 else "rotm045_crop100"
-    place = f"survey/vits16+/very_high/{turned}/ReferenceGlobal"
-    meta = json.loads(names[f"{place}/ReferenceGlobal_res64_raw_dinov3_vits16plus_LVD_very_high_0007_meta.json"])
-    assert (meta["angle"], meta["crop"], meta["source"]) == (-45, 1, "250912_very_high/250912_very_high_0007.JPG")
-    assert meta["source_sha256"] == f"{2:064x}"
-
-
-def test_arrays_are_those_of_the_store(tmp_path):
-    step = survey(tmp_path / "exports")
-    export(step, tmp_path / "tree")
-    low = tmp_path / "tree/survey/vits16+/low"
-    one = Embeddings(step.folder).tokens(0)
-    for kind, wanted in (("GlobalToken", one.vector), ("PatchToken", one.descriptors), ("PatchGrid", one.as_grid())):
-        array = np.load(low / kind / f"{kind}{LOW_7}.npy")
-        assert array.dtype == wanted.dtype
-        assert np.array_equal(array, wanted)
-    colours = np.load(low / f"DenseFT/DenseFT{LOW_7}.npy")
-    assert colours.shape == (4, 6, 3)
-    with Image.open(low / f"DenseFT/DenseFT{LOW_7}.png") as picture:
-        assert picture.size == (512, 341)
-
-
-def test_meta_says_how_it_was_made(tmp_path):
-    step = survey(tmp_path / "exports")
-    export(step, tmp_path / "tree", ["patch.npy"])
-    meta = store.read_json(tmp_path / f"tree/survey/vits16+/low/PatchToken/PatchToken{LOW_7}_meta.json")
-    fingerprint = meta.pop("fingerprint")
-    assert len(fingerprint) == 64
-    assert meta == {
-        "kind": "PatchToken",
-        "dataset": "survey",
-        "weight": "vits16+",
-        "hub_entry": "dinov3_vits16plus",
-        "family": "LVD",
-        "filename": "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
-        "weights_digest": "4057cbaa",
-        "cfg": "res64",
-        "variant": "raw",
-        "tag": "",
-        "resize": {"mode": "stretch", "long_side": 64},
-        "pooling": "cls",
-        "precision": "fp32",
-        "backbone": PARAMETERS["backbone"],
-        "id": "250912_low/250912_low_0007.JPG",
-        "sha256": "0" * 64,
-        "size": [64, 96],
-        "grid": [4, 6],
-        "position": {"latitude": 1.5},
-        "capture": "250912",
-        "label": "low",
-        "frame": 7,
-        "shape": [24, 24],
-        "dtype": "float16",
-    }
-
-
-def test_json_is_the_meta_alone(tmp_path):
-    step = survey(tmp_path / "exports")
-    export(step, tmp_path / "tree", ["global.json"])
-    assert all(name.endswith("_meta.json") for name in files(tmp_path / "tree"))
-    assert export(step, tmp_path / "tree", ["global.json", "global.npy"]) == 4
-
-
-def test_second_export_writes_nothing(tmp_path):
-    step = survey(tmp_path / "exports")
-    export(step, tmp_path / "tree")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tree").rglob("*")}
-    assert export(step, tmp_path / "tree") == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tree").rglob("*")} == before
-
-
-def test_killed_export_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    step = survey(tmp_path / "exports")
-    export(step, tmp_path / "whole")
-    write, calls = store.write_array, []
-
-    def killed(path: Path, array: np.ndarray) -> None:
-        calls.append(path)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        write(path, array)
-
-    monkeypatch.setattr(store, "write_array", killed)
-    with pytest.raises(KeyboardInterrupt):
-        export(step, tmp_path / "tree")
-    monkeypatch.setattr(store, "write_array", write)
-    assert 0 < len(files(tmp_path / "tree")) < 36
-    export(step, tmp_path / "tree")
-    assert files(tmp_path / "tree") == files(tmp_path / "whole")
-
-
-def test_files_made_differently_are_refused_or_made_anew(tmp_path):
-    export(survey(tmp_path / "a"), tmp_path / "tree")
-    before = files(tmp_path / "tree")
-    other = survey(tmp_path / "b", weights_digest="another")
-    with pytest.raises(
-        StepError, match=r"were made differently:\n  survey/vits16\+/low/.* -> (?s:.*)Nothing was touched"
-    ):
-        export(other, tmp_path / "tree", ["global.npy"])
-    assert files(tmp_path / "tree") == before
-    other.on_change = "recompute"
-    export(other, tmp_path / "tree", ["denseft.npy"])
-    names = files(tmp_path / "tree")
-    assert len([n for n in names if "DenseFT_" in n]) == 8  # the pictures of before are gone, not blessed
-    assert sum(before.get(name) != data for name, data in names.items()) >= 4
-
-
-def test_foreign_files_are_not_overwritten(tmp_path):
-    path = tmp_path / f"tree/survey/vits16+/low/GlobalToken/GlobalToken{LOW_7}.npy"
-    store.write_array(path, np.ones(3))
-    with pytest.raises(StepError, match="no meta says how it was made"):
-        export(survey(tmp_path / "exports"), tmp_path / "tree")
-    assert list(files(tmp_path / "tree")) == [path.relative_to(tmp_path / "tree").as_posix()]
-
-
-def test_other_shards_and_groups_are_the_same_files(tmp_path):
-    """What changes no number of a photograph changes nothing of its files."""
-    export(survey(tmp_path / "a"), tmp_path / "tree", ["global.npy"])
-    assert (
-        export(survey(tmp_path / "b", shard_size=2, image_groups=[{"folder": "x"}]), tmp_path / "tree", ["global.npy"])
-        == 0
-    )
-
-
-@pytest.mark.parametrize(("output", "said"), [("glob.npy", "did you mean 'global.npy'"), ("denseft.json", "Known: ")])
-def test_unknown_output_is_refused_before_anything_is_written(output, said, tmp_path):
-    with pytest.raises(ImatchError, match=f"unknown output '{output}'.*{said}"):
-        export(survey(tmp_path / "exports"), tmp_path / "tree", ["global.npy", output])
-    assert not (tmp_path / "tree").exists()
-
-
-def test_keypoints_have_global_files_only(few_photographs, tmp_path):
-    step = embedded(few_photographs, tmp_path / "exports", "sift")
-    with pytest.raises(
-        ImatchError, match=r"outputs grid.npy, patch.npy need a grid, and a.png .* has keypoints: leave"
-    ):
-        export(step, tmp_path / "tree", ["patch.npy", "grid.npy", "global.npy"])
-    assert not (tmp_path / "tree").exists()
-    assert export(step, tmp_path / "tree", ["global.npy"]) == 8
-    assert "few/sift/few/GlobalToken/GlobalToken_scale1_raw_sift_NONE_few_a.npy" in files(tmp_path / "tree")
-
-
-def test_tree_lies_beside_the_steps_unless_told(tmp_path):
-    data, references = with_references(tmp_path / "exports")
-    for step in (data, references):
-        assert legacy.export(step, Embeddings(step.folder), []) == 0
-        assert legacy.export(step, Embeddings(step.folder), ["global.json"]) == len(Embeddings(step.folder))
-    assert {path.name for path in (tmp_path / "exports/r/per_image").iterdir()} == {"survey"}
-    assert len(files(tmp_path / "exports/r/per_image/survey/vits16+/low")) == 2 + 2 * 3
-
-
-def test_tag_follows_the_configuration(tmp_path):
-    plain = survey(tmp_path / "exports")
-    tagged = plain.folder.with_name("res64_raw_new_try")
-    shutil.copytree(plain.folder, tagged)
-    for step in (plain, runs.read(tagged)):
-        export(step, tmp_path / "tree", ["global.npy"])
-    names = {Path(name).name for name in files(tmp_path / "tree")}
-    assert {f"GlobalToken{LOW_7}.npy", f"GlobalToken{LOW_7.replace('_raw', '-new_try_raw')}.npy"} <= names
-    groups = {(group.cfg, group.variant, len(group.items)) for group in legacy.read_tree(tmp_path / "tree")}
-    assert groups == {("res64", "raw", 4), ("res64-new_try", "raw", 4)}
-
-
-# --- names ------------------------------------------------------------------------------------------------
-
-
-def named(*ids: str) -> dict[str, str]:
-    return {id: "/".join(name) for id, name in legacy._names([{"id": id} for id in ids], "beach").items()}
-
-
-@pytest.mark.parametrize(
-    ("ids", "wanted"),
-    [
-        (["a.jpg", "b/c.jpg"], ["beach/a", "b/c"]),
-        (["x/1/a.jpg", "y/1/a.jpg", "y/2/a.jpg"], ["x_1/a", "y_1/a", "2/a"]),
-        (["a.jpg", "a.png", "b.png"], ["beach/a_jpg", "beach/a_png", "beach/b"]),
-        (["flight 1/a:b.jpg"], ["flight-1/a-b"]),
-        (["서울/사진 1.jpg"], ["서울/사진-1"]),
-    ],
-    ids=str,
-)
-def test_names_of_plain_folders_are_safe(ids, wanted):
-    assert [*named(*ids).values()] == wanted
-
-
-@pytest.mark.parametrize("ids", [["a.png", "A.PNG"], ["f/a b.jpg", "f/a-b.jpg"], ["a/b_c/1.jpg", "a_b/c/1.jpg"]])
-def test_no_two_names_are_alike_even_without_case(ids):
-    names = {name.lower() for name in named(*ids, "z/b/c/1.jpg").values()}
-    assert len(names) == len(ids) + 1
-
-
-def test_two_captures_with_one_label_are_told_apart():
-    rows = [
-        {"id": "1_low/1_low_0007.jpg", "capture": "1", "label": "low", "frame": 7},
-        {"id": "2_low/2_low_0007.jpg", "capture": "2", "label": "low", "frame": 7},
-        {"id": "2_high/2_high_2.jpg", "capture": "2", "label": "high", "frame": 2},
-        {"id": "3_60/3_60.jpg", "capture": "3", "label": 60, "frame": 9},
-    ]
-    assert ["/".join(name) for name in legacy._names(rows, "beach").values()] == [
-        "1_low/0007",
-        "2_low/0007",
-        "high/2",
-        "60/9",
-    ]
-
-
-def test_long_names_stay_short():
-    ids = [f"{'folder' * 40}/{'é' * 100}{end}.jpg" for end in "ab"]
-    found = [*named(*ids).values()]
-    assert len({*found}) == 2
-    assert max(len(part.encode()) for name in found for part in name.split("/")) < 100
-
-
 # --- out and in again -------------------------------------------------------------------------------------
-
-
-def embedded(photographs: Path, exports: Path, weight: str, **given) -> Step:
-    step = imatch.start_embed(
-        str(photographs),
-        exports=str(exports),
-        run="r",
-        weight=weight,
-        backbone_options={},
-        resize=imatch.Resize(),
-        shard_size=3,
-        tag="",
-        on_change="refuse",
-        **given,
-    )
-    imatch.finish_embed(step, imatch.embed(step, workers=0))
-    return step
 
 
 def same_tokens(a: Embeddings, b: Embeddings, rows: dict[int, int] | None = None) -> None:
@@ -404,7 +66,7 @@ def by_sha(a: Embeddings, b: Embeddings) -> dict[int, int]:
 def test_import_gives_back_equal_arrays(outputs, tmp_path):
     step = survey(tmp_path / "exports")
     export(step, tmp_path / "tree", outputs)
-    (folder,) = legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i")
+    (folder,) = imported(tmp_path / "tree", tmp_path / "back")
     assert folder == tmp_path / "back/i/01_embed/survey/vits16+/res64_raw"
     a, b = Embeddings(step.folder), Embeddings(folder)
     assert b.ids == ["high/7", "low/0007", "low/0012", "very_high/0007"]
@@ -419,14 +81,18 @@ def test_import_gives_back_equal_arrays(outputs, tmp_path):
         **{key: a.rows[0][key] for key in ("size", "sha256", "position", "capture", "label", "frame")},
         "global_norm": 1.0,
     }
-    assert low["meta"]["global"] == store.read_json(
+    assert not {"meta", "global", "patch"} & {*low}
+    metas = store.read_rows(folder / "metas.jsonl")
+    low = metas[b.ids.index("low/0007")]
+    assert low["global"] == store.read_json(
         tmp_path / f"tree/survey/vits16+/low/GlobalToken/GlobalToken{LOW_7}_meta.json"
     )
-    assert {*low["meta"]} == {output[:-4] for output in outputs} - {"denseft"}
+    assert {*low} == {output[:-4] for output in outputs} - {"denseft"}
+    assert [meta["global"]["sha256"] for meta in metas] == [row["sha256"] for row in b.rows]
 
 
 def test_exported_again_it_is_the_same_tree(tree, tmp_path):
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     export(runs.read(folder), tmp_path / "again", ("global.npy", "patch.npy", "grid.npy"))
     arrays = {name: data for name, data in files(tree).items() if name.endswith(".npy")}
     assert {name: data for name, data in files(tmp_path / "again").items() if name.endswith(".npy")} == arrays
@@ -437,46 +103,12 @@ def test_exported_again_it_is_the_same_tree(tree, tmp_path):
 def test_dense_sift_comes_back(variant, few_photographs, tmp_path):
     step = embedded(few_photographs, tmp_path / "exports", "dsift", variant=variant)
     export(step, tmp_path / "tree")
-    (folder,) = legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i")
+    (folder,) = imported(tmp_path / "tree", tmp_path / "back")
     a, b = Embeddings(step.folder), Embeddings(folder)
     assert folder.parts[-3:] == ("few", "dsift", f"scale1_{variant}")
-    assert b.ids == ["few/a", "few/b", "few/c", "flight-1/d"]
+    assert b.ids == ["few/a", "few/b", "few/c", "flight_1/d"]
     same_tokens(a, b)
     assert runs.read(folder).parameters["backbone"] == step.parameters["backbone"]
-
-
-def test_photographs_at_hand_give_their_ids(few_photographs, tmp_path):
-    step = embedded(few_photographs, tmp_path / "exports", "dsift")
-    export(step, tmp_path / "tree", ["global.npy", "patch.npy"])
-    (folder,) = legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i", few_photographs)
-    a, b = Embeddings(step.folder), Embeddings(folder)
-    assert a.ids == b.ids
-    same_tokens(a, b)
-    same = ("id", "size", "sha256", "position", "grid")
-    assert [[row[key] for key in same] for row in a.rows] == [[row[key] for key in same] for row in b.rows]
-    assert runs.read(folder).linked("photographs") == few_photographs
-
-
-def test_photographs_are_found_without_a_meta(few_photographs, tmp_path):
-    step = embedded(few_photographs, tmp_path / "exports", "dsift")
-    export(step, tmp_path / "tree", ["global.npy", "grid.npy"])
-    for path in (tmp_path / "tree").rglob("*_meta.json"):
-        path.unlink()
-    shutil.copytree(few_photographs, tmp_path / "few")
-    (tmp_path / "few/flight 1").rename(tmp_path / "few/1_flight-1")
-    (folder,) = legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i", tmp_path / "few")
-    assert Embeddings(folder).ids == ["1_flight-1/d.png", "a.png", "b.png", "c.jpg"]
-    (tmp_path / "few/b.png").unlink()
-    with pytest.raises(ImatchError, match=r"1 of 4 do not have one photograph in .*:\n  few/b: none\nCorrect --photo"):
-        legacy.import_tree(tmp_path / "tree", tmp_path / "back", "j", tmp_path / "few")
-
-
-def test_another_photograph_under_the_name_is_refused(few_photographs, tmp_path):
-    export(embedded(few_photographs, tmp_path / "exports", "dsift"), tmp_path / "tree", ["global.npy"])
-    shutil.copytree(few_photographs, tmp_path / "few")
-    shutil.copy(few_photographs / "b.png", tmp_path / "few/a.png")
-    with pytest.raises(ImatchError, match=r"few/a.png is not the photograph that .*_a.npy was made from"):
-        legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i", tmp_path / "few")
 
 
 @pytest.mark.parametrize("crops", [(1.0,), (0.5, 1.0)], ids=str)
@@ -484,7 +116,7 @@ def test_references_come_back_in_a_store_of_their_own(crops, tmp_path):
     data, references = with_references(tmp_path / "exports", crops)
     for step in (data, references):
         export(step, tmp_path / "tree")
-    folders = legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i")
+    folders = imported(tmp_path / "tree", tmp_path / "back")
     assert [folder.relative_to(tmp_path / "back/i").as_posix() for folder in folders] == [
         "01_embed/survey/vits16+/res64_raw",
         "02_references/survey/imported/vits16+/res64_raw",
@@ -529,7 +161,7 @@ def test_cropped_and_thinned_grids_keep_their_places(tmp_path):
     export(step, tmp_path / "tree")
     with Image.open(next((tmp_path / "tree").rglob("*.png"))) as picture:
         assert picture.size == (512, 512)
-    (back,) = legacy.import_tree(tmp_path / "tree", tmp_path / "back", "i")
+    (back,) = imported(tmp_path / "tree", tmp_path / "back")
     assert np.array_equal(Embeddings(back).tokens(1).xy, xy)
 
 
@@ -565,7 +197,7 @@ def foreign(tree: Path, kinds: dict[str, str], frames=("0001", "0002"), seed=0, 
 )
 def test_trees_of_other_tools_are_read(kinds, tmp_path):
     tree = foreign(tmp_path / "tree", kinds)
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     embeddings = Embeddings(folder)
     assert folder.parts[-3:] == ("beach", "cxTiny", "res64_raw")
     assert embeddings.ids == ["mid_low/0001", "mid_low/0002"]
@@ -586,19 +218,11 @@ def test_trees_of_other_tools_are_read(kinds, tmp_path):
         assert about["size"] == [128, 128]
         vector = np.load(next(tree.rglob(f"Global*_{frame}.npy")))[0]
         assert np.linalg.norm(one.vector) == pytest.approx(1, abs=1e-6)
-        assert np.allclose(one.vector * about["global_norm"], vector, rtol=1e-6, atol=0)
-        assert about["meta"]["global"] == {
-            "cfg": "res64",
-            "variant": "raw",
-            "hub_entry": "dinov3_convnext_tiny",
-            "family": "SAT",
-            "label": "mid_low",
-            "frame": frame,
-        }
+        assert np.allclose(one.vector * about["global_norm"], vector, rtol=3e-7, atol=0)
 
 
 def test_global_files_alone_are_a_store(tmp_path):
-    (folder,) = legacy.import_tree(foreign(tmp_path / "tree", {"global": "Global"}), tmp_path / "back", "i")
+    (folder,) = imported(foreign(tmp_path / "tree", {"global": "Global"}), tmp_path / "back")
     embeddings = Embeddings(folder)
     assert embeddings.vectors.shape == (2, 8)
     assert embeddings.tokens(0).descriptors.shape == (0, 8)
@@ -617,7 +241,7 @@ def test_references_of_other_tools_know_their_sources(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "grid": "PatchGrid"})
     for rot in ("rot045", "-90", "rot30_crop50"):
         foreign(tree, {"global": f"ReferenceGlobal|{rot}", "grid": f"ReferenceGrid|{rot}"}, seed=1)
-    folders = legacy.import_tree(tree, tmp_path / "back", "i")
+    folders = imported(tree, tmp_path / "back")
     assert len(folders) == 2
     data, references = map(Embeddings, folders)
     assert references.shows == [data.shows[int(id.endswith("2"))] for id in references.ids]
@@ -629,33 +253,55 @@ def test_references_of_other_tools_know_their_sources(tmp_path):
 
 def test_references_without_their_photographs_are_a_store_too(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "ReferenceGlobal|rot045"})
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     assert [row["source"] for row in Embeddings(folder).rows] == ["mid_low/0001", "mid_low/0002"]
 
 
 def test_two_families_of_one_weight_are_two_stores(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global"}, entry="dinov3_vitl16_LVD")
     foreign(tree, {"global": "Global"}, entry="dinov3_vitl16_SAT")
-    folders = legacy.import_tree(tree, tmp_path / "back", "i")
+    folders = imported(tree, tmp_path / "back")
     assert [folder.name for folder in folders] == ["res64_raw_LVD", "res64_raw_SAT"]
+    for folder in folders:
+        export(runs.read(folder), tmp_path / "again", ["global.npy"])
+    again = sorted(path.name for path in (tmp_path / "again").rglob("*.npy"))
+    assert again == sorted(f"GlobalToken{path.name[6:]}" for path in tree.rglob("*.npy"))
+    for path in tree.rglob("*.npy"):
+        back = np.load(next((tmp_path / "again").rglob(f"GlobalToken{path.name[6:]}")))
+        assert np.allclose(back, np.load(path)[0], rtol=3e-7, atol=0)
 
 
 def test_configurations_and_variants_are_stores_of_their_own(tmp_path):
-    tree = foreign(tmp_path / "tree", {"global": "Global", "patch": "Patch"}, cfg="res_64")
-    foreign(tree, {"global": "Global", "patch": "Patch"}, cfg="res_64", variant="sub2", n=(2, 2))
-    folders = legacy.import_tree(tree, tmp_path / "back", "i")
-    assert [folder.name for folder in folders] == ["res_64_raw", "res_64_sub2"]
+    given = {"kinds": {"global": "Global", "patch": "Patch"}, "entry": "dinov3_vits16_LVD"}
+    tree = foreign(tmp_path / "tree", **given, cfg="res_240", n=(15, 15))
+    foreign(tree, **given, cfg="res_240", variant="sub2", n=(8, 8))
+    folders = imported(tree, tmp_path / "back")
+    assert [folder.name for folder in folders] == ["res_240_raw", "res_240_sub2"]
     thin = Embeddings(folders[1])
-    assert thin.rows[0]["size"] == [128, 128]
-    assert thin.tokens(0).xy.tolist() == [[15.5, 15.5], [79.5, 15.5], [15.5, 79.5], [79.5, 79.5]]
+    assert thin.rows[0]["size"] == [240, 240]
+    assert np.array_equal(thin.tokens(0).xy, Embeddings(folders[0]).tokens(0).thinned(2).xy)
+
+
+def test_thinned_grids_lie_where_a_meta_says(tmp_path):
+    tree = foreign(tmp_path / "tree", {"global": "Global", "grid": "Grid"}, variant="sub2", n=(2, 3), cfg="wide")
+    refused(tree, r"Grid_.*_0001.npy is a grid of \(2, 3\), thinned by 2 from one that neither .* wide nor a meta")
+    say(tree, {"size": [64, 96], "xy_first": [7.5, 7.5], "xy_step": [32, 32.0]})
+    (folder,) = imported(tree, tmp_path / "back")
+    assert Embeddings(folder).tokens(1).xy[[0, 5]].tolist() == [[7.5, 7.5], [71.5, 39.5]]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
-def refused(tree: Path, reason: str, **given) -> None:
+def refused(tree: Path, reason: str) -> None:
     with pytest.raises(ImatchError, match=reason):
-        legacy.import_tree(tree, tree.parent / "back", "i", **given)
+        imported(tree, tree.parent / "back")
+
+
+def say(tree: Path, meta: object) -> None:
+    """Put a meta beside every file."""
+    for path in tree.rglob("*.npy"):
+        path.with_name(f"{path.stem}_meta.json").write_text(json.dumps(meta))
 
 
 @pytest.mark.parametrize(
@@ -721,7 +367,7 @@ def test_tokens_that_are_no_square_need_a_grid(tmp_path):
     refused(tree, "Patch_.*0001.npy holds 6 tokens, which is no square, and nothing says their grid: export PatchGrid")
     for path in tree.rglob("Patch_*.npy"):
         store.write_json(path.with_name(f"{path.stem}_meta.json"), {"grid": [2, 3]})
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     assert Embeddings(folder).rows[0]["grid"] == [2, 3]
     assert Embeddings(folder).rows[0]["size"] == [64, 96]
 
@@ -792,6 +438,50 @@ def test_files_that_are_no_arrays_of_tokens_are_refused(data, reason, tmp_path):
     refused(tree, f"{path.name} {reason}")
 
 
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        ({"size": [128]}, "size wants a list of 2 positive whole numbers, got .128.: correct it"),
+        ({"size": "128x128"}, "size wants a list of 2 positive whole"),
+        ({"size": [float("nan"), 3]}, "size wants a list of 2 positive whole"),
+        ({"size": [128.5, 96]}, "size wants a list of 2 positive whole"),
+        ({"grid": {"h": 4, "w": 4}}, "grid wants a list of 2 positive whole"),
+        ({"grid": [-4, -4]}, "grid wants a list of 2 positive whole"),
+        ({"xy_first": [1], "xy_step": [1, 1]}, "xy_first wants a list of 2 numbers"),
+        ({"xy_first": [1, 1], "xy_step": [1, 0]}, "xy_step wants a list of 2 positive numbers"),
+        ({"angle": "45"}, "angle wants a number"),
+        ({"position": [1, 2]}, "position wants an object"),
+    ],
+    ids=str,
+)
+def test_metas_that_would_place_things_wrongly_are_refused(meta, reason, tmp_path):
+    tree = foreign(tmp_path / "tree", {"global": "Global", "patch": "Patch"})
+    say(tree, meta)
+    refused(tree, f"_0001_meta.json: {reason}")
+
+
+def test_metas_may_say_anything_else(tmp_path):
+    tree = foreign(tmp_path / "tree", {"global": "Global", "patch": "Patch"})
+    odd = {"norm": float("nan"), "backbone": "vit", "pooling": ["cls"], "sha256": 7, "id": "../x", "grid": [4.0, 4]}
+    say(tree, {**odd, "position": {"lat": float("inf")}})
+    (folder,) = imported(tree, tmp_path / "back")
+    about = Embeddings(folder).rows[0]
+    assert (about["id"], about["position"], about["grid"]) == ("mid_low/0001", {"lat": None}, [4, 4])
+    assert store.read_rows(folder / "metas.jsonl")[0]["global"]["norm"] is None
+
+
+def test_two_data_sets_of_one_name_are_refused(tmp_path):
+    for place in "ab":
+        foreign(tmp_path / "tree" / place, {"global": "Global"})
+    refused(tmp_path / "tree", "holds two data sets named beach, .*a/beach and .*b/beach, which would become one")
+
+
+def test_files_that_an_earlier_export_left_are_refused(tree):
+    for path in tree.rglob(f"*{LOW_7}*"):
+        shutil.copy(path, path.with_name(path.name.replace("low_0007", "low_7")))
+    refused(tree, "the files of low/0007 and of low/7 both say that they show 250912_low/250912_low_0007.JPG: one of")
+
+
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_broken_metas_are_refused(text, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
@@ -831,46 +521,38 @@ def test_two_networks_under_one_weight_are_refused(tmp_path):
 
 
 def test_second_import_is_there_already(tree, tmp_path, capsys):
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
-    legacy.import_tree(tree, tmp_path / "back", "i")
+    imported(tree, tmp_path / "back")
     assert f"there already at {folder}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_second_import_reads_no_array_again(tree, tmp_path, monkeypatch):
-    legacy.import_tree(tree, tmp_path / "back", "i")
-    monkeypatch.setattr("imatch.images.file_digest", pytest.fail)
-    legacy.import_tree(tree, tmp_path / "back", "i")
-
-
 def test_changed_tree_is_refused_or_imported_anew(tree, tmp_path):
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     was = files(folder)
     path = next(tree.rglob(f"GlobalToken{LOW_7}.npy"))
     store.write_array(path, -np.load(path))
     for gone in tree.rglob("*very_high_0007*"):
         gone.unlink()
-    refused(
-        tree,
-        r"not those that .*res64_raw was made from:\n  gone: survey.*/very(?s:.*)changed: .*Global.*low_0007",
-    )
+    refused(tree, r"res64_raw was made differently:\n  parameters.files: .* -> ")
     assert files(folder) == was
-    legacy.import_tree(tree, tmp_path / "back", "i", on_change="recompute")
+    imported(tree, tmp_path / "back", "i", on_change="recompute")
     embeddings = Embeddings(folder)
     assert embeddings.ids == ["high/7", "low/0007", "low/0012"]
     assert np.array_equal(embeddings.vectors[1], np.load(path))
 
 
-def test_mended_files_need_no_permission(tree, tmp_path):
-    """An import that failed asked for it."""
+def test_mended_files_need_no_permission(tree, tmp_path, monkeypatch):
+    """An import that failed asked for it, also after its first shard."""
+    monkeypatch.setattr(legacy, "SHARD", 1)
     path = next(tree.rglob(f"PatchToken{LOW_7}.npy"))
     array = np.load(path)
     store.write_array(path, array * np.float16(np.nan))
     refused(tree, "not finite")
     store.write_array(path, array)
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     assert len(Embeddings(folder)) == 4
 
 
@@ -878,21 +560,21 @@ def test_step_of_01_embed_is_not_imported_over(tree, tmp_path):
     survey(tmp_path / "back")
     before = files(tmp_path / "back")
     with pytest.raises(StepError, match="imported: null -> true"):
-        legacy.import_tree(tree, tmp_path / "back", "r")
+        imported(tree, tmp_path / "back", "r")
     assert files(tmp_path / "back") == before
 
 
 def test_references_join_a_step_of_01_embed(tmp_path):
     data, references = with_references(tmp_path / "exports")
     export(references, tmp_path / "tree", ["global.npy"])
-    (folder,) = legacy.import_tree(tmp_path / "tree", tmp_path / "exports", "r")
+    (folder,) = imported(tmp_path / "tree", tmp_path / "exports", "r")
     assert runs.read(folder).upstream == {"embed": data.fingerprint}
     assert {row["source"] for row in Embeddings(folder).rows} == {*IDS}
 
 
 def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(legacy, "SHARD", 2)
-    (whole,) = legacy.import_tree(tree, tmp_path / "whole", "i")
+    (whole,) = imported(tree, tmp_path / "whole")
     write = store.write_shard
 
     def killed(folder: Path, shard: int, *rest, **options) -> None:
@@ -902,10 +584,10 @@ def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
-        legacy.import_tree(tree, tmp_path / "back", "i")
+        imported(tree, tmp_path / "back")
     written = []
     monkeypatch.setattr(store, "write_shard", lambda *a, **o: (written.append(a[1]), write(*a, **o)))
-    (folder,) = legacy.import_tree(tree, tmp_path / "back", "i")
+    (folder,) = imported(tree, tmp_path / "back")
     assert written == [1]
     same = [name for name in files(whole) if name != "step.json"]  # which says how long it took
     assert {name: files(folder)[name] for name in same} == {name: files(whole)[name] for name in same}
@@ -928,10 +610,15 @@ def test_exit_codes(tmp_path, capsys):
     foreign(tree, {"global": "Global"}, cfg="res32")
     exports = ["--exports", str(tmp_path / "back")]
     assert legacy.main(["import", str(tmp_path / "nowhere"), *exports]) == 2
-    assert legacy.main(["import", str(tree), "--photographs", str(tmp_path / "nowhere"), *exports]) == 2
-    assert "error: dataset folder" in capsys.readouterr().err
+    assert legacy.main(["import", str(tree), "--run", "../../x", *exports]) == 2
+    assert "error: run '../../x'" in capsys.readouterr().err
     next(tree.rglob("*res32*_0002.npy")).write_bytes(b"")
     assert legacy.main(["import", str(tree), *exports]) == 1
     said = capsys.readouterr()
     assert "FAILED beach cxTiny res32 raw" in said.err
     assert (tmp_path / "back/imported/01_embed/beach/cxTiny/res64_raw/metrics.json").is_file()  # the other one went on
+    store.write_array(
+        tree / "beach/cxTiny/mid_low/Global/Global_res64_raw_dinov3_convnext_tiny_SAT_mid_low_3.npy", np.ones(8)
+    )
+    assert legacy.main(["import", str(tree), *exports]) == 1
+    assert "To make it anew: --on-change recompute" in capsys.readouterr().err

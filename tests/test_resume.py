@@ -392,6 +392,7 @@ def test_killed_reference_tokens(run_killed, whole, empty):
 
 EMBED_KILLS = [
     Kill("os.rename", "/step.json"),
+    Kill("os.rename", "/step.json", 2),  # where it runs is known
     Kill("os.rename", "/00003.npy"),
     Kill("os.rename", "/00003.global.npy"),
     Kill("os.rename", "/00003.xy.npy"),
@@ -402,7 +403,7 @@ EMBED_KILLS = [
     Kill("os.rename", "/images.jsonl"),
     Kill("os.remove", "/00002.jsonl"),  # merged, and its parts half removed
     Kill("os.remove", "/00002.global.npy"),
-    Kill("os.rename", "/step.json", 2),  # finishing: the fingerprint
+    Kill("os.rename", "/step.json", 3),  # finishing: the fingerprint
     Kill("os.rename", "/metrics.json"),
 ]
 
@@ -416,7 +417,7 @@ def test_killed_anywhere_in_embedding(run_killed, tmp_path):
     run_killed(*((house, "embed", kill) for house, kill in zip(houses, EMBED_KILLS, strict=True)))
     for house, kill in zip(houses, EMBED_KILLS, strict=True):
         folder = house.folder("01_embed")
-        merged = kill in EMBED_KILLS[9:]
+        merged = kill in EMBED_KILLS[10:]
         assert (folder / "images.jsonl").exists() == merged, kill
         assert not (folder / "metrics.json").exists()
         before = state(folder / "local")

@@ -84,7 +84,7 @@ def start_embed(
     Args:
         dataset: a key of the registry's data sets, or a folder of photographs.
         data_key: the registry's file.
-        image_groups: which of the photographs (see `registry.Dataset.select`); none is all.
+        image_groups: which of the photographs (see `datasets.Dataset.select`); none is all.
         exports, run: results go to <exports>/<run>/.
         weight: "sift", "dsift" or a key of the registry's weights.
         weight_set: the set of the registry that this key is looked up in; "" is any.

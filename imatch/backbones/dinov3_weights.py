@@ -368,8 +368,8 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
         model: Any = torch.hub.load(str(repository), hub_entry, source="local", pretrained=False)
     except ModuleNotFoundError as error:
         raise ImatchError(
-            f"Meta's code at {repository} imports {error.name}, which is not installed: pip install 'imatch[hub]', or "
-            "use source timm, which does not need it"
+            f"Meta's code at {repository} imports {error.name}, which is not installed: pip install -c constraints.txt "
+            "-e '.[hub]' in imatch's folder, or use source timm, which does not need it"
         ) from error
     state = read(path)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

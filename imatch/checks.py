@@ -94,7 +94,7 @@ def cost(hub_entry: str, size: tuple[int, int], precision: str = "fp32") -> Cost
         module.register_forward_hook(watch)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         seen = model.forward_features(torch.empty(1, 3, *size, device="meta"))
-    patch = 32 if "convnext" in hub_entry else 16
+    patch = dinov3_weights.patch(hub_entry)
     tokens = (size[0] // patch) * (size[1] // patch)
     dimension = int(seen.shape[1] if "convnext" in hub_entry else seen.shape[2])
     weights = 4 * parameters - (2 * matrices if precision == "bf16" else 0)
@@ -138,6 +138,10 @@ def free_memory(device: str) -> int:
 def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
     """Look at what a started 01_embed is about to do, print it, and refuse what cannot fit.
 
+    Args:
+        step: from `steps.start_embed`; a finished one is there already and takes nothing more.
+        batch_size, devices: as `steps.embed` will be given them.
+
     Raises:
         ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
             by how much, and what would fit.
@@ -153,7 +157,7 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
     problems: list[str] = []
     if "hub_entry" in parameters["backbone"]:
         used = steps.devices_of(step, devices)
-        patch = 32 if "convnext" in parameters["backbone"]["hub_entry"] else 16
+        patch = dinov3_weights.patch(parameters["backbone"]["hub_entry"])
         sizes = _sizes(root, chosen, Resize(**parameters["resize"]), patch)
         size, together = _heaviest(sizes, len(chosen), batch_size)
         said, problems, stored = _model(parameters, size, used, together)

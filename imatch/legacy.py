@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from imatch import images, perimage, pooling, registry, runs, steps, store
+from imatch.backbones import dinov3_weights
 from imatch.records import ImatchError, Tokens
 from imatch.store import Embeddings, Row
 
 SHARD = 64
-PATCH = 16
-PATCH_CONVNEXT = 32
 _NAME = re.compile(
     r"(?P<reference>Reference)?(?P<kind>Global|PatchGrid|Patch|Grid|DenseFT)(?:Token)?_(?P<cfg>.+)"
     + perimage.ANCHOR
@@ -431,7 +430,7 @@ def _grid(item: Item, said: Row, arrays: Mapping[str, np.ndarray], values: bool 
 def _placed(group: Group, item: Item, said: Row, grid: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
     """The (h, w) of a photograph, as its meta says or else as the backbone saw it, and (n, 2) float32 where its tokens
     lie: as the meta says, else on a grid over all of it, thinned for sub<s>."""
-    patch = PATCH_CONVNEXT if "convnext" in group.hub_entry else PATCH
+    patch = dinov3_weights.patch(group.hub_entry)
     size = tuple(map(int, said.get("size", ())))
     if grid is None:
         return size or (patch, patch), np.zeros((0, 2), np.float32)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from imatch import datasets, images, plugins, registry
+from imatch.backbones import dinov3_weights
 from imatch.datasets import fields, wants
 from imatch.records import ImatchError
 
@@ -145,7 +146,7 @@ def _called(
         point = {**point, **given}
         size = images.Resize(parameters["resize"], point["long_side"], parameters.get("scale", 1.0))
         if "weight" not in given:
-            size.check(32 if "convnext" in weight.hub_entry else 16)
+            size.check(dinov3_weights.patch(weight.hub_entry))
     except ImatchError as error:
         raise ImatchError(f"{where}: {error}") from error
     return f"weight={point['weight']} cfg={point.get('cfg') or size} variant={point['variant']}", point

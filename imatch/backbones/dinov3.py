@@ -90,8 +90,8 @@ class Dinov3:
 
     @property
     def patch(self) -> int:
-        """16 pixels; 32 for a ConvNeXt, the stride of its last stage."""
-        return 32 if "convnext" in self.hub_entry else 16
+        """16 pixels; 32 for a ConvNeXt."""
+        return dinov3_weights.patch(self.hub_entry)
 
     @cached_property
     def path(self) -> Path:
@@ -105,7 +105,11 @@ class Dinov3:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model on its device, its last normalisation taken out: `features` applies it."""
+        """The model on its device; of timm's, `features` applies the last normalisation itself.
+
+        Raises:
+            ImatchError: the weight file is not there, not what its name says, or does not fit the architecture.
+        """
         dinov3_weights.check_name(self.path)
         load = {"timm": dinov3_weights.load, "hub": dinov3_weights.load_from_hub}[self.source]
         model = load(self.hub_entry, self.path).requires_grad_(False)
@@ -121,6 +125,9 @@ class Dinov3:
 
         Args:
             photographs: (B, h, w, 3) uint8 RGB, h and w multiples of `patch`.
+
+        Returns:
+            float32, on the device.
         """
         mean, std = (torch.tensor(values, device=self.device) * 255 for values in MEAN_STD[self.family])
         x = ((photographs.to(self.device) - mean) / std).permute(0, 3, 1, 2)

@@ -50,6 +50,15 @@ HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|safetensors)$")
 SUFFIXES = (".pth", ".safetensors")
 
 
+def patch(hub_entry: str) -> int:
+    """The side of a patch in pixels: 16, and 32 for a ConvNeXt, the stride of its last stage.
+
+    >>> patch("dinov3_vits16"), patch("dinov3_convnext_tiny")
+    (16, 32)
+    """
+    return 32 if "convnext" in hub_entry else 16
+
+
 def find(filename: str) -> Path:
     """The path of a weight file under WEIGHTS_ROOT, in that folder itself.
 

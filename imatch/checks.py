@@ -22,11 +22,12 @@ from typing import Any
 
 import psutil
 
-from imatch import images, registry, steps
+from imatch import images, registry
 from imatch.backbones import dinov3, dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
 from imatch.runs import Step
+from imatch.steps.embed import chosen, devices_of
 
 SHARE = {"fp32": 0.6, "bf16": 0.35}
 """Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
@@ -139,30 +140,30 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
     """Look at what a started 01_embed is about to do, print it, and refuse what cannot fit.
 
     Args:
-        step: from `steps.start_embed`; a finished one is there already and takes nothing more.
-        batch_size, devices: as `steps.embed` will be given them.
+        step: from `start_embed`; a finished one is there already and takes nothing more.
+        batch_size, devices: as `embed` will be given them.
 
     Raises:
         ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
             by how much, and what would fit.
     """
-    chosen = sorted(steps.chosen(step))
+    ids = sorted(chosen(step))
     root = step.linked("photographs")
-    megabytes = sum((root / id).stat().st_size for id in chosen if (root / id).is_file()) / 2**20
-    lines = [f"photographs  {len(chosen)} in {root}, {megabytes:.1f} MB"]
+    megabytes = sum((root / id).stat().st_size for id in ids if (root / id).is_file()) / 2**20
+    lines = [f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB"]
     if step.finished:
         print("\n".join([*lines, "all of it    is there already"]))
         return
     parameters = step.parameters
     problems: list[str] = []
     if "hub_entry" in parameters["backbone"]:
-        used = steps.devices_of(step, devices)
+        used = devices_of(step, devices)
         patch = dinov3_weights.patch(parameters["backbone"]["hub_entry"])
-        sizes = _sizes(root, chosen, Resize(**parameters["resize"]), patch)
-        size, together = _heaviest(sizes, len(chosen), batch_size)
+        sizes = _sizes(root, ids, Resize(**parameters["resize"]), patch)
+        size, together = _heaviest(sizes, len(ids), batch_size)
         said, problems, stored = _model(parameters, size, used, together)
         share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
-        free, wanted = _disk(step, round(stored * share * len(chosen)))
+        free, wanted = _disk(step, round(stored * share * len(ids)))
         lines += [
             *said,
             f"disk         {stored * share / 2**20:.2f} MB a photograph, {_gb(wanted)} of {_gb(free)} free",

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from imatch import images, perimage, pooling, registry, runs, steps, store
+from imatch import images, perimage, pooling, registry, runs, store
 from imatch.backbones import dinov3_weights
 from imatch.records import ImatchError, Tokens
+from imatch.steps.embed import finish_embed
 from imatch.store import Embeddings, Row
 
 SHARD = 64
@@ -238,7 +239,7 @@ def import_group(
             store.write_shard(folder, shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
         store.write_rows(folder / "metas.jsonl", (item.metas() for item in group.items))
         store.merge(folder)
-    steps.finish_embed(step, Embeddings(folder))
+    finish_embed(step, Embeddings(folder))
     return folder
 
 

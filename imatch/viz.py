@@ -202,7 +202,7 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
 
 def pair_path(step: Step, row: Row) -> Path:
     """Where 04_match put a pair, without the suffix of the sink."""
-    from imatch.steps import flat_name
+    from imatch.steps.shared import flat_name
 
     name = "source" if row["rank"] is None else f"{row['rank']:02d}"
     return step.folder / "pairs" / flat_name(row["query"]) / name

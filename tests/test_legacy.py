@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import legacy, runs, steps, store
+from imatch import legacy, runs, store
 from imatch.records import ImatchError, StepError
 from imatch.store import Embeddings
 from tests.test_perimage import (
@@ -157,7 +157,7 @@ def test_cropped_and_thinned_grids_keep_their_places(tmp_path):
     xy = store.grid_xy((4, 4), (64, 64)) + np.float32([16, 0])
     store.write_shard(folder, 0, [row("f/1.jpg", 1), row("f/2.jpg", 2)], [tokens(i, (4, 4), xy=xy) for i in (1, 2)])
     store.merge(folder)
-    steps.finish_embed(step, Embeddings(folder))
+    imatch.finish_embed(step, Embeddings(folder))
     export(step, tmp_path / "tree")
     with Image.open(next((tmp_path / "tree").rglob("*.png"))) as picture:
         assert picture.size == (512, 512)

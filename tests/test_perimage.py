@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import legacy, perimage, runs, steps, store
+from imatch import legacy, perimage, runs, store
 from imatch.records import ImatchError, StepError, Tokens
 from imatch.runs import Step
 from imatch.store import Embeddings
@@ -63,7 +63,7 @@ def made(folder: Path, rows: list[dict], name="01_embed", upstream=None, links=N
         every = [tokens(shard + i, size=row["size"]) for i, row in enumerate(part)]
         store.write_shard(folder, shard // 3, part, every)
     store.merge(folder)
-    steps.finish_embed(step, Embeddings(folder))
+    imatch.finish_embed(step, Embeddings(folder))
     return step
 
 

@@ -284,7 +284,7 @@ def _nursery() -> None:
     import torch.utils.data  # noqa: F401  (once for all jobs, like IPython and the steps below)
 
     import imatch.backbones.sift
-    import imatch.steps  # noqa: F401
+    import imatch.steps.match  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import imatch.records
-from imatch import runs, steps, store
+from imatch import runs, store
 from imatch.records import ImatchError, StepError
+from imatch.steps.references import _reference_names
+from imatch.steps.shared import flat_name
 
 
 def embedded(photographs, exports, weight="sift", resize=None, **given):
@@ -92,16 +94,16 @@ def test_references_are_named_and_placed_as_older_exports_were(house):
 
 
 def test_names_that_would_collide_keep_their_suffix():
-    names = steps._reference_names(["a.jpg", "a.png", "b.jpg", "few/B.png"], "few")
+    names = _reference_names(["a.jpg", "a.png", "b.jpg", "few/B.png"], "few")
     assert len({name.lower() for name in names.values()}) == 4
     assert names["a.jpg"] == "references_few/Rfew/a_jpg"
-    names = steps._reference_names(["a.jpg", "few/a.jpg"], "few")
+    names = _reference_names(["a.jpg", "few/a.jpg"], "few")
     assert len({*names.values()}) == 2
 
 
 def test_file_names_of_ids_differ_and_fit():
     ids = ["a/b", "a__b", "a_/b", "a/_b", "가/" * 90 + "a", "가/" * 90 + "b"]
-    names = [steps.flat_name(id) for id in ids]
+    names = [flat_name(id) for id in ids]
     assert len({*names}) == len(ids)
     assert max(len(name.encode()) for name in names) < 200
 
@@ -282,7 +284,7 @@ def test_matches_agree_with_the_truth(house):
             assert row["verified"], row["reason"]
             assert row["rotation"] == pytest.approx(-row["angle"], abs=1)
             assert row["scale"] == pytest.approx(1, abs=0.02)
-        folder = step.folder / "pairs" / steps.flat_name(row["query"])
+        folder = step.folder / "pairs" / flat_name(row["query"])
         assert json.loads((folder / f"{row['rank']:02d}.json").read_text()) == row
         table = np.load(folder / f"{row['rank']:02d}.npy")
         assert table["inlier"].sum() == row["inliers"]

@@ -16,7 +16,9 @@ from imatch import checks, runs, store
 from imatch.backbones.dinov3 import Dinov3
 from imatch.images import Resize
 from imatch.records import ImatchError, StepError
-from imatch.steps import start_embed, start_index, start_reference_tokens, start_references
+from imatch.steps.embed import start_embed
+from imatch.steps.index import start_index
+from imatch.steps.references import start_reference_tokens, start_references
 
 
 @pytest.fixture

@@ -1,0 +1,572 @@
+"""01_embed: photographs, or references, to stored tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imatch import (
+    backbones,
+    images,
+    registry,
+    runs,
+    store,
+)
+from imatch.backbones import Backbone
+from imatch.images import Decoded, Resize
+from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
+from imatch.runs import Step
+from imatch.steps.shared import decodable, named, run_and_dataset, tagged, view_rows
+from imatch.store import Embeddings, Row
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+    from multiprocessing.queues import Queue
+
+ON_ERROR = ("skip", "stop")
+HELD = 2**28
+"""Bytes of decoded photographs that may wait for others of their shape."""
+
+
+def start_embed(
+    dataset: str,
+    *,
+    data_key: str = "params/data_key.json",
+    image_groups: Sequence[Mapping[str, Any]] = (),
+    exports: str,
+    run: str,
+    weight: str,
+    weight_set: str = "",
+    backbone_options: Mapping[str, Any],
+    resize: Resize,
+    cfg: str = "",
+    variant: str = "raw",
+    shard_size: int,
+    tag: str,
+    on_change: str,
+) -> Step:
+    """Start 01_embed on a data set.
+
+    Args:
+        dataset: a key of the registry's data sets, or a folder of photographs.
+        data_key: the registry's file.
+        image_groups: which of the photographs (see `datasets.Dataset.select`); none is all.
+        exports, run: results go to <exports>/<run>/.
+        weight: "sift", "dsift" or a key of the registry's weights.
+        weight_set: the set of the registry that this key is looked up in; "" is any.
+        backbone_options: fields of that backbone.
+        resize: how large the backbone sees the photographs.
+        cfg: the name of this size in folders and files; "" takes one from `resize`.
+        variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
+        shard_size: photographs a shard, the unit of resuming.
+        tag: appended to the folder's name, to keep two configurations apart.
+        on_change: "refuse" or "recompute" what was made from something else.
+
+    Raises:
+        ImatchError: no such folder, weight, option or weight file; see also `runs.start`.
+    """
+    if not run:
+        raise ImatchError("run is empty: name this piece of work (-p run NAME)")
+    if shard_size < 1:
+        raise ImatchError(f"shard_size {shard_size} must be at least 1")
+    _stride(variant)
+    photographs = registry.dataset(dataset, data_key)
+    backbone = backbones.create(weight, backbone_options, weight_set=weight_set, data_key=data_key)
+    resize.check(backbone.patch)
+    parameters = {
+        "dataset": photographs.key if photographs.registered else "",
+        "image_groups": list(image_groups),
+        "weight": weight,
+        "backbone": backbones.identity(backbone),
+        "weights_digest": backbone.digest,
+        "resize": {"mode": resize.mode, **_side(resize)},
+        "cfg": named("cfg", cfg) or str(resize),
+        "variant": variant,
+        "shard_size": shard_size,
+    }
+    name = f"{parameters['cfg']}_{variant}{tagged(tag)}"
+    folder = registry.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
+    links = {"photographs": photographs.root}
+    if photographs.registered:
+        links["data_key"] = registry.resolve(data_key)
+    return runs.start(folder, "01_embed", parameters, {}, links, on_change)
+
+
+def _side(resize: Resize) -> dict[str, float]:
+    return {"scale": resize.scale} if resize.mode == "scale" else {"long_side": resize.long_side}
+
+
+def _stride(variant: str) -> int:
+    """1 for "raw", s for "sub{s}"."""
+    if variant == "raw":
+        return 1
+    if variant.startswith("sub") and variant[3:].isdecimal() and int(variant[3:]) > 1:
+        return int(variant[3:])
+    raise ImatchError(
+        f"variant {variant!r} is not known: use raw, or sub2, sub3, ... for every 2nd, 3rd row and column"
+    )
+
+
+def chosen(step: Step) -> dict[str, Row]:
+    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame)."""
+    if views := view_rows(step):
+        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}
+    root = step.linked("photographs")
+    if "data_key" in step.links:
+        dataset = registry.load(step.linked("data_key")).dataset(step.parameters["dataset"])
+    else:
+        dataset = registry.dataset(str(root))
+    ids = images.list_photographs(root, leave_out=run_and_dataset(step)[0].parent)
+    chosen = dataset.select(ids, step.parameters["image_groups"])
+    if not chosen:
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
+    return {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+
+
+def embed(
+    step: Step,
+    *,
+    devices: str = "auto",
+    workers: int = -1,
+    batch_size: int = 8,
+    on_error: str = "skip",
+    max_skipped: float = 0.05,
+) -> Embeddings:
+    """Compute the tokens of a step's photographs, those that are missing.
+
+    Headers are checked first; photographs are decoded in worker processes, go through the backbone in batches
+    of one shape, and a shard is written while the next is computed. What cannot be decoded goes to skipped.jsonl.
+
+    Args:
+        step: from `start_embed` or `start_reference_tokens`.
+        devices: where a network runs: "auto" (all GPUs, else the CPU), "cpu", or several, such as "cuda:0,cuda:1".
+            Each of several gets a process and shards of its own; the bytes are those of one.
+        workers: processes that decode; -1 is one a core, 0 none.
+        batch_size: photographs a forward pass.
+        on_error: "skip" leaves bad photographs out and says so; "stop" ends at the first.
+        max_skipped: the share of bad photographs past which the run stops by itself (one alone never stops it).
+
+    Raises:
+        PhotographError: the first bad photograph, with on_error="stop".
+        StepError: photographs changed since the last run and the step may not recompute.
+        ImatchError: no photographs, none that could be used, or too many bad ones. What was finished stays.
+    """
+    if on_error not in ON_ERROR:
+        raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
+    root = step.linked("photographs")
+    about = chosen(step)
+    ids = sorted(about)
+    seen = _Seen(step.folder / "seen.jsonl", root)
+    bad = _Bad(len(ids), on_error, max_skipped, step)
+    seen.check_headers(ids)
+    for id in ids:
+        if problem := seen[id]["problem"]:
+            bad.add(id, problem)
+
+    size = step.parameters["shard_size"]
+    plan = [ids[first : first + size] for first in range(0, len(ids), size)]
+    todo = _missing_shards(step, plan, seen)
+    for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
+        bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
+    todo = _thin(step, plan, todo, seen, bad)
+    work = _Work(step, {shard: plan[shard] for shard in todo}, about, workers, batch_size, on_error, max_skipped)
+    if todo:
+        used = devices_of(step, devices)
+        step.runs_on(",".join(used))
+        if len(used) == 1:
+            work(used[0], seen, bad)
+        else:
+            seen.save()
+            _on_each(work, used)
+            seen = _Seen(seen.path, root)
+            seen.check_headers(ids)
+            for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
+                bad.add(row["id"], row["skipped"])  # each part has counted its own
+    seen.save()
+    if not store.is_merged(step.folder):
+        if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
+            raise ImatchError(f"none of the {len(ids)} photographs in {root} could be used, the first: {bad.first}")
+        store.merge(step.folder)
+    bad.warn()
+    return Embeddings(step.folder)
+
+
+def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
+    """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
+    skipped = store.read_rows(step.folder / "skipped.jsonl")
+    contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *skipped]]
+    local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
+    metrics = {
+        "photographs": len(embeddings),
+        "skipped": len(skipped),
+        "global_dimension": embeddings.vectors.shape[1],
+        "descriptors": sum(row["n"] for row in embeddings.rows),
+        "local_megabytes": round(local / 2**20, 3),
+        "photographs_digest": runs.digest([[row["id"], row["sha256"]] for row in decodable(step.folder)]),
+    }
+    return step.finish(metrics, contents)
+
+
+def _decode(path: Path, resize: Resize, patch: int) -> Decoded | PhotographError:
+    try:
+        return images.decode(path, resize, patch)
+    except PhotographError as error:
+        return error
+
+
+def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> list[int]:
+    """Write the shards of a variant sub{s} that the finished raw variant beside it holds, without another forward
+    pass; returns those that are left to compute."""
+    parameters = step.parameters
+    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{parameters['variant']}"
+    beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
+    if stride == 1 or not todo or not (beside / "metrics.json").is_file():
+        return list(todo)
+    if runs.read(beside).parameters != {**parameters, "variant": "raw"}:
+        return list(todo)
+    raw, shards = Embeddings(beside), store.shard_rows(beside)
+    place = {id: row for row, id in enumerate(raw.ids)}
+    left = []
+    for shard in runs.progress(todo, "thin"):
+        rows = shards.get(shard, [])
+        if [row["id"] for row in rows] != list(plan[shard]) or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
+            left.append(shard)
+            continue
+        for row in rows:
+            if "skipped" in row:
+                bad.add(row["id"], row["skipped"])
+        tokens = [raw.tokens(place[row["id"]]).thinned(stride) for row in rows if "skipped" not in row]
+        about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
+        _write_shard(step.folder, shard, about, tokens, seen)
+    return left
+
+
+def devices_of(step: Step, devices: str) -> list[str]:
+    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs.
+
+    Raises:
+        ImatchError: one that is not there.
+    """
+    weight, options = step.parameters["weight"], step.parameters["backbone"]
+    used = [backbones.create(weight, options, device=name.strip()).device for name in devices.split(",")]
+    if devices != "auto" or used != ["cuda"]:
+        return used
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The shards that are missing, and how to work through them."""
+
+    step: Step
+    shards: Mapping[int, Sequence[str]]
+    about: Mapping[str, Row]
+    workers: int
+    batch_size: int
+    on_error: str
+    max_skipped: float
+
+    def __call__(self, device: str, seen: _Seen, bad: _Bad, quiet: bool = False) -> None:
+        """Embed and write the shards on one device; a shard is written while the next one is computed."""
+        step, parameters = self.step, self.step.parameters
+        backbone = backbones.create(parameters["weight"], parameters["backbone"], device=device)
+        if backbone.digest != parameters["weights_digest"]:
+            raise StepError(
+                f"{step.name}: the weights of {parameters['weight']} have changed since 01_embed "
+                f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
+            )
+        resize = Resize(**parameters["resize"])
+        readable = [seen.root / id for ids in self.shards.values() for id in ids if not seen[id]["problem"]]
+        decode = partial(_decode, resize=resize, patch=backbone.patch)
+        decoded = runs.parallel(decode, readable, self.workers, step.name[3:], quiet)
+        stride = _stride(parameters["variant"])
+        with ThreadPoolExecutor(1) as writer:
+            pending: Future[None] | None = None
+            for shard, ids in self.shards.items():
+                if (above := parent_process()) and not above.is_alive():
+                    return  # killed, so nobody waits for this part any more
+                rows, tokens = _embed_shard(ids, seen, decoded, backbone, self.batch_size, bad, self.about, stride)
+                if pending:
+                    pending.result()
+                pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
+            if pending:
+                pending.result()
+        next(decoded, None)  # lets the bar know that this was the last
+
+    def part(self, number: int, of: int) -> _Work:
+        """Every `of`-th shard from `number` on."""
+        shards = {shard: ids for i, (shard, ids) in enumerate(self.shards.items()) if i % of == number}
+        workers = registry.cores() if self.workers < 0 else self.workers
+        return replace(self, shards=shards, workers=-(-workers // of))
+
+
+def _on_each(work: _Work, devices: Sequence[str]) -> None:
+    """Work through the shards with one process a device, each with shards of its own. One that fails ends all."""
+    context = get_context("spawn")
+    failures = context.Queue()
+    parts = [work.part(number, len(devices)) for number in range(len(devices))]
+    running = [
+        context.Process(target=_work_alone, args=(part, device, failures), name=device)
+        for part, device in zip(parts, devices, strict=True)
+    ]
+    try:
+        for process in running:
+            process.start()
+        for _ in runs.progress(_as_they_end(work, running), "shards", len(work.shards), delay=0):
+            pass
+        if ended := [process for process in running if process.exitcode]:
+            try:
+                raise failures.get(timeout=5)
+            except queue.Empty:
+                raise ImatchError(
+                    f"the process on {ended[0].name} was killed (exit code {ended[0].exitcode}), mostly for want of "
+                    "memory; run the same command again, it goes on where it stopped"
+                ) from None
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+
+
+def _work_alone(work: _Work, device: str, failures: Queue[ImatchError]) -> None:
+    """In a process of its own: one device's part."""
+    seen = _Seen(work.step.folder / "seen.jsonl", work.step.linked("photographs"))
+    seen.check_headers([id for part in work.shards.values() for id in part])
+    try:
+        work(device, seen, _Bad(len(work.about), work.on_error, work.max_skipped, work.step), quiet=True)
+    except ImatchError as error:  # it is for the user, so it goes to the process that the user sees
+        failures.put(error)
+        raise SystemExit(1) from None
+
+
+def _as_they_end(work: _Work, running: Sequence[SpawnProcess]) -> Iterator[int]:
+    """The shards as they are written, until all processes have ended or one has failed."""
+    left = set(work.shards)
+    while True:
+        going = [process.exitcode is None for process in running]  # asked first, so that no last shard is missed
+        written = {shard for shard in left if (work.step.folder / "local" / f"{shard:05d}.jsonl").is_file()}
+        yield from sorted(written)
+        left -= written
+        if not any(going) or any(process.exitcode for process in running):
+            return
+        time.sleep(0.2)
+
+
+def _embed_shard(
+    ids: Sequence[str],
+    seen: _Seen,
+    decoded: Iterator[Decoded | PhotographError],
+    backbone: Backbone,
+    batch_size: int,
+    bad: _Bad,
+    about: Mapping[str, Row],
+    stride: int,
+) -> tuple[list[Row], list[Tokens]]:
+    """One shard's rows and tokens. Batches never reach over a shard, so it comes out the same on every run."""
+    rows: dict[str, Row] = {}
+    tokens: dict[str, Tokens] = {}
+    shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}
+
+    def flush(batch: list[tuple[str, Decoded]]) -> None:
+        for (id, photograph), one in zip(batch, backbone(np.stack([d.pixels for _, d in batch])), strict=True):
+            if not np.isfinite(one.vector).all():
+                raise ImatchError(
+                    f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
+                )
+            if not one.vector.any():
+                h, w = photograph.size
+                skip(id, f"nothing to describe: no texture was found in its {w} x {h} pixels", photograph.sha256)
+                rows[id]["size"] = photograph.size
+                continue
+            one = store.settled(replace(one, xy=photograph.to_original(one.xy)), photograph.size)
+            tokens[id] = one if stride == 1 else one.thinned(stride)
+        batch.clear()
+
+    def skip(id: str, reason: str, sha256: str | None) -> None:
+        bad.add(id, reason)
+        rows[id] = {"id": id, "skipped": reason, "sha256": sha256}
+
+    for id in ids:
+        if problem := seen[id]["problem"]:
+            rows[id] = {"id": id, "skipped": problem, "sha256": seen.digest(id)}
+            continue
+        photograph = next(decoded)
+        if isinstance(photograph, PhotographError):
+            skip(id, str(photograph), seen.digest(id))
+            continue
+        seen[id]["sha256"] = photograph.sha256
+        rows[id] = {
+            "id": id,
+            "size": photograph.size,
+            "sha256": photograph.sha256,
+            "position": photograph.position,
+            **about[id],
+        }
+        batch = shapes.setdefault(photograph.pixels.shape, [])
+        batch.append((id, photograph))
+        if len(batch) == batch_size:
+            flush(batch)
+        elif sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
+            for held in shapes.values():
+                if held:
+                    flush(held)
+    for batch in shapes.values():
+        if batch:
+            flush(batch)
+    return [rows[id] for id in ids], [tokens[id] for id in ids if id in tokens]
+
+
+def _write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens], seen: _Seen) -> None:
+    store.write_shard(folder, shard, rows, tokens)
+    seen.append(row["id"] for row in rows)
+
+
+def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> list[int]:
+    """The shards to compute; shards made from other bytes are refused or, with on_change="recompute", dropped."""
+    done = store.shard_rows(step.folder)
+    recorded = [row for rows in done.values() for row in rows]
+    now = {id for ids in plan for id in ids}
+    changed = {row["id"] for row in recorded if row["id"] in now and seen.digest(row["id"]) != row["sha256"]}
+    # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
+    before = {row["id"] for row in recorded if store.is_merged(step.folder) or "skipped" not in row}
+    differences = [f"changed: {id}" for id in sorted(changed & before)] + [f"gone: {id}" for id in sorted(before - now)]
+    if store.is_merged(step.folder):
+        differences += [f"new: {id}" for id in sorted(now - before)]
+    if differences:
+        runs.refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
+
+    def valid(shard: int) -> bool:
+        ids = [row["id"] for row in done.get(shard, [])]
+        return ids == list(plan[shard]) and not changed.intersection(ids)
+
+    todo = [shard for shard in range(len(plan)) if not valid(shard)]
+    begun = {int(path.name.partition(".")[0]) for path in (step.folder / "local").glob("[0-9]*.npy")}
+    stale = [shard for shard in {*done, *begun} if shard >= len(plan) or (shard in done and shard in todo)]
+    if store.is_merged(step.folder):
+        if not todo and not stale:
+            store.remove_parts(step.folder)  # what a kill between merging and cleaning left
+            return []
+        step.unfinish()
+        store.split(step.folder)
+    for shard in stale:
+        store.remove_shard(step.folder, shard)
+    if done and todo:
+        print(f"{step.name}: {len(plan) - len(todo)} of {len(plan)} shards are there, {len(todo)} to compute")
+    return todo
+
+
+class _Seen:
+    """What is known of the photographs' files without reading them again: bytes, time of change, header, hash."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.root = path, root
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        self._known: dict[str, Row] = {row["id"]: row for row in map(_whole, lines) if row}
+
+    def __getitem__(self, id: str) -> Row:
+        return self._known[id]
+
+    def check_headers(self, ids: Sequence[str]) -> None:
+        """Read the headers of files that are new or changed."""
+        stats = {id: self._stat(id) for id in ids}
+        known = {id for id, row in self._known.items() if row["stat"] and row["stat"] == stats.get(id)}
+        unknown = [id for id in ids if id not in known]
+        with ThreadPoolExecutor(2 * registry.cores()) as pool:
+            checked = pool.map(self._problem, unknown)
+            for id, (problem, lasting) in zip(runs.progress(unknown, "headers"), checked, strict=True):
+                stat = stats[id] if lasting else None
+                self._known[id] = {"id": id, "stat": stat, "problem": problem, "sha256": None}
+        self._known = {id: self._known[id] for id in ids}
+
+    def digest(self, id: str) -> str | None:
+        """The SHA-256 of a file, read only if it is not remembered; None if it cannot be read."""
+        if self._known[id]["sha256"] is None:
+            try:
+                self._known[id]["sha256"] = images.file_digest(self.root / id)
+            except PhotographError:
+                return None
+        return str(self._known[id]["sha256"])
+
+    def append(self, ids: Iterator[str]) -> None:
+        """Remember these photographs even if the run is killed now."""
+        with store.writing(self.path), self.path.open("ab") as file:
+            file.write(b"\n")  # ends a line that a kill left torn
+            file.writelines(store.line(self._known[id]) for id in ids)
+
+    def save(self) -> None:
+        """Write what is known, one row a photograph, unless the file says just that."""
+        rows = [self._known[id] for id in sorted(self._known)]
+        if not self.path.is_file() or self.path.read_bytes() != b"".join(map(store.line, rows)):
+            store.write_rows(self.path, rows)
+
+    def _stat(self, id: str) -> list[int] | None:
+        try:
+            stat = (self.root / id).stat()
+        except OSError:
+            return None
+        return [stat.st_size, stat.st_mtime_ns]
+
+    def _problem(self, id: str) -> tuple[str | None, bool]:
+        """What is wrong with a header, and whether it stays wrong while size and time of change stay (a missing
+        permission need not)."""
+        try:
+            images.check_header(self.root / id)
+        except PhotographError as error:
+            return str(error), os.access(self.root / id, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+        return None, True
+
+
+def _whole(line: bytes) -> Row | None:
+    try:
+        row: Row = json.loads(line.decode(errors="surrogateescape"))
+    except ValueError:  # empty, or torn by a kill: that photograph is only read once more
+        return None
+    return row
+
+
+class _Bad:
+    """Counts the photographs that cannot be used, and stops the run when that was asked or when they are many."""
+
+    def __init__(self, total: int, on_error: str, max_skipped: float, step: Step) -> None:
+        self.total, self.on_error, self.max_skipped, self.step = total, on_error, max_skipped, step
+        self.ids: dict[str, str] = {}
+
+    @property
+    def first(self) -> str:
+        return next((f"{id}: {reason}" for id, reason in self.ids.items()), "")
+
+    def add(self, id: str, reason: str) -> None:
+        self.ids[id] = reason
+        if self.on_error == "stop":
+            raise PhotographError(f"{id}: {reason} (on_error is stop; what was finished stays)")
+        if len(self.ids) > max(1, self.max_skipped * self.total):
+            listed = "\n".join(f"  {id}: {reason}" for id, reason in list(self.ids.items())[:10])
+            raise ImatchError(
+                f"{len(self.ids)} of {self.total} photographs cannot be used, more than max_skipped = "
+                f"{self.max_skipped:.0%}; the first:\n{listed}\nWhat was finished stays. Mend or remove them, "
+                "or allow more with -p max_skipped 0.5"
+            )
+
+    def warn(self) -> None:
+        rows = store.read_rows(self.step.folder / "skipped.jsonl")
+        if rows:
+            listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
+            more = (
+                "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {self.step.folder / 'skipped.jsonl'}"
+            )
+            message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
+            warnings.warn(message, ImatchWarning, stacklevel=3)

@@ -1,0 +1,190 @@
+"""02_references: photographs to rotated and cropped views with their exact matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from imatch import (
+    images,
+    plugins,
+    references,
+    registry,
+    runs,
+    store,
+)
+from imatch.records import ImatchError, PhotographError, StepError
+from imatch.runs import Step
+from imatch.steps.shared import decodable, run_and_dataset, tagged
+from imatch.store import Row
+
+if TYPE_CHECKING:
+    pass
+
+
+def start_references(
+    embed_step: str,
+    *,
+    kind: str,
+    angles: Sequence[float],
+    crops: Sequence[float],
+    quality: int,
+    tag: str,
+    on_change: str,
+) -> Step:
+    """Start the first half of 02_references: rotated and cropped views of every photograph of an 01_embed step.
+
+    The views depend on the photographs alone (all that can be decoded), so all backbones share them.
+
+    Args:
+        embed_step: folder of a finished 01_embed.
+        kind: a name of `references.REFERENCES`.
+        angles: degrees counter-clockwise.
+        crops: ratios in (0, 1].
+        quality: of the JPEG files, 1 to 100.
+        tag, on_change: as in `start_embed`.
+
+    Raises:
+        ImatchError: an unknown kind or a number out of its range; see also `runs.start`.
+    """
+    source = runs.read(registry.resolve(embed_step))
+    if source.parameters.get("imported"):
+        raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
+    references.create(kind)
+    if not angles or not crops:
+        raise ImatchError("angles and crops must name at least one value each")
+    for value in (*angles, *crops):
+        if not plugins.fits(value, float) or not math.isfinite(value):
+            raise ImatchError(f"angles {list(angles)} and crops {list(crops)} must be numbers, {value!r} is none")
+    views = [references.name("", angle, crop) for angle in {*angles} for crop in {*crops}]
+    if len(views) != len({*views}):
+        raise ImatchError(f"angles {list(angles)} or crops {list(crops)} lie so close that their names are equal")
+    if not all(0 < crop <= 1 for crop in crops):
+        raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
+    if not 1 <= quality <= 100:
+        raise ImatchError(f"quality {quality} must lie between 1 and 100")
+    exports, dataset = run_and_dataset(source)
+    folder = exports / "02_references" / dataset / f"{kind}{tagged(tag)}" / "views"
+    parameters = {
+        "kind": kind,
+        "angles": sorted({float(angle) for angle in angles}),
+        "crops": sorted({float(crop) for crop in crops}),
+        "quality": quality,
+    }
+    upstream = {"photographs": source.metrics["photographs_digest"]}
+    links = {"photographs": source.linked("photographs"), "embed": source.folder}
+    return runs.start(folder, "02_references", parameters, upstream, links, on_change)
+
+
+def make_references(step: Step, *, workers: int = -1) -> list[Row]:
+    """Make the views that are missing and finish the step of views.
+
+    Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg, with a PNG mask beside it
+    when a corner is empty, and a row of references.jsonl.
+
+    Returns:
+        The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w),
+        matrix (3 x 3, photograph -> view), scale, covered (share of its pixels that show the photograph), mask.
+
+    Raises:
+        ImatchError: a photograph changed since it was embedded, or cannot be read any more.
+    """
+    if not step.finished:
+        source = decodable(step.linked("embed"))
+        names = _reference_names([row["id"] for row in source], run_and_dataset(step)[1])
+        make = partial(_make_views, step=step, root=step.linked("photographs"))
+        jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
+        todo = [job for job in jobs if not (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()]
+        problems = [problem for problem in runs.parallel(make, todo, workers, "references") if problem]
+        if problems:
+            raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
+        parts = (step.folder / "rows" / f"{number:08d}.jsonl" for _, _, number in jobs)
+        rows = sorted((row for part in parts for row in store.read_rows(part)), key=lambda row: row["id"])
+        store.write_rows(step.folder / "references.jsonl", rows)
+        step.finish({"references": len(rows), "photographs": len(source)})
+    shutil.rmtree(step.folder / "rows", ignore_errors=True)
+    return store.read_rows(step.folder / "references.jsonl")
+
+
+def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None:
+    """All views of one photograph; its rows are written last. Returns what is wrong, None if nothing is."""
+    row, name, number = job
+    try:
+        photograph = images.decode(root / row["id"])
+    except PhotographError as error:
+        return f"{row['id']}: {error}"
+    if photograph.sha256 != row["sha256"]:
+        return f"{row['id']} has changed since it was embedded"
+    make = references.create(step.parameters["kind"])
+    rows = []
+    for crop in step.parameters["crops"]:
+        for angle in step.parameters["angles"]:
+            view = make(photograph.pixels, angle, crop)
+            id = f"{references.name(name, angle, crop)}.jpg"
+            data = BytesIO()
+            Image.fromarray(view.pixels).save(data, "JPEG", quality=step.parameters["quality"], subsampling=0)
+            store.write_bytes(step.folder / id, data.getvalue())
+            mask = None
+            if not view.mask.all():
+                mask = f"{references.name(name, angle, crop)}_mask.png"
+                data = BytesIO()
+                Image.fromarray(view.mask).save(data, "PNG")
+                store.write_bytes(step.folder / "masks" / mask, data.getvalue())
+            rows.append(
+                {
+                    "id": id,
+                    "source": row["id"],
+                    "source_sha256": row["sha256"],
+                    "kind": step.parameters["kind"],
+                    "angle": angle,
+                    "crop": crop,
+                    "size": view.mask.shape,
+                    "source_size": photograph.size,
+                    "matrix": view.matrix.tolist(),
+                    "scale": float(math.sqrt(np.linalg.det(view.matrix[:2, :2]))),
+                    "covered": float(view.mask.mean()),
+                    "mask": mask and f"masks/{mask}",
+                }
+            )
+    store.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
+    return None
+
+
+def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
+    """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix, or a hash of the id, in the stem
+    where two would be one."""
+
+    def run_and_dataset(id: str) -> Path:
+        folder = Path(id).parent.as_posix()
+        return Path(f"references_{dataset}") / f"R{dataset if folder == '.' else folder}"
+
+    plain = {id: (run_and_dataset(id) / Path(id).stem).as_posix() for id in ids}
+    longer = {id: (run_and_dataset(id) / Path(id).name.replace(".", "_")).as_posix() for id in ids}
+    count: dict[str, int] = {}
+    for name in plain.values():
+        count[name.lower()] = count.get(name.lower(), 0) + 1
+    names = {id: plain[id] if count[plain[id].lower()] == 1 else longer[id] for id in ids}
+    taken: dict[str, str] = {}
+    for id, name in names.items():
+        if taken.setdefault(name.lower(), id) != id:
+            names[id] = f"{name}-{hashlib.sha256(os.fsencode(id)).hexdigest()[:8]}"
+    return names
+
+
+def start_reference_tokens(views: Step) -> Step:
+    """Start the second half of 02_references: the tokens of the views, by the backbone of the 01_embed step."""
+    source = runs.read(views.linked("embed"))
+    folder = views.folder.parent / source.folder.parent.name / source.folder.name
+    links = {"photographs": views.folder, "views": views.folder, "embed": source.folder}
+    upstream = {"views": str(runs.read(views.folder).fingerprint), "embed": str(source.fingerprint)}
+    return runs.start(folder, "02_references", source.parameters, upstream, links, views.on_change)

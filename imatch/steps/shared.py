@@ -1,0 +1,71 @@
+"""What the steps share: names of folders and files, and the rows of views."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imatch import (
+    store,
+)
+from imatch.records import ImatchError, StepError
+from imatch.runs import Step
+from imatch.store import Embeddings, Row
+
+if TYPE_CHECKING:
+    pass
+
+
+def flat_name(id: str) -> str:
+    """An id as one file name: another for every id, and never too long for a file system.
+
+    >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
+    ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
+    """
+    name, data = id.replace("/", "__"), os.fsencode(id)
+    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
+        return name
+    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"
+
+
+def tagged(tag: str) -> str:
+    """What a tag adds to a folder's name."""
+    return f"_{named('tag', tag)}" if tag else ""
+
+
+def named(what: str, name: str) -> str:
+    """`name` if it may be part of a folder's name; ImatchError if it may not."""
+    if not all(c.isalnum() or c in "-_.+" for c in name):
+        raise ImatchError(f"{what} {name!r} becomes part of a folder's name: use letters, digits, '-', '_', '.', '+'")
+    return name
+
+
+def run_and_dataset(step: Step) -> tuple[Path, str]:
+    """<exports>/<run> and the data set's name, from where a step of 01 or 02 lies."""
+    for folder in step.folder.parents:
+        if folder.parent.name == step.name:
+            return folder.parent.parent, folder.name
+    raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
+
+
+def quoted(text: str) -> str:
+    """A cell of a CSV file."""
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+
+
+def view_rows(step: Step) -> list[Row]:
+    """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
+    return store.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
+
+
+def decodable(folder: Path) -> list[Row]:
+    """The rows of all photographs that could be decoded, whether the backbone found something in them or not."""
+    rows = store.read_rows(folder / "images.jsonl") + store.read_rows(folder / "skipped.jsonl")
+    return sorted((row for row in rows if "size" in row), key=lambda row: row["id"])
+
+
+def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
+    """The embeddings that a 03_index step searches with, and those it searches."""
+    return Embeddings(step.linked("query")), Embeddings(step.linked("gallery"))

@@ -7,9 +7,11 @@ leave this room are for pixel centres at whole numbers, as everywhere in imatch.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from imatch import plugins
 from imatch.records import View
@@ -21,7 +23,7 @@ REFERENCES = {
 
 
 class Reference(Protocol):
-    """What imatch asks of a kind of reference."""
+    """What imatch asks of a kind of reference; its options are the fields of its frozen dataclass."""
 
     def __call__(self, photograph: np.ndarray, angle: float, crop: float) -> View:
         """The view of a photograph turned by `angle` degrees counter-clockwise and cropped around its centre.
@@ -33,13 +35,16 @@ class Reference(Protocol):
         """
 
 
-def create(kind: str) -> Reference:
+def create(kind: str, options: Mapping[str, Any] | None = None) -> Reference:
     """Make a kind of reference.
 
     Raises:
-        ImatchError: unknown kind, with the nearest known one.
+        ImatchError: unknown kind or option, with the nearest known one.
+
+    >>> create("legacy", {"resize_to_original": True})
+    Legacy(resize_to_original=True)
     """
-    reference: Reference = plugins.create(REFERENCES, "kind of reference", kind)
+    reference: Reference = plugins.create(REFERENCES, "kind of reference", kind, options)
     return reference
 
 
@@ -78,6 +83,24 @@ def turn(angle: float) -> np.ndarray:
 def centres(matrix: np.ndarray) -> np.ndarray:
     """A matrix for edge coordinates as the matrix for pixel centres."""
     return shift(-0.5, -0.5) @ matrix @ shift(0.5, 0.5)
+
+
+def enlarged(view: View, source: tuple[int, int], size: tuple[int, int]) -> View:
+    """A view resized (bicubic) to another size, with the matrix and the mask that it has then.
+
+    Args:
+        view: of the photograph.
+        source: (H, W) of the photograph.
+        size: (h, w) wanted.
+
+    >>> view = View(np.zeros((2, 3, 3), np.uint8), np.ones((2, 3), bool), np.eye(3))
+    >>> enlarged(view, (2, 3), (4, 6)).matrix.tolist()
+    [[2.0, 0.0, 0.5], [0.0, 2.0, 0.5], [0.0, 0.0, 1.0]]
+    """
+    h, w = size
+    pixels = np.asarray(Image.fromarray(view.pixels).resize((w, h), Image.Resampling.BICUBIC))
+    matrix = centres(np.diag([w / view.mask.shape[1], h / view.mask.shape[0], 1])) @ view.matrix
+    return View(pixels, seen(matrix, source, size), matrix)
 
 
 def seen(matrix: np.ndarray, source: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from imatch.records import View
-from imatch.references import centres, seen, shift, turn
+from imatch.references import centres, enlarged, seen, shift, turn
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,15 @@ class Isometric:
     The square lies inside the photograph at every angle, so no corner is empty. Its centre sits where multiples
     of 90 degrees fall on whole pixels, so those are exact copies.
 
+    Attributes:
+        resize_to_original: enlarge the view, bicubic, to a square of min(h, w) pixels: one scale at every angle still.
+
     >>> view = Isometric()(np.zeros((100, 150, 3), np.uint8), angle=30, crop=1.0)
     >>> view.pixels.shape, bool(view.mask.all()), round(float(np.linalg.det(view.matrix[:2, :2])), 6)
     ((70, 70, 3), True, 1.0)
     """
+
+    resize_to_original: bool = False
 
     def __call__(self, photograph: np.ndarray, angle: float, crop: float) -> View:
         """See `Reference`. The view is a square."""
@@ -34,4 +39,5 @@ class Isometric:
         image = Image.fromarray(photograph)
         pixels = np.asarray(image.transform((side, side), Image.Transform.AFFINE, back, Image.Resampling.BICUBIC))
         matrix = centres(matrix)
-        return View(pixels, seen(matrix, (h, w), (side, side)), matrix)
+        view = View(pixels, seen(matrix, (h, w), (side, side)), matrix)
+        return enlarged(view, (h, w), (min(h, w), min(h, w))) if self.resize_to_original else view

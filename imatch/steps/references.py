@@ -10,26 +10,17 @@ from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from imatch import (
-    images,
-    plugins,
-    references,
-    registry,
-    runs,
-    store,
-)
+from imatch import images, plugins, references, registry, runs, store
 from imatch.records import ImatchError, PhotographError, StepError
 from imatch.runs import Step
 from imatch.steps.shared import decodable, run_and_dataset, tagged
 from imatch.store import Row
 
-if TYPE_CHECKING:
-    pass
+FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 
 
 def start_references(
@@ -38,6 +29,8 @@ def start_references(
     kind: str,
     angles: Sequence[float],
     crops: Sequence[float],
+    resize_to_original: bool,
+    file_type: str,
     quality: int,
     tag: str,
     on_change: str,
@@ -51,16 +44,18 @@ def start_references(
         kind: a name of `references.REFERENCES`.
         angles: degrees counter-clockwise.
         crops: ratios in (0, 1].
+        resize_to_original: enlarge each view to the photograph's own size (`isometric`: a square of its shorter side).
+        file_type: "jpg" or, lossless, "png".
         quality: of the JPEG files, 1 to 100.
         tag, on_change: as in `start_embed`.
 
     Raises:
-        ImatchError: an unknown kind or a number out of its range; see also `runs.start`.
+        ImatchError: an unknown kind or file type, or a number out of its range; see also `runs.start`.
     """
     source = runs.read(registry.resolve(embed_step))
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
-    references.create(kind)
+    references.create(kind, {"resize_to_original": resize_to_original})
     if not angles or not crops:
         raise ImatchError("angles and crops must name at least one value each")
     for value in (*angles, *crops):
@@ -71,6 +66,8 @@ def start_references(
         raise ImatchError(f"angles {list(angles)} or crops {list(crops)} lie so close that their names are equal")
     if not all(0 < crop <= 1 for crop in crops):
         raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
+    if file_type not in FILE_TYPES:
+        raise ImatchError(f"file_type {file_type!r} is not known: use jpg, or png, which is lossless")
     if not 1 <= quality <= 100:
         raise ImatchError(f"quality {quality} must lie between 1 and 100")
     exports, dataset = run_and_dataset(source)
@@ -79,6 +76,8 @@ def start_references(
         "kind": kind,
         "angles": sorted({float(angle) for angle in angles}),
         "crops": sorted({float(crop) for crop in crops}),
+        "resize_to_original": resize_to_original,
+        "file_type": file_type,
         "quality": quality,
     }
     upstream = {"photographs": source.metrics["photographs_digest"]}
@@ -89,8 +88,8 @@ def start_references(
 def make_references(step: Step, *, workers: int = -1) -> list[Row]:
     """Make the views that are missing and finish the step of views.
 
-    Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg, with a PNG mask beside it
-    when a corner is empty, and a row of references.jsonl.
+    Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg (or a PNG, .png), with a PNG mask
+    in masks/ when a corner is empty, and a row of references.jsonl.
 
     Returns:
         The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w),
@@ -125,14 +124,16 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None
         return f"{row['id']}: {error}"
     if photograph.sha256 != row["sha256"]:
         return f"{row['id']} has changed since it was embedded"
-    make = references.create(step.parameters["kind"])
+    given = step.parameters
+    make = references.create(given["kind"], {"resize_to_original": given["resize_to_original"]})
+    lossy = {"quality": given["quality"], "subsampling": 0} if given["file_type"] == "jpg" else {}
     rows = []
-    for crop in step.parameters["crops"]:
-        for angle in step.parameters["angles"]:
+    for crop in given["crops"]:
+        for angle in given["angles"]:
             view = make(photograph.pixels, angle, crop)
-            id = f"{references.name(name, angle, crop)}.jpg"
+            id = f"{references.name(name, angle, crop)}.{given['file_type']}"
             data = BytesIO()
-            Image.fromarray(view.pixels).save(data, "JPEG", quality=step.parameters["quality"], subsampling=0)
+            Image.fromarray(view.pixels).save(data, FILE_TYPES[given["file_type"]], **lossy)
             store.write_bytes(step.folder / id, data.getvalue())
             mask = None
             if not view.mask.all():
@@ -145,7 +146,7 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None
                     "id": id,
                     "source": row["id"],
                     "source_sha256": row["sha256"],
-                    "kind": step.parameters["kind"],
+                    "kind": given["kind"],
                     "angle": angle,
                     "crop": crop,
                     "size": view.mask.shape,

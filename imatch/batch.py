@@ -5,7 +5,8 @@
 
 The parameters cell of each notebook is its schema. A `sweep` in the YAML expands lists into one executed notebook
 per point, a manifest into one per weight, size and variant; notebooks that a point shares with another run once. A
-parameter called <name>_step that nobody set is the folder of the notebook <nn>_<name> that ran before it.
+parameter called <name>_step that nobody set is the folder of the notebook <nn>_<name> that ran before it. A notebook
+with a parameter `steps` runs once, after all points, on the last step of each.
 """
 
 from __future__ import annotations
@@ -227,13 +228,15 @@ def run(
     failures: list[str] = []
     ran: dict[str, Path | str] = {}
     exports = registry.exports_folder(recipe.parameters.get("exports", ""))
-    todo = recipe.points
+    together = [name for name in recipe.notebooks if "steps" in schemas[name]]
+    each = [name for name in recipe.notebooks if name not in together]
+    todo = recipe.points if each else {}
     if todo is None:
         swept = points(recipe.sweep)
         todo = {" ".join(f"{name}={value}" for name, value in point.items()) or "run": point for point in swept}
     for label, point in todo.items():
         steps: dict[str, Path] = {}
-        for name in recipe.notebooks:
+        for name in each:
             values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
             key = json.dumps([name, values], sort_keys=True)
             if key not in ran:
@@ -247,6 +250,19 @@ def run(
             steps[name] = result
         else:
             finished[label] = result
+    found = [str(folder) for folder in finished.values()]
+    for name in together:
+        values = _values(schemas[name], {"steps": found, **recipe.parameters}, {}, {})
+        if not values["steps"]:
+            failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
+            continue
+        print(f"== all: {name}", flush=True)
+        result = execute(notebooks / f"{name}.ipynb", values, exports)
+        if isinstance(result, str):
+            failures.append(f"{name}: {result}")
+            print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
+        else:
+            finished[name] = result
     return finished, failures
 
 
@@ -354,6 +370,8 @@ def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
         chain.append(max(above, key=lambda step: str(store.read_json(step / "step.json")["step"])))
     for step in reversed(chain):
         yield store.read_json(step / "step.json")["step"], step / "notebook.ipynb"
+    for page in folder.glob("report.html"):
+        yield "open in a browser", page
     for picture in sorted(folder.glob("*.png")):
         yield "picture", picture
     if (folder / "pairs").is_dir():

@@ -1,4 +1,4 @@
-"""How good the answers are: retrieval and geometry, by angle and crop."""
+"""How good the answers are: retrieval, geometry and metres, by angle and crop, with honest intervals."""
 
 from __future__ import annotations
 
@@ -8,62 +8,301 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from imatch import intervals
+from imatch.records import Truth
+
 Row = Mapping[str, Any]
 T = TypeVar("T", bound=Row)
+DEPTHS = (1, 5, 10)
+"""The K of Hit@K, Recall@K and Precision@K, as far as the ranking goes."""
+PIXELS = (3, 5, 10)
+"""Thresholds of the corner error's AUC."""
+ACCURACY = (1, 3, 5, 10)
+"""Thresholds of the matching accuracy in pixels."""
 
 
-def right_answers(rows: np.ndarray, query_shows: Sequence[str], gallery_shows: Sequence[str]) -> np.ndarray:
-    """Which hits show the photograph that the query shows.
+# --- what is right ------------------------------------------------------------------------------------------
+
+
+def same_photograph(
+    query_shows: Sequence[str],
+    gallery_shows: Sequence[str],
+    own: np.ndarray | None = None,
+    of: np.ndarray | None = None,
+) -> Truth:
+    """A row of the gallery answers a query when both show the same photograph.
 
     Args:
-        rows: (Q, k) int, rows in the gallery, -1 for none.
         query_shows: Q names of what the queries show, such as `Embeddings.shows`.
         gallery_shows: N of the same for the gallery.
+        own, of: (Q,) and (N,) whole numbers; where they are equal the row is left out for that query (itself, or its
+            siblings). None leaves nothing out.
 
-    Returns:
-        (Q, k) bool.
-
-    >>> right_answers(np.array([[1, 0], [1, -1]]), ["a", "b"], ["a", "b"]).tolist()
-    [[False, True], [True, False]]
+    >>> truth = same_photograph(["a", "b"], ["a", "b", "a"], own=np.array([0, 1]), of=np.array([0, 1, 2]))
+    >>> truth.first.tolist(), truth.rows.tolist()
+    ([0, 1, 1], [2])
     """
-    wanted = np.asarray(query_shows, object)[:, None]
-    return (np.append(np.asarray(gallery_shows, object), None)[rows] == wanted) & (rows >= 0)
+    _, codes = np.unique([*query_shows, *gallery_shows], return_inverse=True)
+    query, gallery = codes[: len(query_shows)], codes[len(query_shows) :]
+    order = np.argsort(gallery, kind="stable")
+    low, high = (np.searchsorted(gallery, query, side, sorter=order) for side in ("left", "right"))
+    count = high - low
+    asks = np.repeat(np.arange(len(query)), count)
+    rows = order[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)]
+    if own is not None and of is not None:
+        stays = own[asks] != of[rows]
+        asks, rows = asks[stays], rows[stays]
+    return Truth(np.concatenate([[0], np.cumsum(np.bincount(asks, minlength=len(query)))]), rows)
 
 
-def answerable(
-    query_shows: Sequence[str], gallery_shows: Sequence[str], excludes_self: bool, excludes_siblings: bool
-) -> np.ndarray:
-    """Which queries have a right answer in the gallery at all: (Q,) bool.
-
-    >>> answerable(["a", "a", "b"], ["a", "a", "b"], excludes_self=True, excludes_siblings=False).tolist()
-    [True, True, False]
-    """
-    count: dict[str, int] = {}
-    for source in gallery_shows:
-        count[source] = count.get(source, 0) + 1
-    if excludes_siblings:
-        return np.zeros(len(query_shows), bool)
-    return np.array([count.get(source, 0) > int(excludes_self) for source in query_shows], bool)
+# --- retrieval: one figure a query, means over those that have an answer ------------------------------------
 
 
-def hit_at_k(right: np.ndarray, k: int, has_answer: np.ndarray | None = None) -> float | None:
-    """The share of queries with a right answer among their first k hits (Hit@K, also called Recall@K in place
-    recognition: Arandjelovic et al., "NetVLAD", CVPR 2016).
+def hit_at_k(right: np.ndarray, k: int) -> np.ndarray:
+    """Hit@K: 1 where a right answer is among the first k hits, else 0. Place recognition calls it Recall@K
+    (Arandjelovic et al., "NetVLAD", CVPR 2016).
 
     Args:
         right: (Q, K) bool.
         k: 1 to K.
-        has_answer: (Q,) bool; queries without one do not count.
 
     Returns:
-        In [0, 1]; None when no query counts.
+        (Q,) float64.
 
-    >>> hit_at_k(np.array([[False, True], [True, False]]), 1)
-    0.5
+    >>> hit_at_k(np.array([[False, True], [True, False]]), 1).tolist()
+    [0.0, 1.0]
     """
-    hits = right[:, :k].any(axis=1)
-    hits = hits if has_answer is None else hits[has_answer]
-    return float(hits.mean()) if len(hits) else None
+    return right[:, :k].any(axis=1).astype(float)
+
+
+def recall_at_k(right: np.ndarray, answers: np.ndarray, k: int) -> np.ndarray:
+    """Recall@K: the share of a query's right answers that are among its first k hits (Manning, Raghavan and Schuetze,
+    "Introduction to Information Retrieval", 2008, chapter 8). With one right answer it is Hit@K.
+
+    Args:
+        right: (Q, K) bool.
+        answers: (Q,) how many right answers the gallery holds.
+        k: 1 to K.
+
+    Returns:
+        (Q,) float64; NaN where there is no right answer.
+
+    >>> recall_at_k(np.array([[True, False, True]]), np.array([4]), 3).tolist()
+    [0.5]
+    """
+    return _share(right[:, :k].sum(axis=1), answers)
+
+
+def precision_at_k(right: np.ndarray, k: int) -> np.ndarray:
+    """Precision@K: the share of the first k hits that are right; places that the gallery could not fill count as wrong
+    (Manning et al., chapter 8).
+
+    >>> precision_at_k(np.array([[True, False, True]]), 2).tolist()
+    [0.5]
+    """
+    return right[:, :k].mean(axis=1)
+
+
+def average_precision(right: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Average precision over the first K hits: the mean of Precision@r over the ranks r of right hits, where what was
+    not found counts as 0, over at most K answers (mAP@K of Weyand et al., "Google Landmarks Dataset v2", CVPR 2020).
+    Its mean over queries is mAP.
+
+    Args:
+        right: (Q, K) bool.
+        answers: (Q,) how many right answers the gallery holds.
+
+    Returns:
+        (Q,) float64; NaN where there is no right answer.
+
+    >>> average_precision(np.array([[True, False, True]]), np.array([2])).round(4).tolist()
+    [0.8333]
+    """
+    k = right.shape[1]
+    precision = right.cumsum(axis=1) / np.arange(1, k + 1)
+    return _share((precision * right).sum(axis=1), np.minimum(answers, k))
+
+
+def reciprocal_rank(right: np.ndarray) -> np.ndarray:
+    """1 / rank of the first right hit, ranks from 1; 0 where none of the K is right. Its mean over queries is MRR
+    (Voorhees, "The TREC-8 Question Answering Track Report", 1999).
+
+    >>> reciprocal_rank(np.array([[False, True], [False, False]])).tolist()
+    [0.5, 0.0]
+    """
+    return np.where(right.any(axis=1), 1 / (right.argmax(axis=1) + 1), 0.0)
+
+
+def chance(answers: np.ndarray, gallery: int) -> float | None:
+    """The Hit@1 of guessing: the mean share of the gallery's rows that are right, over queries that have an answer.
+
+    >>> chance(np.array([1, 3, 0]), 8)
+    0.25
+    """
+    return _mean(answers[answers > 0] / gallery)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+
+def right_hits(rows: Sequence[Row], k: int) -> np.ndarray:
+    """(Q, k) bool from the rows of queries.jsonl, which name the ranks of right hits (from 0).
+
+    >>> right_hits([{"right_ranks": [1]}, {"right_ranks": []}], 2).tolist()
+    [[False, True], [False, False]]
+    """
+    right = np.zeros((len(rows), k), bool)
+    for q, row in enumerate(rows):
+        right[q, row["right_ranks"]] = True
+    return right
+
+
+def asked_twice(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Every query asked twice, for `calibrate`: as it is, if it has an answer, and with its answers left out of the
+    gallery, when nothing that it finds is right.
+
+    Args:
+        rows: of queries.jsonl: answers, right_ranks, score and score_without (None: no hit), cluster.
+
+    Returns:
+        scores (n,) float64 of the first hits, -inf without one; right (n,) bool; has_answer (n,) bool; n clusters.
+
+    >>> row = {"answers": 1, "right_ranks": [0], "score": 0.9, "score_without": None, "cluster": "a"}
+    >>> scores, right, has_answer, clusters = asked_twice([row])
+    >>> scores.tolist(), right.tolist(), has_answer.tolist(), clusters
+    ([0.9, -inf], [True, False], [True, False], ['a', 'a'])
+    """
+    asked = [row for row in rows if row["answers"]]
+    found = [*(row["score"] for row in asked), *(row["score_without"] for row in rows)]
+    scores = np.array([-math.inf if score is None else score for score in found], float)
+    right = np.array([0 in row["right_ranks"] for row in asked] + [False] * len(rows), bool)
+    return scores, right, np.arange(len(scores)) < len(asked), [row["cluster"] for row in [*asked, *rows]]
+
+
+def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") -> dict[str, Any]:
+    """The figures of a ranking, from its rows of queries.jsonl.
+
+    Args:
+        rows: one a query: answers, right_ranks, cluster, crop, angle.
+        k: how many hits each query was given.
+        unit: what a cluster is, for the messages.
+
+    Returns:
+        queries, without_answer (counted apart, in nothing else), hit_at_K, recall_at_K and precision_at_K for K of
+        `DEPTHS`, map_at_k and mrr_at_k; `intervals` of hit_at_1, map and mrr, 95 %,
+        by `intervals.interval`; `by_view`: hit_at_1 with its interval for each crop and angle. Figures are None where
+        nothing could be counted.
+    """
+    counted = [row for row in rows if row["answers"]]
+    right, answers = right_hits(counted, k), np.array([row["answers"] for row in counted], int)
+    clusters = [row["cluster"] for row in counted]
+    figures: dict[str, Any] = {"queries": len(rows), "without_answer": len(rows) - len(counted)}
+    for depth in sorted({*(n for n in DEPTHS if n < k), k}):
+        figures[f"hit_at_{depth}"] = _mean(hit_at_k(right, depth))
+        figures[f"recall_at_{depth}"] = _mean(recall_at_k(right, answers, depth))
+        figures[f"precision_at_{depth}"] = _mean(precision_at_k(right, depth))
+    whole = {"map": average_precision(right, answers), "mrr": reciprocal_rank(right)}
+    figures |= {f"{name}_at_{k}": _mean(values) for name, values in whole.items()}
+    each = {"hit_at_1": hit_at_k(right, 1), **whole}
+    figures["intervals"] = {
+        name: intervals.interval(values, clusters, unit=unit).record() for name, values in each.items()
+    }
+    figures["by_view"] = [
+        {"crop": crop, "angle": angle, "unit": unit, **intervals.interval(values, of, unit=unit).record()}
+        for (crop, angle), (values, of) in _by_view(counted, each["hit_at_1"], clusters).items()
+    ]
+    return figures
+
+
+def retrieval_table(metrics: Mapping[str, Any]) -> str:
+    """The figures of `steps.index.index_metrics` as lines for people."""
+    k = next(int(name[7:]) for name in metrics if name.startswith("map_at_"))
+    queries = f"{metrics['queries']} queries in a gallery of {metrics['gallery']}"
+    apart = f"{metrics['without_answer']} of them have no right answer there and are not counted below"
+    lines = [queries + (f"; {apart}" if metrics["without_answer"] else "")]
+    names = {"hit_at_1": "Hit@1", "map": f"mAP@{k}", "mrr": f"MRR@{k}"}
+    lines += [f"{name:<12} {intervals.Interval(**metrics['intervals'][key])}" for key, name in names.items()]
+    depths = [int(name[7:]) for name in metrics if name.startswith("hit_at_")]
+    for name in ("Hit", "Recall", "Precision"):
+        shown = [f"{_cell(metrics[f'{name.lower()}_at_{depth}'])} @{depth}" for depth in depths]
+        lines.append(f"{name + '@K':<12} " + "   ".join(shown))
+    lines.append(f"{'by chance':<12} {_cell(metrics['chance'])}")
+    lines += _believed(metrics["threshold"])
+    if metrics["positions"]:
+        lines += _metres(metrics["positions"])
+    return "\n".join(lines)
+
+
+def _believed(threshold: Mapping[str, Any]) -> list[str]:
+    if threshold["value"] is None:
+        return [f"no match     none is believed: {threshold['why']}"]
+    said = (
+        f"no match     a first hit is believed from cosine {threshold['value']:.3f} on, for a precision of "
+        f"{threshold['wanted']:g}: {_cell(threshold['coverage'])} of the queries that have an answer"
+    )
+    held = threshold["held_out_precision"]
+    short = ", BELOW what was asked for: too few photographs to be sure" if (held or 1) < threshold["wanted"] else ""
+    rest = (
+        threshold["why"]
+        if held is None
+        else (
+            f"on photographs that it was not calibrated on: precision {_cell(held)}{short}; coverage "
+            f"{_cell(threshold['held_out_coverage'])}"
+        )
+    )
+    return [said, f"             {rest}"]
+
+
+def _metres(figures: Mapping[str, Any]) -> list[str]:
+    within = "   ".join(f"{_cell(share)} within {metres} m" for metres, share in figures["within"].items())
+    unknown = f" ({figures['unknown']} queries without a position are not counted)" if figures["unknown"] else ""
+    return [
+        f"{'metres':<12} first hit {_cell(figures['top1_metres_median'])} (median), nearest of all hits "
+        f"{_cell(figures['least_metres_median'])}{unknown}",
+        f"{'':<12} first hit: {within}",
+    ]
+
+
+def _by_view(
+    rows: Sequence[Row], values: np.ndarray, clusters: Sequence[str]
+) -> dict[tuple[float, float], tuple[list[float], list[str]]]:
+    parts: dict[tuple[float, float], tuple[list[float], list[str]]] = {}
+    for row, value, cluster in zip(rows, values.tolist(), clusters, strict=True):
+        if row["crop"] is not None:
+            part = parts.setdefault((row["crop"], row["angle"]), ([], []))
+            part[0].append(value)
+            part[1].append(cluster)
+    return dict(sorted(parts.items()))
+
+
+# --- geometry ----------------------------------------------------------------------------------------------
+
+
+def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
+    """Area under the curve of the share of pairs below an error, from 0 to `threshold`, divided by `threshold`: the
+    figure of HPatches' homography estimation (as Sarlin et al., "SuperGlue", CVPR 2020, compute it: trapezoids between
+    the sorted errors).
+
+    Args:
+        errors: mean corner errors in pixels; infinite where no geometry was found.
+        threshold: pixels.
+
+    Returns:
+        In [0, 1]; None without pairs.
+
+    >>> corner_auc([1.0, math.inf], 2)
+    0.375
+    """
+    if not len(errors):
+        return None
+    ranked = np.concatenate([[0.0], np.sort(np.asarray(errors, float))])
+    share = np.arange(len(ranked)) / len(errors)
+    last = int(np.searchsorted(ranked, threshold))
+    return float(np.trapezoid([*share[:last], share[last - 1]], [*ranked[:last], threshold]) / threshold)
+
+
+# --- 1:1 matching ---------------------------------------------------------------------------------------------
 
 
 def rerank(pairs: Iterable[T]) -> list[T]:
@@ -87,50 +326,92 @@ def best_pairs(pairs: Iterable[Row]) -> list[Row]:
     return [rows[0] for rows in ranked if rows]
 
 
-def match_metrics(pairs: Sequence[Row]) -> dict[str, Any]:
+def match_metrics(pairs: Sequence[Row], unit: str = "photographs") -> dict[str, Any]:
     """The figures of a finished 04_match, from its rows.
+
+    Args:
+        pairs: rows of pairs.jsonl.
+        unit: what a cluster is, for the messages.
 
     Returns:
         hit_at_1 (by global vectors), reranked_hit_at_1 (after re-ranking by inliers), verified (share of queries
-        whose best candidate verifies), verified_right (share of those that are right), corner_error_median of
-        the verified right ones in pixels, and of all pairs of a reference with its own source: true_pairs,
-        true_corner_error_median, true_within_8px (pairs without a geometry count as failed). `by_crop` and
-        `by_view` (crop and angle) have the same for parts. Shares are None where nothing could be counted.
+        whose best candidate verifies), verified_right (share of those that are right), wrong_verified (share of
+        queries of which a wrong candidate verifies: how often a query without a match would be believed),
+        corner_error_median of the verified right ones in pixels. Of all pairs of a reference with its own source
+        (pairs without a geometry count as failed): true_pairs, true_corner_error_median, true_within_8px,
+        corner_auc (by threshold), matching_accuracy (mean share of correspondences within so many pixels of where the
+        true matrix puts them: Mikolajczyk and Schmid, PAMI 2005; Dusmanu et al., "D2-Net", CVPR 2019), inlier_ratio
+        (mean share of correspondences that the found geometry explains), rotation_error_median in degrees and
+        scale_error_median (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1
+        and true_within_8px. `by_crop` and `by_view` (crop and angle) have the same for parts. Shares are None where
+        nothing could be counted.
     """
     best = best_pairs(pairs)
-    figures = _figures(pairs, best)
+    figures = _figures(pairs, best, unit)
     crops = sorted({row["crop"] for row in pairs if row["crop"] is not None})
     views = sorted({(row["crop"], row["angle"]) for row in pairs if row["crop"] is not None})
-    figures["by_crop"] = [_part(pairs, best, crop=crop) for crop in crops]
-    figures["by_view"] = [_part(pairs, best, crop=crop, angle=angle) for crop, angle in views]
+    figures["by_crop"] = [_part(pairs, best, unit, crop=crop) for crop in crops]
+    figures["by_view"] = [_part(pairs, best, unit, crop=crop, angle=angle) for crop, angle in views]
     return figures
 
 
-def _part(pairs: Sequence[Row], best: Sequence[Row], **wanted: float) -> dict[str, Any]:
+def _part(pairs: Sequence[Row], best: Sequence[Row], unit: str, **wanted: float) -> dict[str, Any]:
     def inside(rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
-    return {**wanted, **_figures(inside(pairs), inside(best))}
+    return {**wanted, **_figures(inside(pairs), inside(best), unit)}
 
 
-def _figures(pairs: Sequence[Row], best: Sequence[Row]) -> dict[str, Any]:
+def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, Any]:
     counted = [row for row in best if row["answerable"]]
     first = [row for row in pairs if row["answerable"] and row["rank"] == 0]
     verified = [row for row in best if row["verified"]]
     right = [row["corner_error"] for row in verified if row["corner_error"] is not None]
+    wrong: dict[str, bool] = {}
+    for row in pairs:
+        if row["retrieved"] and not row["right"]:
+            wrong[row["query"]] = wrong.get(row["query"], False) or row["verified"]
     true = [row for row in pairs if row["right"] and row["has_truth"]]
-    errors = [math.inf if row["corner_error"] is None else row["corner_error"] for row in true]
+    errors = corner_errors(true)
+    each = {
+        "hit_at_1": (first, [row["right"] for row in first]),
+        "reranked_hit_at_1": (counted, [row["right"] for row in counted]),
+        "true_within_8px": (true, [error <= 8 for error in errors]),
+    }
+    measured = {
+        name: intervals.interval(np.array(values, float), [row["cluster"] for row in rows], unit=unit)
+        for name, (rows, values) in each.items()
+    }
     return {
         "queries": len(best),
-        "hit_at_1": _mean(row["right"] for row in first),
-        "reranked_hit_at_1": _mean(row["right"] for row in counted),
+        "hit_at_1": measured["hit_at_1"].value,
+        "reranked_hit_at_1": measured["reranked_hit_at_1"].value,
         "verified": _mean(row["verified"] for row in best),
         "verified_right": _mean(row["right"] for row in verified if row["answerable"]),
+        "wrong_verified": _mean(wrong.values()),
         "corner_error_median": _median(right),
         "true_pairs": len(true),
         "true_corner_error_median": _median(errors),
-        "true_within_8px": _mean(error <= 8 for error in errors),
+        "true_within_8px": measured["true_within_8px"].value,
+        "corner_auc": {str(pixels): corner_auc(errors, pixels) for pixels in PIXELS},
+        "matching_accuracy": {
+            str(pixels): _mean(row["accuracy"][i] if row["matches"] else 0.0 for row in true)
+            for i, pixels in enumerate(ACCURACY)
+        },
+        "inlier_ratio": _mean(row["inliers"] / max(1, row["matches"]) for row in true),
+        "rotation_error_median": _median([_or_inf(row["rotation_error"]) for row in true]),
+        "scale_error_median": _median([_or_inf(row["scale_error"]) for row in true]),
+        "intervals": {name: interval.record() for name, interval in measured.items()},
     }
+
+
+def corner_errors(pairs: Iterable[Row]) -> list[float]:
+    """The corner errors of pairs in pixels, infinite where no geometry was found."""
+    return [_or_inf(row["corner_error"]) for row in pairs]
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -144,7 +425,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics of 04_match as a table for a terminal: Hit@1 by crop and angle, then the median pixel error.
+    """Metrics of 04_match as a table for a terminal: Hit@1 by crop and angle with its interval, then pixels.
 
     Args:
         finished: name of a configuration -> its metrics.
@@ -152,21 +433,22 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
     shown = {name: metrics for name, metrics in finished.items() if metrics["by_view"]}
     angles = sorted({view["angle"] for metrics in shown.values() for view in metrics["by_view"]})
     wide = max([len(name) for name in finished] + [8])
-    heads = [f"{angle:>5g}" for angle in angles] + [" mean", "re-ranked", "verified", "    px"]
+    heads = [f"{angle:>5g}" for angle in angles] + [" mean [95 % interval]"]
     lines = [f"{'Hit@1':<{wide}}  crop " + " ".join(heads)] if shown else []
     for name, metrics in shown.items():
         for part in reversed(metrics["by_crop"]):
             hits = {view["angle"]: view["hit_at_1"] for view in metrics["by_view"] if view["crop"] == part["crop"]}
             cells = [_cell(hits.get(angle), 5) for angle in angles]
-            rest = [(part["hit_at_1"], 5), (part["reranked_hit_at_1"], 9), (part["verified"], 8)]
-            cells += [_cell(value, width) for value, width in [*rest, (part["corner_error_median"], 6)]]
-            lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}")
+            mean = intervals.Interval(**part["intervals"]["hit_at_1"])
+            lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}  {mean}")
     for name, metrics in finished.items():
-        lines += ["", f"{name}: {metrics['queries']} queries, {_cell(metrics['verified'])} of them verified"]
-        if metrics.get("queries_skipped"):
-            lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be embedded")
-        if metrics["verified_right"] is not None:
-            lines.append(f"  of the verified, right: {_cell(metrics['verified_right'])}")
+        hit, again = (intervals.Interval(**metrics["intervals"][key]) for key in ("hit_at_1", "reranked_hit_at_1"))
+        lines += ["", f"{name}: {metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"]
+        said = {"of the queries": "verified", "of those are right": "verified_right"}
+        said |= {"have a wrong candidate that verifies": "wrong_verified"}
+        shares = [f"{_cell(metrics[key])} {words}" for words, key in said.items() if metrics[key] is not None]
+        if shares:
+            lines.append(f"  verified: {', '.join(shares)}")
         if metrics["corner_error_median"] is not None:
             lines.append(f"  median corner error of verified right matches: {metrics['corner_error_median']:.2f} px")
         if metrics["true_pairs"]:
@@ -174,6 +456,8 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
                 f"  of all {metrics['true_pairs']} pairs of a reference and its source: median corner error "
                 f"{_cell(metrics['true_corner_error_median'])} px, within 8 px {_cell(metrics['true_within_8px'])}"
             )
+        if metrics.get("queries_skipped"):
+            lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be embedded")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -190,3 +191,38 @@ def corner_error(estimate: np.ndarray, truth: np.ndarray, size: tuple[int, int])
     difference = transform(estimate, corners(size)) - transform(truth, corners(size))
     error = float(np.linalg.norm(difference, axis=1).mean())
     return error if math.isfinite(error) else math.inf
+
+
+def matching_accuracy(
+    xy_a: np.ndarray, xy_b: np.ndarray, truth: np.ndarray, pixels: Sequence[float]
+) -> list[float] | None:
+    """The share of correspondences that lie within so many pixels of where the truth puts them.
+
+    Source: Mikolajczyk and Schmid, "A performance evaluation of local descriptors", PAMI 2005; as "mean matching
+    accuracy" over pairs: Dusmanu et al., "D2-Net", CVPR 2019.
+
+    Args:
+        xy_a, xy_b: (m, 2) correspondences in pixels of A and of B.
+        truth: (3, 3) A -> B.
+        pixels: thresholds, in pixels of B.
+
+    Returns:
+        A share for each threshold; None without correspondences.
+
+    >>> xy = np.zeros((2, 2))
+    >>> matching_accuracy(xy, np.array([[0.0, 2], [0, 4]]), np.eye(3), [1, 3, 5])
+    [0.0, 0.5, 1.0]
+    """
+    if not len(xy_a):
+        return None
+    away = np.linalg.norm(transform(truth, xy_a) - xy_b, axis=1)
+    return [float((away <= limit).mean()) for limit in pixels]
+
+
+def turned_apart(angle: float, other: float) -> float:
+    """How far two directions lie apart, in degrees from 0 to 180.
+
+    >>> turned_apart(-170, 170)
+    20.0
+    """
+    return abs((angle - other + 180.0) % 360.0 - 180.0)

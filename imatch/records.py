@@ -6,6 +6,7 @@ angles are degrees counter-clockwise as one sees them on the screen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,71 @@ class Hits:
 
     rows: np.ndarray
     scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Which rows of a gallery answer each of Q queries: the rows of query q are `rows[first[q] : first[q + 1]]`.
+
+    Attributes:
+        first: (Q + 1,) int64, from 0, never falling.
+        rows: (m,) int64, rows of the gallery, rising within a query.
+
+    >>> truth = Truth.of([[0, 2], []])
+    >>> truth.count.tolist(), truth.right(np.array([[2, 1], [0, -1]])).tolist()
+    ([2, 0], [[True, False], [False, False]])
+    """
+
+    first: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, answers: Sequence[Sequence[int] | np.ndarray]) -> Truth:
+        """From a list of gallery rows for each query."""
+        rows = [np.unique(np.asarray(rows, np.int64)) for rows in answers]
+        return cls(np.cumsum([0, *map(len, rows)]), np.concatenate([np.zeros(0, np.int64), *rows]))
+
+    @property
+    def count(self) -> np.ndarray:
+        """(Q,) int64, how many right answers each query has."""
+        return np.diff(self.first)
+
+    def right(self, rows: np.ndarray, queries: slice | None = None) -> np.ndarray:
+        """Which of the hits (Q, k), rows of the gallery or -1, are right: (Q, k) bool.
+
+        Args:
+            rows: the hits.
+            queries: the queries that these are, when they are not all.
+        """
+        n = 1 + max(self.rows.max(initial=0), rows.max(initial=0))
+        q = np.arange(len(self.first) - 1)
+        wanted = np.repeat(q, self.count) * n + self.rows  # sorted, one number a pair of query and row
+        asked = q[queries or slice(None), None] * n + rows
+        place = np.searchsorted(wanted, asked).clip(0, max(len(wanted) - 1, 0))
+        return (wanted[place] == asked) & (rows >= 0) if len(wanted) else np.zeros(rows.shape, bool)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What Q queries found, and whether it is right.
+
+    Attributes:
+        rows: (Q, k) int64, row of each hit in the gallery, best first; -1 where it had no more.
+        scores: (Q, k) float32, cosine similarity; -inf where row is -1.
+        right: (Q, k) bool, whether the hit answers the query.
+        answers: (Q,) int64, how many right answers the gallery holds.
+        without: (Q,) float32, the best score when all right answers are left out of the gallery: what a query that
+            has no match would find. -inf where nothing else is there.
+        metres: (Q, k) float64, how far each hit lies from where the query was taken, NaN where that is not known;
+            None when no position is known at all.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    right: np.ndarray
+    answers: np.ndarray
+    without: np.ndarray
+    metres: np.ndarray | None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Step:
         links: paths of the steps it reads, relative to `folder`.
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
+        work: for the record, too: {"photographs", "seconds"} of what was computed, over all runs that came to an end.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Step:
     on_change: str = "refuse"
     fingerprint: str | None = None
     device: str = "cpu"
+    work: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -66,6 +68,12 @@ class Step:
     def runs_on(self, device: str) -> None:
         """Record where an unfinished step is being computed."""
         self.device = device
+        self._write()
+
+    def did(self, photographs: int, seconds: float) -> None:
+        """Add to the record of what an unfinished step has computed."""
+        for name, amount in (("photographs", photographs), ("seconds", seconds)):
+            self.work[name] = round(self.work.get(name, 0) + amount, 3)
         self._write()
 
     def unfinish(self) -> None:
@@ -104,6 +112,7 @@ class Step:
             "machine": platform.machine(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
             "seconds": seconds,
+            "work": self.work,
         }
         store.write_json(self.folder / "step.json", record)
 
@@ -135,7 +144,7 @@ def start(
         if nothing_done:
             step._write()  # of a run that was refused before it computed anything
         if not differences:
-            step.fingerprint, step.device = before.fingerprint, before.device
+            step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
         refuse_or_say(step, f"{folder} was made differently", differences)
@@ -177,6 +186,7 @@ def read(folder: Path, finished: bool = True) -> Step:
         record["links"],
         fingerprint=record["fingerprint"],
         device=record["device"],
+        work=record.get("work", {}),
     )
     if finished and not step.finished:
         raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import numpy as np
 from imatch.records import ImatchError, StepError, Tokens
 
 Row = dict[str, Any]
-PLACED = ("grid", "xy", "shard", "first", "n")
+PLACED = ("grid", "xy", "shard", "first", "n", "vector")
 """What a row says of where its tokens lie."""
 MAPS = 16
 """How many shards are kept mapped: each map holds an open file, of which a process may have some 1,000."""
@@ -185,11 +186,20 @@ def write_shard(
     for row in rows:
         if "skipped" not in row:
             one = next(rest)
-            where = {"shard": shard, "first": first, "n": len(one.descriptors)}
+            where = {"shard": shard, "first": first, "n": len(one.descriptors), "vector": vector_digest(one.vector)}
             row = {**row, "grid": one.grid, "xy": placed_apart, **where}
             first += len(one.descriptors)
         placed.append({**row, "shard": shard})
     write_rows(base.with_suffix(".jsonl"), placed)
+
+
+def vector_digest(vector: np.ndarray) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a global vector as float32: which row it belongs to.
+
+    >>> vector_digest(np.ones(2)) == vector_digest(np.ones(2, np.float32))
+    True
+    """
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()[:16]
 
 
 def is_merged(folder: Path) -> bool:
@@ -291,9 +301,9 @@ class Embeddings:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One a photograph: id, size (h, w), sha256, position, grid, xy (whether positions have a file of their own),
-        shard, first, n; where a registry knows them, capture, label and frame; of a reference also source and
-        source_sha256."""
+        """One a photograph: id, size (h, w), sha256, position, look (`images.look`), grid, xy (whether positions have a
+        file of their own), shard, first, n, vector (`vector_digest`); where a registry knows them,
+        capture, label and frame; of a reference also source and source_sha256."""
         return read_rows(self.folder / "images.jsonl")
 
     @cached_property
@@ -335,6 +345,23 @@ class Embeddings:
         grid = None if meta["grid"] is None else tuple(meta["grid"])
         xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part]) if _apart(meta) else grid_xy(grid, meta["size"])
         return Tokens(np.asarray(self.vectors[row]), np.asarray(self._local(meta["shard"])[part]), xy, grid)
+
+    def check_rows(self) -> None:
+        """Compare every row of the list with its vector: a moment for 40,000 of them.
+
+        Raises:
+            StepError: a vector is not the one that was written for its row; the message names the first such row and,
+                where it is another's, whose.
+        """
+        found = [vector_digest(vector) for vector in self.vectors]
+        wrong = [i for i, row in enumerate(self.rows) if row.get("vector", found[i]) != found[i]]
+        if wrong:
+            owner = {row.get("vector"): row["id"] for row in self.rows}.get(found[wrong[0]])
+            whose = f"the vector of {owner}" if owner else "a vector that no photograph of the list has"
+            raise StepError(
+                f"{self.folder}: {len(wrong)} of {len(self)} rows of global.npy do not belong to images.jsonl: the row "
+                f"of {self.ids[wrong[0]]} holds {whose}. Delete the folder and run its notebook again"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)

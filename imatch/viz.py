@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,16 @@ from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from imatch import evaluate, geometry, images, store
+from imatch import evaluate, geometry, images, references, store
 from imatch.denseft import covered, fit, picture
-from imatch.records import Hits, ImatchError
+from imatch.records import ImatchError, Ranking
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
 
 KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
 rcParams["font.family"] = ["DejaVu Sans", *(name for name in KOREAN if name in font_manager.get_font_names())]
 RIGHT, WRONG = "#2ca02c", "#d62728"
+EMPTY = (255, 0, 255)
 
 
 def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int = 300) -> Figure:
@@ -99,6 +101,38 @@ def reference_sheet(views: Step, rows: Sequence[Row], columns: int = 12) -> Figu
     return figure
 
 
+def reference_kinds(views: Step, rows: Sequence[Row], angles: Sequence[float] = (0, 30, 45, 90, 150)) -> Figure:
+    """The first photograph turned by every kind of reference, a row a kind, at the step's largest crop: what a kind
+    does to the scale and to the corners, whichever was chosen. Made from a thumbnail, so of any photograph at once.
+
+    Args:
+        views: of `start_references`.
+        rows: of `make_references`.
+        angles: degrees; for each, the nearest of the step's angles is shown.
+    """
+    source, crop = rows[0], max(views.parameters["crops"])
+    shown = [min(views.parameters["angles"], key=lambda a: abs((a - angle + 180) % 360 - 180)) for angle in angles]
+    shown = sorted({*shown})
+    photograph = images.thumbnail(views.linked("photographs") / source["source"], source["source_size"], 320)
+    options = {"resize_to_original": views.parameters["resize_to_original"]}
+    makers = {kind: references.create(kind, options) for kind in references.REFERENCES}
+    made = [(kind, angle, make(photograph, angle, crop)) for kind, make in makers.items() for angle in shown]
+    h, w = np.max([view.mask.shape for *_, view in made], axis=0) / 2
+    figure, axes = _sheet(len(makers), len(shown))
+    for (kind, angle, view), axis in zip(made, axes.flat, strict=True):
+        y, x = np.array(view.mask.shape) / 2
+        axis.imshow(np.where(view.mask[..., None], view.pixels, np.uint8(EMPTY)), extent=(-x, x, y, -y))
+        axis.set(xlim=(-w, w), ylim=(h, -h))  # a pixel is as large in all of them, so that zooms can be compared
+        scale = math.sqrt(np.linalg.det(view.matrix[:2, :2]))
+        axis.set_title(f"{kind}, {angle:g} deg\nscale {scale:.2f}, {view.mask.mean():.0%} covered", fontsize=7)
+    figure.suptitle(
+        "legacy: zooms with the angle and can leave empty corners (magenta)\n"
+        f"isometric: one scale at every angle, no empty corner (both at crop {crop:g})",
+        fontsize=8,
+    )
+    return figure
+
+
 def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
     """The first photograph with the outline of each of its views, by the exact matrices."""
     rows = [row for row in rows if row["source"] == rows[0]["source"]]
@@ -112,71 +146,52 @@ def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
     for row in rows:
         outline = geometry.transform(np.linalg.inv(row["matrix"]), geometry.corners(row["size"]))
         axis.plot(*np.vstack([outline, outline[:1]]).T, linewidth=1)
-    axis.set_title(f"{_short(rows[0]['source'])}: where its {len(rows)} references lie", fontsize=9)
+    told = "\ncrop 1 is the largest square that fits at every angle" if rows[0]["kind"] == "isometric" else ""
+    axis.set_title(f"{_short(rows[0]['source'])}: where its {len(rows)} references lie{told}", fontsize=9)
     return figure
 
 
-def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, n: int = 6, k: int = 5) -> Figure:
+def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int = 6, k: int = 5) -> Figure:
     """n queries, evenly spread, and their best k hits: framed green where right, red where wrong."""
     shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int))
-    k = min(k, hits.rows.shape[1])
-    right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
+    k = min(k, ranking.rows.shape[1])
     from_query, from_gallery = (_photographs(step.linked(side)) for side in ("query", "gallery"))
     figure, axes = _sheet(len(shown), k + 1, side=1.5)
     for i, q in enumerate(shown):
         axes[i, 0].imshow(images.thumbnail(from_query / query.ids[q], query.rows[q]["size"], 200))
         axes[i, 0].set_title(f"query\n{_short(query.ids[q])}", fontsize=6)
         for rank in range(k):
-            row, axis = hits.rows[q, rank], axes[i, rank + 1]
+            row, axis = ranking.rows[q, rank], axes[i, rank + 1]
             if row < 0:
                 continue
             picture = images.thumbnail(from_gallery / gallery.ids[row], gallery.rows[row]["size"], 200)
             axis.imshow(picture)
-            axis.set_title(f"{rank + 1}: {hits.scores[q, rank]:.3f}\n{_short(gallery.ids[row])}", fontsize=6)
+            axis.set_title(f"{rank + 1}: {ranking.scores[q, rank]:.3f}\n{_short(gallery.ids[row])}", fontsize=6)
             size = (picture.shape[1], picture.shape[0])
-            colour = RIGHT if right[q, rank] else WRONG
+            colour = RIGHT if ranking.right[q, rank] else WRONG
             axis.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=colour, linewidth=3))
     return figure
 
 
-def scores(hits: Hits, right: np.ndarray) -> Figure:
-    """How far the scores of right and wrong hits lie apart."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axis = figure.add_subplot()
-    found = hits.rows >= 0
-    bins = np.linspace(0, 1, 51)
-    for mask, name, colour in ((right, "right", RIGHT), (found & ~right, "wrong", WRONG)):
-        axis.hist(np.clip(hits.scores[mask], 0, 1), bins, alpha=0.6, label=f"{name} ({mask.sum()})", color=colour)
-    axis.set(xlabel="cosine", ylabel="hits")
-    axis.legend()
-    return figure
-
-
 def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
-    """04_match at a glance: Hit@1 by angle and crop, corner errors, inliers of right and wrong candidates."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    hits, errors, inliers = figure.subplots(1, 3)
+    """What 1:1 matching adds: Hit@1 before and after re-ranking, and inliers of right and wrong candidates."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    hits, inliers = figure.subplots(1, 2)
     for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
         views = [view for view in metrics["by_view"] if view["crop"] == crop]
         angles = [view["angle"] for view in views]
         (line,) = hits.plot(angles, [_number(v["hit_at_1"]) for v in views], ".-", label=f"crop {crop:g}")
         again = [_number(view["reranked_hit_at_1"]) for view in views]
         hits.plot(angles, again, ":", color=line.get_color(), label=f"crop {crop:g}, re-ranked")
-        wanted = [row for row in pairs if row["crop"] == crop and row["has_truth"]]
-        error = np.sort([_number(row["corner_error"], np.inf) for row in wanted])
-        if len(error):
-            share = np.arange(1, len(error) + 1) / len(error)
-            errors.step(np.maximum(error, 1e-2), share, where="post", label=f"crop {crop:g} ({len(error)} pairs)")
-    hits.set(title="Hit@1 by rotation of the reference", xlabel="degrees counter-clockwise", ylim=(-0.03, 1.03))
-    errors.set(title="corner error against the true matrix", xlabel="pixels", xscale="log", xlim=(1e-2, 1e3))
-    errors.set(ylabel="share of true pairs below", ylim=(-0.03, 1.03))
-    errors.axvline(8, color="grey", linewidth=0.8)
+    hits.set(title="Hit@1 before and after re-ranking", xlabel="rotation of the query, degrees", ylim=(-0.03, 1.03))
+    if not metrics["by_view"]:
+        hits.text(0.5, 0.5, "the queries are no references", transform=hits.transAxes, ha="center", color="grey")
     counts = [[row["inliers"] for row in pairs if row["right"] == right] for right in (True, False)]
     bins = np.linspace(0, max([1, *map(max, filter(None, counts))]), 41)
     for count, name, colour in zip(counts, ("right candidate", "wrong candidate"), (RIGHT, WRONG), strict=True):
         inliers.hist(count, bins, alpha=0.6, label=f"{name} ({len(count)})", color=colour)
-    inliers.set(title="inliers", xlabel="inliers of a pair", yscale="symlog")
-    for axis in (hits, errors, inliers):
+    inliers.set(title="do inliers tell right from wrong?", xlabel="inliers of a pair", ylabel="pairs", yscale="symlog")
+    for axis in (hits, inliers):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)

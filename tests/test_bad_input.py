@@ -21,6 +21,7 @@ import imatch
 from imatch import store
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
 from tests.test_images import STORED, orientation, png_of_zeros
+from tests.test_steps import indexed, judged
 
 NOBODY = 65534
 
@@ -496,27 +497,23 @@ def test_no_dataset_at_all(tmp_path):
 
 def neighbours(step, k=3):
     """The step's photographs searched among themselves: hits, twins, metrics and the finished 03_index."""
-    index_step = imatch.start_index(
-        str(step.folder),
-        "",
-        direction="data-data",
-        index="flat",
-        k=k,
-        exclude_siblings=False,
-        tag="",
-        on_change="refuse",
-    )
-    query, gallery = imatch.query_and_gallery(index_step)
-    index = imatch.build_index(index_step, gallery)
-    twins = imatch.self_check(index, gallery)
-    hits = imatch.search(index_step, index, query, gallery)
-    return hits, index_step.finish(imatch.index_metrics(index_step, query, gallery, hits, twins)), index_step
+    index_step = indexed(step, None, "data-data", k=k)
+    _, _, ranking, _, metrics = judged(index_step)
+    return ranking, index_step.finish(metrics), index_step
 
 
 def references_of(step):
     """The step's photographs as references, and the finished 02_references."""
     views = imatch.start_references(
-        str(step.folder), kind="isometric", angles=[0, 90], crops=[1.0], quality=95, tag="", on_change="refuse"
+        str(step.folder),
+        kind="isometric",
+        angles=[0, 90],
+        crops=[1.0],
+        resize_to_original=False,
+        file_type="jpg",
+        quality=95,
+        tag="",
+        on_change="refuse",
     )
     imatch.make_references(views, workers=0)
     tokens = imatch.start_reference_tokens(views)

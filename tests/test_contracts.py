@@ -30,7 +30,12 @@ def test_unknown_name_gets_the_nearest(table, create):
 
 
 @pytest.mark.parametrize(
-    ("create", "table"), [(backbones.create, backbones.CLASSICAL), (matching.create, matching.MATCHERS)]
+    ("create", "table"),
+    [
+        (backbones.create, backbones.CLASSICAL),
+        (references.create, references.REFERENCES),
+        (matching.create, matching.MATCHERS),
+    ],
 )
 def test_unknown_and_mistyped_options_raise(create, table):
     for name in table:
@@ -114,82 +119,6 @@ def test_dense_descriptor_sits_at_the_centre_of_its_patch():
     cells = mirrored.as_grid()[:, ::-1].reshape(6, 8, 4, 4, 8)[:, :, :, ::-1][..., (4 - np.arange(8)) % 8]
     cosine = (upright.as_grid() * cells.reshape(6, 8, 128)).sum(axis=2)
     assert np.median(cosine[1:-1, 1:-1]) > 0.9995  # half a pixel beside it, 0.9988
-
-
-# --- references
-
-
-@pytest.fixture(params=sorted(references.REFERENCES))
-def reference(request):
-    return references.create(request.param)
-
-
-def waves(x, y):
-    """A smooth photograph that can be sampled anywhere."""
-    return 128 + 50 * np.sin(0.19 * x + 0.05 * y) + 40 * np.cos(0.17 * y - 0.06 * x)
-
-
-@pytest.mark.parametrize("size", [(120, 180), (121, 180), (181, 121), (150, 151)], ids=str)
-@pytest.mark.parametrize("crop", [1.0, 0.75, 0.5])
-def test_matrix_is_exact(reference, size, crop):
-    """The view shows, at every angle, what its matrix says it shows: to 0.05 px."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    photograph = np.repeat(np.clip(waves(x, y), 0, 255).round().astype(np.uint8)[..., None], 3, axis=2)
-    for angle in np.arange(24) * 15.0:
-        view = reference(photograph, float(angle), crop)
-        v, u = np.mgrid[: view.mask.shape[0], : view.mask.shape[1]]
-        back = np.linalg.inv(view.matrix)
-        px, py, _ = np.tensordot(back, np.stack([u, v, np.ones_like(u)]).astype(float), 1)
-        expected = waves(px, py)
-        inner = view.mask & (px > 3) & (py > 3) & (px < size[1] - 4) & (py < size[0] - 4)
-        inner &= (u > 1) & (v > 1) & (u < view.mask.shape[1] - 2) & (v < view.mask.shape[0] - 2)
-        gy, gx = np.gradient(expected)
-        slip, *_ = np.linalg.lstsq(
-            np.column_stack([gx[inner], gy[inner]]), (view.pixels[..., 0] - expected)[inner], rcond=None
-        )
-        assert np.abs(slip).max() < 0.05, (angle, slip)
-
-
-def test_mask_and_pixels_agree(reference):
-    white = np.full((90, 140, 3), 255, np.uint8)
-    for angle in (0, 30, 90, 135, -22.5):
-        view = reference(white, angle, 1.0)
-        assert view.pixels.shape == (*view.mask.shape, 3)
-        shown = view.pixels[..., 0] > 127
-        assert (shown == view.mask).mean() > 0.985
-        assert view.pixels[..., 0][view.mask].mean() > 250
-
-
-def test_isometric_keeps_the_scale_and_has_no_empty_pixel():
-    photograph = np.full((120, 181, 3), 200, np.uint8)
-    for angle in np.arange(24) * 15.0:
-        view = references.create("isometric")(photograph, float(angle), 1.0)
-        assert view.mask.all()
-        assert (view.pixels == 200).all()
-        assert np.linalg.det(view.matrix[:2, :2]) == pytest.approx(1)
-        assert view.mask.shape == (84, 84)  # floor(120 / sqrt 2)
-
-
-@pytest.mark.parametrize(("angle", "scale"), [(0, 1.0), (30, 0.83), (90, 1.5), (180, 1.0)])
-def test_legacy_scale_changes_with_the_angle(angle, scale):
-    view = references.create("legacy")(np.zeros((200, 300, 3), np.uint8), angle, 0.5)
-    assert np.sqrt(np.linalg.det(view.matrix[:2, :2])) == pytest.approx(scale, abs=0.01)
-    assert view.mask.shape == (100, 150)
-
-
-def test_angles_are_counter_clockwise(reference):
-    photograph = np.zeros((101, 101, 3), np.uint8)
-    photograph[45:56, 60:71] = 255  # to the right of the centre
-    view = reference(photograph, 90, 1.0)
-    y, x = np.nonzero(view.pixels[..., 0] > 127)
-    centre = (np.array(view.mask.shape) - 1) / 2
-    assert abs(x.mean() - centre[1]) < 1  # now above the centre
-    assert y.mean() < centre[0] - 10
-
-
-def test_view_of_a_single_pixel(reference):
-    view = reference(np.full((1, 1, 3), 9, np.uint8), 45, 0.5)
-    assert view.pixels.shape == (1, 1, 3)
 
 
 # --- indexes

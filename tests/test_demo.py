@@ -29,6 +29,9 @@ def metrics(demo_photographs, tmp_path_factory):
         "weight",
         "sift",
         "-p",
+        "kind",
+        "legacy",
+        "-p",
         "candidates",
         "1",
     ]

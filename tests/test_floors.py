@@ -10,11 +10,11 @@ import imatch
 PACKAGE = Path(imatch.__file__).parent
 FLOORS = [
     {"registry", "datasets", "records", "plugins"},
-    {"images", "store", "pooling", "geometry"},
+    {"images", "store", "pooling", "geometry", "intervals", "calibrate", "positions"},
     {"runs"},
     {"backbones", "references", "indexes", "matching", "sinks"},
     {"evaluate", "steps", "demo", "denseft"},
-    {"viz", "explore", "batch", "manifest", "legacy", "perimage", "checks"},
+    {"viz", "curves", "explore", "batch", "manifest", "legacy", "perimage", "checks", "alarms", "report"},
 ]
 WITHIN = {
     ("steps", "evaluate"),

@@ -29,6 +29,7 @@ from tests.test_perimage import (
     tokens,
     with_references,
 )
+from tests.test_steps import indexed, judged
 
 
 def imported(tree: Path, exports: Path, run: str = "i", on_change: str = "refuse") -> list[Path]:
@@ -128,20 +129,8 @@ def test_references_come_back_in_a_store_of_their_own(crops, tmp_path):
     assert (turned["angle"], turned["crop"], turned["source"]) == (-45, crops[0], "low/0007")
     assert {*b.shows} == {*Embeddings(folders[0]).shows}
 
-    index = imatch.start_index(
-        str(folders[0]),
-        str(folders[1]),
-        direction="reference-data",
-        index="flat",
-        k=2,
-        exclude_siblings=False,
-        tag="",
-        on_change="refuse",
-    )
-    query, gallery = imatch.query_and_gallery(index)
-    built = imatch.build_index(index, gallery)
-    hits = imatch.search(index, built, query, gallery)
-    index.finish(imatch.index_metrics(index, query, gallery, hits, imatch.self_check(built, gallery)))
+    index = indexed(*map(runs.read, folders), "reference-data", k=2)
+    index.finish(judged(index)[-1])
     assert index.metrics["queries"] == len(a)
     assert index.metrics["without_answer"] == 0
 

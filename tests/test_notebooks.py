@@ -74,6 +74,7 @@ def arrays(exports):
     """Every file that a step made, but for the report and the file about the run itself."""
     kept = (path for path in sorted(exports.rglob("*")) if path.is_file() and ".running" not in path.parts)
     own = {"notebook.ipynb", "step.json", "seen.jsonl"}  # hold times and places
+    own |= {"table.csv", "table.json", "report.html", "time.png"}  # of 05_report: show times
     return {path.relative_to(exports).as_posix(): path.read_bytes() for path in kept if path.name not in own}
 
 
@@ -97,7 +98,7 @@ def workspace(tmp_path_factory, few_photographs):
 
 @pytest.fixture(scope="module")
 def by_batch(workspace):
-    command = [sys.executable, "-m", "imatch.batch", "params/demo.yaml", "-p", "weight", "sift"]
+    command = [sys.executable, "-m", "imatch.batch", "params/demo.yaml", "-p", "weight", "sift", "-p", "kind", "legacy"]
     command += ["-p", "angles", "[0, 90]", "-p", "crops", "[0.75]", "--exports", "by_batch"]
     done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -122,7 +123,14 @@ def test_papermill_gives_the_same_bytes(workspace, by_batch):
         "01_embed": ["-p", "exports", "by_papermill"],
         "02_references": ["-y", "{angles: [0, 90], crops: [0.75]}"],
         "03_index": [],
-        "04_match": [],
+        "04_match": ["-y", "candidates: 3"],
+        "05_report": [
+            "-y",
+            f"steps: [{exports / steps['04_match'].relative_to(by_batch)}]",
+            "-p",
+            "exports",
+            str(exports),
+        ],
     }
     reads = {"02_references": ["01_embed"], "03_index": ["01_embed", "02_references"], "04_match": ["03_index"]}
     for name, options in given.items():

@@ -21,9 +21,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 import imatch
-from imatch import store
+from imatch import runs, store
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
 from imatch.runs import Step
+from tests.test_steps import indexed, judged
 
 PHOTOGRAPHS, SHARD = 16, 2
 KEYPOINTS, ANGLES, K = 120, (0, 30), 5
@@ -95,7 +96,15 @@ class House:
     def start_views(self) -> Step:
         embedded = self.exports / "run" / "01_embed" / "photographs" / "sift" / "scale1_raw"
         return imatch.start_references(
-            str(embedded), kind="legacy", angles=self.angles, crops=[0.75], quality=90, tag="", on_change=self.on_change
+            str(embedded),
+            kind="legacy",
+            angles=self.angles,
+            crops=[0.75],
+            resize_to_original=False,
+            file_type="jpg",
+            quality=90,
+            tag="",
+            on_change=self.on_change,
         )
 
     def views(self) -> Step:
@@ -107,21 +116,9 @@ class House:
         return self._tokens(imatch.start_reference_tokens(self.views()))
 
     def index(self) -> Step:
-        step = imatch.start_index(
-            str(self.folder("01_embed")),
-            str(self.folder("02_references")),
-            direction="reference-data",
-            index="flat",
-            k=self.k,
-            exclude_siblings=False,
-            tag="",
-            on_change=self.on_change,
-        )
-        query, gallery = imatch.query_and_gallery(step)
-        built = imatch.build_index(step, gallery)
-        twins = imatch.self_check(built, gallery)
-        hits = imatch.search(step, built, query, gallery)
-        step.finish(imatch.index_metrics(step, query, gallery, hits, twins))
+        data, references = (runs.read(self.folder(step)) for step in ("01_embed", "02_references"))
+        step = indexed(data, references, "reference-data", k=self.k, on_change=self.on_change)
+        step.finish(judged(step)[-1])
         return step
 
     def match(self) -> Step:
@@ -200,12 +197,13 @@ def empty(whole, tmp_path) -> House:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Every file below a folder: its bytes, without what may differ (duration; times of change of what was read)."""
+    """Every file below a folder: its bytes, without what may differ (duration, what a killed run
+    did; times of change of what was read)."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.name == "step.json":
-            found[name] = {**store.read_json(path), "seconds": None}
+            found[name] = {**store.read_json(path), "seconds": None, "work": None}
         elif path.name == "seen.jsonl":
             found[name] = [{**row, "stat": row["stat"][:1]} for row in store.read_rows(path)]
         elif path.is_file():
@@ -397,13 +395,14 @@ EMBED_KILLS = [
     Kill("os.rename", "/00003.global.npy"),
     Kill("os.rename", "/00003.xy.npy"),
     Kill("os.rename", "/00003.jsonl"),
+    Kill("os.rename", "/step.json", 3),  # what was done
     Kill("os.rename", "/seen.jsonl"),
     Kill("os.rename", "/global.npy"),
     Kill("os.rename", "/skipped.jsonl"),
     Kill("os.rename", "/images.jsonl"),
     Kill("os.remove", "/00002.jsonl"),  # merged, and its parts half removed
     Kill("os.remove", "/00002.global.npy"),
-    Kill("os.rename", "/step.json", 3),  # finishing: the fingerprint
+    Kill("os.rename", "/step.json", 4),  # finishing: the fingerprint
     Kill("os.rename", "/metrics.json"),
 ]
 
@@ -417,7 +416,7 @@ def test_killed_anywhere_in_embedding(run_killed, tmp_path):
     run_killed(*((house, "embed", kill) for house, kill in zip(houses, EMBED_KILLS, strict=True)))
     for house, kill in zip(houses, EMBED_KILLS, strict=True):
         folder = house.folder("01_embed")
-        merged = kill in EMBED_KILLS[10:]
+        merged = kill in EMBED_KILLS[11:]
         assert (folder / "images.jsonl").exists() == merged, kill
         assert not (folder / "metrics.json").exists()
         before = state(folder / "local")
@@ -459,8 +458,8 @@ def test_killed_index_and_matching(run_killed, whole, house):
     """03_index and 04_match, too, end with the same bytes; matched queries are not matched again."""
     for step in ("03_index", "04_match"):
         shutil.rmtree(house.folder(step))
-    run_killed((house, "index", Kill("os.rename", "/hits.npz")))
-    assert not house.index().folder.joinpath(".hits.npz").exists()
+    run_killed((house, "index", Kill("os.rename", "/ranking.npz")))
+    assert not list(house.index().folder.glob(".*"))
     assert_same(house.folder("03_index"), whole.folder("03_index"))
 
     run_killed((house.but(workers=2), "match", Kill("os.rename", "/pairs.jsonl", 6)))

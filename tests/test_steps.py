@@ -1,17 +1,23 @@
 """From a folder to matches through the library's verbs: directions, exclusions, names, refusals."""
 
 import contextlib
+import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 import imatch.records
-from imatch import runs, store
-from imatch.records import ImatchError, StepError
+from imatch import backbones, evaluate, intervals, runs, store
+from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.records import ImatchError, StepError, Tokens
 from imatch.steps.references import _reference_names
 from imatch.steps.shared import flat_name
 
@@ -26,9 +32,17 @@ def embedded(photographs, exports, weight="sift", resize=None, **given):
     return step
 
 
-def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,)):
+def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,), resize_to_original=False, file_type="jpg"):
     views = imatch.start_references(
-        str(step.folder), kind=kind, angles=angles, crops=crops, quality=95, tag="", on_change="refuse"
+        str(step.folder),
+        kind=kind,
+        angles=angles,
+        crops=crops,
+        resize_to_original=resize_to_original,
+        file_type=file_type,
+        quality=95,
+        tag="",
+        on_change="refuse",
     )
     imatch.make_references(views, workers=0)
     tokens = imatch.start_reference_tokens(views)
@@ -36,23 +50,43 @@ def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,)):
     return views, tokens
 
 
-def searched(data, references, direction, k=5, exclude_siblings=False):
-    step = imatch.start_index(
-        str(data.folder),
-        str(references.folder) if references else "",
-        direction=direction,
-        index="flat",
-        k=k,
-        exclude_siblings=exclude_siblings,
-        tag=f"k{k}s{int(exclude_siblings)}",
-        on_change="refuse",
-    )
+INDEX = {
+    "index": "flat",
+    "k": 5,
+    "exclude_siblings": False,
+    "truth": "photograph",
+    "labels": "",
+    "radius": 60.0,
+    "heading": 180.0,
+    "cluster": "photograph",
+    "precision": 0.95,
+    "tag": "",
+    "on_change": "refuse",
+}
+
+
+def indexed(data, references, direction, **given):
+    """A 03_index, just started."""
+    other = str(references.folder) if references else ""
+    return imatch.start_index(str(data.folder), other, direction=direction, **{**INDEX, **given})
+
+
+def judged(step):
+    """All of a 03_index but its alarms and its end: both sides, the ranking, the rows of queries.jsonl, the metrics."""
     query, gallery = imatch.query_and_gallery(step)
     index = imatch.build_index(step, gallery)
     twins = imatch.self_check(index, gallery)
-    hits = imatch.search(step, index, query, gallery)
-    step.finish(imatch.index_metrics(step, query, gallery, hits, twins))
-    return step, query, gallery, hits
+    ranking = imatch.search(step, index, query, gallery)
+    rows, threshold = imatch.judge(step, query, gallery, ranking)
+    return query, gallery, ranking, rows, imatch.index_metrics(step, query, gallery, ranking, rows, threshold, twins)
+
+
+def searched(data, references, direction, k=5, exclude_siblings=False, **given):
+    tag = given.pop("tag", f"k{k}s{int(exclude_siblings)}")
+    step = indexed(data, references, direction, k=k, exclude_siblings=exclude_siblings, tag=tag, **given)
+    query, gallery, ranking, _, metrics = judged(step)
+    step.finish(metrics)
+    return step, query, gallery, ranking
 
 
 def matched(index, **given):
@@ -74,6 +108,90 @@ def matched(index, **given):
     step = imatch.start_match(str(index.folder), **options)
     pairs = imatch.match(step, workers=0)
     return step, pairs, imatch.finish_match(step, pairs)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A backbone that knows a photograph by the 64 x 64 pixels in its middle."""
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def patch(self) -> int:
+        return 1
+
+    @property
+    def digest(self) -> str:
+        return "a toy"
+
+    def __call__(self, photographs):
+        h, w = photographs.shape[1:3]
+        return [self._tokens(p[h // 2 - 32 : h // 2 + 32, w // 2 - 32 : w // 2 + 32, 0]) for p in photographs]
+
+    def _tokens(self, middle):
+        vector = self.vector(middle).astype(np.float32)
+        return Tokens(vector / np.linalg.norm(vector), np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32))
+
+
+@dataclass(frozen=True)
+class Histogram(Toy):
+    """Blind to rotation: how often each grey is there."""
+
+    def vector(self, middle):
+        return np.sqrt(np.histogram(middle, 64, (0, 256))[0])
+
+
+@dataclass(frozen=True)
+class Pixels(Toy):
+    """Sees rotation: the means of 8 x 8 cells, without their mean."""
+
+    def vector(self, middle):
+        cells = cv2.resize(middle, (8, 8), interpolation=cv2.INTER_AREA).astype(float)
+        return (cells - cells.mean()).ravel()
+
+
+@dataclass(frozen=True)
+class Lottery(Toy):
+    """Sees nothing: numbers drawn by lot for each photograph."""
+
+    def vector(self, middle):
+        return np.random.default_rng(middle.ravel()).normal(size=32)
+
+
+def with_toys(monkeypatch):
+    """Put the toys into the table of backbones until the test ends."""
+    toys = {cls.__name__.lower(): f"tests.test_steps:{cls.__name__}" for cls in (Histogram, Pixels, Lottery)}
+    monkeypatch.setattr(backbones, "BACKBONES", {**backbones.BACKBONES, **toys})
+    monkeypatch.setattr(backbones, "CLASSICAL", (*backbones.CLASSICAL, *toys))
+
+
+def write_leaves(folder):
+    """Twelve square procedural photographs."""
+    folder.mkdir()
+    whole = dead_leaves(np.random.default_rng(0), side=512)
+    for i in range(12):
+        y, x = i // 4 * 128, i % 4 * 128
+        Image.fromarray(whole[y : y + 128, x : x + 128]).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def leaves(tmp_path_factory):
+    return write_leaves(tmp_path_factory.mktemp("photographs") / "leaves")
+
+
+@pytest.fixture(scope="module")
+def drawn(leaves, tmp_path_factory):
+    """The leaves and their references by lot, and labels that put them into a row, 10 metres apart."""
+    folder = tmp_path_factory.mktemp("drawn")
+    with pytest.MonkeyPatch.context() as patch:
+        with_toys(patch)
+        data = embedded(leaves, folder, weight="lottery")
+        _, references = referenced(data, file_type="png")
+    (folder / "labels.csv").write_text("id,x,y\n" + "".join(f"{i:02d}.png,{10 * i},0\n" for i in range(12)))
+    return data, references, folder / "labels.csv"
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +413,9 @@ def test_the_own_source_is_matched_though_it_was_not_retrieved(house):
     data, _, references = house
     index, query, gallery, hits = searched(data, references, "reference-data", k=1)
     wrong = (hits.rows + 1) % len(gallery)  # an index that misses everything
-    with store.atomic(index.folder / "hits.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, rows=wrong, scores=hits.scores)
+    missed = {**vars(hits), "rows": wrong, "right": np.zeros_like(hits.right)}
+    with store.atomic(index.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **{name: values for name, values in missed.items() if values is not None})
     _, pairs, metrics = matched(index, candidates=1, outputs=["npy"], tag="wrong")
     own = [row for row in pairs if not row["retrieved"]]
     assert len(own) == len(query)
@@ -419,3 +538,341 @@ def test_browser_redraws(house):
     assert text.value.startswith(f"{rank.value['matches']} of")
     query.value = pairs[-1]["query"]
     assert rank.value["query"] == pairs[-1]["query"]
+
+
+# --- rotation -----------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_that_is_blind_to_rotation_is_told_from_one_that_sees_it(monkeypatch, tmp_path, leaves):
+    with_toys(monkeypatch)
+    angles, metrics, hits = (0, 90, 180, 270), {}, {}
+    for weight in ("histogram", "pixels"):
+        data = embedded(leaves, tmp_path, weight=weight)
+        _, references = referenced(data, angles=angles, file_type="png")  # lossless: right angles are exact copies
+        step = indexed(data, references, "reference-data", k=3)
+        _, _, _, rows, figures = judged(step)
+        metrics[weight] = step.finish(figures)
+        hits[weight] = {row["query"]: float(0 in row["right_ranks"]) for row in rows}
+        clusters = {row["query"]: row["cluster"] for row in rows}
+    blind, sees = (metrics[weight]["by_view"] for weight in metrics)
+    assert [view["angle"] for view in blind] == [view["angle"] for view in sees] == list(angles)
+    assert [view["value"] for view in blind] == [1.0] * 4
+    assert sees[0]["value"] == 1.0
+    assert all(view["value"] <= 0.25 for view in sees[1:])
+    for upright, turned in zip(blind[1:], sees[1:], strict=True):
+        assert turned["clusters"] == 12
+        assert turned["high"] < upright["low"]
+    assert metrics["histogram"]["hit_at_1"] == 1.0
+    assert metrics["pixels"]["hit_at_1"] == pytest.approx(np.mean([view["value"] for view in sees]))
+    difference = intervals.paired_difference(hits["histogram"], hits["pixels"], clusters)
+    assert difference.value == pytest.approx(1 - metrics["pixels"]["hit_at_1"])
+    assert 0 < difference.low < difference.value < difference.high
+    table = evaluate.retrieval_table(metrics["histogram"]).splitlines()
+    assert table[0] == "48 queries in a gallery of 12"
+    assert table[1] == "Hit@1        1.00 [0.74, 1.00]"
+
+
+# --- what a search says against every pair ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["reference-data", "data-reference", "reference-reference", "data-data"])
+@pytest.mark.parametrize("siblings", [False, True], ids=["", "without siblings"])
+@pytest.mark.parametrize("truth", ["photograph", "nearest", "radius"])
+def test_a_ranking_is_what_looking_at_every_pair_gives(drawn, direction, siblings, truth):
+    """Hits, which are right, how many answers there are, and what is found when they are gone."""
+    data, references, labels = drawn
+    x = {f"{i:02d}.png": 10.0 * i for i in range(12)}
+    given = {"labels": str(labels), "radius": 25.0, "exclude_siblings": siblings, "k": 15, "truth": truth}
+    given["tag"] = f"{truth}{int(siblings)}"
+    query, gallery, ranking, rows, _ = judged(indexed(data, references, direction, **given))
+
+    def source(row):
+        return row.get("source", row["id"])
+
+    similarity = np.asarray(query.vectors) @ np.asarray(gallery.vectors).T
+    for q, asks in enumerate(query.rows):
+        gone = {
+            g
+            for g, row in enumerate(gallery.rows)
+            if query.folder == gallery.folder and (source(row) == source(asks) if siblings else g == q)
+        }
+        metres = {g: abs(x[source(row)] - x[source(asks)]) for g, row in enumerate(gallery.rows) if g not in gone}
+        answers = {
+            "photograph": {g for g in metres if source(gallery.rows[g]) == source(asks)},
+            "nearest": {g for g, far in metres.items() if far == min(metres.values())},
+            "radius": {g for g, far in metres.items() if far <= 25},
+        }[truth]
+        order = sorted(metres, key=lambda g: (-similarity[q, g], g))[:15]
+        found = ranking.rows[q][ranking.rows[q] >= 0]
+        assert len(found) == min(15, len(metres))
+        assert ranking.scores[q, : len(found)] == pytest.approx(similarity[q, order], abs=1e-5)
+        assert ranking.metres[q, : len(found)].tolist() == pytest.approx([metres[g] for g in found])
+        assert np.isnan(ranking.metres[q, len(found) :]).all()
+        assert [*map(bool, ranking.right[q])] == [g in answers for g in found] + [False] * (15 - len(found))
+        assert ranking.answers[q] == rows[q]["answers"] == len(answers)
+        wrong = [similarity[q, g] for g in metres if g not in answers]
+        assert ranking.without[q] == pytest.approx(max(wrong, default=-np.inf), abs=1e-5)
+        assert rows[q]["right_ranks"] == [rank for rank, g in enumerate(found) if g in answers]
+
+
+# --- positions ----------------------------------------------------------------------------------------------
+
+METRE = 180 / math.pi / 6_371_000  # degrees of latitude
+
+
+@pytest.fixture(scope="module")
+def shore(leaves, tmp_path_factory):
+    """Three photographs by EXIF: a and c at one place, b 40 metres north. a and b look most alike, c more like a."""
+    folder = tmp_path_factory.mktemp("photographs") / "shore"
+    folder.mkdir()
+    one, two, three = (np.asarray(Image.open(leaves / f"{i:02d}.png"), float) for i in range(3))
+    shown = {"a": (one, 0), "b": (0.9 * one + 0.1 * two, 40), "c": (0.6 * one + 0.4 * three, 0)}
+    for name, (pixels, north) in shown.items():
+        exif = Image.Exif()
+        exif[ExifTags.IFD.GPSInfo] = {1: "N", 2: (37 + north * METRE, 0.0, 0.0), 3: "E", 4: (127.0, 0.0, 0.0)}
+        Image.fromarray(pixels.round().astype(np.uint8)).save(folder / f"{name}.jpg", exif=exif, quality=100)
+    return folder
+
+
+@pytest.fixture
+def pixels(monkeypatch, tmp_path, shore):
+    """The three on the shore by their pixels."""
+    with_toys(monkeypatch)
+    return embedded(shore, tmp_path, weight="pixels")
+
+
+def labelled(tmp_path, text):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    return str(path)
+
+
+PLANE = "id,x,y,yaw\na.jpg,0,0,0\nb.jpg,0,40,10\nc.jpg,0,0,180\n"
+
+
+def table_of(step):
+    with (step.folder / "hits.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metres_of_hits_by_hand(pixels):
+    step, _, gallery, ranking = searched(pixels, None, "data-data", k=2)
+    assert [[gallery.ids[row] for row in rows] for rows in ranking.rows] == [
+        ["b.jpg", "c.jpg"],
+        ["a.jpg", "c.jpg"],
+        ["a.jpg", "b.jpg"],
+    ]
+    metres = [[40, 0], [40, 40], [0, 40]]
+    assert ranking.metres == pytest.approx(np.array(metres), abs=0.01)
+    figures = step.metrics["positions"]
+    assert (figures["queries"], figures["unknown"]) == (3, 0)
+    assert figures["top1_metres_median"] == pytest.approx(40, abs=0.01)
+    assert figures["top1_metres_mean"] == pytest.approx(80 / 3, abs=0.01)
+    assert figures["least_metres_median"] == pytest.approx(0, abs=0.01)
+    thirds = pytest.approx({"10": 1 / 3, "20": 1 / 3, "50": 1.0, "100": 1.0})
+    assert figures["within"] == thirds
+    assert figures["within_top_k"] == pytest.approx({"10": 2 / 3, "20": 2 / 3, "50": 1.0, "100": 1.0})
+    rows = store.read_rows(step.folder / "queries.jsonl")
+    assert [row["metres"] for row in rows] == pytest.approx([40, 40, 0], abs=0.01)
+    assert [row["least_metres"] for row in rows] == pytest.approx([0, 40, 0], abs=0.01)
+    assert [float(row["metres"]) for row in table_of(step)] == pytest.approx([40, 0, 40, 40, 0, 40], abs=0.01)
+    for q, name in enumerate("abc"):
+        record = store.read_json(step.folder / "queries" / f"{name}.jpg.json")
+        assert [hit["metres"] for hit in record["hits"]] == pytest.approx(metres[q], abs=0.01)
+    assert "first hit 40.00 (median), nearest of all hits 0.00" in evaluate.retrieval_table(step.metrics)
+
+
+# truth and radius -> answers and right ranks of a, b and c
+BY_PLACE = {
+    ("nearest", 60.0): ([1, 2, 1], [[1], [0, 1], [0]]),
+    ("radius", 30.0): ([1, 0, 1], [[1], [], [0]]),
+    ("radius", 60.0): ([2, 2, 2], [[0, 1], [0, 1], [0, 1]]),
+}
+
+
+@pytest.mark.parametrize(("truth", "radius"), BY_PLACE, ids=str)
+def test_right_answers_by_place(pixels, truth, radius):
+    step, *_ = searched(pixels, None, "data-data", k=2, truth=truth, radius=radius)
+    rows = store.read_rows(step.folder / "queries.jsonl")
+    answers, ranks = BY_PLACE[truth, radius]
+    assert [row["answers"] for row in rows] == answers
+    assert [row["right_ranks"] for row in rows] == ranks
+    assert step.metrics["without_answer"] == answers.count(0)
+    hits = [float(0 in found) for found, many in zip(ranks, answers, strict=True) if many]
+    assert step.metrics["hit_at_1"] == pytest.approx(np.mean(hits))
+    wanted = [len(found) / many for found, many in zip(ranks, answers, strict=True) if many]
+    assert step.metrics["recall_at_2"] == pytest.approx(np.mean(wanted))
+
+
+def test_labels_stand_before_the_exif(pixels, tmp_path):
+    labels = labelled(tmp_path, "id,x,y\na.jpg,0,0\nb.jpg,3,4\n")  # c is nowhere
+    step, *_ = searched(pixels, None, "data-data", k=2, truth="radius", radius=10.0, labels=labels)
+    rows = store.read_rows(step.folder / "queries.jsonl")
+    assert [row["answers"] for row in rows] == [1, 1, 0]
+    assert [row["metres"] for row in rows] == [5.0, 5.0, None]
+    assert [row["metres"] for row in table_of(step)] == ["5.000", "", "5.000", "", "", ""]
+    figures = step.metrics["positions"]
+    assert (figures["queries"], figures["unknown"], figures["top1_metres_mean"]) == (2, 1, 5.0)
+
+
+def test_headings_may_differ_so_much_and_no_more(pixels, tmp_path):
+    labels = labelled(tmp_path, PLANE)
+    step, *_ = searched(pixels, None, "data-data", truth="radius", heading=90.0, labels=labels, tag="90")
+    assert [row["answers"] for row in store.read_rows(step.folder / "queries.jsonl")] == [1, 1, 0]
+    step, *_ = searched(pixels, None, "data-data", truth="radius", heading=5.0, labels=labels, tag="5")
+    assert step.metrics["without_answer"] == 3
+    step, *_ = searched(pixels, None, "data-data", truth="nearest", heading=90.0, labels=labels, tag="nearest")
+    assert [row["right_ranks"] for row in store.read_rows(step.folder / "queries.jsonl")] == [[0], [0], []]
+
+
+def test_a_reference_lies_where_its_source_does_and_is_turned_from_it(pixels, tmp_path):
+    _, references = referenced(pixels, angles=(0, 170, 180), file_type="png")
+    labels = labelled(tmp_path, PLANE)
+    given = {"truth": "radius", "heading": 90.0, "labels": labels, "k": 3}
+    step, query, gallery, ranking = searched(pixels, references, "reference-data", **given)
+    right = {
+        id: {gallery.ids[row][0] for row, is_right in zip(rows, found, strict=True) if is_right}
+        for id, rows, found in zip(query.ids, ranking.rows, ranking.right, strict=True)
+    }
+    # a points north, b 10 degrees east of it, c south: turned by 180 it is the other way round
+    assert {id.rpartition("/")[2][:8]: "".join(sorted(found)) for id, found in right.items()} == {
+        "a_rot000": "ab",
+        "a_rot170": "c",  # 170, and b at 10 is 160 away
+        "a_rot180": "c",
+        "b_rot000": "ab",
+        "b_rot170": "c",
+        "b_rot180": "c",
+        "c_rot000": "c",
+        "c_rot170": "ab",  # 350
+        "c_rot180": "ab",
+    }
+    assert ranking.metres.shape == (9, 3)
+    assert step.metrics["positions"]["unknown"] == 0
+
+
+def test_a_reference_turned_to_the_east_finds_what_looks_east(pixels, tmp_path):
+    """Turned by 90 degrees counter-clockwise, what was on the right, the east, is on top."""
+    _, references = referenced(pixels, angles=(90,), file_type="png")
+    labels = labelled(tmp_path, "id,x,y,yaw\na.jpg,0,0,0\nb.jpg,0,0,90\nc.jpg,0,0,270\n")
+    given = {"truth": "radius", "heading": 45.0, "labels": labels, "k": 3}
+    _, query, gallery, ranking = searched(pixels, references, "reference-data", **given)
+    found = {
+        row["source"]: [gallery.ids[hit] for hit in hits[right]]
+        for row, hits, right in zip(query.rows, ranking.rows, ranking.right, strict=True)
+    }
+    assert found == {"a.jpg": ["b.jpg"], "b.jpg": [], "c.jpg": ["a.jpg"]}
+
+
+def test_changed_labels_are_refused_or_computed_again(pixels, tmp_path):
+    labels = labelled(tmp_path, PLANE)
+    given = {"truth": "radius", "radius": 30.0, "labels": labels, "tag": "places"}
+    step, *_ = searched(pixels, None, "data-data", **given)
+    assert step.metrics["without_answer"] == 1
+    assert searched(pixels, None, "data-data", **given)[0].metrics == step.metrics
+    labelled(tmp_path, PLANE.replace("0,40,10", "0,20,10"))
+    with pytest.raises(StepError, match=r"(?s)made differently.*upstream\.labels"):
+        searched(pixels, None, "data-data", **given)
+    with pytest.raises(StepError, match=r"(?s)made differently.*labels"):
+        searched(pixels, None, "data-data", **{**given, "labels": ""})
+    step, *_ = searched(pixels, None, "data-data", **given, on_change="recompute")
+    assert step.metrics["without_answer"] == 0
+
+
+def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
+    data, _, references = house
+    step, *_ = searched(data, references, "reference-data")
+    assert step.metrics["positions"] is None
+    assert {row["metres"] for row in table_of(step)} == {""}
+    for truth in ("radius", "nearest"):
+        with pytest.raises(ImatchError, match=rf"truth is {truth}, but no photograph of the queries .*-p labels FILE"):
+            searched(data, references, "reference-data", truth=truth, tag=truth)
+    with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):
+        searched(pixels, None, "data-data", truth="radius", heading=90.0)
+    elsewhere = labelled(tmp_path, "id,x,y\nflight 9/z.png,0,0\n")
+    with pytest.raises(ImatchError, match=r"names none of the photographs .*such as a\.png"):
+        searched(data, references, "reference-data", labels=elsewhere, tag="labels")
+
+
+def test_queries_of_a_capture_count_together(pixels):
+    with pytest.raises(ImatchError, match=r"cluster is capture, but a\.jpg belongs to none"):
+        searched(pixels, None, "data-data", cluster="capture", tag="none")
+    rows = store.read_rows(pixels.folder / "images.jsonl")
+    store.write_rows(pixels.folder / "images.jsonl", [{**row, "capture": row["id"] == "a.jpg"} for row in rows])
+    _, references = referenced(pixels)
+    given = {"cluster": "capture", "truth": "radius", "radius": 60.0}
+    for other, direction in ((None, "data-data"), (references, "reference-data")):
+        step, *_ = searched(pixels, other, direction, **given)
+        said = step.metrics["intervals"]["hit_at_1"]
+        assert (said["clusters"], said["why"]) == (2, "2 captures are too few, 8 are the least")
+
+
+def test_an_index_refuses_a_wrong_truth_before_anything_is_written(house):
+    data, _, references = house
+    wrong = {
+        "did you mean 'radius'": {"truth": "radiu"},
+        "did you mean 'capture'": {"cluster": "captures"},
+        "radius 0": {"radius": 0.0},
+        "heading 181": {"heading": 181.0},
+        "precision 1": {"precision": 1.0},
+        "give the path of a file": {"labels": "no/such.csv"},
+    }
+    for message, given in wrong.items():
+        with pytest.raises(ImatchError, match=message):
+            searched(data, references, "reference-data", tag="wrong", **given)
+    assert not list(data.folder.parents[3].glob("03_index/**/*wrong*"))
+
+
+# --- no match -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_believed_is_the_same_everywhere(house):
+    """In the rows, the table, each query's file and 04_match it is a score of the threshold or above."""
+    data, _, references = house
+    index, query, _, ranking = searched(data, references, "reference-data", precision=0.6, tag="believed")
+    threshold = index.metrics["threshold"]["value"]
+    believed = ranking.scores >= threshold
+    assert believed.any()
+    assert not believed[:, :4].all()
+    found = ranking.rows >= 0
+    assert [row["accepted"] for row in store.read_rows(index.folder / "queries.jsonl")] == believed[:, 0].tolist()
+    assert [row["accepted"] == "1" for row in table_of(index)] == believed[found].tolist()
+    for q, id in enumerate(query.ids):
+        record = store.read_json(index.folder / "queries" / f"{flat_name(id)}.json")
+        assert record["accepted"] == believed[q, 0]
+        assert [hit["accepted"] for hit in record["hits"]] == believed[q][found[q]].tolist()
+    _, pairs, _ = matched(index, outputs=["json"], candidates=4)
+    place = {id: q for q, id in enumerate(query.ids)}
+    assert [row["accepted"] for row in pairs] == [bool(believed[place[r["query"]], r["rank"]]) for r in pairs]
+    asked = ranking.right[:, 0][believed[:, 0]]
+    alone = int((ranking.without >= threshold).sum())
+    assert index.metrics["threshold"]["precision"] == pytest.approx(asked.sum() / (len(asked) + alone))
+    assert index.metrics["threshold"]["coverage"] == pytest.approx(believed[:, 0].mean())
+
+
+def test_nothing_is_believed_where_too_few_queries_could_tell(house):
+    data, _, references = house
+    index, *_ = searched(data, references, "reference-data")
+    assert index.metrics["threshold"]["value"] is None
+    assert "59 of 59 would do" in index.metrics["threshold"]["why"]
+    assert not any(row["accepted"] for row in store.read_rows(index.folder / "queries.jsonl"))
+    assert {row["accepted"] for row in table_of(index)} == {"0"}
+    _, pairs, _ = matched(index, outputs=["json"], tag="none")
+    assert not any(row["accepted"] for row in pairs)
+
+
+def test_matches_say_how_far_they_are_from_the_truth_over_the_seam(house):
+    """Turned by 180 degrees, some are found at 179.9 and others at -179.9: all are right to a degree."""
+    data, _, _ = house
+    views, references = referenced(data, kind="legacy", angles=(180,), crops=(0.75,))
+    index, *_ = searched(data, references, "reference-data")
+    _, pairs, metrics = matched(index, candidates=1)
+    assert len(pairs) == 4
+    for row in pairs:
+        assert abs(row["rotation"]) == pytest.approx(180, abs=1)
+        assert row["rotation_error"] < 1
+        assert row["scale_error"] < 0.01
+        assert row["accuracy"] == sorted(row["accuracy"])
+        assert row["accuracy"][-1] >= row["inliers"] / row["matches"] - 0.05
+    assert metrics["rotation_error_median"] < 1
+    assert metrics["corner_auc"]["10"] > 0.8
+    assert views.metrics["references"] == 4

@@ -17,8 +17,8 @@ from imatch.backbones.dinov3 import Dinov3
 from imatch.images import Resize
 from imatch.records import ImatchError, StepError
 from imatch.steps.embed import start_embed
-from imatch.steps.index import start_index
 from imatch.steps.references import start_reference_tokens, start_references
+from tests.test_steps import indexed
 
 
 @pytest.fixture
@@ -260,7 +260,15 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch,
     data = dinov3()
     embedded(data)
     views = start_references(
-        str(data.folder), kind="isometric", angles=[0, 90], crops=[1.0], quality=95, tag="", on_change="refuse"
+        str(data.folder),
+        kind="isometric",
+        angles=[0, 90],
+        crops=[1.0],
+        resize_to_original=False,
+        file_type="jpg",
+        quality=95,
+        tag="",
+        on_change="refuse",
     )
     imatch.make_references(views, workers=0)
     tokens = start_reference_tokens(views)
@@ -298,16 +306,7 @@ def test_an_index_refuses_vectors_made_otherwise(dinov3, other, difference):
 
 
 def index(data, other):
-    return start_index(
-        str(data.folder),
-        str(other.folder),
-        direction="reference-data",
-        index="flat",
-        k=3,
-        exclude_siblings=False,
-        tag="",
-        on_change="refuse",
-    )
+    return indexed(data, other, "reference-data", k=3)
 
 
 def test_queries_of_another_embed_search_the_photographs(dinov3):

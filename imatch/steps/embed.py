@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imatch import (
-    backbones,
-    images,
-    registry,
-    runs,
-    store,
-)
+from imatch import backbones, images, registry, runs, store
 from imatch.backbones import Backbone
 from imatch.images import Decoded, Resize
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
@@ -182,6 +176,7 @@ def embed(
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
     todo = _thin(step, plan, todo, seen, bad)
     work = _Work(step, {shard: plan[shard] for shard in todo}, about, workers, batch_size, on_error, max_skipped)
+    begun = time.monotonic()
     if todo:
         used = devices_of(step, devices)
         step.runs_on(",".join(used))
@@ -194,6 +189,7 @@ def embed(
             seen.check_headers(ids)
             for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
                 bad.add(row["id"], row["skipped"])  # each part has counted its own
+        step.did(sum(len(plan[shard]) for shard in todo), time.monotonic() - begun)
     seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
@@ -221,7 +217,8 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
 
 def _decode(path: Path, resize: Resize, patch: int) -> Decoded | PhotographError:
     try:
-        return images.decode(path, resize, patch)
+        decoded = images.decode(path, resize, patch)
+        return replace(decoded, look=images.look(decoded.pixels))
     except PhotographError as error:
         return error
 
@@ -250,6 +247,9 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         tokens = [raw.tokens(place[row["id"]]).thinned(stride) for row in rows if "skipped" not in row]
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
         _write_shard(step.folder, shard, about, tokens, seen)
+    thinned = sum(len(plan[shard]) for shard in {*todo} - {*left})
+    if work := runs.read(beside).work:  # a thinned photograph costs what its raw one did
+        step.did(thinned, thinned * work["seconds"] / work["photographs"])
     return left
 
 
@@ -414,6 +414,7 @@ def _embed_shard(
             "size": photograph.size,
             "sha256": photograph.sha256,
             "position": photograph.position,
+            "look": photograph.look,
             **about[id],
         }
         batch = shapes.setdefault(photograph.pixels.shape, [])

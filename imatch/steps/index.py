@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from imatch import (
-    evaluate,
-    indexes,
-    plugins,
-    registry,
-    runs,
-    store,
-)
+from imatch import calibrate, evaluate, images, indexes, plugins, positions, registry, runs, store
+from imatch.calibrate import Threshold
 from imatch.indexes import Index
-from imatch.records import Hits, ImatchError, StepError
+from imatch.positions import Places
+from imatch.records import Hits, ImatchError, Ranking, StepError, Truth
 from imatch.runs import Step
-from imatch.steps.shared import flat_name, quoted, run_and_dataset, tagged
-from imatch.store import Embeddings
-
-if TYPE_CHECKING:
-    pass
+from imatch.steps.shared import flat_name, run_and_dataset, source_rows, tagged, view_rows
+from imatch.store import Embeddings, Row
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
+TRUTHS = ("photograph", "nearest", "radius")
+CLUSTERS = ("photograph", "capture")
+BLOCK = 2**24
+"""Hits that one call of an index may return."""
 
 
 def start_index(
@@ -35,6 +34,12 @@ def start_index(
     index: str,
     k: int,
     exclude_siblings: bool,
+    truth: str,
+    labels: str,
+    radius: float,
+    heading: float,
+    cluster: str,
+    precision: float,
     tag: str,
     on_change: str,
 ) -> Step:
@@ -48,6 +53,13 @@ def start_index(
         index: a name of `indexes.INDEXES`.
         k: neighbours a query.
         exclude_siblings: leave out references made from the query's own photograph ("reference-reference").
+        truth: what a right answer is: "photograph" (it shows the query's own), "nearest" (it was taken nearest) or
+            "radius" (all that were taken within `radius`).
+        labels: a CSV or JSON of positions (`positions.read_labels`); "" takes them from the EXIF.
+        radius: metres.
+        heading: degrees that two headings may differ by at most; 180 asks for none.
+        cluster: what intervals resample, for its queries fall or stand together: "photograph" or "capture".
+        precision: the share of believed hits that shall be right, in (0, 1).
         tag, on_change: as in `start_embed`.
 
     Raises:
@@ -58,6 +70,14 @@ def start_index(
         raise ImatchError(plugins.unknown("direction", direction, DIRECTIONS))
     if k < 1:
         raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+    for what, value, known in (("truth", truth, TRUTHS), ("cluster", cluster, CLUSTERS)):
+        if value not in known:
+            raise ImatchError(plugins.unknown(what, value, known))
+    if not (0 < radius < math.inf and 0 < heading <= 180 and 0 < precision < 1):
+        raise ImatchError(
+            f"radius {radius} must be above 0 metres, heading {heading} above 0 and up to 180 degrees, "
+            f"precision {precision} between 0 and 1"
+        )
     indexes.create(index)
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
     found = {"data": runs.read(registry.resolve(embed_step))}
@@ -72,9 +92,23 @@ def start_index(
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
     folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{tagged(tag)}"
-    parameters = {"direction": direction, "index": index, "k": k, "exclude_siblings": exclude_siblings}
+    parameters = {
+        "direction": direction,
+        "index": index,
+        "k": k,
+        "exclude_siblings": exclude_siblings,
+        "truth": truth,
+        "radius": float(radius),
+        "heading": float(heading),
+        "cluster": cluster,
+        "precision": precision,
+    }
     upstream = {side: str(found[name].fingerprint) for side, name in sides.items()}
     links = {side: found[name].folder for side, name in sides.items()}
+    if labels:
+        links["labels"] = registry.resolve(labels)
+        positions.read_labels(links["labels"])  # refuses a bad file before anything is written
+        upstream["labels"] = images.file_digest(links["labels"])
     return runs.start(folder, "03_index", parameters, upstream, links, on_change)
 
 
@@ -135,70 +169,228 @@ def self_check(index: Index, gallery: Embeddings, block: int = 4096) -> int:
     return twins
 
 
-def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> Hits:
-    """Search all queries in one call, without the item itself and, if asked, without its siblings.
+def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> Ranking:
+    """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
 
-    Writes hits.npz (rows, scores), hits.csv (one row a hit) and queries/<id>.json (one file a query).
+    The index goes deep enough to know, too, what each query would find if its right answers were not there. Writes
+    ranking.npz.
+
+    Raises:
+        ImatchError: truth by position, and no positions or headings are known.
     """
     if step.finished:
-        with np.load(step.folder / "hits.npz") as saved:
-            return Hits(saved["rows"], saved["scores"])
-    same = query.folder == gallery.folder
-    k = step.parameters["k"]
-    siblings = same and step.parameters["exclude_siblings"]
-    most = max(Counter(gallery.shows).values()) if siblings else int(same)
-    hits = index.search(query.vectors, k + most)
-    hits = _without_own(hits, query, gallery, siblings, k) if same else hits
-    right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
-    with store.atomic(step.folder / "hits.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, rows=hits.rows, scores=hits.scores)
-    table = ["query,rank,id,score,right"]
+        return read_ranking(step)
+    k, own = step.parameters["k"], _left_out(step, query, gallery)
+    here, there = (_places(step, side, of) for side, of in (("query", query), ("gallery", gallery)))
+    truth = _truth(step, query, gallery, here, there, own)
+    left_out = int(np.bincount(own[1]).max()) if own else 0
+    depth = min(len(gallery), left_out + max(k, int(truth.count.max(initial=0)) + 1))
+    block = max(256, BLOCK // depth)
+    parts = []
+    for first in runs.progress(range(0, len(query), block), "search"):
+        part = slice(first, first + block)
+        hits = index.search(query.vectors[part], depth)
+        parts.append(_ranked(hits, truth.right(hits.rows, part), own and (own[0][part], own[1]), k))
+    rows, scores, right, without = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    metres = here.metres(there, rows) if here and there and here.system == there.system else None
+    found = {"rows": rows, "scores": scores, "right": right, "answers": truth.count, "without": without}
+    with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **found, **({} if metres is None else {"metres": metres}))
+    return Ranking(**found, metres=metres)
+
+
+def read_ranking(step: Step) -> Ranking:
+    """What `search` found."""
+    with np.load(step.folder / "ranking.npz") as saved:
+        return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})
+
+
+def _ranked(
+    hits: Hits, right: np.ndarray, own: tuple[np.ndarray, np.ndarray] | None, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The first k hits that are not left out, whether they are right, and the best score of the wrong ones."""
+    gone = hits.rows < 0
+    if own:
+        gone |= own[0][:, None] == np.append(own[1], -1)[hits.rows]
+    scores = np.where(gone, -np.inf, hits.scores).astype(np.float32)
+    without = np.where(right, -np.inf, scores).max(axis=1)
+    order = np.argsort(gone, axis=1, kind="stable")[:, :k]
+    rows, scores, right = (
+        np.take_along_axis(values, order, 1) for values in (np.where(gone, -1, hits.rows), scores, right & ~gone)
+    )
+    pad = ((0, 0), (0, k - rows.shape[1]))
+    return (
+        np.pad(rows, pad, constant_values=-1),
+        np.pad(scores, pad, constant_values=-np.inf),
+        np.pad(right, pad),
+        without,
+    )
+
+
+def _left_out(step: Step, query: Embeddings, gallery: Embeddings) -> tuple[np.ndarray, np.ndarray] | None:
+    """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
+    if query.folder != gallery.folder:
+        return None
+    if not step.parameters["exclude_siblings"]:
+        return np.arange(len(query)), np.arange(len(gallery))
+    codes = np.unique(np.asarray(query.shows), return_inverse=True)[1]
+    return codes, codes
+
+
+def _truth(
+    step: Step,
+    query: Embeddings,
+    gallery: Embeddings,
+    here: Places | None,
+    there: Places | None,
+    own: tuple[np.ndarray, np.ndarray] | None,
+) -> Truth:
+    parameters = step.parameters
+    if parameters["truth"] == "photograph":
+        return evaluate.same_photograph(query.shows, gallery.shows, *(own or ()))
+    if here is None or there is None:
+        raise ImatchError(
+            f"truth is {parameters['truth']}, but no photograph of the {'gallery' if here else 'queries'} has a "
+            "position in its EXIF: give them in a CSV or JSON with -p labels FILE"
+        )
+    if parameters["truth"] == "radius":
+        return Truth.of(positions.within(here, there, parameters["radius"], parameters["heading"], own))
+    return Truth.of(positions.nearest(here, there, parameters["heading"], own))
+
+
+def _places(step: Step, side: str, embeddings: Embeddings) -> Places | None:
+    """Where the photographs of one side were taken; a reference lies where its source does, and is turned from it."""
+    labels = positions.read_labels(step.linked("labels")) if "labels" in step.links else None
+    views = {row["id"]: row for row in view_rows(runs.read(step.linked(side)))}
+    sources = source_rows(step.linked(side))
+    shown = [sources[views[id]["source"] if id in views else id] for id in embeddings.ids]
+    turned = [views[id]["angle"] if id in views else 0.0 for id in embeddings.ids]
+    ids = [row["id"] for row in shown]
+    found = positions.places(ids, [row["position"] for row in shown], labels, turned)
+    if labels is not None and (found is None or not found.known.any()):
+        raise ImatchError(
+            f"{step.linked('labels')} names none of the photographs ({side} side): its names must be ids or file "
+            f"names, such as {ids[0]}"
+        )
+    return found
+
+
+def judge(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking) -> tuple[list[Row], Threshold]:
+    """Say of every query what it found, and from which score on a hit is to be believed.
+
+    The threshold is calibrated on the queries themselves, each asked twice: as it is, and with its right answers left
+    out of the gallery, when nothing it finds is right (`calibrate.calibrate`).
+
+    Writes queries.jsonl (one row a query), hits.csv (one row a hit) and queries/<id>.json (one file a query).
+
+    Returns:
+        The rows of queries.jsonl: query, photograph (its source), cluster, crop and angle of a reference, answers
+        (right ones in the gallery), right_ranks (from 0), score of the first hit, score_without (of the first wrong
+        one), accepted (whether the first hit is believed), metres (of the first hit) and least_metres (of all k).
+        And the threshold.
+    """
+    clusters = _clusters(step, query)
+    views = {row["id"]: row for row in view_rows(runs.read(step.linked("query")))}
+    found: list[Row] = []
+    for q, id in enumerate(query.ids):
+        view = views.get(id, {})
+        metres = np.full(1, np.nan) if ranking.metres is None else ranking.metres[q]
+        found.append(
+            {
+                "query": id,
+                "photograph": view.get("source", id),
+                "cluster": clusters[q],
+                "crop": view.get("crop"),
+                "angle": view.get("angle"),
+                "answers": int(ranking.answers[q]),
+                "right_ranks": np.flatnonzero(ranking.right[q]).tolist(),
+                "score": _score(ranking.scores[q, 0]),
+                "score_without": _score(ranking.without[q]),
+                "metres": _finite(metres[0]),
+                "least_metres": _finite(np.min(metres, where=~np.isnan(metres), initial=np.inf)),
+            }
+        )
+    threshold = calibrate.calibrate(*evaluate.asked_twice(found), precision=step.parameters["precision"])
+    believed = ranking.scores >= (math.inf if threshold.value is None else threshold.value)
+    rows = [{**row, "accepted": bool(first)} for row, first in zip(found, believed[:, 0], strict=True)]
+    if not step.finished:
+        _write_hits(step, query, gallery, ranking, believed)
+        store.write_rows(step.folder / "queries.jsonl", rows)
+    return rows, threshold
+
+
+def _score(value: float) -> float | None:
+    """Unrounded: the threshold is one of these scores, and whoever compares the two shall find the same accepted."""
+    return None if value == -math.inf else float(value)
+
+
+def _finite(value: float) -> float | None:
+    return round(float(value), 6) if math.isfinite(value) else None
+
+
+def _clusters(step: Step, query: Embeddings) -> list[str]:
+    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
+    if step.parameters["cluster"] == "photograph":
+        return query.shows
+    sources = source_rows(step.linked("query"))
+    captures = [sources[row.get("source", row["id"])].get("capture") for row in query.rows]
+    if None in captures:
+        raise ImatchError(
+            f"cluster is capture, but {query.ids[captures.index(None)]} belongs to none: name the captures in "
+            "data_key.json, or use -p cluster photograph"
+        )
+    return captures
+
+
+def _write_hits(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, believed: np.ndarray) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres"])
     for q, id in runs.progress(list(enumerate(query.ids)), "write hits"):
-        found = [
-            {"rank": rank, "id": gallery.ids[row], "score": round(float(score), 6)}
-            for rank, (row, score) in enumerate(zip(hits.rows[q], hits.scores[q], strict=True))
-            if row >= 0
-        ]
-        table += [
-            ",".join(
-                [quoted(id), str(hit["rank"]), quoted(str(hit["id"])), f"{hit['score']:.6f}", str(int(right[q, rank]))]
-            )
-            for rank, hit in enumerate(found)
-        ]
-        record = {"query": id, "direction": step.parameters["direction"], "k": k, "hits": found}
+        found = []
+        for rank in range(int((ranking.rows[q] >= 0).sum())):
+            metres = None if ranking.metres is None else _finite(ranking.metres[q, rank])
+            hit = {
+                "rank": rank,
+                "id": gallery.ids[ranking.rows[q, rank]],
+                "score": round(float(ranking.scores[q, rank]), 6),
+                "right": bool(ranking.right[q, rank]),
+                "accepted": bool(believed[q, rank]),
+            }
+            found.append(hit if metres is None else {**hit, "metres": metres})
+            score, right, accepted = f"{hit['score']:.6f}", int(hit["right"]), int(hit["accepted"])
+            table.writerow([id, rank, hit["id"], score, right, accepted, "" if metres is None else f"{metres:.3f}"])
+        record = {
+            "query": id,
+            "direction": step.parameters["direction"],
+            "k": step.parameters["k"],
+            "accepted": bool(believed[q, 0]),
+            "hits": found,
+        }
         store.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
-    store.write_bytes(step.folder / "hits.csv", ("\n".join(table) + "\n").encode(errors="surrogateescape"))
-    return hits
+    store.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
 
 
-def _without_own(hits: Hits, query: Embeddings, gallery: Embeddings, siblings: bool, k: int) -> Hits:
-    shown = np.append(np.asarray(gallery.shows, object), None)
-    own = np.asarray(query.shows, object)[:, None] == shown[hits.rows] if siblings else False
-    dropped = own | (hits.rows == np.arange(len(hits.rows))[:, None])
-    order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
-    gone = np.take_along_axis(dropped, order, 1)
-    rows, scores = np.take_along_axis(hits.rows, order, 1), np.take_along_axis(hits.scores, order, 1)
-    return Hits(np.where(gone, -1, rows), np.where(gone, -np.inf, scores).astype(np.float32))
-
-
-def index_metrics(step: Step, query: Embeddings, gallery: Embeddings, hits: Hits, twins: int) -> dict[str, Any]:
-    """The figures of 03_index: sizes, twins, Hit@1, Hit@5 and Hit@K. Counted apart: queries that have no answer in
-    the gallery, and photographs that could not be embedded and so never became queries."""
-    right = evaluate.right_answers(hits.rows, query.shows, gallery.shows)
-    able = answerable(step, query, gallery)
-    k = step.parameters["k"]
+def index_metrics(
+    step: Step,
+    query: Embeddings,
+    gallery: Embeddings,
+    ranking: Ranking,
+    rows: Sequence[Row],
+    threshold: Threshold,
+    twins: int,
+) -> dict[str, Any]:
+    """The figures of 03_index: sizes, twins, retrieval (`evaluate.retrieval_metrics`), chance, threshold, and metres
+    where positions are known. Counted apart: queries that have no answer in the gallery, and photographs that could
+    not be embedded and so never became queries."""
+    unit = f"{step.parameters['cluster']}s"
     return {
-        "queries": len(query),
+        **evaluate.retrieval_metrics(rows, step.parameters["k"], unit),
         "gallery": len(gallery),
         "dimension": gallery.vectors.shape[1],
         "twins": twins,
-        "without_answer": int((~able).sum()),
         "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")),
-        **{f"hit_at_{n}": evaluate.hit_at_k(right, n, able) for n in sorted({1, min(5, k), k})},
+        "chance": evaluate.chance(ranking.answers, len(gallery)),
+        "threshold": threshold.record(),
+        "positions": None if ranking.metres is None else positions.figures(ranking.metres),
     }
-
-
-def answerable(step: Step, query: Embeddings, gallery: Embeddings) -> np.ndarray:
-    """Which queries of a 03_index step have a right answer in its gallery: (Q,) bool."""
-    same = query.folder == gallery.folder
-    return evaluate.answerable(query.shows, gallery.shows, same, same and step.parameters["exclude_siblings"])

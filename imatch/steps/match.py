@@ -5,27 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from imatch import (
-    evaluate,
-    geometry,
-    matching,
-    registry,
-    runs,
-    sinks,
-    store,
-)
+from imatch import evaluate, geometry, matching, registry, runs, sinks, store
 from imatch.records import ImatchError, Pair
 from imatch.runs import Step
-from imatch.steps.index import answerable
+from imatch.steps.index import read_ranking
 from imatch.steps.shared import flat_name, query_and_gallery, tagged, view_rows
 from imatch.store import Row
-
-if TYPE_CHECKING:
-    pass
 
 
 def start_match(
@@ -111,8 +100,10 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
 
 def finish_match(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
     """Finish 04_match with its figures (`evaluate.match_metrics`)."""
-    skipped = runs.read(step.linked("index")).metrics["queries_skipped"]
-    return step.finish({"pairs": len(pairs), "queries_skipped": skipped, **evaluate.match_metrics(pairs)})
+    index = runs.read(step.linked("index"))
+    skipped = index.metrics["queries_skipped"]
+    figures = evaluate.match_metrics(pairs, f"{index.parameters['cluster']}s")
+    return step.finish({"pairs": len(pairs), "queries_skipped": skipped, **figures})
 
 
 class _Match:
@@ -125,9 +116,10 @@ class _Match:
     def _open(self) -> None:
         index = runs.read(self.step.linked("index"))
         self.query, self.gallery = query_and_gallery(index)
-        with np.load(index.folder / "hits.npz") as hits:
-            self.rows, self.scores = hits["rows"], hits["scores"]
-        self.answerable = answerable(index, self.query, self.gallery)
+        self.ranking = read_ranking(index)
+        self.judged = store.read_rows(index.folder / "queries.jsonl")
+        believed = index.metrics["threshold"]["value"]
+        self.believed = math.inf if believed is None else believed
         self.same = self.query.folder == self.gallery.folder
         self.views = {side: _view_rows(index, side) for side in ("query", "gallery")}
         self.roots = {side: runs.read(index.linked(side)).linked("photographs") for side in ("query", "gallery")}
@@ -149,7 +141,7 @@ class _Match:
     def __call__(self, q: int) -> None:
         wanted = [
             (int(row), float(score), rank)
-            for rank, (row, score) in enumerate(zip(self.rows[q], self.scores[q], strict=True))
+            for rank, (row, score) in enumerate(zip(self.ranking.rows[q], self.ranking.scores[q], strict=True))
             if row >= 0
         ][: self.step.parameters["candidates"]]
         source = self.row_that_shows.get(self.query.shows[q])
@@ -179,9 +171,10 @@ class _Match:
         if found.matrix is not None and found.verified:
             turned, scaled = geometry.rotation_scale(found.matrix, sizes[0])
         view_a, view_b = (self.views[side].get(meta["id"]) for side, meta in (("query", meta_a), ("gallery", meta_b)))
-        right = self.query.shows[q] == self.gallery.shows[row]
-        truth = _truth(view_a, view_b) if right and (view_a or view_b) else None
-        view = view_a or meta_a  # figures by angle and crop are about queries
+        same = self.query.shows[q] == self.gallery.shows[row]
+        truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
+        wanted = None if truth is None else geometry.rotation_scale(truth, sizes[0])
+        judged = self.judged[q]
         record = {
             "query": meta_a["id"],
             "candidate": meta_b["id"],
@@ -189,10 +182,12 @@ class _Match:
             "reranked": None,
             "retrieved": rank is not None,
             "score": round(score, 6),
-            "right": right,
-            "answerable": bool(self.answerable[q]),
-            "angle": view.get("angle"),
-            "crop": view.get("crop"),
+            "right": same if rank is None else bool(self.ranking.right[q, rank]),
+            "answerable": judged["answers"] > 0,
+            "accepted": rank is not None and score >= self.believed,
+            "cluster": judged["cluster"],
+            "angle": judged["angle"],
+            "crop": judged["crop"],
             "descriptors": [len(a.descriptors), len(b.descriptors)],
             "matches": len(matches),
             "inliers": int(found.inliers.sum()),
@@ -206,10 +201,16 @@ class _Match:
             "has_truth": truth is not None,
             "true_matrix": None if truth is None else truth.tolist(),
             "corner_error": None,
+            "accuracy": None if truth is None else geometry.matching_accuracy(xy_a, xy_b, truth, evaluate.ACCURACY),
+            "rotation_error": None,
+            "scale_error": None,
         }
         if truth is not None and found.matrix is not None:
             error = geometry.corner_error(found.matrix, truth, sizes[0])
             record["corner_error"] = error if math.isfinite(error) else None
+        if wanted and turned is not None and scaled:
+            record["rotation_error"] = geometry.turned_apart(turned, wanted[0])
+            record["scale_error"] = max(scaled / wanted[1], wanted[1] / scaled) - 1
         paths = self.roots["query"] / meta_a["id"], self.roots["gallery"] / meta_b["id"]
         return Pair(record, paths, sizes, xy_a, xy_b, matches, found)
 

@@ -5,17 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from imatch import (
-    store,
-)
+from imatch import runs, store
 from imatch.records import ImatchError, StepError
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
-
-if TYPE_CHECKING:
-    pass
 
 
 def flat_name(id: str) -> str:
@@ -50,14 +44,15 @@ def run_and_dataset(step: Step) -> tuple[Path, str]:
     raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
 
 
-def quoted(text: str) -> str:
-    """A cell of a CSV file."""
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
-
-
 def view_rows(step: Step) -> list[Row]:
     """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
     return store.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
+
+
+def source_rows(folder: Path) -> dict[str, Row]:
+    """id -> row of the photographs behind a step of embeddings: its own or, of references, their sources."""
+    step = runs.read(folder)
+    return {row["id"]: row for row in decodable(step.linked("embed") if "embed" in step.links else folder)}
 
 
 def decodable(folder: Path) -> list[Row]:

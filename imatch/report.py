@@ -1,0 +1,360 @@
+"""05_report: any number of finished runs in one table, one Pareto figure and one page that opens without a kernel."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from imatch import intervals, registry, runs, store
+from imatch.calibrate import Threshold
+from imatch.records import ImatchError
+from imatch.runs import Step
+from imatch.steps.shared import view_rows
+from imatch.store import Row
+
+COLUMNS = {
+    "weight": "weight",
+    "size": "size",
+    "pooling": "pooling",
+    "variant": "variant",
+    "queries": "queries",
+    "hit_at_1": "Hit@1",
+    "low": "from",
+    "high": "to",
+    "place": "place",
+    "behind": "behind the best by",
+    "behind_low": "from",
+    "behind_high": "to",
+    "recall": "Recall@K",
+    "map": "mAP",
+    "reranked_hit_at_1": "re-ranked Hit@1",
+    "pixels": "median px",
+    "auc_5": "AUC@5 px",
+    "rotation": "rotation off by",
+    "metres": "median m",
+    "coverage": "believed",
+    "ms": "ms",
+    "megabytes": "MB",
+    "alarms": "alarms",
+}
+"""Columns of the table and what they are called."""
+HELP = {
+    "Hit@1": "how often the first hit is right; a query that a backbone could not embed counts as missed",
+    "from ... to": "95 % interval, by resampling whole photographs (or captures)",
+    "place": "best; as good: its paired interval to the best holds 0; worse",
+    "behind the best by": "paired on the same queries, with its 95 % interval; the best is compared with the next one",
+    "Recall@K": "share of all right answers among the first K hits",
+    "re-ranked Hit@1": "after 1:1 matching, verified candidates first",
+    "median px": "corner error of references against their own photograph, failures included",
+    "AUC@5 px": "area under the curve of corner errors up to 5 px",
+    "rotation off by": "median error of the estimated rotation in degrees",
+    "median m": "metres from the query to its first hit",
+    "believed": "share of answerable queries whose first hit passes the threshold of 'no match'",
+    "ms": "milliseconds a photograph from file to stored tokens, on the device named below",
+    "MB": "megabytes a photograph on disk",
+}
+
+
+PICTURES = {
+    "time.png": (
+        "Hit@1 against milliseconds a photograph: nobody is better and cheaper than those on the line.",
+        "03_index",
+    ),
+    "disk.png": ("Hit@1 against megabytes a photograph.", "03_index"),
+    "angles.png": ("Hit@1 by the angle and the crop of the reference.", "03_index"),
+    "trust.png": ("How much is found among the first K hits, and what it costs to refuse weak ones.", "03_index"),
+    "metres.png": ("Metres from a query to what it finds.", "03_index"),
+    "errors.png": ("Errors of the estimated geometry against the true matrices.", "04_match"),
+}
+"""The pictures of the page in its order: what each shows, and which steps it is drawn from."""
+
+
+def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_change: str) -> Step:
+    """Start 05_report on finished runs.
+
+    Args:
+        steps: folders of finished 04_match (or 03_index) steps, or folders that hold some, such as exports/demo.
+        exports, run: the report goes to <exports>/<run>/05_report/.
+        tag: the name of this report; "" is "all".
+        on_change: as in `start_embed`.
+
+    Raises:
+        ImatchError: there is no finished step; see also `runs.start`.
+    """
+    if not run:
+        raise ImatchError("run is empty: name this piece of work (-p run NAME)")
+    found: dict[str, Step] = {}
+    for given in steps:
+        folder = registry.resolve(given)
+        inside = _finished(folder)
+        if not inside:
+            raise ImatchError(f"no finished 04_match or 03_index in {folder}: run them first, or correct the path")
+        for step in inside:
+            name = "/".join(step.folder.parts[-6:])
+            if found.setdefault(name, step).folder != step.folder:
+                raise ImatchError(f"{step.folder} and {found[name].folder} would have one name: give them another run")
+    if not found:
+        raise ImatchError("steps is empty: give folders of finished runs, such as -p steps '[exports/demo]'")
+    links = {name: found[name].folder for name in sorted(found)}
+    upstream = {name: str(found[name].fingerprint) for name in links}
+    folder = registry.exports_folder(exports) / run / "05_report" / (tag or "all")
+    return runs.start(folder, "05_report", {}, upstream, links, on_change)
+
+
+def _finished(folder: Path) -> list[Step]:
+    """The finished 04_match steps in a folder, and the 03_index steps that none of them goes on from."""
+    here = [folder] if (folder / "step.json").is_file() else [path.parent for path in folder.rglob("step.json")]
+    read = [
+        runs.read(path) for path in sorted(here) if (path / "metrics.json").is_file() and ".running" not in path.parts
+    ]
+    matched = [step for step in read if step.name == "04_match"]
+    below = {step.linked("index") for step in matched}
+    return matched + [step for step in read if step.name == "03_index" and step.folder not in below]
+
+
+def chain(step: Step) -> dict[str, Step]:
+    """The steps that a 04_match or 03_index was made from, and itself, by name of the notebook: 01_embed, ... .
+
+    "queries" is the step of the queries and "photographs" the 01_embed of the photographs that were searched.
+    """
+    index = runs.read(step.linked("index")) if step.name == "04_match" else step
+    query, gallery = (runs.read(index.linked(side)) for side in ("query", "gallery"))
+    embed = next((side for side in (gallery, query) if side.name == "01_embed"), None)
+    embed = embed or runs.read(gallery.linked("embed"))
+    named = {"01_embed": embed, "03_index": index, "queries": query}
+    if (references := next((side for side in (query, gallery) if side.name == "02_references"), None)) is not None:
+        named["02_references"] = references
+    return {**named, **({"04_match": step} if step.name == "04_match" else {})}
+
+
+def tabulate(step: Step) -> list[Row]:
+    """One row a configuration: what it found, how exactly, and what it costs.
+
+    Configurations answer the same question when data set, direction and kind of reference are the same; in each
+    question the best by Hit@1 is marked, and every other one is compared with it on the same queries
+    (`intervals.paired_difference`). The best of many is a little lucky: read the intervals.
+
+    Returns:
+        Rows by question, best first: `name` (of the step in `step.links`), `label` (a short one), `question`, the keys
+        of `COLUMNS`, `k`, `device`, `fingerprints` of all steps behind it, `why` where an interval is missing.
+    """
+    rows = [_row(name, chain(runs.read(step.linked(name)))) for name in step.links]
+    for row, label in zip(rows, _labels(rows), strict=True):
+        row["label"] = label
+    asked: dict[str, list[Row]] = {}
+    for row in rows:
+        asked.setdefault(row["question"], []).append(row)
+    for question in asked.values():
+        question.sort(key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
+        _compare(question)
+    return [row for question in sorted(asked) for row in asked[question]]
+
+
+def _row(name: str, steps: Mapping[str, Step]) -> Row:
+    embed, index = steps["01_embed"], steps["03_index"]
+    found, parameters = index.metrics, embed.parameters
+    matched = steps["04_match"].metrics if "04_match" in steps else {}
+    values, clusters = _hits(steps)
+    hit = intervals.interval(
+        list(values.values()), [clusters[q] for q in values], unit=f"{index.parameters['cluster']}s"
+    )
+    vectors = embed.metrics["global_dimension"] * 4 / 2**20
+    work, k = embed.work, index.parameters["k"]
+    run, _, dataset, weight, _, last = name.split("/")
+    direction, _, kind = last.partition("_")
+    about = {
+        "weight": weight,
+        "size": parameters["cfg"],
+        "pooling": parameters["backbone"].get("pooling", "vlad"),
+        "variant": parameters["variant"],
+    }
+    return {
+        "name": name,
+        "question": f"{dataset}, {direction}{kind and f' ({kind})'}: right answers by {index.parameters['truth']}",
+        "parts": {**about, "kind": kind, "direction": direction, "dataset": dataset, "run": run},
+        **about,
+        "queries": len(values),
+        "hit_at_1": hit.value,
+        "low": hit.low,
+        "high": hit.high,
+        "recall": found[f"recall_at_{k}"],
+        "k": k,
+        "map": found[f"map_at_{k}"],
+        "reranked_hit_at_1": matched.get("reranked_hit_at_1"),
+        "pixels": matched.get("true_corner_error_median"),
+        "auc_5": matched["corner_auc"]["5"] if matched else None,
+        "rotation": matched.get("rotation_error_median"),
+        "metres": found["positions"] and found["positions"]["top1_metres_median"],
+        "coverage": found["threshold"]["coverage"],
+        "ms": 1000 * work["seconds"] / work["photographs"] if work else None,
+        "megabytes": embed.metrics["local_megabytes"] / embed.metrics["photographs"] + vectors,
+        "device": embed.device,
+        "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked `imatch.audit`
+        "said": found.get("alarms", []),
+        "why": hit.why,
+        "fingerprints": {of: str(steps[of].fingerprint) for of in sorted(steps)},
+        "values": values,
+        "clusters": clusters,
+    }
+
+
+def _hits(steps: Mapping[str, Step]) -> tuple[dict[str, float], dict[str, str]]:
+    """Of each query that has an answer whether its first hit is right, and its cluster; a reference that could not be
+    embedded is missed."""
+    index, query = steps["03_index"], steps["queries"]
+    rows = [row for row in store.read_rows(index.folder / "queries.jsonl") if row["answers"]]
+    values = {row["query"]: float(0 in row["right_ranks"]) for row in rows}
+    clusters = {row["query"]: row["cluster"] for row in rows}
+    of_source = {row["photograph"]: row["cluster"] for row in rows}
+    views = {row["id"]: row["source"] for row in view_rows(query)}
+    for row in store.read_rows(query.folder / "skipped.jsonl"):
+        if row["id"] in views:
+            values[row["id"]] = 0.0
+            clusters[row["id"]] = of_source.get(views[row["id"]], row.get("source_sha256", views[row["id"]]))
+    return values, clusters
+
+
+def _compare(rows: Sequence[Row]) -> None:
+    """Fill in place and distance to the best; rows are best first."""
+    best = rows[0]
+    for row in rows:
+        other = row if row is not best else rows[1] if len(rows) > 1 else None
+        row |= {"place": "best", "behind": None, "behind_low": None, "behind_high": None}
+        if other is None or best["hit_at_1"] is None:
+            continue
+        try:
+            apart = intervals.paired_difference(best["values"], other["values"], best["clusters"])
+        except ImatchError as error:  # other queries: no pairs to compare
+            row["why"], row["place"] = str(error), "best" if row is best else "not comparable"
+            continue
+        sign = -1 if row is best else 1
+        low, high = (None, None) if apart.low is None else sorted((sign * apart.low, sign * apart.high))
+        row |= {"behind": sign * apart.value + 0.0, "behind_low": low, "behind_high": high}
+        if row is not best:
+            row["place"] = "not told apart" if low is None else "as good" if low <= 0 <= high else "worse"
+        row["why"] = row["why"] or apart.why
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the configurations of a report found, by their short names.
+
+    Attributes:
+        metrics: of 03_index.
+        thresholds: from which score on it believes a first hit.
+        queries: rows of its queries.jsonl.
+        pairs: rows of pairs.jsonl, of configurations that 04_match went on with.
+        k: the least of their numbers of hits.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    thresholds: dict[str, Threshold]
+    queries: dict[str, list[Row]]
+    pairs: dict[str, list[Row]]
+    k: int
+
+
+def gather(step: Step, rows: Sequence[Row]) -> Found:
+    """What the figures of a report are drawn from.
+
+    Args:
+        step: a started 05_report.
+        rows: of `tabulate`.
+    """
+    behind = {row["label"]: chain(runs.read(step.linked(row["name"]))) for row in rows}
+    return Found(
+        (metrics := {name: steps["03_index"].metrics for name, steps in behind.items()}),
+        {name: Threshold(**figures["threshold"]) for name, figures in metrics.items()},
+        {name: store.read_rows(steps["03_index"].folder / "queries.jsonl") for name, steps in behind.items()},
+        {
+            name: store.read_rows(steps["04_match"].folder / "pairs.jsonl")
+            for name, steps in behind.items()
+            if "04_match" in steps
+        },
+        min(row["k"] for row in rows),
+    )
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Names as short as they can be: of weight, size, pooling, variant, ... what is not the same in all rows."""
+    parts = ("weight", "size", "pooling", "variant", "kind", "direction", "dataset", "run")
+    differ = [part for part in parts if len({row["parts"][part] for row in rows}) > 1]
+    labels = [" ".join(row["parts"][part] for part in differ or parts[:1]) for row in rows]
+    return labels if len({*labels}) == len(labels) else [row["name"] for row in rows]
+
+
+def public(rows: Sequence[Row]) -> list[Row]:
+    """The rows without what they were compared by."""
+    return [{key: value for key, value in row.items() if key not in ("values", "clusters", "parts")} for row in rows]
+
+
+def write(step: Step, rows: Sequence[Row]) -> Path:
+    """Write table.csv, table.json and report.html, which holds all pictures in itself.
+
+    Args:
+        step: a started 05_report.
+        rows: of `tabulate`. The pictures of `PICTURES` lie in the step's folder.
+
+    Returns:
+        The path of report.html.
+    """
+    page = step.folder / "report.html"
+    if step.finished:
+        return page
+    store.write_json(step.folder / "table.json", public(rows))
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["question", *COLUMNS, "k", "device", "name", *_prints(rows)], extrasaction="ignore")
+    table.writeheader()
+    table.writerows(
+        {**row, **{f"{of} fingerprint": value for of, value in row["fingerprints"].items()}} for row in rows
+    )
+    store.write_bytes(step.folder / "table.csv", text.getvalue().encode(errors="surrogateescape"))
+    pictures = {name: base64.b64encode((step.folder / name).read_bytes()).decode() for name in PICTURES}
+    store.write_bytes(page, html(rows, pictures).encode(errors="surrogateescape"))
+    return page
+
+
+def _prints(rows: Sequence[Row]) -> list[str]:
+    return sorted({f"{of} fingerprint" for row in rows for of in row["fingerprints"]})
+
+
+def html(rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
+    """The page, or with no pictures the tables alone, as a notebook shows them.
+
+    Args:
+        rows: of `tabulate`.
+        pictures: name of `PICTURES` -> base64 of the PNG.
+    """
+    text = files("imatch").joinpath("report.html.jinja").read_text()
+    template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    questions: dict[str, list[Row]] = {}
+    for row in rows:
+        questions.setdefault(row["question"], []).append(row)
+    shown = pictures and [
+        (name, *PICTURES[name], data, [row for row in rows if PICTURES[name][1] in row["fingerprints"]])
+        for name, data in pictures.items()
+    ]
+    return template.render(questions=questions, columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
+
+
+def _cell(key: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if key == "ms" else f"{value:.2f}"
+    return str(value)
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures of 05_report: how many configurations, and the best of each question with its interval."""
+    best = [row for row in rows if row["place"] == "best"]
+    keys = ("question", "name", "hit_at_1", "low", "high", "behind", "behind_low", "behind_high")
+    return {"configurations": len(rows), "best": [{key: row[key] for key in keys} for row in best]}

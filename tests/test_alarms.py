@@ -1,0 +1,365 @@
+"""Faults that raise no error by themselves are named: slipped rows, other backbones, leaks, near-duplicates, chance."""
+
+import itertools
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+import imatch
+from imatch import alarms, images, runs, store
+from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.images import Resize
+from imatch.records import ImatchWarning, StepError
+from imatch.steps.shared import source_rows
+from imatch.store import Embeddings
+from tests import random_weights, test_legacy, test_perimage
+from tests.test_steps import embedded, indexed, judged, referenced, with_toys, write_leaves
+
+EVERY_ROW = 10**6
+
+
+def audited(step, spot_check=2, **planted):
+    """The alarms of a step that was searched; each is a warning, too."""
+    query, gallery, _, _, metrics = judged(step)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ImatchWarning)
+        said = imatch.audit(step, query, gallery, {**metrics, **planted}, spot_check=spot_check)
+    assert [str(one.message) for one in caught] == said
+    step.finish({**metrics, "alarms": said})
+    return said
+
+
+def among(step, **given):
+    """The alarms of a step's photographs searched among themselves, but that none of them has an answer."""
+    said = audited(indexed(step, None, "data-data"), **given)
+    return [one for one in said if not one.startswith("no query has a right answer")]
+
+
+def asked(queries, gallery, **given):
+    """The alarms of one set of photographs as queries of another."""
+    return audited(indexed(gallery, queries, "reference-data"), **given)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_photographs, tmp_path_factory):
+    """The demo's photographs, of which 18 show 18 things."""
+    return embedded(
+        demo_photographs, tmp_path_factory.mktemp("demo"), weight="dsift", resize=Resize("scale", scale=0.5)
+    )
+
+
+@pytest.fixture
+def few(few_photographs, tmp_path):
+    return embedded(few_photographs, tmp_path / "exports", shard_size=2)
+
+
+# --- nothing wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_good_store_raises_no_alarm(few):
+    _, references = referenced(few)
+    for direction in ("reference-data", "data-reference", "reference-reference"):
+        assert audited(indexed(few, references, direction), spot_check=EVERY_ROW) == []
+    assert among(few, spot_check=EVERY_ROW) == []
+
+
+def test_an_audit_can_be_had_again_of_a_finished_step(few):
+    step = indexed(few, None, "data-data")
+    first = audited(step)
+    assert step.finished
+    assert audited(step) == first == step.metrics["alarms"]
+    assert len(first) == 1
+    assert first[0].startswith("no query has a right answer in the gallery")
+
+
+# --- rows that slipped --------------------------------------------------------------------------------------
+
+
+def test_shuffled_vectors_are_refused_and_named(few):
+    _, references = referenced(few)
+    vectors = np.load(few.folder / "global.npy")
+    np.save(few.folder / "global.npy", vectors[[1, 0, 3, 2]])
+    wanted = r"4 of 4 rows of global\.npy .*: the row of a\.png holds the vector of b\.png\. Delete the folder"
+    with pytest.raises(StepError, match=wanted):
+        among(few, spot_check=0)
+    with pytest.raises(StepError, match=wanted):
+        audited(indexed(few, references, "reference-data"), spot_check=0)
+
+
+def test_a_strange_vector_is_refused_and_named(few):
+    vectors = np.load(few.folder / "global.npy")
+    vectors[2] = np.roll(vectors[2], 1)
+    np.save(few.folder / "global.npy", vectors)
+    with pytest.raises(StepError, match=r"1 of 4 rows .* the row of c\.jpg holds a vector that no photograph"):
+        among(few, spot_check=0)
+
+
+def test_shuffled_vectors_of_references_are_refused(few):
+    _, references = referenced(few)
+    path = references.folder / "global.npy"
+    np.save(path, np.roll(np.load(path), 1, axis=0))
+    with pytest.raises(StepError, match=r"8 of 8 rows .* holds the vector of references_few/"):
+        audited(indexed(few, references, "reference-data"), spot_check=0)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]], ids=str)
+def test_a_list_in_another_order_is_refused_when_it_is_opened(few, order):
+    rows = store.read_rows(few.folder / "images.jsonl")
+    store.write_rows(few.folder / "images.jsonl", [rows[i] for i in order])
+    with pytest.raises(StepError, match=r"does not follow|not sorted"):
+        Embeddings(few.folder)
+
+
+def test_names_that_slipped_with_all_that_is_theirs_are_found_by_embedding_again(few):
+    """Nothing but the photographs themselves can tell: every row fits its vector, and the names are sorted."""
+    names = ["a.png", "b.png"]
+    rows = store.read_rows(few.folder / "images.jsonl")
+    vectors = np.load(few.folder / "global.npy")
+    local = {name: np.load(few.folder / "local" / f"00000{name}.npy") for name in ("", ".xy")}
+    n = rows[0]["n"]
+    assert [row["id"] for row in rows[:2]] == names
+    assert rows[1]["first"] == n
+    assert rows[1]["shard"] == rows[0]["shard"]
+    first, second = {**rows[1], "id": "a.png", "first": 0}, {**rows[0], "id": "b.png", "first": rows[1]["n"]}
+    store.write_rows(few.folder / "images.jsonl", [first, second, *rows[2:]])
+    np.save(few.folder / "global.npy", vectors[[1, 0, 2, 3]])
+    for name, values in local.items():
+        np.save(few.folder / "local" / f"00000{name}.npy", np.concatenate([values[n:], values[:n]]))
+    with pytest.raises(StepError, match=r"a\.png, embedded again by sift, has cosine 0\.\d+ .* its rows have slipped"):
+        among(few)
+
+
+# --- another backbone's numbers -----------------------------------------------------------------------------
+
+
+def plant(source, into):
+    """The numbers of one store under the name of another: its rows and vectors fit each other."""
+    record, metrics = ((into.folder / name).read_bytes() for name in ("step.json", "metrics.json"))
+    shutil.rmtree(into.folder)
+    shutil.copytree(source.folder, into.folder)
+    (into.folder / "step.json").write_bytes(record)
+    (into.folder / "metrics.json").write_bytes(metrics)
+
+
+ANOTHER = {
+    "another backbone": ({"weight": "sift"}, {"weight": "dsift"}),
+    "another option": ({"weight": "sift"}, {"weight": "sift", "backbone_options": {"max_keypoints": 100}}),
+    "another size": ({"weight": "sift"}, {"weight": "sift", "resize": Resize("scale", scale=0.5)}),
+}
+ALIKE = pytest.param(
+    {"weight": "dsift"},
+    {"weight": "dsift", "backbone_options": {"width": 32.0}},
+    id="another option, where all photographs' vectors are alike",
+    marks=pytest.mark.xfail(strict=True, reason="a cosine of 0.99 is less than different photographs have"),
+)
+
+
+@pytest.mark.parametrize(("said", "true"), [*(pytest.param(*given, id=name) for name, given in ANOTHER.items()), ALIKE])
+def test_a_store_of_another_backbone_is_found_by_embedding_again(few_photographs, tmp_path, said, true):
+    step = embedded(few_photographs, tmp_path / "exports", **said)
+    assert among(step) == []
+    shutil.rmtree(tmp_path / "exports" / "r" / "03_index")
+    plant(embedded(few_photographs, tmp_path / "other", **true), step)
+    assert among(step, spot_check=0) == []  # nothing else can tell
+    shutil.rmtree(tmp_path / "exports" / "r" / "03_index")
+    with pytest.raises(StepError, match="another backbone's, another size's"):
+        among(step)
+
+
+def test_a_network_is_asked_again_by_its_weights(weights, monkeypatch, few_photographs, tmp_path):
+    given = {"weight": "vits16", "data_key": str(weights / "data_key.json")}
+    given |= {"backbone_options": {"precision": "fp32"}, "resize": Resize("stretch", long_side=64)}
+    step = embedded(few_photographs, tmp_path / "exports", **given)
+    assert among(step, spot_check=EVERY_ROW) == []
+    shutil.rmtree(tmp_path / "exports" / "r" / "03_index")
+    entry = {"hub_entry": "dinov3_vits16", "family": "LVD"}
+    other = random_weights.save(random_weights.state("dinov3_vits16", seed=99), tmp_path / "w", "x_lvd1689m")
+    with monkeypatch.context() as patch:
+        patch.setenv("WEIGHTS_ROOT", str(other.parent))
+        given["backbone_options"] |= {**entry, "filename": other.name}
+        plant(embedded(few_photographs, tmp_path / "other", **given), step)
+    with pytest.raises(StepError, match="embedded again by vits16, has cosine"):
+        among(step)
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+    (said,) = among(step)
+    assert said.startswith("none of the queries could be embedded again to compare: ")
+    assert runs.read(step.folder).parameters["backbone"]["filename"] in said
+
+
+def test_what_cannot_be_embedded_again_is_said(few, few_photographs, tmp_path):
+    folder = tmp_path / "gone"
+    shutil.copytree(few_photographs, folder)
+    queries = embedded(folder, tmp_path / "exports")
+    shutil.rmtree(folder)
+    said = asked(queries, few)
+    assert said[0].startswith("none of the queries could be embedded again to compare: No such file")
+    assert not any("gallery could be" in one for one in said)
+
+
+def test_imported_stores_are_said_to_be_unchecked(tmp_path):
+    data = test_perimage.survey(tmp_path / "exports")
+    test_perimage.export(data, tmp_path / "tree")
+    (folder,) = test_legacy.imported(tmp_path / "tree", tmp_path / "back")
+    rows = store.read_rows(folder / "images.jsonl")
+    store.write_rows(folder / "images.jsonl", [{**row, "position": None} for row in rows])
+    assert among(runs.read(folder)) == [
+        "the queries were imported without their photographs, so none was embedded again to compare"
+    ]
+    vectors = np.load(folder / "global.npy")
+    np.save(folder / "global.npy", vectors[::-1].copy())
+    shutil.rmtree(tmp_path / "back" / "i" / "03_index")
+    with pytest.raises(StepError, match="holds the vector of"):  # their rows are checked all the same
+        among(runs.read(folder))
+
+
+# --- queries that are in the gallery ------------------------------------------------------------------------
+
+
+def test_queries_that_are_files_of_the_gallery_are_named(few, few_photographs, tmp_path):
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    shutil.copy(few_photographs / "b.png", folder / "holiday.png")
+    Image.fromarray(dead_leaves(np.random.default_rng(99), side=128)).save(folder / "new.png")
+    said = asked(embedded(folder, tmp_path / "exports"), few)
+    assert said == ["1 of 2 queries are files of the gallery and find themselves: holiday.png"]
+
+
+def changed(photograph):
+    """Near-duplicates of a photograph as (name, picture, options of Pillow)."""
+    w, h = photograph.size
+    yield "compressed.jpg", photograph, {"quality": 60}
+    yield "half.png", photograph.resize((w // 2, h // 2), Image.Resampling.BICUBIC), {}
+    yield "brighter.png", ImageEnhance.Brightness(photograph).enhance(1.1), {}
+
+
+def test_near_duplicates_are_found_and_what_is_new_is_not(demo, demo_photographs, tmp_path):
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    for name in ("chelsea.png", "coffee.png"):
+        for ending, picture, options in changed(Image.open(demo_photographs / name).convert("RGB")):
+            picture.save(folder / f"{name[:-4]}_{ending}", **options)
+    Image.fromarray(dead_leaves(np.random.default_rng(99), side=256)).save(folder / "new.png")
+    queries = embedded(folder, tmp_path / "exports", weight="dsift", resize=Resize("scale", scale=0.5))
+    (said,) = [one for one in asked(queries, demo) if "look alike" in one]
+    assert said.startswith("6 pairs of photographs look alike")
+    for pair in ("chelsea.png ~ chelsea_brighter.png", "chelsea.png ~ chelsea_half.png", "and 1 more"):
+        assert pair in said
+    assert "new.png" not in said
+
+
+def test_near_duplicates_within_one_set_are_found(few_photographs, tmp_path):
+    folder = tmp_path / "photographs"
+    shutil.copytree(few_photographs, folder)
+    for ending, picture, options in changed(Image.open(few_photographs / "a.png")):
+        picture.save(folder / f"a_{ending}", **options)
+    shutil.copy(folder / "b.png", folder / "b again.png")  # the same file is no near-duplicate: it is a twin
+    step = embedded(folder, tmp_path / "exports")
+    (said,) = [one for one in among(step) if "look alike" in one]
+    wanted = itertools.combinations(["a.png", "a_brighter.png", "a_compressed.jpg", "a_half.png"], 2)
+    assert said.startswith("6 pairs")
+    assert [f"{one} ~ {other}" for one, other in wanted][:5] == said.rpartition(": ")[2].split(" and ")[0].split(", ")
+    _, references = referenced(step)  # and so are they behind their references
+    (said,) = [one for one in audited(indexed(step, references, "reference-data")) if "look alike" in one]
+    assert said.startswith("6 pairs")
+
+
+def apart(rows):
+    """By how many bits the two looks differ that differ least."""
+    looks = [int(row["look"], 16) for row in rows]
+    return min((one ^ other).bit_count() for one, other in itertools.combinations(looks, 2))
+
+
+def test_different_photographs_do_not_look_alike(demo):
+    assert not [one for one in among(demo) if "look alike" in one]
+    assert apart(source_rows(demo.folder).values()) > 2 * alarms.LOOK
+
+
+def test_overlapping_frames_of_a_flight_do_not_look_alike(brighton_beach, tmp_path):
+    step = embedded(brighton_beach, tmp_path, weight="dsift", resize=Resize("long_side", long_side=320))
+    assert len(Embeddings(step.folder)) == 18
+    assert not [one for one in among(step) if "look alike" in one]
+    assert apart(source_rows(step.folder).values()) > 2 * alarms.LOOK
+
+
+def test_plain_photographs_look_like_nothing(monkeypatch, tmp_path):
+    with_toys(monkeypatch)
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for grey in (60, 128, 200):
+        Image.new("RGB", (96, 96), (grey, grey, grey)).save(folder / f"grey {grey}.jpg")
+    ramp = np.tile(np.linspace(20, 235, 96).astype(np.uint8), (96, 1))
+    for name, picture in {"ramp": ramp, "darker": ramp // 2, "falling": ramp[:, ::-1], "upright": ramp.T}.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    assert among(embedded(folder, tmp_path / "exports", weight="histogram")) == []
+
+
+# --- guessing -----------------------------------------------------------------------------------------------
+
+
+def test_vectors_that_tell_nothing_apart_are_named(monkeypatch, tmp_path):
+    with_toys(monkeypatch)
+    leaves = write_leaves(tmp_path / "leaves")
+    said = {}
+    for weight in ("lottery", "histogram"):
+        data = embedded(leaves, tmp_path, weight=weight)
+        _, references = referenced(data, angles=(10, 100, 190, 280), file_type="png")
+        said[weight] = audited(indexed(data, references, "reference-data"), spot_check=EVERY_ROW)
+    assert said["histogram"] == []
+    (alarm,) = said["lottery"]
+    assert alarm.startswith("Hit@1 0.")
+    assert "(0.083)" in alarm  # one of twelve
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "named"),
+    [(0.26, 0.4, False), (0.25, 0.4, True), (0.1, 0.4, True), (None, 0.26, False), (None, 0.25, True)],
+)
+def test_a_hit_counts_only_when_it_is_surely_above_chance(few, low, value, named):
+    hit = {"value": value, "low": low, "high": None, "clusters": 9, "why": ""}
+    said = audited(indexed(few, None, "data-data"), 0, intervals={"hit_at_1": hit}, chance=0.25)
+    assert [one.startswith(f"Hit@1 {value:.3f}") for one in said] == [True] * named
+
+
+# --- what the alarms need is there --------------------------------------------------------------------------
+
+
+def signs(folder):
+    """Of each photograph: its look and whose vector it is, checked."""
+    embeddings = Embeddings(folder)
+    embeddings.check_rows()
+    assert [row["vector"] for row in embeddings.rows] == [store.vector_digest(v) for v in embeddings.vectors]
+    return {row["id"]: (row["look"], row["vector"]) for row in embeddings.rows}
+
+
+def test_rows_have_a_look_and_their_vector_however_they_were_made(few_photographs, tmp_path):
+    given = {"weight": "dsift", "resize": Resize("long_side", long_side=128)}
+    whole = embedded(few_photographs, tmp_path / "whole", shard_size=100, **given)
+    wanted = signs(whole.folder)
+    assert len(wanted) == 4
+    for id, (look, vector) in wanted.items():
+        assert look == images.look(images.decode(few_photographs / id, given["resize"], 16).pixels)
+        assert (len(look), len(vector)) == (64, 16)
+    parts = embedded(few_photographs, tmp_path / "parts", shard_size=1, **given)
+    assert signs(parts.folder) == wanted
+    parts.unfinish()  # a run that was killed before its third shard
+    store.split(parts.folder)
+    store.remove_shard(parts.folder, 2)
+    assert signs(embedded(few_photographs, tmp_path / "parts", shard_size=1, **given).folder) == wanted
+    beside = embedded(few_photographs, tmp_path / "parts", shard_size=1, variant="sub2", **given)
+    alone = embedded(few_photographs, tmp_path / "alone", shard_size=3, variant="sub2", **given)
+    assert signs(beside.folder) == signs(alone.folder) == wanted
+
+
+def test_references_have_a_look_and_their_vector(few):
+    _, references = referenced(few)
+    found = signs(references.folder)
+    assert len(found) == 8
+    assert all(len(look) == 64 for look, _ in found.values())
+
+
+def test_alarms_are_plain_json(few):
+    assert json.loads(json.dumps(among(few))) == []

@@ -577,13 +577,13 @@ def test_a_backbone_that_is_blind_to_rotation_is_told_from_one_that_sees_it(monk
 
 @pytest.mark.parametrize("direction", ["reference-data", "data-reference", "reference-reference", "data-data"])
 @pytest.mark.parametrize("siblings", [False, True], ids=["", "without siblings"])
-@pytest.mark.parametrize("truth", ["photograph", "nearest", "radius"])
-def test_a_ranking_is_what_looking_at_every_pair_gives(drawn, direction, siblings, truth):
+@pytest.mark.parametrize(("truth", "k"), [("photograph", 15), ("photograph", 1), ("nearest", 1), ("radius", 2)])
+def test_a_ranking_is_what_looking_at_every_pair_gives(drawn, direction, siblings, truth, k):
     """Hits, which are right, how many answers there are, and what is found when they are gone."""
     data, references, labels = drawn
     x = {f"{i:02d}.png": 10.0 * i for i in range(12)}
-    given = {"labels": str(labels), "radius": 25.0, "exclude_siblings": siblings, "k": 15, "truth": truth}
-    given["tag"] = f"{truth}{int(siblings)}"
+    given = {"labels": str(labels), "radius": 25.0, "exclude_siblings": siblings, "k": k, "truth": truth}
+    given["tag"] = f"{truth}{k}{int(siblings)}"
     query, gallery, ranking, rows, _ = judged(indexed(data, references, direction, **given))
 
     def source(row):
@@ -602,13 +602,13 @@ def test_a_ranking_is_what_looking_at_every_pair_gives(drawn, direction, sibling
             "nearest": {g for g, far in metres.items() if far == min(metres.values())},
             "radius": {g for g, far in metres.items() if far <= 25},
         }[truth]
-        order = sorted(metres, key=lambda g: (-similarity[q, g], g))[:15]
+        order = sorted(metres, key=lambda g: (-similarity[q, g], g))[:k]
         found = ranking.rows[q][ranking.rows[q] >= 0]
-        assert len(found) == min(15, len(metres))
+        assert len(found) == min(k, len(metres))
         assert ranking.scores[q, : len(found)] == pytest.approx(similarity[q, order], abs=1e-5)
         assert ranking.metres[q, : len(found)].tolist() == pytest.approx([metres[g] for g in found])
         assert np.isnan(ranking.metres[q, len(found) :]).all()
-        assert [*map(bool, ranking.right[q])] == [g in answers for g in found] + [False] * (15 - len(found))
+        assert [*map(bool, ranking.right[q])] == [g in answers for g in found] + [False] * (k - len(found))
         assert ranking.answers[q] == rows[q]["answers"] == len(answers)
         wrong = [similarity[q, g] for g in metres if g not in answers]
         assert ranking.without[q] == pytest.approx(max(wrong, default=-np.inf), abs=1e-5)

@@ -20,7 +20,7 @@ _VERBS = {
     "imatch.steps.embed": ("start_embed", "embed", "finish_embed"),
     "imatch.steps.references": ("start_references", "make_references", "start_reference_tokens"),
     "imatch.steps.index": ("start_index", "build_index", "self_check", "search", "judge", "index_metrics"),
-    "imatch.steps.match": ("start_match", "match", "finish_match"),
+    "imatch.steps.match": ("start_match", "match", "match_metrics"),
     "imatch.steps.shared": ("query_and_gallery",),
     "imatch.alarms": ("audit",),
     "imatch.checks": ("preflight",),

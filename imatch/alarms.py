@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
 from imatch import backbones, images, runs
+from imatch.backbones import Backbone
 from imatch.images import Resize
 from imatch.records import ImatchError, ImatchWarning, StepError
 from imatch.runs import Step
@@ -42,42 +45,53 @@ def audit(
         StepError: numbers that belong to other photographs or to another backbone, which make every figure void.
     """
     sides = {"queries": query} if query.folder == gallery.folder else {"queries": query, "gallery": gallery}
-    said = []
-    for name, embeddings in sides.items():
+    for embeddings in sides.values():
         embeddings.check_rows()
-        said += _embedded_again(name, embeddings, spot_check)
-    said += _copies(query, gallery)
-    said += _alike(step)
-    said += _guessing(metrics)
+    said = [*_embedded_again(sides, spot_check), *_copies(query, gallery), *_alike(step), *_guessing(metrics)]
+    said += _promise(metrics["threshold"])
     for alarm in said:
         warnings.warn(alarm, ImatchWarning, stacklevel=2)
     return said
 
 
-def _embedded_again(name: str, embeddings: Embeddings, n: int) -> list[str]:
-    """Embed n photographs again: their vectors must be those of the store."""
-    side = runs.read(embeddings.folder)
+def _embedded_again(sides: Mapping[str, Embeddings], n: int) -> list[str]:
+    """Embed n photographs of each side again: their vectors must be those of the store."""
     if n < 1:
         return []
-    if side.parameters.get("imported"):
-        return [f"the {name} were imported without their photographs, so none was embedded again to compare"]
+    steps = {name: runs.read(embeddings.folder) for name, embeddings in sides.items()}
+    imported = [name for name, side in steps.items() if side.parameters.get("imported")]
+    said = [f"the {name} were imported without their photographs, so none was embedded again" for name in imported]
+    there = {name: embeddings for name, embeddings in sides.items() if name not in imported}
+    if not there:
+        return said
+    first = steps[next(iter(there))].parameters  # both sides are made alike, or 03_index would not have started
     try:
-        backbone = backbones.create(side.parameters["weight"], side.parameters["backbone"])
-        resize, root = Resize(**side.parameters["resize"]), side.linked("photographs")
-        rows = np.unique(np.linspace(0, len(embeddings) - 1, n).round().astype(int))
-        decoded = [images.decode(root / embeddings.ids[row], resize, backbone.patch) for row in rows]
-        again = [backbone(np.stack([photograph.pixels]))[0] for photograph in decoded]
+        backbone = backbones.create(first["weight"], first["backbone"])
     except ImatchError as error:
-        return [f"none of the {name} could be embedded again to compare: {error}"]
-    for row, tokens in zip(rows, again, strict=True):
-        stored = embeddings.vectors[row]
-        cosine = float(tokens.vector @ stored) if tokens.vector.shape == stored.shape else float("nan")
-        if not cosine >= SAME:
-            raise StepError(
-                f"{embeddings.ids[row]}, embedded again by {side.parameters['weight']}, has cosine {cosine:.3f} with "
-                f"its vector in {embeddings.folder}: the store is another backbone's, another size's, or its rows have "
-                "slipped. Delete that folder and run its notebook again"
-            )
+        return [*said, f"nothing could be embedded again to compare: {error}"]
+    resize = Resize(**first["resize"])
+    for name, embeddings in there.items():
+        for row in np.unique(np.linspace(0, len(embeddings) - 1, n).round().astype(int)):
+            said += _compared(embeddings, int(row), steps[name].linked("photographs"), backbone, resize)
+    return said
+
+
+def _compared(embeddings: Embeddings, row: int, root: Path, backbone: Backbone, resize: Resize) -> list[str]:
+    id = embeddings.ids[row]
+    try:
+        photograph = images.decode(root / id, resize, backbone.patch)
+        if photograph.sha256 != embeddings.rows[row]["sha256"]:
+            return [f"{id} has changed since it was embedded: run its notebook again"]
+        again = backbone(np.stack([photograph.pixels]))[0].vector
+    except ImatchError as error:
+        return [f"{id} could not be embedded again to compare: {error}"]
+    stored = embeddings.vectors[row]
+    cosine = float(again @ stored) if again.shape == stored.shape else math.nan
+    if not cosine >= SAME:
+        raise StepError(
+            f"{id}, embedded again, has cosine {cosine:.3f} with its vector in {embeddings.folder}: the store is "
+            "another backbone's, another size's, or its rows have slipped. Delete that folder, run its notebook again"
+        )
     return []
 
 
@@ -88,7 +102,8 @@ def _copies(query: Embeddings, gallery: Embeddings) -> list[str]:
     copies = [row["id"] for row in query.rows if row["sha256"] in held]
     if not copies:
         return []
-    return [f"{len(copies)} of {len(query)} queries are files of the gallery and find themselves: {_some(copies)}"]
+    listed = _some(copies, len(copies))
+    return [f"{len(copies)} of {len(query)} queries are files of the gallery and find themselves: {listed}"]
 
 
 def _alike(step: Step) -> list[str]:
@@ -101,15 +116,16 @@ def _alike(step: Step) -> list[str]:
     index = faiss.IndexBinaryFlat(256)
     index.add(gallery)
     limits, _, found = index.range_search(query, LOOK + 1)
-    pairs = set()
-    for q, row in enumerate(looks[0]):
-        for other in (looks[1][g] for g in found[limits[q] : limits[q + 1]]):
-            if row["sha256"] != other["sha256"]:
-                pairs.add(tuple(sorted((row["id"], other["id"]))))
-    if not pairs:
+    pairs = np.stack([np.repeat(np.arange(len(query)), np.diff(limits.astype(np.int64))), found])
+    contents = [np.array([row["sha256"] for row in rows], object) for rows in looks]
+    pairs = pairs[:, contents[0][pairs[0]] != contents[1][pairs[1]]]
+    if np.array_equal(*contents):  # the same photographs on both sides
+        pairs = pairs[:, pairs[0] < pairs[1]]  # each pair once
+    if not pairs.shape[1]:
         return []
-    listed = [f"{one} ~ {other}" for one, other in sorted(pairs)]
-    return [f"{len(pairs)} pairs of photographs look alike, though only one counts as right: {_some(listed)}"]
+    listed = sorted(f"{looks[0][q]['id']} ~ {looks[1][g]['id']}" for q, g in pairs[:, :1000].T)
+    right = ", though only one counts as right" if step.parameters["truth"] == "photograph" else ""
+    return [f"{pairs.shape[1]} pairs of photographs look alike{right}: {_some(listed, pairs.shape[1])}"]
 
 
 def _tells(look: str | None) -> bool:
@@ -124,8 +140,18 @@ def _guessing(metrics: Mapping[str, Any]) -> list[str]:
     reached = hit["value"] if hit["low"] is None else hit["low"]
     if reached > chance:
         return []
-    return [f"Hit@1 {hit['value']:.3f} is what guessing reaches ({chance:.3f}): these vectors tell nothing apart"]
+    return [f"Hit@1 {hit['value']:.3f} cannot be told from guessing ({chance:.3f})"]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+def _promise(threshold: Mapping[str, Any]) -> list[str]:
+    wanted, held = threshold["wanted"], threshold["held_out_precision"]
+    if held is None or held >= wanted:
+        return []
+    return [
+        f"{held:.0%} of the first hits that are believed are right on photographs that the threshold was not "
+        f"calibrated on, not {wanted:.0%}: do not rely on `accepted`, but on `verified` of 04_match"
+    ]
+
+
+def _some(names: Sequence[str], total: int) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {total - NAMED} more" if total > NAMED else "")

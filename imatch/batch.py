@@ -252,7 +252,7 @@ def run(
             finished[label] = result
     found = [str(folder) for folder in finished.values()]
     for name in together:
-        values = _values(schemas[name], {"steps": found, **recipe.parameters}, {}, {})
+        values = _values(schemas[name], {"steps": found, "run": "report", **recipe.parameters}, {}, {})
         if not values["steps"]:
             failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
             continue
@@ -308,7 +308,7 @@ def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | 
                 cwd=str(registry.workspace()),
                 stdout_file=_Lines(sys.stdout),
                 stderr_file=_Lines(sys.stderr),
-                extra_arguments=["--IPKernelApp.log_level=40"],  # its word on encryption repeats for every notebook
+                extra_arguments=["--IPKernelApp.log_level=50"],  # its words on encryption and on being stopped alarm
             )
     except (ImatchError, OSError) as error:
         return f"cannot write to {exports}: {error}; choose another folder with --exports"

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from imatch.intervals import MIN_CLUSTERS
 from imatch.records import ImatchError
 
 RISK = 0.05
 """Of the one-sided bound: how often the true precision may lie below it."""
-MIN_CLUSTERS = 8
-"""With fewer clusters there is nothing to hold out."""
 
 
 @dataclass(frozen=True)

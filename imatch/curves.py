@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from imatch import calibrate, evaluate, positions, store
+from imatch import calibrate, evaluate, intervals, positions, store
 from imatch.calibrate import Threshold
 from imatch.records import ImatchError
 
@@ -212,6 +212,8 @@ def _depth(axis: Axes, rows: Mapping[str, Sequence[Row]], k: int, looks: Mapping
         right, answers = evaluate.right_hits(counted, deepest), np.array([row["answers"] for row in counted])
         hit = [evaluate.hit_at_k(right, depth).mean() for depth in ks]
         recall = [evaluate.recall_at_k(right, answers, depth).mean() for depth in ks]
+        clusters = [row["cluster"] for row in counted]
+        _band(axis, ks, [evaluate.hit_at_k(right, depth) for depth in ks], clusters, looks[name].colour)
         axis.plot(ks, hit, **looks[name].line(), marker="o", markersize=looks[name].size, label=f"{name} Hit@K")
         least = min([least, *hit])
         if (answers > 1).any():
@@ -300,23 +302,23 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
     """How exact the found geometry is where the true one is known, over all such pairs and by the reference's angle.
 
     Args:
-        pairs: name of a configuration -> its rows of pairs.jsonl, of which those count that are right and have a
-            true matrix. One without a geometry (corner error), or without a verified one (rotation and scale), counts
+        pairs: name of a configuration -> its rows of pairs.jsonl, of which those count that have a true
+            matrix. One without a geometry (corner error), or without a verified one (rotation and scale), counts
             as infinitely wrong.
 
     >>> errors({"sift": []}).texts[0].get_text()[:13]
     'No true error'
     """
-    true = {name: [row for row in of if row["right"] and row["has_truth"]] for name, of in pairs.items()}
+    true = {name: [row for row in of if row["has_truth"]] for name, of in pairs.items()}
     if not any(true.values()):
         return _words("No true error: of no right pair is the true matrix known; a reference and its source have one.")
     caption = (
         "All pairs of a reference and the photograph that it was cut from, whose true matrix is known exactly. Above: "
-        "share of the pairs below an error; a curve ends below 1 by the share of failures. Below: medians over all "
-        "pairs by the rotation of the reference, failures counted as infinitely wrong, so a line breaks where more "
-        "than half fail. A corner error fails without a geometry, rotation and scale without a verified one. Errors "
-        f"below {EDGES['corner_error'][0]:g} pixels, {EDGES['rotation_error'][0]:g} degrees and "
-        f"{100 * EDGES['scale_error'][0]:g} % are drawn as that."
+        "share of the pairs below an error; a curve ends below 1 by the share of failures; shaded: 95 % intervals, by "
+        "resampling whole photographs. Below: medians over all pairs by the rotation of the reference, failures "
+        "counted as infinitely wrong, so a line breaks where more than half fail. A corner error fails without a "
+        f"geometry, rotation and scale without a verified one. Errors below {EDGES['corner_error'][0]:g} pixels, "
+        f"{EDGES['rotation_error'][0]:g} degrees and {100 * EDGES['scale_error'][0]:g} % are drawn as that."
     )
     looks = _looks(true)
     every = [row for of in true.values() for row in of]
@@ -340,6 +342,7 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
         axis.set(ylim=(-0.02, 1.03))
     above[0].set_ylabel("share of pairs below", fontsize=8)
     _thresholds(above[0], evaluate.PIXELS, "px")
+    turned = [0.0, 330.0, *(_number(row["angle"], 0) for row in every)]
     titles = ("median rotation error by angle", "median scale error by angle", "failures by angle")
     units = ("degrees", "too large or too small", "share of pairs not verified")
     for axis, title, unit in zip(below, titles, units, strict=True):
@@ -347,6 +350,7 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
         axis.set_xlabel("rotation of the reference, degrees counter-clockwise", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 1.5, 3, 4.5, 9, 10]))
+        axis.set_xlim(min(turned) - 8, max(turned) + 8)
     below[2].set_ylim(-0.02, 1.03)
     for axis in below[:2]:
         drawn = np.concatenate([[0.01], *(line.get_ydata() for line in axis.lines)])
@@ -386,7 +390,10 @@ def _errors(
     angles = sorted({row["angle"] for row in rows if row["angle"] is not None})
     parts = [[row for row in rows if row["angle"] == angle] for angle in angles]
     for axis, (key, ends) in zip(above, edges.items(), strict=True):
-        _cumulated(axis, [_number(row[key], math.inf) for row in rows], ends, **line)
+        values = np.array([_number(row[key], math.inf) for row in rows])
+        at = np.geomspace(*ends, 13)
+        _band(axis, at, [values <= error for error in at], [row["cluster"] for row in rows], line["color"])
+        _cumulated(axis, values, ends, **line)
     marked = {**line, "marker": "o", "markersize": size}
     for axis, key in zip(below[:2], ("rotation_error", "scale_error"), strict=True):
         medians = [np.median([_number(row[key], math.inf) for row in part]) for part in parts]
@@ -421,7 +428,8 @@ def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
     'No metres'
     """
     known = {name: [row for row in of if row["least_metres"] is not None] for name, of in rows.items()}
-    if not any(known.values()):
+    known = {name: of for name, of in known.items() if of}
+    if not known:
         return _words("No metres: of no query and hit are both positions known (EXIF, or a file of labels).")
     caption = (
         "Share of the queries whose hit was taken within a distance of the query. Hits nearer than a metre stand at "
@@ -434,9 +442,8 @@ def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
     furthest = max([1e3, *(_number(row[key], 0) for row in every for key in ("metres", "least_metres"))])
     for axis, key, title in ((left, "metres", "first hit"), (right, "least_metres", "nearest of all K hits")):
         for name, of in known.items():
-            if of:
-                values = [_number(row[key], math.inf) for row in of]
-                _cumulated(axis, values, (1.0, furthest), label=name, **looks[name].line())
+            values = [_number(row[key], math.inf) for row in of]
+            _cumulated(axis, values, (1.0, furthest), label=name, **looks[name].line())
         axis.set_title(title, fontsize=9, pad=16)
         axis.set_xlabel("metres", fontsize=8)
         axis.set(ylim=(-0.02, 1.03))
@@ -614,6 +621,14 @@ def _decades(ruler: Axis, factor: float = 1, unit: str = "") -> None:
     ruler.axes.set(**{f"{ruler.axis_name}scale": "log"})
     ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}{unit}"))
     ruler.set_minor_formatter(NullFormatter())
+
+
+def _band(axis: Axes, x: Sequence[float], shares: Sequence[np.ndarray], clusters: Sequence[str], colour: str) -> None:
+    """The 95 % intervals of the shares at each x; nothing where there are too few clusters."""
+    found = [intervals.interval(values.astype(float), clusters, resamples=500) for values in shares]
+    if found and all(one.low is not None for one in found):
+        low, high = ([getattr(one, end) for one in found] for end in ("low", "high"))
+        axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0, zorder=0)
 
 
 def _thresholds(axis: Axes, at: Sequence[float], unit: str) -> None:

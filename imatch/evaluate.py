@@ -133,13 +133,17 @@ def reciprocal_rank(right: np.ndarray) -> np.ndarray:
     return np.where(right.any(axis=1), 1 / (right.argmax(axis=1) + 1), 0.0)
 
 
-def chance(answers: np.ndarray, gallery: int) -> float | None:
-    """The Hit@1 of guessing: the mean share of the gallery's rows that are right, over queries that have an answer.
+def chance(answers: np.ndarray, candidates: np.ndarray) -> float | None:
+    """The Hit@1 of guessing: the mean share of candidates that are right, over queries that have an answer.
 
-    >>> chance(np.array([1, 3, 0]), 8)
+    Args:
+        answers: (Q,) how many right answers the gallery holds.
+        candidates: (Q,) how many of its rows may be found at all.
+
+    >>> chance(np.array([1, 3, 0]), np.array([8, 8, 8]))
     0.25
     """
-    return _mean(answers[answers > 0] / gallery)
+    return _mean(answers[answers > 0] / candidates[answers > 0])
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -189,7 +193,8 @@ def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") ->
         unit: what a cluster is, for the messages.
 
     Returns:
-        queries, without_answer (counted apart, in nothing else), hit_at_K, recall_at_K and precision_at_K for K of
+        k, queries, without_answer (counted apart, in nothing else), missed (the backbone found nothing in them, so they
+        find nothing and are wrong everywhere), hit_at_K, recall_at_K and precision_at_K for K of
         `DEPTHS`, map_at_k and mrr_at_k; `intervals` of hit_at_1, map and mrr, 95 %,
         by `intervals.interval`; `by_view`: hit_at_1 with its interval for each crop and angle. Figures are None where
         nothing could be counted.
@@ -197,7 +202,12 @@ def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") ->
     counted = [row for row in rows if row["answers"]]
     right, answers = right_hits(counted, k), np.array([row["answers"] for row in counted], int)
     clusters = [row["cluster"] for row in counted]
-    figures: dict[str, Any] = {"queries": len(rows), "without_answer": len(rows) - len(counted)}
+    figures: dict[str, Any] = {
+        "k": k,
+        "queries": len(rows),
+        "without_answer": len(rows) - len(counted),
+        "missed": sum(not row["embedded"] for row in counted),
+    }
     for depth in sorted({*(n for n in DEPTHS if n < k), k}):
         figures[f"hit_at_{depth}"] = _mean(hit_at_k(right, depth))
         figures[f"recall_at_{depth}"] = _mean(recall_at_k(right, answers, depth))
@@ -217,10 +227,12 @@ def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") ->
 
 def retrieval_table(metrics: Mapping[str, Any]) -> str:
     """The figures of `steps.index.index_metrics` as lines for people."""
-    k = next(int(name[7:]) for name in metrics if name.startswith("map_at_"))
+    k = metrics["k"]
     queries = f"{metrics['queries']} queries in a gallery of {metrics['gallery']}"
     apart = f"{metrics['without_answer']} of them have no right answer there and are not counted below"
-    lines = [queries + (f"; {apart}" if metrics["without_answer"] else "")]
+    lost = f"{metrics['missed']} of them could not be embedded and count as wrong"
+    told = [*([apart] if metrics["without_answer"] else []), *([lost] if metrics["missed"] else [])]
+    lines = ["; ".join([queries, *told])]
     names = {"hit_at_1": "Hit@1", "map": f"mAP@{k}", "mrr": f"MRR@{k}"}
     lines += [f"{name:<12} {intervals.Interval(**metrics['intervals'][key])}" for key, name in names.items()]
     depths = [int(name[7:]) for name in metrics if name.startswith("hit_at_")]
@@ -242,7 +254,11 @@ def _believed(threshold: Mapping[str, Any]) -> list[str]:
         f"{threshold['wanted']:g}: {_cell(threshold['coverage'])} of the queries that have an answer"
     )
     held = threshold["held_out_precision"]
-    short = ", BELOW what was asked for: too few photographs to be sure" if (held or 1) < threshold["wanted"] else ""
+    short = (
+        ", BELOW what was asked for: too few photographs to be sure"
+        if held is not None and held < threshold["wanted"]
+        else ""
+    )
     rest = (
         threshold["why"]
         if held is None
@@ -335,8 +351,8 @@ def match_metrics(pairs: Sequence[Row], unit: str = "photographs") -> dict[str, 
 
     Returns:
         hit_at_1 (by global vectors), reranked_hit_at_1 (after re-ranking by inliers), verified (share of queries
-        whose best candidate verifies), verified_right (share of those that are right), wrong_verified (share of
-        queries of which a wrong candidate verifies: how often a query without a match would be believed),
+        whose best candidate verifies), verified_right (share of those that are right), wrong_verified (of the
+        queries with a wrong candidate, the share of which one verifies: how often no match would be believed),
         corner_error_median of the verified right ones in pixels. Of all pairs of a reference with its own source
         (pairs without a geometry count as failed): true_pairs, true_corner_error_median, true_within_8px,
         corner_auc (by threshold), matching_accuracy (mean share of correspondences within so many pixels of where the
@@ -369,9 +385,9 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
     right = [row["corner_error"] for row in verified if row["corner_error"] is not None]
     wrong: dict[str, bool] = {}
     for row in pairs:
-        if row["retrieved"] and not row["right"]:
+        if row["retrieved"] and not row["right"] and not row["has_truth"]:  # its own photograph matches rightly
             wrong[row["query"]] = wrong.get(row["query"], False) or row["verified"]
-    true = [row for row in pairs if row["right"] and row["has_truth"]]
+    true = [row for row in pairs if row["has_truth"]]
     errors = corner_errors(true)
     each = {
         "hit_at_1": (first, [row["right"] for row in first]),
@@ -457,7 +473,7 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{_cell(metrics['true_corner_error_median'])} px, within 8 px {_cell(metrics['true_within_8px'])}"
             )
         if metrics.get("queries_skipped"):
-            lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be embedded")
+            lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be decoded")
     return "\n".join(lines)
 
 

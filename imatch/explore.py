@@ -50,7 +50,7 @@ def browse(step: Step) -> widgets.VBox:
         of text that says what was found.
     """
     pairs: dict[str, list[Row]] = {}
-    for row in store.read_rows(step.folder / "pairs.jsonl"):
+    for row in (row for row in store.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None):
         pairs.setdefault(row["query"], []).append(row)
     names = [(store.printable(id), id) for id in sorted(pairs)]
     query = widgets.Dropdown(options=names, description="query", layout={"width": "480px"})

@@ -69,7 +69,8 @@ def interval(
     Near 0 and 1 that is too narrow still, for what few photographs have not yet shown cannot be drawn again, so no end
     lies nearer to the mean than Korn and Graubard's: Clopper-Pearson with the number of independent queries that would
     scatter as much as the clusters do ("Confidence intervals for proportions with small expected number of positive
-    counts estimated from survey data", Survey Methodology 24, 1998).
+    counts estimated from survey data", Survey Methodology 24, 1998). And no interval promises more than that of G
+    clusters that are all right, or all wrong: one wrong query more makes nothing surer.
 
     Where every cluster has the same mean c the bootstrap has no width. Of G clusters none differs, so up to a share u
     may (Clopper-Pearson, 0 of G; one trial a cluster), by any value there is: [c - u c, c + u (1 - c)]. For c = 0 and
@@ -98,7 +99,8 @@ def interval(
     if found.value is None or found.low is None or found.high is None:
         return found
     low, high = _by_effective_size(shares, clusters, level)
-    return replace(found, low=min(found.low, low), high=max(found.high, high))
+    unseen = _unseen(found.clusters, level)
+    return replace(found, low=min(found.low, low, 1 - unseen), high=max(found.high, high, unseen))
 
 
 def paired_difference(
@@ -180,7 +182,7 @@ def _clustered(
         return Interval(value, None, None, n, f"{n} {unit} are too few, {MIN_CLUSTERS} are the least")
     sums, counts = np.bincount(member, values), np.bincount(member)
     if np.ptp(sums / counts) < 1e-9:  # equal but for rounding
-        unseen = float(stats.binomtest(0, n).proportion_ci(level, method="exact").high)
+        unseen = _unseen(n, level)
         return Interval(value, value - unseen * (value - lowest), value + unseen * (1 - value), n, "")
     tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.isf((1 - level) / 2, n - 1))
     ends = stats.bootstrap(
@@ -195,6 +197,11 @@ def _clustered(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(value, float(ends.low), float(ends.high), n, "")
+
+
+def _unseen(n: int, level: float) -> float:
+    """The share of clusters that may differ though none of n does: Clopper-Pearson at 0 of n."""
+    return float(stats.binomtest(0, n).proportion_ci(level, method="exact").high)
 
 
 def _members(clusters: Sequence[Hashable] | np.ndarray) -> np.ndarray:

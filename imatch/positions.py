@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import math
@@ -19,6 +20,8 @@ from scipy.spatial import cKDTree
 from imatch import datasets, plugins
 from imatch.records import ImatchError
 
+MOST = 10**8
+"""Right answers of all queries together that are kept in memory: 800 MB."""
 EARTH = 6_371_000.0
 """Mean radius of the Earth in metres; as a sphere it is right to 0.6 %."""
 AXES = {"globe": ("latitude", "longitude"), "plane": ("x", "y")}
@@ -191,6 +194,9 @@ def _columns(cells: Sequence[str], where: str) -> list[str]:
         raise ImatchError(
             f"{where}: wants one column of {', '.join(NAMES)}, separated by commas; has {datasets.names(columns)}"
         )
+    for column in columns:
+        if column not in (*NAMES, *NUMBERS) and (near := difflib.get_close_matches(column, NUMBERS, 1, 0.8)):
+            raise ImatchError(f"{where}: unknown column {column!r}: did you mean {near[0]!r}?")
     twice = [name for name in NUMBERS if columns.count(name) > 1]
     if twice:
         raise ImatchError(f"{where}: column {twice[0]} is there twice: keep one of them")
@@ -361,6 +367,11 @@ def within(
     there = np.flatnonzero(gallery.known)
     tree = cKDTree(_points(gallery)[there])
     points, reach = _points(query), _reach(query.system, np.float64(radius))
+    total = int(np.sum(tree.query_ball_point(points[query.known], reach, return_length=True)))
+    if total > MOST:
+        raise ImatchError(
+            f"radius {radius:g} m gives {total} right answers, {total / len(points):.0f} a query: ask for a smaller one"
+        )
     answers = _none(query)
     for block in _blocks(np.flatnonzero(query.known), 256):
         found = tree.query_ball_point(points[block], reach, return_sorted=True)

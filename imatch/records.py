@@ -177,11 +177,15 @@ class Truth:
 class Ranking:
     """What Q queries found, and whether it is right.
 
+    First those that have a vector; then those that could be decoded, but in which the backbone found nothing: they find
+    nothing.
+
     Attributes:
         rows: (Q, k) int64, row of each hit in the gallery, best first; -1 where it had no more.
         scores: (Q, k) float32, cosine similarity; -inf where row is -1.
         right: (Q, k) bool, whether the hit answers the query.
         answers: (Q,) int64, how many right answers the gallery holds.
+        candidates: (Q,) int64, how many of its rows may be found: not the query itself or, if asked, its siblings.
         without: (Q,) float32, the best score when all right answers are left out of the gallery: what a query that
             has no match would find. -inf where nothing else is there.
         metres: (Q, k) float64, how far each hit lies from where the query was taken, NaN where that is not known;
@@ -192,6 +196,7 @@ class Ranking:
     scores: np.ndarray
     right: np.ndarray
     answers: np.ndarray
+    candidates: np.ndarray
     without: np.ndarray
     metres: np.ndarray | None
 

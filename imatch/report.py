@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,9 +15,9 @@ import jinja2
 
 from imatch import intervals, registry, runs, store
 from imatch.calibrate import Threshold
-from imatch.records import ImatchError
+from imatch.records import ImatchError, StepError
 from imatch.runs import Step
-from imatch.steps.shared import view_rows
+from imatch.steps.shared import named
 from imatch.store import Row
 
 COLUMNS = {
@@ -30,9 +30,9 @@ COLUMNS = {
     "low": "from",
     "high": "to",
     "place": "place",
-    "behind": "behind the best by",
-    "behind_low": "from",
-    "behind_high": "to",
+    "apart": "against the best",
+    "apart_low": "from",
+    "apart_high": "to",
     "recall": "Recall@K",
     "map": "mAP",
     "reranked_hit_at_1": "re-ranked Hit@1",
@@ -41,16 +41,21 @@ COLUMNS = {
     "rotation": "rotation off by",
     "metres": "median m",
     "coverage": "believed",
+    "held_out_precision": "right of them",
     "ms": "ms",
     "megabytes": "MB",
     "alarms": "alarms",
 }
 """Columns of the table and what they are called."""
+COSTS = ("ms", "megabytes", "rotation", "pixels", "metres")
+"""Columns of any magnitude, shown to three digits."""
+COMPARED = ("values", "clusters", "parts", "queried", "unit")
+"""What rows hold to be compared by, and no file needs."""
 HELP = {
     "Hit@1": "how often the first hit is right; a query that a backbone could not embed counts as missed",
     "from ... to": "95 % interval, by resampling whole photographs (or captures)",
     "place": "best; as good: its paired interval to the best holds 0; worse",
-    "behind the best by": "paired on the same queries, with its 95 % interval; the best is compared with the next one",
+    "against the best": "Hit@1 minus that of the best, paired on the same queries; of the best, minus that of the next",
     "Recall@K": "share of all right answers among the first K hits",
     "re-ranked Hit@1": "after 1:1 matching, verified candidates first",
     "median px": "corner error of references against their own photograph, failures included",
@@ -58,6 +63,7 @@ HELP = {
     "rotation off by": "median error of the estimated rotation in degrees",
     "median m": "metres from the query to its first hit",
     "believed": "share of answerable queries whose first hit passes the threshold of 'no match'",
+    "right of them": "precision on photographs that the threshold was not calibrated on",
     "ms": "milliseconds a photograph from file to stored tokens, on the device named below",
     "MB": "megabytes a photograph on disk",
 }
@@ -66,13 +72,13 @@ HELP = {
 PICTURES = {
     "time.png": (
         "Hit@1 against milliseconds a photograph: nobody is better and cheaper than those on the line.",
-        "03_index",
+        ("01_embed", "03_index"),
     ),
-    "disk.png": ("Hit@1 against megabytes a photograph.", "03_index"),
-    "angles.png": ("Hit@1 by the angle and the crop of the reference.", "03_index"),
-    "trust.png": ("How much is found among the first K hits, and what it costs to refuse weak ones.", "03_index"),
-    "metres.png": ("Metres from a query to what it finds.", "03_index"),
-    "errors.png": ("Errors of the estimated geometry against the true matrices.", "04_match"),
+    "disk.png": ("Hit@1 against megabytes a photograph.", ("01_embed", "03_index")),
+    "angles.png": ("Hit@1 by the angle and the crop of the reference.", ("03_index",)),
+    "trust.png": ("How much is found among the first K hits, and what it costs to refuse weak ones.", ("03_index",)),
+    "metres.png": ("Metres from a query to what it finds.", ("03_index",)),
+    "errors.png": ("Errors of the estimated geometry against the true matrices.", ("04_match",)),
 }
 """The pictures of the page in its order: what each shows, and which steps it is drawn from."""
 
@@ -105,19 +111,43 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
         raise ImatchError("steps is empty: give folders of finished runs, such as -p steps '[exports/demo]'")
     links = {name: found[name].folder for name in sorted(found)}
     upstream = {name: str(found[name].fingerprint) for name in links}
-    folder = registry.exports_folder(exports) / run / "05_report" / (tag or "all")
-    return runs.start(folder, "05_report", {}, upstream, links, on_change)
+    measured = {name: [_measured(step) for step in chain(found[name]).values()] for name in links}
+    folder = registry.exports_folder(exports) / run / "05_report" / (named("tag", tag) or "all")
+    return runs.start(folder, "05_report", {"measured": runs.digest(measured)}, upstream, links, on_change)
+
+
+def _measured(step: Step) -> list[Any]:
+    """What a report shows of a step and its fingerprint does not hold: times, the device, alarms."""
+    return [step.work, step.device, step.metrics]
 
 
 def _finished(folder: Path) -> list[Step]:
     """The finished 04_match steps in a folder, and the 03_index steps that none of them goes on from."""
-    here = [folder] if (folder / "step.json").is_file() else [path.parent for path in folder.rglob("step.json")]
-    read = [
-        runs.read(path) for path in sorted(here) if (path / "metrics.json").is_file() and ".running" not in path.parts
-    ]
+    read = [runs.read(path) for path in _steps(folder) if (path / "metrics.json").is_file()]
+    read = [step for step in read if step.name in ("03_index", "04_match") and _whole(step)]
     matched = [step for step in read if step.name == "04_match"]
     below = {step.linked("index") for step in matched}
     return matched + [step for step in read if step.name == "03_index" and step.folder not in below]
+
+
+def _whole(step: Step) -> bool:
+    """Whether all that a step was made from is there still; says so if not."""
+    try:
+        chain(step)
+    except StepError as error:
+        print(f"left out: {step.folder}, for {error}")
+        return False
+    return True
+
+
+def _steps(folder: Path) -> Iterator[Path]:
+    """The folders of steps below a folder; it does not look into them, for they may hold a folder a query."""
+    if (folder / "step.json").is_file():
+        yield folder
+        return
+    for below in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if below.is_dir() and not below.name.startswith("."):
+            yield from _steps(below)
 
 
 def chain(step: Step) -> dict[str, Step]:
@@ -138,9 +168,10 @@ def chain(step: Step) -> dict[str, Step]:
 def tabulate(step: Step) -> list[Row]:
     """One row a configuration: what it found, how exactly, and what it costs.
 
-    Configurations answer the same question when data set, direction and kind of reference are the same; in each
-    question the best by Hit@1 is marked, and every other one is compared with it on the same queries
-    (`intervals.paired_difference`). The best of many is a little lucky: read the intervals.
+    Configurations answer the same question when they have the same photographs, references, direction and truth; in
+    each question the best by Hit@1 is marked, and every other one is compared with it on the same queries
+    (`intervals.paired_difference`). A query for which a configuration has no vector, or whose answer it could not
+    embed, is missed. The best of many is a little lucky: read the intervals.
 
     Returns:
         Rows by question, best first: `name` (of the step in `step.links`), `label` (a short one), `question`, the keys
@@ -149,25 +180,25 @@ def tabulate(step: Step) -> list[Row]:
     rows = [_row(name, chain(runs.read(step.linked(name)))) for name in step.links]
     for row, label in zip(rows, _labels(rows), strict=True):
         row["label"] = label
-    asked: dict[str, list[Row]] = {}
+    asked: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        asked.setdefault(row["question"], []).append(row)
-    for question in asked.values():
-        question.sort(key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
-        _compare(question)
+        asked.setdefault((row["question"], row["asks"]), []).append(row)
+    questions = [question for question, _ in asked]
+    for (question, asks), group in asked.items():
+        for row in group:
+            row["question"] = question if questions.count(question) == 1 else f"{question} ({asks[:8]})"
+        _count(group)
+        _compare(group)
+        group.sort(key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
     return [row for question in sorted(asked) for row in asked[question]]
 
 
 def _row(name: str, steps: Mapping[str, Step]) -> Row:
     embed, index = steps["01_embed"], steps["03_index"]
-    found, parameters = index.metrics, embed.parameters
+    found, parameters, asked = index.metrics, embed.parameters, index.parameters
     matched = steps["04_match"].metrics if "04_match" in steps else {}
-    values, clusters = _hits(steps)
-    hit = intervals.interval(
-        list(values.values()), [clusters[q] for q in values], unit=f"{index.parameters['cluster']}s"
-    )
     vectors = embed.metrics["global_dimension"] * 4 / 2**20
-    work, k = embed.work, index.parameters["k"]
+    work, k = embed.work, asked["k"]
     run, _, dataset, weight, _, last = name.split("/")
     direction, _, kind = last.partition("_")
     about = {
@@ -176,15 +207,13 @@ def _row(name: str, steps: Mapping[str, Step]) -> Row:
         "pooling": parameters["backbone"].get("pooling", "vlad"),
         "variant": parameters["variant"],
     }
+    truth = asked["truth"] + (f" of {asked['radius']:g} m" if asked["radius"] else "")
     return {
         "name": name,
-        "question": f"{dataset}, {direction}{kind and f' ({kind})'}: right answers by {index.parameters['truth']}",
+        "question": f"{dataset}, {direction}{kind and f' ({kind})'}: right answers by {truth}",
+        "asks": _asks(steps),
         "parts": {**about, "kind": kind, "direction": direction, "dataset": dataset, "run": run},
         **about,
-        "queries": len(values),
-        "hit_at_1": hit.value,
-        "low": hit.low,
-        "high": hit.high,
         "recall": found[f"recall_at_{k}"],
         "k": k,
         "map": found[f"map_at_{k}"],
@@ -194,53 +223,57 @@ def _row(name: str, steps: Mapping[str, Step]) -> Row:
         "rotation": matched.get("rotation_error_median"),
         "metres": found["positions"] and found["positions"]["top1_metres_median"],
         "coverage": found["threshold"]["coverage"],
+        "held_out_precision": found["threshold"]["held_out_precision"],
         "ms": 1000 * work["seconds"] / work["photographs"] if work else None,
         "megabytes": embed.metrics["local_megabytes"] / embed.metrics["photographs"] + vectors,
         "device": embed.device,
         "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked `imatch.audit`
         "said": found.get("alarms", []),
-        "why": hit.why,
         "fingerprints": {of: str(steps[of].fingerprint) for of in sorted(steps)},
-        "values": values,
-        "clusters": clusters,
+        "unit": f"{asked['cluster']}s",
+        "queried": {row["query"]: row for row in store.read_rows(index.folder / "queries.jsonl")},
     }
 
 
-def _hits(steps: Mapping[str, Step]) -> tuple[dict[str, float], dict[str, str]]:
-    """Of each query that has an answer whether its first hit is right, and its cluster; a reference that could not be
-    embedded is missed."""
-    index, query = steps["03_index"], steps["queries"]
-    rows = [row for row in store.read_rows(index.folder / "queries.jsonl") if row["answers"]]
-    values = {row["query"]: float(0 in row["right_ranks"]) for row in rows}
-    clusters = {row["query"]: row["cluster"] for row in rows}
-    of_source = {row["photograph"]: row["cluster"] for row in rows}
-    views = {row["id"]: row["source"] for row in view_rows(query)}
-    for row in store.read_rows(query.folder / "skipped.jsonl"):
-        if row["id"] in views:
-            values[row["id"]] = 0.0
-            clusters[row["id"]] = of_source.get(views[row["id"]], row.get("source_sha256", views[row["id"]]))
-    return values, clusters
+def _asks(steps: Mapping[str, Step]) -> str:
+    """What a 03_index step asks: the photographs of both sides, the views of them, and what is right."""
+    index = steps["03_index"]
+    sides = []
+    for side in ("query", "gallery"):
+        step = runs.read(index.linked(side))
+        photographs = runs.read(step.linked("embed")) if "embed" in step.links else step
+        views = runs.read(step.linked("views")).fingerprint if "views" in step.links else None
+        sides.append([photographs.metrics["photographs_digest"], views, step.name])
+    asked = {name: index.parameters[name] for name in ("truth", "radius", "heading", "exclude_siblings", "cluster")}
+    return runs.digest([sides, asked, index.upstream.get("labels")])
+
+
+def _count(rows: Sequence[Row]) -> None:
+    """Fill in how often the first hit is right, over all queries that some configuration of the question can answer."""
+    clusters = {id: one["cluster"] for row in rows for id, one in row["queried"].items() if one["answers"]}
+    for row in rows:
+        row["values"] = {id: float(id in row["queried"] and 0 in row["queried"][id]["right_ranks"]) for id in clusters}
+        hit = intervals.interval([*row["values"].values()], [*clusters.values()], unit=row["unit"])
+        row |= {"clusters": clusters, "queries": len(clusters), "hit_at_1": hit.value}
+        row |= {"low": hit.low, "high": hit.high, "why": hit.why}
 
 
 def _compare(rows: Sequence[Row]) -> None:
-    """Fill in place and distance to the best; rows are best first."""
-    best = rows[0]
-    for row in rows:
-        other = row if row is not best else rows[1] if len(rows) > 1 else None
-        row |= {"place": "best", "behind": None, "behind_low": None, "behind_high": None}
-        if other is None or best["hit_at_1"] is None:
-            continue
-        try:
-            apart = intervals.paired_difference(best["values"], other["values"], best["clusters"])
-        except ImatchError as error:  # other queries: no pairs to compare
-            row["why"], row["place"] = str(error), "best" if row is best else "not comparable"
-            continue
-        sign = -1 if row is best else 1
-        low, high = (None, None) if apart.low is None else sorted((sign * apart.low, sign * apart.high))
-        row |= {"behind": sign * apart.value + 0.0, "behind_low": low, "behind_high": high}
-        if row is not best:
-            row["place"] = "not told apart" if low is None else "as good" if low <= 0 <= high else "worse"
-        row["why"] = row["why"] or apart.why
+    """Fill in place and distance to the best of the rows of one question."""
+    ranked = sorted(rows, key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
+    best = ranked[0]
+    for row in ranked:
+        row |= {"place": "best", "apart": None, "apart_low": None, "apart_high": None}
+        other = row if row is not best else ranked[1] if len(ranked) > 1 else None
+        if best["hit_at_1"] is None:
+            row["place"] = "nothing to count"
+        elif other is not None:
+            apart = intervals.paired_difference(best["values"], other["values"], best["clusters"], unit=row["unit"])
+            sign = 1 if row is best else -1
+            low, high = (None, None) if apart.low is None else sorted((sign * apart.low, sign * apart.high))
+            row |= {"apart": sign * apart.value + 0.0, "apart_low": low, "apart_high": high}
+            if row is not best:
+                row["place"] = "not told apart" if low is None else "as good" if low <= 0 <= high else "worse"
 
 
 @dataclass(frozen=True)
@@ -251,7 +284,7 @@ class Found:
         metrics: of 03_index.
         thresholds: from which score on it believes a first hit.
         queries: rows of its queries.jsonl.
-        pairs: rows of pairs.jsonl, of configurations that 04_match went on with.
+        pairs: rows of pairs.jsonl whose true matrix is known, of configurations that 04_match went on with.
         k: the least of their numbers of hits.
     """
 
@@ -275,7 +308,7 @@ def gather(step: Step, rows: Sequence[Row]) -> Found:
         {name: Threshold(**figures["threshold"]) for name, figures in metrics.items()},
         {name: store.read_rows(steps["03_index"].folder / "queries.jsonl") for name, steps in behind.items()},
         {
-            name: store.read_rows(steps["04_match"].folder / "pairs.jsonl")
+            name: [row for row in store.read_rows(steps["04_match"].folder / "pairs.jsonl") if row["has_truth"]]
             for name, steps in behind.items()
             if "04_match" in steps
         },
@@ -293,7 +326,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 def public(rows: Sequence[Row]) -> list[Row]:
     """The rows without what they were compared by."""
-    return [{key: value for key, value in row.items() if key not in ("values", "clusters", "parts")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
 
 
 def write(step: Step, rows: Sequence[Row]) -> Path:
@@ -311,7 +344,9 @@ def write(step: Step, rows: Sequence[Row]) -> Path:
         return page
     store.write_json(step.folder / "table.json", public(rows))
     text = io.StringIO()
-    table = csv.DictWriter(text, ["question", *COLUMNS, "k", "device", "name", *_prints(rows)], extrasaction="ignore")
+    table = csv.DictWriter(
+        text, ["question", *COLUMNS, "k", "device", "name", *_fingerprints(rows)], extrasaction="ignore"
+    )
     table.writeheader()
     table.writerows(
         {**row, **{f"{of} fingerprint": value for of, value in row["fingerprints"].items()}} for row in rows
@@ -322,7 +357,11 @@ def write(step: Step, rows: Sequence[Row]) -> Path:
     return page
 
 
-def _prints(rows: Sequence[Row]) -> list[str]:
+def _prints(row: Row, steps: Sequence[str]) -> str:
+    return ", ".join(f"{of} {row['fingerprints'][of][:12]}" for of in steps if of in row["fingerprints"])
+
+
+def _fingerprints(rows: Sequence[Row]) -> list[str]:
     return sorted({f"{of} fingerprint" for row in rows for of in row["fingerprints"]})
 
 
@@ -333,13 +372,13 @@ def html(rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
         rows: of `tabulate`.
         pictures: name of `PICTURES` -> base64 of the PNG.
     """
-    text = files("imatch").joinpath("report.html.jinja").read_text()
+    text = files("imatch").joinpath("report.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     questions: dict[str, list[Row]] = {}
     for row in rows:
         questions.setdefault(row["question"], []).append(row)
     shown = pictures and [
-        (name, *PICTURES[name], data, [row for row in rows if PICTURES[name][1] in row["fingerprints"]])
+        (name, PICTURES[name][0], data, [_prints(row, PICTURES[name][1]) for row in rows])
         for name, data in pictures.items()
     ]
     return template.render(questions=questions, columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
@@ -349,12 +388,12 @@ def _cell(key: str, value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1f}" if key == "ms" else f"{value:.2f}"
+        return f"{value:+.2f}" if key.startswith("apart") else f"{value:.3g}" if key in COSTS else f"{value:.2f}"
     return str(value)
 
 
 def metrics(rows: Sequence[Row]) -> dict[str, Any]:
     """The figures of 05_report: how many configurations, and the best of each question with its interval."""
     best = [row for row in rows if row["place"] == "best"]
-    keys = ("question", "name", "hit_at_1", "low", "high", "behind", "behind_low", "behind_high")
+    keys = ("question", "name", "hit_at_1", "low", "high", "apart", "apart_low", "apart_high")
     return {"configurations": len(rows), "best": [{key: row[key] for key in keys} for row in best]}

@@ -170,6 +170,7 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranki
             size = (picture.shape[1], picture.shape[0])
             colour = RIGHT if ranking.right[q, rank] else WRONG
             axis.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=colour, linewidth=3))
+    figure.suptitle("queries, and their best hits with cosine: green frames are right, red ones wrong", fontsize=8)
     return figure
 
 
@@ -202,7 +203,7 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
     """The saved pictures of n pairs, evenly spread over the queries' best candidates."""
     from PIL import Image
 
-    best = evaluate.best_pairs(pairs)
+    best = evaluate.best_pairs(row for row in pairs if row["candidate"] is not None)
     shown = [best[i] for i in np.unique(np.linspace(0, max(0, len(best) - 1), min(n, len(best))).astype(int))]
     figure = Figure(figsize=(8, 4 * max(1, len(shown))), layout="constrained")
     for i, row in enumerate(shown):

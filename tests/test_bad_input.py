@@ -539,7 +539,7 @@ def matched(index_step):
         on_change="refuse",
     )
     pairs = imatch.match(step, workers=0)
-    imatch.finish_match(step, pairs)
+    step.finish(imatch.match_metrics(step, pairs))
     return pairs, step
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from imatch import calibrate, curves, evaluate, positions, viz
+from imatch import calibrate, curves, evaluate, intervals, positions, viz
 from imatch.calibrate import Threshold
 from imatch.records import ImatchError
 
@@ -31,8 +31,9 @@ def query(score, without, right_ranks=(0,), answers=1, cluster="a", **more):
     }
 
 
-def pair(corner, rotation, scale, angle=0.0, crop=0.5, right=True, has_truth=True):
+def pair(corner, rotation, scale, angle=0.0, crop=0.5, right=True, has_truth=True, cluster="a"):
     return {
+        "cluster": cluster,
         "right": right,
         "has_truth": has_truth,
         "crop": crop,
@@ -249,7 +250,7 @@ def test_asked_twice_by_hand():
 
 def test_errors_are_cumulated_and_failures_never_reached():
     rows = [pair(2.0, 0.1, 0.01), pair(7.0, 0.2, 0.02), pair(400.0, None, None), pair(None, None, None)]
-    others = [pair(0.1, 0.1, 0.1, right=False), pair(0.1, 0.1, 0.1, has_truth=False)]
+    others = [pair(0.1, 0.1, 0.1, right=False, has_truth=False), pair(0.1, 0.1, 0.1, has_truth=False)]
     figure = curves.errors({"sift": rows + others})
     corner, rotation, scale = (labelled(axis, "sift, crop 0.5") for axis in figure.axes[:3])
     assert corner.get_xdata().tolist() == [0.01, 2, 7, 400, 1000]
@@ -423,3 +424,17 @@ def test_no_legend_covers_a_panel(name):
         assert not any(box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
     for i, legend in enumerate(figure.legends):
         assert not any(legend.get_window_extent().overlaps(other.get_window_extent()) for other in figure.legends[:i])
+
+
+def test_bands_are_the_intervals_of_what_they_surround():
+    pairs = [pair(0.1 if i % 5 else 50.0, 0.1, 0.1, cluster=str(i // 4)) for i in range(80)]
+    axis = curves.errors({"sift": pairs}).axes[0]
+    (band,) = axis.collections
+    found = intervals.interval([float(i % 5 > 0) for i in range(80)], [i // 4 for i in range(80)], resamples=500)
+    inside = [y for x, y in band.get_paths()[0].vertices if 0.2 < x < 40]
+    assert inside
+    assert all(min(abs(y - found.low), abs(y - found.high)) < 1e-9 for y in inside)
+    few = [pair(0.1, 0.1, 0.1, cluster=str(i)) for i in range(3)]
+    assert not curves.errors({"sift": few}).axes[0].collections
+    axis = curves.trust({"sift": many_queries()}, {}, 5).axes[0]
+    assert len(axis.collections) == 1

@@ -146,9 +146,9 @@ def test_ranked_figures_against_loops(seed):
 
 
 def test_chance_is_the_share_of_right_rows():
-    assert evaluate.chance(np.array([2, 0, 5]), 10) == pytest.approx(0.35)
-    assert evaluate.chance(np.array([0, 0]), 10) is None
-    assert evaluate.chance(np.zeros(0, int), 10) is None
+    assert evaluate.chance(np.array([2, 0, 5]), np.array([10, 10, 20])) == pytest.approx((0.2 + 0.25) / 2)
+    assert evaluate.chance(np.array([0, 0]), np.array([10, 0])) is None
+    assert evaluate.chance(np.zeros(0, int), np.zeros(0, int)) is None
 
 
 def test_guessing_reaches_chance():
@@ -157,12 +157,14 @@ def test_guessing_reaches_chance():
     shows = np.repeat(np.arange(10), np.arange(1, 11))  # 1 to 10 rows of each of 10 photographs
     truth = evaluate.same_photograph(list(range(10)), shows.tolist())
     hits = [evaluate.hit_at_k(truth.right(rng.integers(0, 55, (10, 1))), 1).mean() for _ in range(4000)]
-    assert np.mean(hits) == pytest.approx(evaluate.chance(truth.count, 55), abs=4 * np.std(hits) / math.sqrt(4000))
+    chance = evaluate.chance(truth.count, np.full(10, 55))
+    assert np.mean(hits) == pytest.approx(chance, abs=4 * np.std(hits) / math.sqrt(4000))
 
 
 def asked(answers, ranks, cluster="a", angle=0.0, crop=0.5, **given):
     """A row of queries.jsonl."""
-    return {"answers": answers, "right_ranks": ranks, "cluster": cluster, "angle": angle, "crop": crop, **given}
+    view = {"angle": angle, "crop": crop}
+    return {"answers": answers, "right_ranks": ranks, "cluster": cluster, "embedded": True, **view, **given}
 
 
 ROWS = [
@@ -209,6 +211,7 @@ def test_figures_go_as_deep_as_the_ranking(k, depths):
 def test_nothing_to_count_is_none_and_never_zero(rows):
     figures = evaluate.retrieval_metrics(rows, 10)
     assert figures.pop("queries") == figures.pop("without_answer") == len(rows)
+    assert (figures.pop("k"), figures.pop("missed")) == (10, 0)
     assert figures.pop("by_view") == []
     for said in figures.pop("intervals").values():
         assert (said["value"], said["low"], said["high"], said["clusters"]) == (None, None, None, 0)
@@ -221,6 +224,17 @@ def test_a_query_without_an_answer_moves_no_figure():
     for figures in (with_it, without):
         del figures["queries"], figures["without_answer"]
     assert with_it == without
+
+
+def test_a_query_in_which_nothing_was_found_is_wrong_and_is_told():
+    missed = [asked(1, [], "c", embedded=False), asked(0, [], "c", embedded=False)]
+    figures = evaluate.retrieval_metrics([asked(1, [0], "a"), *missed], 3)
+    assert (figures["queries"], figures["without_answer"], figures["missed"]) == (3, 1, 1)
+    assert figures["hit_at_1"] == figures["map_at_3"] == 0.5
+    assert table([asked(1, [0], "a"), *missed])[0] == (
+        "3 queries in a gallery of 9; 1 of them have no right answer there and are not counted below; "
+        "1 of them could not be embedded and count as wrong"
+    )
 
 
 def test_intervals_count_clusters_and_not_queries():
@@ -325,6 +339,11 @@ def test_the_table_takes_what_calibrate_gives():
     assert table(threshold=found.record())[8].startswith("no match     a first hit is believed from cosine 0.4")
     none = calibrate(scores[:4], scores[:4] > 9, scores[:4] > -1, np.arange(4))
     assert "none is believed: no score shows" in table(threshold=none.record())[8]
+
+
+def test_the_table_says_when_what_was_held_out_falls_short():
+    for held, short in ((0.94, True), (0.0, True), (0.95, False), (0.96, False)):
+        assert ("BELOW what was asked for" in table(threshold=believed(held_out_precision=held))[9]) == short
 
 
 def test_the_table_says_metres():
@@ -504,6 +523,15 @@ def test_a_wrong_candidate_counts_once_a_query_and_the_own_source_never():
     assert evaluate.match_metrics(rows)["wrong_verified"] == 0.5
 
 
+def test_the_own_photograph_tells_of_geometry_also_where_it_is_no_answer():
+    """By place, with siblings left out, a query's own photograph is not right, and yet it matches rightly."""
+    own = pair("p", 0, False, 50, True, 2.0, has_truth=True, accuracy=[1.0] * 4, rotation_error=0.0, scale_error=0.0)
+    figures = evaluate.match_metrics([own, pair("p", 1, True, 3, has_truth=False, accuracy=None)])
+    assert figures["wrong_verified"] is None  # no other candidate is wrong
+    assert (figures["true_pairs"], figures["true_corner_error_median"]) == (1, 2.0)
+    assert figures["hit_at_1"] == 0.0
+
+
 def test_a_query_that_has_no_answer_counts_among_the_wrong_alone():
     figures = evaluate.match_metrics([*PAIRS, pair("s", 0, False, 20, True, answerable=False)])
     assert figures["hit_at_1"] == pytest.approx(1 / 3)
@@ -541,7 +569,7 @@ def test_summary_table_shows_each_angle_and_crop():
         "verified: 1.00 of the queries, 0.67 of those are right, 0.33 have a wrong candidate that verifies",
         "median corner error of verified right matches: 2.00 px",
         "of all 3 pairs of a reference and its source: median corner error 3.00 px, within 8 px 0.67",
-        "not counted above: 2 queries that could not be embedded",
+        "not counted above: 2 queries that could not be decoded",
     ]
 
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"viz", "curves", "explore", "batch", "manifest", "legacy", "perimage", "checks", "alarms", "report"},
 ]
 WITHIN = {
+    ("calibrate", "intervals"),
     ("steps", "evaluate"),
     ("explore", "viz"),
     ("batch", "manifest"),

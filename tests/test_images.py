@@ -535,3 +535,47 @@ def test_a_folder_that_goes_away_is_named(tmp_path):
     shutil.rmtree(tmp_path / "sub")
     with pytest.raises(ImatchError, match=r"folder .*sub cannot be listed: No such file"):
         images.list_photographs(tmp_path / "sub")
+
+
+# --- what a photograph looks like ---------------------------------------------------------------------------
+
+
+def bits(one, other):
+    return (int(images.look(one), 16) ^ int(images.look(other), 16)).bit_count()
+
+
+def test_a_look_says_where_grey_rises_to_the_right():
+    rising = np.tile(np.arange(17, dtype=np.uint8)[:, None], (16, 1, 3)).reshape(16, 17, 3)
+    assert images.look(rising) == "f" * 64
+    assert images.look(rising[:, ::-1]) == images.look(np.full((16, 17, 3), 128, np.uint8)) == "0" * 64
+    one = np.zeros((16, 17, 3), np.uint8)
+    one[0, 1] = one[15, 16] = 255  # it rises to the second cell of the first row, and to the last of the last
+    assert images.look(one) == "8" + "0" * 62 + "1"
+
+
+def test_a_look_is_of_grey():
+    """By luminance: green is lighter than red, red than blue."""
+    colours = np.zeros((16, 17, 3), np.uint8)
+    for x in range(17):
+        colours[:, x, (2, 0, 1)[x % 3]] = 255
+    assert images.look(colours) == np.packbits(np.tile([1, 1, 0], 6)[:16][None].repeat(16, 0)).tobytes().hex()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (16, 17), (251, 333)], ids=str)
+def test_any_size_has_a_look(size):
+    assert len(images.look(smooth(*size))) == 64
+
+
+def test_a_look_stays_through_compression_size_and_light(tmp_path):
+    photograph = smooth(240, 320, seed=3)
+    Image.fromarray(photograph).save(tmp_path / "a.jpg", quality=50)
+    assert bits(photograph, images.decode(tmp_path / "a.jpg").pixels) <= 12
+    assert bits(photograph, images.decode(tmp_path / "a.jpg", Resize("scale", scale=0.5)).pixels) <= 12
+    assert bits(photograph, (photograph * 0.8).astype(np.uint8)) <= 12
+    for other in (photograph[:, ::-1], photograph[::-1], smooth(240, 320, seed=4)):
+        assert bits(photograph, np.ascontiguousarray(other)) > 60
+
+
+def test_only_who_asks_gets_a_look(tmp_path):
+    Image.fromarray(smooth(20, 30)).save(tmp_path / "a.png")
+    assert images.decode(tmp_path / "a.png").look == ""

@@ -76,10 +76,10 @@ def test_the_comparison_is_of_the_same_queries(exports):
     rows = report.tabulate(reported(exports))
     best, other = rows[0], rows[1]
     apart = np.mean([best["values"][query] - other["values"][query] for query in best["values"]])
-    assert other["behind"] == pytest.approx(apart)
-    assert other["behind_low"] <= apart <= other["behind_high"]
-    assert (best["behind"], best["behind_low"], best["behind_high"]) == pytest.approx(
-        (-apart, -other["behind_high"], -other["behind_low"])
+    assert other["apart"] == pytest.approx(-apart)
+    assert other["apart_low"] <= -apart <= other["apart_high"]
+    assert (best["apart"], best["apart_low"], best["apart_high"]) == pytest.approx(
+        (apart, -other["apart_high"], -other["apart_low"])
     )
 
 
@@ -87,29 +87,75 @@ def rows_of(*values):
     """Rows as `tabulate` makes them, of configurations with these hits of twenty photographs."""
     clusters = {str(i): str(i) for i in range(20)}
     found = [dict(zip(clusters, map(float, hits), strict=False)) for hits in values]
-    return [{"values": v, "clusters": clusters, "hit_at_1": np.mean([*v.values()]), "why": ""} for v in found]
+    same = {"clusters": clusters, "unit": "photographs", "ms": 1.0, "why": ""}
+    return [{**same, "values": v, "hit_at_1": np.mean([*v.values()]), "name": str(i)} for i, v in enumerate(found)]
 
 
 def test_what_cannot_be_told_apart_is_as_good():
     rows = rows_of([1] * 19 + [0], [1] * 18 + [0, 1], [1] * 5 + [0] * 15)
     report._compare(rows)
     assert [row["place"] for row in rows] == ["best", "as good", "worse"]
-    assert rows[1]["behind_low"] <= 0 <= rows[1]["behind_high"]
-    assert rows[2]["behind"] == pytest.approx(0.7)
+    assert rows[1]["apart_low"] <= 0 <= rows[1]["apart_high"]
+    assert rows[2]["apart"] == pytest.approx(-0.7)
 
 
-def test_other_queries_are_not_compared():
-    rows = rows_of([1] * 20, [1] * 12)
+def queried(hits, answers=1):
+    return {
+        str(i): {"answers": answers, "cluster": f"c{i}", "right_ranks": [0] if hit else []}
+        for i, hit in enumerate(hits)
+    }
+
+
+def test_what_one_configuration_cannot_answer_it_misses():
+    """The second has not embedded the answer of query 0 and lacks query 19 altogether."""
+    rows = [
+        {"queried": queried([1] * 20), "unit": "photographs"},
+        {"queried": queried([1] * 19), "unit": "photographs"},
+    ]
+    rows[1]["queried"]["0"] = {"answers": 0, "cluster": "c0", "right_ranks": []}
+    report._count(rows)
+    assert [row["queries"] for row in rows] == [20, 20]
+    assert [row["hit_at_1"] for row in rows] == [1.0, 0.9]
+    assert rows[0]["values"].keys() == rows[1]["values"].keys() == rows[0]["clusters"].keys()
+
+
+def test_nothing_to_count_is_no_best():
+    rows = [{"queried": queried([0] * 3, answers=0), "unit": "captures", "ms": 1.0, "name": "a"}]
+    report._count(rows)
     report._compare(rows)
-    assert rows[1]["place"] == "not comparable"
-    assert rows[1]["behind"] is None
-    assert "8 are only in the first" in rows[1]["why"]
+    assert (rows[0]["hit_at_1"], rows[0]["place"], rows[0]["queries"]) == (None, "nothing to count", 0)
+
+
+def test_equal_names_of_different_photographs_are_different_questions(tmp_path):
+    """Two data sets of one name and equal file names, in two runs."""
+    for name, seed in (("one", 0), ("two", 50)):
+        (tmp_path / name / "beach").mkdir(parents=True)
+        for i in range(3):
+            image = Image.fromarray(dead_leaves(np.random.default_rng(seed + i), side=96))
+            image.save(tmp_path / name / "beach" / f"{i}.png")
+        data = embedded(tmp_path / name / "beach", tmp_path / "exports", run=name)
+        searched(data, None, "data-data")
+    step = reported(tmp_path / "exports", steps=[str(tmp_path / "exports")])
+    rows = report.tabulate(step)
+    assert len({row["question"] for row in rows}) == 2
+    assert all(row["place"] in ("best", "nothing to count") for row in rows)
+
+
+def test_a_report_is_made_anew_when_what_was_measured_changes(exports):
+    step = reported(exports, tag="anew")
+    step.finish({})
+    assert reported(exports, tag="anew").finished
+    (embed,) = (path.parent for path in exports.rglob("01_embed/**/sift/*/step.json"))
+    record = store.read_json(embed / "step.json")
+    store.write_json(embed / "step.json", {**record, "work": {"photographs": 10, "seconds": 99.0}})
+    assert not reported(exports, tag="anew").finished
+    store.write_json(embed / "step.json", record)
 
 
 def test_one_configuration_alone_is_the_best():
     rows = rows_of([1] * 20)
     report._compare(rows)
-    assert (rows[0]["place"], rows[0]["behind"]) == ("best", None)
+    assert (rows[0]["place"], rows[0]["apart"]) == ("best", None)
 
 
 def test_a_query_that_could_not_be_embedded_is_missed(photographs, tmp_path):
@@ -127,9 +173,15 @@ def test_a_query_that_could_not_be_embedded_is_missed(photographs, tmp_path):
     index, query, *_ = searched(data, tokens, "reference-data")
     (row,) = report.tabulate(reported(tmp_path / "exports"))
     assert len(query) == 20
-    assert row["queries"] == 22
-    assert row["hit_at_1"] == pytest.approx(index.metrics["hit_at_1"] * 20 / 22)
+    assert row["queries"] == index.metrics["queries"] == 22
+    assert index.metrics["missed"] == 2
+    assert row["hit_at_1"] == pytest.approx(index.metrics["hit_at_1"])
+    assert index.metrics["hit_at_1"] <= 20 / 22
     assert row["clusters"]["references_ten/Rten/rim_rot000_crop50.jpg"] not in {row["clusters"][id] for id in query.ids}
+    _, pairs, metrics = matched(index, candidates=1, outputs=["npy"])
+    assert metrics["queries"] == metrics["true_pairs"] == 22
+    assert metrics["hit_at_1"] == pytest.approx(index.metrics["hit_at_1"])
+    assert sum(pair["candidate"] is None for pair in pairs) == 2
 
 
 def test_files_agree_with_the_table(exports):
@@ -162,11 +214,11 @@ def test_the_page_stands_alone_and_traces_to_fingerprints(exports):
     prints = {record["fingerprint"] for record in map(store.read_json, (exports / "r").rglob("step.json"))}
     for row in rows:
         assert set(row["fingerprints"].values()) <= prints
-        assert all(value in text for of, value in row["fingerprints"].items() if of != "queries")
+        assert all(value in text for value in row["fingerprints"].values())
     for name, figure in zip(report.PICTURES, figures, strict=True):
-        short = re.findall(r">([0-9a-f]{12})<", figure)
+        short = re.findall(r"\b[0-9a-f]{12}\b", re.sub("src=.*?>", "", figure))
         of = report.PICTURES[name][1]
-        assert short == [row["fingerprints"][of][:12] for row in rows if of in row["fingerprints"]]
+        assert short == [row["fingerprints"][step][:12] for row in rows for step in of if step in row["fingerprints"]]
         assert short
 
 
@@ -193,3 +245,15 @@ def test_wrong_requests(exports, tmp_path):
     with pytest.raises(StepError, match="was made differently"):
         imatch.start_report([str(one)], exports=str(exports), run="r", tag="kept", on_change="refuse")
     assert len(report.tabulate(reported(exports, steps=[str(one)], tag="one"))) == 1
+
+
+def test_a_step_whose_source_is_gone_is_left_out(exports, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(exports / "r", tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "05_report", ignore_errors=True)
+    (lost,) = (tmp_path / "r").rglob("03_index/**/sift/**/metrics.json")
+    lost.unlink()
+    step = imatch.start_report([str(tmp_path)], exports=str(tmp_path), run="r", tag="", on_change="refuse")
+    assert len(step.links) == 2
+    assert "left out" in capsys.readouterr().out

@@ -137,7 +137,7 @@ class House:
             tag="",
             on_change=self.on_change,
         )
-        imatch.finish_match(step, imatch.match(step, workers=self.workers))
+        step.finish(imatch.match_metrics(step, imatch.match(step, workers=self.workers)))
         return step
 
     def chain(self) -> None:

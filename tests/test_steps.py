@@ -107,7 +107,7 @@ def matched(index, **given):
     }
     step = imatch.start_match(str(index.folder), **options)
     pairs = imatch.match(step, workers=0)
-    return step, pairs, imatch.finish_match(step, pairs)
+    return step, pairs, step.finish(imatch.match_metrics(step, pairs))
 
 
 @dataclass(frozen=True)
@@ -590,11 +590,12 @@ def test_a_ranking_is_what_looking_at_every_pair_gives(drawn, direction, sibling
         return row.get("source", row["id"])
 
     similarity = np.asarray(query.vectors) @ np.asarray(gallery.vectors).T
+    same = query.folder == gallery.folder
     for q, asks in enumerate(query.rows):
         gone = {
             g
             for g, row in enumerate(gallery.rows)
-            if query.folder == gallery.folder and (source(row) == source(asks) if siblings else g == q)
+            if (same and g == q) or (siblings and (same or truth != "photograph") and source(row) == source(asks))
         }
         metres = {g: abs(x[source(row)] - x[source(asks)]) for g, row in enumerate(gallery.rows) if g not in gone}
         answers = {
@@ -610,6 +611,7 @@ def test_a_ranking_is_what_looking_at_every_pair_gives(drawn, direction, sibling
         assert np.isnan(ranking.metres[q, len(found) :]).all()
         assert [*map(bool, ranking.right[q])] == [g in answers for g in found] + [False] * (k - len(found))
         assert ranking.answers[q] == rows[q]["answers"] == len(answers)
+        assert ranking.candidates[q] == len(metres)
         wrong = [similarity[q, g] for g in metres if g not in answers]
         assert ranking.without[q] == pytest.approx(max(wrong, default=-np.inf), abs=1e-5)
         assert rows[q]["right_ranks"] == [rank for rank, g in enumerate(found) if g in answers]
@@ -860,9 +862,9 @@ def test_nothing_is_believed_where_too_few_queries_could_tell(house):
     assert not any(row["accepted"] for row in pairs)
 
 
-def test_matches_say_how_far_they_are_from_the_truth_over_the_seam(house):
+def test_matches_say_how_far_they_are_from_the_truth_over_the_seam(few_photographs, tmp_path):
     """Turned by 180 degrees, some are found at 179.9 and others at -179.9: all are right to a degree."""
-    data, _, _ = house
+    data = embedded(few_photographs, tmp_path)
     views, references = referenced(data, kind="legacy", angles=(180,), crops=(0.75,))
     index, *_ = searched(data, references, "reference-data")
     _, pairs, metrics = matched(index, candidates=1)
@@ -876,3 +878,43 @@ def test_matches_say_how_far_they_are_from_the_truth_over_the_seam(house):
     assert metrics["rotation_error_median"] < 1
     assert metrics["corner_auc"]["10"] > 0.8
     assert views.metrics["references"] == 4
+
+
+def test_a_reference_in_which_nothing_was_found_counts_as_wrong(few_photographs, tmp_path):
+    """Of one photograph the middle is even: its references are no excuse, they find nothing and are wrong."""
+    folder = tmp_path / "hollow"
+    shutil.copytree(few_photographs, folder)
+    pixels = np.asarray(Image.open(few_photographs / "c.jpg")).copy()
+    pixels[24:96, 24:96] = 128
+    Image.fromarray(pixels).save(folder / "hollow.png")
+    data = embedded(folder, tmp_path / "exports", weight="dsift")
+    with pytest.warns(imatch.records.ImatchWarning, match="2 of 10 photographs were skipped"):
+        _, references = referenced(data, crops=(0.5,), file_type="png")
+    step, query, _, ranking = searched(data, references, "reference-data", k=2)
+    assert len(query) == 8
+    rows = store.read_rows(step.folder / "queries.jsonl")
+    missed = [row for row in rows if not row["embedded"]]
+    assert {row["photograph"] for row in missed} == {"hollow.png"}
+    assert [row["angle"] for row in missed] == [0.0, 90.0]
+    for row in missed:
+        assert (row["answers"], row["right_ranks"], row["score"], row["accepted"]) == (1, [], None, False)
+    assert (ranking.rows[8:] == -1).all()
+    figures = step.metrics
+    assert (figures["queries"], figures["missed"], figures["without_answer"], figures["queries_skipped"]) == (
+        10,
+        2,
+        0,
+        0,
+    )
+    found = [0 in row["right_ranks"] for row in rows]
+    assert figures["hit_at_1"] == pytest.approx(np.mean(found))
+    assert sum(found) <= 8
+    match_step, pairs, metrics = matched(step, outputs=["json"])
+    lost = [row for row in pairs if row["candidate"] is None]
+    assert [row["query"] for row in lost] == [row["query"] for row in missed]
+    assert metrics["queries"] == 10
+    assert metrics["pairs"] == len(pairs) - 2
+    assert sum(row["retrieved"] and row["candidate"] is not None for row in pairs) == 8 * 2
+    assert metrics["hit_at_1"] == figures["hit_at_1"]
+    assert metrics["verified"] <= 0.8
+    assert match_step.finished

@@ -271,3 +271,41 @@ def test_grid_positions_are_the_centres_of_patches():
     xy = store.grid_xy((2, 3), (32, 48))
     assert xy.dtype == np.float32
     assert xy.tolist() == [[7.5, 7.5], [23.5, 7.5], [39.5, 7.5], [7.5, 23.5], [23.5, 23.5], [39.5, 23.5]]
+
+
+# --- whose vector a row holds -------------------------------------------------------------------------------
+
+
+def test_every_row_knows_its_vector(merged, written):
+    embeddings = Embeddings(merged)
+    embeddings.check_rows()
+    assert [row["vector"] for row in embeddings.rows] == [store.vector_digest(one.vector) for one in written]
+    assert len({row["vector"] for row in embeddings.rows}) == len(written)
+
+
+@pytest.mark.parametrize(
+    "moved", [[1, 0, 2, 3, 4, 5, 6, 7], [7, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 7, 6]], ids=str
+)
+def test_rows_of_other_vectors_are_counted_and_the_first_is_named(merged, moved):
+    ids = Embeddings(merged).ids
+    np.save(merged / "global.npy", np.load(merged / "global.npy")[moved])
+    wrong = [row for row, place in enumerate(moved) if row != place]
+    said = f"{len(wrong)} of 8 rows .* the row of {ids[wrong[0]]} holds the vector of {ids[moved[wrong[0]]]}"
+    with pytest.raises(StepError, match=said):
+        Embeddings(merged).check_rows()
+
+
+def test_one_bit_is_enough(merged):
+    vectors = np.load(merged / "global.npy")
+    vectors.view(np.uint32)[5, 3] ^= 1
+    np.save(merged / "global.npy", vectors)
+    with pytest.raises(StepError, match=r"1 of 8 rows .* holds a vector that no photograph of the list has"):
+        Embeddings(merged).check_rows()
+
+
+def test_vectors_know_their_rows_after_a_split(merged):
+    before = store.read_rows(merged / "images.jsonl")
+    store.split(merged)
+    store.merge(merged)
+    Embeddings(merged).check_rows()
+    assert store.read_rows(merged / "images.jsonl") == before

@@ -176,20 +176,19 @@ def embed(
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
     todo = _thin(step, plan, todo, seen, bad)
     work = _Work(step, {shard: plan[shard] for shard in todo}, about, workers, batch_size, on_error, max_skipped)
-    begun = time.monotonic()
     if todo:
         used = devices_of(step, devices)
         step.runs_on(",".join(used))
         if len(used) == 1:
-            work(used[0], seen, bad)
+            seconds = work(used[0], seen, bad)
         else:
             seen.save()
-            _on_each(work, used)
+            seconds = _on_each(work, used)
             seen = _Seen(seen.path, root)
             seen.check_headers(ids)
             for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
                 bad.add(row["id"], row["skipped"])  # each part has counted its own
-        step.did(sum(len(plan[shard]) for shard in todo), time.monotonic() - begun)
+        step.did(sum(len(plan[shard]) for shard in todo), seconds)
     seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
@@ -248,7 +247,9 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
         _write_shard(step.folder, shard, about, tokens, seen)
     thinned = sum(len(plan[shard]) for shard in {*todo} - {*left})
-    if work := runs.read(beside).work:  # a thinned photograph costs what its raw one did
+    whole = runs.read(beside)
+    if work := whole.work:  # a thinned photograph costs what its raw one did, and where it did
+        step.runs_on(whole.device)
         step.did(thinned, thinned * work["seconds"] / work["photographs"])
     return left
 
@@ -280,8 +281,12 @@ class _Work:
     on_error: str
     max_skipped: float
 
-    def __call__(self, device: str, seen: _Seen, bad: _Bad, quiet: bool = False) -> None:
-        """Embed and write the shards on one device; a shard is written while the next one is computed."""
+    def __call__(self, device: str, seen: _Seen, bad: _Bad, quiet: bool = False) -> float:
+        """Embed and write the shards on one device; a shard is written while the next one is computed.
+
+        Returns:
+            The seconds that it took once the backbone was loaded.
+        """
         step, parameters = self.step, self.step.parameters
         backbone = backbones.create(parameters["weight"], parameters["backbone"], device=device)
         if backbone.digest != parameters["weights_digest"]:
@@ -289,6 +294,7 @@ class _Work:
                 f"{step.name}: the weights of {parameters['weight']} have changed since 01_embed "
                 f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
             )
+        begun = time.monotonic()
         resize = Resize(**parameters["resize"])
         readable = [seen.root / id for ids in self.shards.values() for id in ids if not seen[id]["problem"]]
         decode = partial(_decode, resize=resize, patch=backbone.patch)
@@ -298,7 +304,7 @@ class _Work:
             pending: Future[None] | None = None
             for shard, ids in self.shards.items():
                 if (above := parent_process()) and not above.is_alive():
-                    return  # killed, so nobody waits for this part any more
+                    break  # killed, so nobody waits for this part any more
                 rows, tokens = _embed_shard(ids, seen, decoded, backbone, self.batch_size, bad, self.about, stride)
                 if pending:
                     pending.result()
@@ -306,6 +312,7 @@ class _Work:
             if pending:
                 pending.result()
         next(decoded, None)  # lets the bar know that this was the last
+        return time.monotonic() - begun
 
     def part(self, number: int, of: int) -> _Work:
         """Every `of`-th shard from `number` on."""
@@ -314,8 +321,13 @@ class _Work:
         return replace(self, shards=shards, workers=-(-workers // of))
 
 
-def _on_each(work: _Work, devices: Sequence[str]) -> None:
-    """Work through the shards with one process a device, each with shards of its own. One that fails ends all."""
+def _on_each(work: _Work, devices: Sequence[str]) -> float:
+    """Work through the shards with one process a device, each with shards of its own. One that fails ends all.
+
+    Returns:
+        The seconds from start to end, loading included.
+    """
+    begun = time.monotonic()
     context = get_context("spawn")
     failures = context.Queue()
     parts = [work.part(number, len(devices)) for number in range(len(devices))]
@@ -340,6 +352,7 @@ def _on_each(work: _Work, devices: Sequence[str]) -> None:
         for process in running:
             process.terminate()
             process.join()
+    return time.monotonic() - begun
 
 
 def _work_alone(work: _Work, device: str, failures: Queue[ImatchError]) -> None:
@@ -389,8 +402,8 @@ def _embed_shard(
                 )
             if not one.vector.any():
                 h, w = photograph.size
-                skip(id, f"nothing to describe: no texture was found in its {w} x {h} pixels", photograph.sha256)
-                rows[id]["size"] = photograph.size
+                rows[id]["skipped"] = f"nothing to describe: no texture was found in its {w} x {h} pixels"
+                bad.add(id, rows[id]["skipped"])
                 continue
             one = store.settled(replace(one, xy=photograph.to_original(one.xy)), photograph.size)
             tokens[id] = one if stride == 1 else one.thinned(stride)

@@ -16,7 +16,15 @@ from imatch.indexes import Index
 from imatch.positions import Places
 from imatch.records import Hits, ImatchError, Ranking, StepError, Truth
 from imatch.runs import Step
-from imatch.steps.shared import flat_name, run_and_dataset, source_rows, tagged, view_rows
+from imatch.steps.shared import (
+    flat_name,
+    missed,
+    photographs_root,
+    run_and_dataset,
+    source_rows,
+    tagged,
+    views_by_id,
+)
 from imatch.store import Embeddings, Row
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
@@ -52,7 +60,8 @@ def start_index(
         direction: "<query>-<gallery>", one of `DIRECTIONS`.
         index: a name of `indexes.INDEXES`.
         k: neighbours a query.
-        exclude_siblings: leave out references made from the query's own photograph ("reference-reference").
+        exclude_siblings: leave out what was made from the query's own photograph: the other references of it in
+            "reference-reference"; with truth by position, in any direction, the photograph itself, too.
         truth: what a right answer is: "photograph" (it shows the query's own), "nearest" (it was taken nearest) or
             "radius" (all that were taken within `radius`).
         labels: a CSV or JSON of positions (`positions.read_labels`); "" takes them from the EXIF.
@@ -98,8 +107,8 @@ def start_index(
         "k": k,
         "exclude_siblings": exclude_siblings,
         "truth": truth,
-        "radius": float(radius),
-        "heading": float(heading),
+        "radius": float(radius) if truth == "radius" else None,
+        "heading": None if truth == "photograph" else float(heading),
         "cluster": cluster,
         "precision": precision,
     }
@@ -180,20 +189,25 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
     """
     if step.finished:
         return read_ranking(step)
-    k, own = step.parameters["k"], _left_out(step, query, gallery)
-    here, there = (_places(step, side, of) for side, of in (("query", query), ("gallery", gallery)))
-    truth = _truth(step, query, gallery, here, there, own)
-    left_out = int(np.bincount(own[1]).max()) if own else 0
-    depth = min(len(gallery), left_out + max(k, int(truth.count.max(initial=0)) + 1))
-    block = max(256, BLOCK // depth)
+    k, lost = step.parameters["k"], missed(query)
+    shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
+    own = _left_out(step, query, gallery, shows)
+    here, there = _places(step, [*query.rows, *lost], gallery.rows)
+    truth = _truth(step, shows, gallery.shows, here, there, own)
+    kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
+    depth = min(len(gallery), int(kin.max()) + max(k, int(truth.count.max()) + 1))
+    block = max(1, BLOCK // depth)
     parts = []
     for first in runs.progress(range(0, len(query), block), "search"):
-        part = slice(first, first + block)
+        part = slice(first, min(first + block, len(query)))
         hits = index.search(query.vectors[part], depth)
         parts.append(_ranked(hits, truth.right(hits.rows, part), own and (own[0][part], own[1]), k))
+    nothing = np.full((len(lost), k), -1), np.full((len(lost), k), -np.inf, np.float32)
+    parts.append((*nothing, np.zeros((len(lost), k), bool), np.full(len(lost), -np.inf, np.float32)))
     rows, scores, right, without = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     metres = here.metres(there, rows) if here and there and here.system == there.system else None
-    found = {"rows": rows, "scores": scores, "right": right, "answers": truth.count, "without": without}
+    counts = {"answers": truth.count, "candidates": len(gallery) - kin}
+    found = {"rows": rows, "scores": scores, "right": right, "without": without, **counts}
     with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **found, **({} if metres is None else {"metres": metres}))
     return Ranking(**found, metres=metres)
@@ -227,27 +241,36 @@ def _ranked(
     )
 
 
-def _left_out(step: Step, query: Embeddings, gallery: Embeddings) -> tuple[np.ndarray, np.ndarray] | None:
+def _left_out(
+    step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
-    if query.folder != gallery.folder:
+    same, siblings = query.folder == gallery.folder, step.parameters["exclude_siblings"]
+    if siblings and (same or step.parameters["truth"] != "photograph"):
+        codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
+        return codes[: len(shows)], codes[len(shows) :]
+    if not same:
         return None
-    if not step.parameters["exclude_siblings"]:
-        return np.arange(len(query)), np.arange(len(gallery))
-    codes = np.unique(np.asarray(query.shows), return_inverse=True)[1]
-    return codes, codes
+    return np.where(np.arange(len(shows)) < len(query), np.arange(len(shows)), -1), np.arange(len(gallery))
+
+
+def _count(own: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """How many of `of` are equal to each of `own`."""
+    ranked = np.sort(of)
+    return np.searchsorted(ranked, own, "right") - np.searchsorted(ranked, own, "left")
 
 
 def _truth(
     step: Step,
-    query: Embeddings,
-    gallery: Embeddings,
+    query_shows: Sequence[str],
+    gallery_shows: Sequence[str],
     here: Places | None,
     there: Places | None,
     own: tuple[np.ndarray, np.ndarray] | None,
 ) -> Truth:
     parameters = step.parameters
     if parameters["truth"] == "photograph":
-        return evaluate.same_photograph(query.shows, gallery.shows, *(own or ()))
+        return evaluate.same_photograph(query_shows, gallery_shows, *(own or ()))
     if here is None or there is None:
         raise ImatchError(
             f"truth is {parameters['truth']}, but no photograph of the {'gallery' if here else 'queries'} has a "
@@ -258,21 +281,38 @@ def _truth(
     return Truth.of(positions.nearest(here, there, parameters["heading"], own))
 
 
-def _places(step: Step, side: str, embeddings: Embeddings) -> Places | None:
-    """Where the photographs of one side were taken; a reference lies where its source does, and is turned from it."""
+def _places(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[Places | None, Places | None]:
+    """Where the photographs of both sides were taken; a reference lies where its source does, and is turned from it.
+
+    Labels are fitted to both sides at once, so that a name which fits photographs of two data sets is refused.
+    """
     labels = positions.read_labels(step.linked("labels")) if "labels" in step.links else None
-    views = {row["id"]: row for row in view_rows(runs.read(step.linked(side)))}
-    sources = source_rows(step.linked(side))
-    shown = [sources[views[id]["source"] if id in views else id] for id in embeddings.ids]
-    turned = [views[id]["angle"] if id in views else 0.0 for id in embeddings.ids]
-    ids = [row["id"] for row in shown]
-    found = positions.places(ids, [row["position"] for row in shown], labels, turned)
-    if labels is not None and (found is None or not found.known.any()):
-        raise ImatchError(
-            f"{step.linked('labels')} names none of the photographs ({side} side): its names must be ids or file "
-            f"names, such as {ids[0]}"
-        )
-    return found
+    roots = [photographs_root(step.linked(side)) for side in ("query", "gallery")]
+    ids, exif, turned = [], [], []
+    for side, root, rows in zip(("query", "gallery"), roots, (query, gallery), strict=True):
+        sources, views = source_rows(step.linked(side)), views_by_id(step.linked(side))
+        for row in rows:
+            source = sources.get(row.get("source", row["id"]), {})
+            ids.append(
+                row.get("source", row["id"]) if roots[0] == roots[1] else f"{root.name}/{row.get('source', row['id'])}"
+            )
+            place = source.get("position") or {}
+            exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
+            turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
+    both = positions.places(ids, exif, labels, turned)
+    found = []
+    for side, part in (("query", slice(0, len(query))), ("gallery", slice(len(query), None))):
+        known = both is not None and bool(both.known[part].any())
+        if labels is not None and not known:
+            raise ImatchError(
+                f"{step.linked('labels')} names none of the photographs ({side} side): its names must be ids or file "
+                f"names, such as {ids[part][0]}"
+            )
+        if labels is not None and both is not None and not both.known[part].all():
+            lacking = int((~both.known[part]).sum())
+            print(f"{lacking} of {len(ids[part])} photographs ({side} side) have no place in {step.linked('labels')}")
+        found.append(Places(both.system, both.coordinates[part], both.heading[part]) if both and known else None)
+    return found[0], found[1]
 
 
 def judge(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking) -> tuple[list[Row], Threshold]:
@@ -284,24 +324,26 @@ def judge(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking) 
     Writes queries.jsonl (one row a query), hits.csv (one row a hit) and queries/<id>.json (one file a query).
 
     Returns:
-        The rows of queries.jsonl: query, photograph (its source), cluster, crop and angle of a reference, answers
+        The rows of queries.jsonl, one a query of the ranking: query, photograph (its source), cluster, crop and angle
+        of a reference, embedded (False: the backbone found nothing in it, so it finds nothing), answers
         (right ones in the gallery), right_ranks (from 0), score of the first hit, score_without (of the first wrong
         one), accepted (whether the first hit is believed), metres (of the first hit) and least_metres (of all k).
         And the threshold.
     """
-    clusters = _clusters(step, query)
-    views = {row["id"]: row for row in view_rows(runs.read(step.linked("query")))}
+    views, lost = views_by_id(step.linked("query")), missed(query)
+    about = [{**row, **views.get(row["id"], {})} for row in [*query.rows, *lost]]
+    clusters = _clusters(step, about)
     found: list[Row] = []
-    for q, id in enumerate(query.ids):
-        view = views.get(id, {})
+    for q, row in enumerate(about):
         metres = np.full(1, np.nan) if ranking.metres is None else ranking.metres[q]
         found.append(
             {
-                "query": id,
-                "photograph": view.get("source", id),
+                "query": row["id"],
+                "photograph": row.get("source", row["id"]),
                 "cluster": clusters[q],
-                "crop": view.get("crop"),
-                "angle": view.get("angle"),
+                "crop": row.get("crop"),
+                "angle": row.get("angle"),
+                "embedded": q < len(query),
                 "answers": int(ranking.answers[q]),
                 "right_ranks": np.flatnonzero(ranking.right[q]).tolist(),
                 "score": _score(ranking.scores[q, 0]),
@@ -314,7 +356,7 @@ def judge(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking) 
     believed = ranking.scores >= (math.inf if threshold.value is None else threshold.value)
     rows = [{**row, "accepted": bool(first)} for row, first in zip(found, believed[:, 0], strict=True)]
     if not step.finished:
-        _write_hits(step, query, gallery, ranking, believed)
+        _write_hits(step, [row["query"] for row in rows], gallery, ranking, believed)
         store.write_rows(step.folder / "queries.jsonl", rows)
     return rows, threshold
 
@@ -328,25 +370,27 @@ def _finite(value: float) -> float | None:
     return round(float(value), 6) if math.isfinite(value) else None
 
 
-def _clusters(step: Step, query: Embeddings) -> list[str]:
+def _clusters(step: Step, queries: Sequence[Row]) -> list[str]:
     """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
     if step.parameters["cluster"] == "photograph":
-        return query.shows
+        return [row.get("source_sha256", row["sha256"]) for row in queries]
     sources = source_rows(step.linked("query"))
-    captures = [sources[row.get("source", row["id"])].get("capture") for row in query.rows]
+    captures = [sources.get(row.get("source", row["id"]), {}).get("capture") for row in queries]
     if None in captures:
         raise ImatchError(
-            f"cluster is capture, but {query.ids[captures.index(None)]} belongs to none: name the captures in "
-            "data_key.json, or use -p cluster photograph"
+            f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
+            "data_key.json and run 01_embed anew, or use -p cluster photograph"
         )
     return captures
 
 
-def _write_hits(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, believed: np.ndarray) -> None:
+def _write_hits(
+    step: Step, queries: Sequence[str], gallery: Embeddings, ranking: Ranking, believed: np.ndarray
+) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres"])
-    for q, id in runs.progress(list(enumerate(query.ids)), "write hits"):
+    for q, id in runs.progress(list(enumerate(queries)), "write hits"):
         found = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):
             metres = None if ranking.metres is None else _finite(ranking.metres[q, rank])
@@ -389,8 +433,8 @@ def index_metrics(
         "gallery": len(gallery),
         "dimension": gallery.vectors.shape[1],
         "twins": twins,
-        "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")),
-        "chance": evaluate.chance(ranking.answers, len(gallery)),
+        "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
+        "chance": evaluate.chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),
         "positions": None if ranking.metres is None else positions.figures(ranking.metres),
     }

@@ -13,7 +13,7 @@ from imatch import evaluate, geometry, matching, registry, runs, sinks, store
 from imatch.records import ImatchError, Pair
 from imatch.runs import Step
 from imatch.steps.index import read_ranking
-from imatch.steps.shared import flat_name, query_and_gallery, tagged, view_rows
+from imatch.steps.shared import flat_name, query_and_gallery, tagged, views_by_id
 from imatch.store import Row
 
 
@@ -86,7 +86,8 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
 
     Returns:
         One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.
-        pairs/<query>/<rank>.json, .npy and .png hold each in full.
+        pairs/<query>/<rank>.json, .npy and .png hold each in full. A query in which the backbone found nothing has one
+        row without a candidate, in which everything has failed.
     """
     if not step.finished:
         job = _Match(step)
@@ -94,16 +95,19 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
         for _ in runs.parallel(job, todo, workers, "match"):
             pass
         rows = [row for q in range(len(job.query)) for row in store.read_rows(job.done(q))]
+        rows += [_unmatched(judged) for judged in job.judged if not judged["embedded"]]
         store.write_rows(step.folder / "pairs.jsonl", rows)
     return store.read_rows(step.folder / "pairs.jsonl")
 
 
-def finish_match(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
-    """Finish 04_match with its figures (`evaluate.match_metrics`)."""
+def match_metrics(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
+    """The figures of 04_match (`evaluate.match_metrics`); counted apart: photographs that could not be decoded."""
     index = runs.read(step.linked("index"))
-    skipped = index.metrics["queries_skipped"]
-    figures = evaluate.match_metrics(pairs, f"{index.parameters['cluster']}s")
-    return step.finish({"pairs": len(pairs), "queries_skipped": skipped, **figures})
+    return {
+        "pairs": sum(row["candidate"] is not None for row in pairs),
+        "queries_skipped": index.metrics["queries_skipped"],
+        **evaluate.match_metrics(pairs, f"{index.parameters['cluster']}s"),
+    }
 
 
 class _Match:
@@ -121,7 +125,7 @@ class _Match:
         believed = index.metrics["threshold"]["value"]
         self.believed = math.inf if believed is None else believed
         self.same = self.query.folder == self.gallery.folder
-        self.views = {side: _view_rows(index, side) for side in ("query", "gallery")}
+        self.views = {side: views_by_id(index.linked(side)) for side in ("query", "gallery")}
         self.roots = {side: runs.read(index.linked(side)).linked("photographs") for side in ("query", "gallery")}
         parameters = self.step.parameters
         self.matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
@@ -215,15 +219,30 @@ class _Match:
         return Pair(record, paths, sizes, xy_a, xy_b, matches, found)
 
 
+def _unmatched(judged: Row) -> Row:
+    """The row of a query that was not embedded and so finds nothing."""
+    unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
+    return {
+        **dict.fromkeys([*unknown.split(), "rotation_error", "scale_error"]),
+        **dict.fromkeys(["right", "verified", "accepted"], False),
+        **{key: judged[key] for key in ("query", "cluster", "angle", "crop")},
+        "rank": 0,
+        "reranked": 0,
+        "retrieved": True,
+        "descriptors": [0, 0],
+        "matches": 0,
+        "inliers": 0,
+        "reason": "the backbone found nothing in the query",
+        "answerable": judged["answers"] > 0,
+        "has_truth": judged["answers"] > 0 and judged["crop"] is not None,
+    }
+
+
 def _estimator(chosen: Mapping[str, Any], patch: float | None) -> geometry.Estimator:
     """The geometry's estimator; what was left at 0 is chosen for keypoints (patch None) or for a grid."""
     threshold = chosen["threshold"] or (3.0 if patch is None else max(3.0, patch / 2))
     share = chosen["min_share"] or (0.1 if patch is None else 0.3)
     return geometry.Estimator(**{**chosen, "threshold": threshold, "min_share": share})
-
-
-def _view_rows(index: Step, side: str) -> dict[str, Row]:
-    return {row["id"]: row for row in view_rows(runs.read(index.linked(side)))}
 
 
 def _truth(a: Row | None, b: Row | None) -> np.ndarray:

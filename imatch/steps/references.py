@@ -165,12 +165,12 @@ def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
     """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix, or a hash of the id, in the stem
     where two would be one."""
 
-    def run_and_dataset(id: str) -> Path:
+    def place(id: str) -> Path:
         folder = Path(id).parent.as_posix()
         return Path(f"references_{dataset}") / f"R{dataset if folder == '.' else folder}"
 
-    plain = {id: (run_and_dataset(id) / Path(id).stem).as_posix() for id in ids}
-    longer = {id: (run_and_dataset(id) / Path(id).name.replace(".", "_")).as_posix() for id in ids}
+    plain = {id: (place(id) / Path(id).stem).as_posix() for id in ids}
+    longer = {id: (place(id) / Path(id).name.replace(".", "_")).as_posix() for id in ids}
     count: dict[str, int] = {}
     for name in plain.values():
         count[name.lower()] = count.get(name.lower(), 0) + 1

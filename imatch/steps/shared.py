@@ -49,16 +49,37 @@ def view_rows(step: Step) -> list[Row]:
     return store.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
 
 
-def source_rows(folder: Path) -> dict[str, Row]:
-    """id -> row of the photographs behind a step of embeddings: its own or, of references, their sources."""
+def views_by_id(folder: Path) -> dict[str, Row]:
+    """`view_rows` of the step in a folder, by id."""
+    return {row["id"]: row for row in view_rows(runs.read(folder))}
+
+
+def _photographs(folder: Path) -> Step:
+    """The step of the photographs behind one of embeddings: itself or, of references, the one they were made from."""
     step = runs.read(folder)
-    return {row["id"]: row for row in decodable(step.linked("embed") if "embed" in step.links else folder)}
+    return runs.read(step.linked("embed")) if "embed" in step.links else step
+
+
+def source_rows(folder: Path) -> dict[str, Row]:
+    """id -> row of the photographs of a step of embeddings or, when it has references, of their sources."""
+    return {row["id"]: row for row in decodable(_photographs(folder).folder)}
+
+
+def photographs_root(folder: Path) -> Path:
+    """The folder that those photographs lie in; of imported ones, which have none, that of the data set's steps."""
+    step = _photographs(folder)
+    return step.linked("photographs") if "photographs" in step.links else step.folder.parents[1]
 
 
 def decodable(folder: Path) -> list[Row]:
     """The rows of all photographs that could be decoded, whether the backbone found something in them or not."""
     rows = store.read_rows(folder / "images.jsonl") + store.read_rows(folder / "skipped.jsonl")
     return sorted((row for row in rows if "size" in row), key=lambda row: row["id"])
+
+
+def missed(embeddings: Embeddings) -> list[Row]:
+    """The photographs that could be decoded, but in which the backbone found nothing: queries that find nothing."""
+    return [row for row in store.read_rows(embeddings.folder / "skipped.jsonl") if "size" in row]
 
 
 def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:

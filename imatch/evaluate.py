@@ -385,7 +385,8 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
     right = [row["corner_error"] for row in verified if row["corner_error"] is not None]
     wrong: dict[str, bool] = {}
     for row in pairs:
-        if row["retrieved"] and not row["right"] and not row["has_truth"]:  # its own photograph matches rightly
+        candidate = row["retrieved"] and row["candidate"] is not None
+        if candidate and not row["right"] and not row["has_truth"]:  # its own photograph matches rightly
             wrong[row["query"]] = wrong.get(row["query"], False) or row["verified"]
     true = [row for row in pairs if row["has_truth"]]
     errors = corner_errors(true)

@@ -422,6 +422,7 @@ def test_matching_accuracy_by_hand():
 def pair(query, rank, right, inliers=0, verified=False, error=None, angle=0.0, crop=0.5, retrieved=True, **given):
     return {
         "query": query,
+        "candidate": "x",
         "rank": rank,
         "right": right,
         "answerable": True,

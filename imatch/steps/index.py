@@ -214,7 +214,13 @@ def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> 
 
 
 def read_ranking(step: Step) -> Ranking:
-    """What `search` found."""
+    """What `search` found.
+
+    Raises:
+        StepError: there is no ranking, as in a step of an earlier version.
+    """
+    if not (step.folder / "ranking.npz").is_file():
+        raise StepError(f"no ranking in {step.folder}: run 03_index again, with -p on_change recompute")
     with np.load(step.folder / "ranking.npz") as saved:
         return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})
 

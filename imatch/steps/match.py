@@ -13,7 +13,7 @@ from imatch import evaluate, geometry, matching, registry, runs, sinks, store
 from imatch.records import ImatchError, Pair
 from imatch.runs import Step
 from imatch.steps.index import read_ranking
-from imatch.steps.shared import flat_name, query_and_gallery, tagged, views_by_id
+from imatch.steps.shared import flat_name, missed, query_and_gallery, tagged, views_by_id
 from imatch.store import Row
 
 
@@ -95,7 +95,9 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
         for _ in runs.parallel(job, todo, workers, "match"):
             pass
         rows = [row for q in range(len(job.query)) for row in store.read_rows(job.done(q))]
-        rows += [_unmatched(judged) for judged in job.judged if not judged["embedded"]]
+        shown = {*job.gallery.shows}
+        views = {row["id"] for row in missed(job.query) if not job.same and row.get("source_sha256") in shown}
+        rows += [_unmatched(judged, judged["query"] in views) for judged in job.judged if not judged["embedded"]]
         store.write_rows(step.folder / "pairs.jsonl", rows)
     return store.read_rows(step.folder / "pairs.jsonl")
 
@@ -219,7 +221,7 @@ class _Match:
         return Pair(record, paths, sizes, xy_a, xy_b, matches, found)
 
 
-def _unmatched(judged: Row) -> Row:
+def _unmatched(judged: Row, has_truth: bool) -> Row:
     """The row of a query that was not embedded and so finds nothing."""
     unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
     return {
@@ -234,7 +236,7 @@ def _unmatched(judged: Row) -> Row:
         "inliers": 0,
         "reason": "the backbone found nothing in the query",
         "answerable": judged["answers"] > 0,
-        "has_truth": judged["answers"] > 0 and judged["crop"] is not None,
+        "has_truth": has_truth,
     }
 
 

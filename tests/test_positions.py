@@ -531,3 +531,25 @@ def test_a_real_flight(brighton_beach, tmp_path):
     lines = [f"D:\\survey\\{id},{one['latitude']!r},{one['longitude']!r}" for id, one in zip(ids, exif, strict=True)]
     labels = positions.read_labels(write(tmp_path, "labels.csv", "\n".join(["filename,latitude,longitude", *lines])))
     np.testing.assert_array_equal(positions.places(ids, [None] * 18, labels).coordinates, flight.coordinates)
+
+
+def test_a_real_flight_is_searched_by_place(brighton_beach, tmp_path):
+    """Through 03_index: all other frames within 60 m are right, as the EXIF and angles between 3D vectors have it."""
+    from imatch import Resize
+    from tests.test_steps import embedded, indexed, judged
+
+    data = embedded(brighton_beach, tmp_path, resize=Resize("scale", scale=0.25))
+    query, _, ranking, rows, metrics = judged(indexed(data, None, "data-data", truth="radius", radius=60.0))
+    exif = [images.decode(brighton_beach / id).position for id in query.ids]
+    place = np.array([[one["latitude"], one["longitude"]] for one in exif])
+    metres = angles(place, place)
+    near = (metres <= 60) & ~np.eye(18, dtype=bool)
+    assert ranking.answers.tolist() == near.sum(axis=1).tolist()
+    assert ranking.answers.min() > 1
+    np.testing.assert_array_equal(ranking.right, np.take_along_axis(near, ranking.rows, 1))
+    np.testing.assert_allclose(ranking.metres, np.take_along_axis(metres, ranking.rows, 1), atol=1e-5)
+    first = np.take_along_axis(metres, ranking.rows[:, :1], 1)[:, 0]
+    assert metrics["positions"]["top1_metres_median"] == pytest.approx(np.median(first), abs=1e-4)
+    assert metrics["positions"]["within"]["20"] == np.mean(first <= 20)
+    assert [row["metres"] for row in rows] == pytest.approx(first, abs=1e-4)
+    assert metrics["chance"] == pytest.approx(near.sum() / (18 * 17))

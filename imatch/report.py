@@ -153,7 +153,7 @@ def _steps(folder: Path) -> Iterator[Path]:
 def chain(step: Step) -> dict[str, Step]:
     """The steps that a 04_match or 03_index was made from, and itself, by name of the notebook: 01_embed, ... .
 
-    "queries" is the step of the queries and "photographs" the 01_embed of the photographs that were searched.
+    "01_embed" is that of the photographs that were searched, "queries" the step of embeddings that searched them.
     """
     index = runs.read(step.linked("index")) if step.name == "04_match" else step
     query, gallery = (runs.read(index.linked(side)) for side in ("query", "gallery"))

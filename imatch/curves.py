@@ -515,6 +515,10 @@ def _beats(other: Row, row: Row, x: str, y: str) -> bool:
     return other[x] <= row[x] and other[y] >= row[y] and (other[x] < row[x] or other[y] > row[y])
 
 
+def _coincide(row: Row, other: Row, x: str, y: str) -> bool:
+    return math.isclose(row[x], other[x], rel_tol=0.02) and math.isclose(row[y], other[y], abs_tol=0.01)
+
+
 def _weigh(axis: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     """The points by number, best first, and beside the panel what the numbers mean."""
     ranked = sorted(rows, key=lambda row: (-row[y], row[x], _named(row)))
@@ -528,7 +532,20 @@ def _weigh(axis: Axes, rows: Sequence[Row], x: str, y: str) -> None:
         marks += axis.plot(
             row[x], row[y], "o", color=colour, markersize=13, label=label, zorder=4, markeredgecolor="white"
         )
-        axis.annotate(str(number), (row[x], row[y]), color="white", fontsize=7, ha="center", va="center", zorder=5)
+        together = [n for n, other in enumerate(ranked, 1) if _coincide(row, other, x, y)]
+        if number == together[0]:  # of points that coincide, one bears the numbers of all
+            beside = len(together) > 1
+            axis.annotate(
+                ", ".join(map(str, together)),
+                (row[x], row[y]),
+                (9 if beside else 0, 0),
+                textcoords="offset points",
+                color=colour if beside else "white",
+                ha="left" if beside else "center",
+                va="center",
+                fontsize=7,
+                zorder=5,
+            )
         if row["low"] is not None and row["high"] is not None:
             axis.vlines(row[x], row["low"], row["high"], color=colour, linewidth=1.5, zorder=3)
     axis.set_xscale("log")

@@ -363,6 +363,12 @@ def test_only_answers_to_one_question_are_weighed_against_each_other():
     assert all(axis.lines[1].get_color() == curves.COLOURS[0] for axis in figure.axes)
 
 
+def test_points_that_coincide_bear_their_numbers_together():
+    table = [config("a", 10, 0.5), config("b", 10.001, 0.5), config("c", 40, 0.9)]
+    (axis,) = curves.pareto(table, "ms", "hit_at_1").axes
+    assert sorted(text.get_text() for text in axis.texts) == ["1", "2, 3"]
+
+
 @pytest.mark.parametrize("costs", [(150, 180), (0.2, 4000)])
 def test_costs_can_be_read_off(costs):
     figure = curves.pareto([config(str(cost), cost, 0.5) for cost in costs], "ms", "hit_at_1")

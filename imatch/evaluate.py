@@ -97,6 +97,13 @@ def precision_at_k(right: np.ndarray, k: int) -> np.ndarray:
     """Precision@K: the share of the first k hits that are right; places that the gallery could not fill count as wrong
     (Manning et al., chapter 8).
 
+    Args:
+        right: (Q, K) bool.
+        k: 1 to K.
+
+    Returns:
+        (Q,) float64 in [0, 1].
+
     >>> precision_at_k(np.array([[True, False, True]]), 2).tolist()
     [0.5]
     """
@@ -127,6 +134,12 @@ def reciprocal_rank(right: np.ndarray) -> np.ndarray:
     """1 / rank of the first right hit, ranks from 1; 0 where none of the K is right. Its mean over queries is MRR
     (Voorhees, "The TREC-8 Question Answering Track Report", 1999).
 
+    Args:
+        right: (Q, K) bool.
+
+    Returns:
+        (Q,) float64 in [0, 1].
+
     >>> reciprocal_rank(np.array([[False, True], [False, False]])).tolist()
     [0.5, 0.0]
     """
@@ -151,7 +164,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def right_hits(rows: Sequence[Row], k: int) -> np.ndarray:
-    """(Q, k) bool from the rows of queries.jsonl, which name the ranks of right hits (from 0).
+    """Which hits are right: (Q, k) bool, from Q rows of queries.jsonl, which name the ranks of right hits (from 0).
 
     >>> right_hits([{"right_ranks": [1]}, {"right_ranks": []}], 2).tolist()
     [[False, True], [False, False]]
@@ -254,11 +267,7 @@ def _believed(threshold: Mapping[str, Any]) -> list[str]:
         f"{threshold['wanted']:g}: {_cell(threshold['coverage'])} of the queries that have an answer"
     )
     held = threshold["held_out_precision"]
-    short = (
-        ", BELOW what was asked for: too few photographs to be sure"
-        if held is not None and held < threshold["wanted"]
-        else ""
-    )
+    short = ", BELOW what was asked for: do not rely on it" if held is not None and held < threshold["wanted"] else ""
     rest = (
         threshold["why"]
         if held is None

@@ -188,8 +188,8 @@ def tabulate(step: Step) -> list[Row]:
         for row in group:
             row["question"] = question if questions.count(question) == 1 else f"{question} ({asks[:8]})"
         _count(group)
-        _compare(group)
         group.sort(key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
+        _compare(group)
     return [row for question in sorted(asked) for row in asked[question]]
 
 
@@ -259,12 +259,11 @@ def _count(rows: Sequence[Row]) -> None:
 
 
 def _compare(rows: Sequence[Row]) -> None:
-    """Fill in place and distance to the best of the rows of one question."""
-    ranked = sorted(rows, key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
-    best = ranked[0]
-    for row in ranked:
+    """Fill in place and distance to the best of the rows of one question, which are best first."""
+    best = rows[0]
+    for row in rows:
         row |= {"place": "best", "apart": None, "apart_low": None, "apart_high": None}
-        other = row if row is not best else ranked[1] if len(ranked) > 1 else None
+        other = row if row is not best else rows[1] if len(rows) > 1 else None
         if best["hit_at_1"] is None:
             row["place"] = "nothing to count"
         elif other is not None:

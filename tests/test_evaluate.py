@@ -299,7 +299,7 @@ def test_every_line_of_the_table():
         "no match     a first hit is believed from cosine 0.800 on, for a precision of 0.95: 0.60 of the queries that "
         "have an answer",
         "             on photographs that it was not calibrated on: precision 0.93, BELOW what was asked "
-        "for: too few photographs to be sure; coverage 0.50",
+        "for: do not rely on it; coverage 0.50",
     ]
 
 

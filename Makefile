@@ -5,7 +5,7 @@ FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint lab bench lock vocabulary clean
+.PHONY: help setup demo test redis-server lint lab bench lock vocabulary clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,15 +20,23 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "pip>=25.1" setuptools
 	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo]" --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo,redis]" --group dev
 	rm -f .venv/ready-* && touch $@
 
 demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/python -m imatch.batch params/demo.yaml
 
-test: $(READY)  ## every test
+test: $(READY) redis-server  ## every test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Debian's, for the tests, which start their own: the service stays off (the variables are for SysV and for systemd)
+APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 SYSTEMD_OFFLINE=1 apt-get -qq
+
+redis-server:
+	@command -v redis-server > /dev/null || \
+	{ $(APT) update; $(APT) install --yes --no-install-recommends redis-server; } > /dev/null 2>&1 || \
+	echo "no redis-server, and apt-get cannot install it here: the tests of Redis will be skipped"
 
 lint: $(READY)  ## format and check
 	$(BIN)/ruff format
@@ -38,10 +46,13 @@ lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/jupyter lab notebooks
 
-bench: $(READY)  ## speed, as ratios measured in one run
+bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_embed.py
 	$(BIN)/python tests/benchmarks/bench_dinov3.py
 	$(BIN)/python tests/benchmarks/bench_dinov3.py --memory
+	$(BIN)/python tests/benchmarks/bench_redis.py
+	$(BIN)/python tests/benchmarks/bench_search.py
+	$(BIN)/python tests/benchmarks/bench_search.py --memory
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy

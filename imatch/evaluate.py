@@ -259,6 +259,56 @@ def retrieval_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stage_table(stages: Sequence[Row]) -> str:
+    """What each option of a search adds, as lines for people.
+
+    Args:
+        stages: first the plain search, then one row for each option on top of all before: stage (its name), hit_at_1
+            and map (records of `intervals.Interval`), ms (milliseconds a query), difference (the record of Hit@1 minus
+            that of the row before, over the same queries; None in the first).
+
+    >>> few = {"low": None, "high": None, "clusters": 3, "why": "3 photographs are too few, 8 are the least"}
+    >>> plain = {"stage": "plain", "hit_at_1": {"value": 0.5} | few, "map": {"value": 0.4} | few, "ms": 0.2}
+    >>> print(stage_table([plain | {"difference": None}]))
+    stage  Hit@1  mAP   ms a query  difference to the row above
+    plain  0.50   0.40  0.20
+    No interval: 3 photographs are too few, 8 are the least.
+    """
+    table = [("stage", "Hit@1", "mAP", "ms a query", "difference to the row above")]
+    for row in stages:
+        changed = row["difference"]
+        told = f"{_span(changed, '+')}  {verdict(changed)}" if changed else ""
+        table.append((row["stage"], _span(row["hit_at_1"]), _span(row["map"]), f"{row['ms']:.2f}", told))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+    every = [row[key] for row in stages for key in ("hit_at_1", "map", "difference") if row[key]]
+    return "\n".join([*lines, *(f"No interval: {why}." for why in sorted({of["why"] for of in every} - {""}))])
+
+
+def verdict(difference: Row) -> str:
+    """What the record of a paired difference allows to say: only what its 95 % interval holds on one side of 0.
+
+    >>> verdict({"value": 0.1, "low": 0.02, "high": 0.2}), verdict({"value": 0.1, "low": -0.02, "high": 0.2})
+    ('better', 'no difference that can be told')
+    """
+    if difference["low"] is not None and difference["low"] > 0:
+        return "better"
+    if difference["high"] is not None and difference["high"] < 0:
+        return "worse"
+    return "no difference that can be told"
+
+
+def _span(record: Row, sign: str = "") -> str:
+    """Differences, which bear their sign, may be small and are given more digits."""
+    if record["value"] is None:
+        return "-"
+    value, low, high = (
+        "" if end is None else f"{end:+z.3f}" if sign else f"{end:z.2f}"
+        for end in (record["value"], record["low"], record["high"])
+    )
+    return f"{value} [{low}, {high}]" if low else value
+
+
 def _believed(threshold: Mapping[str, Any]) -> list[str]:
     if threshold["value"] is None:
         return [f"no match     none is believed: {threshold['why']}"]

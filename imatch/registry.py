@@ -87,6 +87,25 @@ def cache_folder() -> Path:
     return resolve(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "imatch"
 
 
+def redis_url() -> str:
+    """REDIS_URL: the Redis server that messages are sent to. It may hold a password: never print or write it.
+
+    Raises:
+        ImatchError: it is not set.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, REDIS_URL="redis://localhost:6379/0"):
+    ...     redis_url()
+    'redis://localhost:6379/0'
+    """
+    if not (url := os.environ.get("REDIS_URL", "")):
+        raise ImatchError(
+            "no Redis to send to: set REDIS_URL in the environment, such as redis://:password@host:6379/0 "
+            "(rediss:// for TLS)"
+        )
+    return url
+
+
 def cores() -> int:
     """How many CPU cores this process may use.
 

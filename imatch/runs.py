@@ -124,8 +124,15 @@ def start(
     upstream: Mapping[str, str] | None = None,
     links: Mapping[str, Path] | None = None,
     on_change: str = "refuse",
+    keep: Sequence[str] = (),
 ) -> Step:
     """Open the step at `folder`: a new one, one to go on with, or a finished one to reuse.
+
+    Args:
+        folder: where it writes.
+        name: the notebook's.
+        parameters, upstream, links, on_change: of `Step`; links as paths.
+        keep: names in the folder that outlive a recomputation, for they know by themselves what of them still holds.
 
     Raises:
         StepError: the folder holds a step made with other parameters or from other inputs and
@@ -149,6 +156,10 @@ def start(
             return step
         refuse_or_say(step, f"{folder} was made differently", differences)
         folder.rename(aside)  # at once, so that a kill leaves no half of a step
+        for kept in keep:
+            if (aside / kept).exists():
+                folder.mkdir(exist_ok=True)
+                (aside / kept).rename(folder / kept)
         shutil.rmtree(aside)
     with store.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

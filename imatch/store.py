@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,6 +113,26 @@ def write_array(path: Path, array: np.ndarray) -> None:
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data.cast("B") if array.size else b"")  # not tofile, which hides why it wrote too little
+
+
+def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    """A copy of some rows; of a memory map, the pages that were read for it are given back, so that memory does not
+    grow with what has been looked at.
+
+    >>> take(np.eye(2, dtype=np.float32), slice(1, 2)).tolist()
+    [[0.0, 1.0]]
+    """
+    if not (isinstance(vectors, np.memmap) and vectors.nbytes > 2**26 and hasattr(vectors.base, "madvise")):
+        return np.array(vectors[rows], np.float32)
+    if isinstance(rows, slice):
+        taken = np.array(vectors[rows], np.float32)
+        vectors.base.madvise(mmap.MADV_DONTNEED)
+        return taken
+    taken = np.empty((len(rows), *vectors.shape[1:]), np.float32)
+    for first in range(0, len(rows), 1024):  # each row brings 64 kB of the file around it
+        taken[first : first + 1024] = vectors[rows[first : first + 1024]]
+        vectors.base.madvise(mmap.MADV_DONTNEED)
+    return taken
 
 
 def relative(path: Path, start: Path) -> str:
@@ -323,6 +344,12 @@ class Embeddings:
     def vectors(self) -> np.ndarray:
         """(N, D) float32, L2-normalised global vectors."""
         return _mapped(self.folder / "global.npy")
+
+    @property
+    def digests(self) -> np.ndarray:
+        """(N,) uint64, the `vector_digest` of each row: those of the list, or of the vectors if it has none."""
+        found = (row.get("vector") or vector_digest(self.vectors[i]) for i, row in enumerate(self.rows))
+        return np.fromiter((int(digest, 16) for digest in found), np.uint64, len(self))
 
     def _path(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / "local" / f"{shard:05d}{suffix}"

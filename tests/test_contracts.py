@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imatch import backbones, indexes, matching, references, sinks
+from imatch import backbones, indexes, matching, references, searcher, sinks
 from imatch.backbones.sift_vocabulary import dead_leaves
 from imatch.geometry import Estimator
 from imatch.pooling import normalise
-from imatch.records import ImatchError, Pair, Tokens
+from imatch.records import ImatchError, Pair, StepError, Tokens
 
 TABLES = [
     (backbones.CLASSICAL, backbones.create),
@@ -124,6 +124,11 @@ def test_dense_descriptor_sits_at_the_centre_of_its_patch():
 # --- indexes
 
 
+OPTIONS = {"factory": {"key": "IVF16,SQ8", "search": "nprobe=8"}, "ivf_pq": {"parts": 8}, "hnsw": {"construction": 40}}
+FLOOR = {"flat": 1.0, "ivf_flat": 0.95, "hnsw": 0.95, "ivf_pq": 0.9, "ivf_rabitq": 0.9, "factory": 0.9}
+"""Recall@10 on clustered vectors that each kind reaches once it is tuned."""
+
+
 @pytest.fixture(params=sorted(indexes.INDEXES))
 def kind(request):
     return request.param
@@ -133,56 +138,186 @@ def unit(n, d=16, seed=0):
     return normalise(np.random.default_rng(seed).normal(size=(n, d))).astype(np.float32)
 
 
-def test_index_finds_saves_and_loads(kind, tmp_path):
-    vectors, queries = unit(200), unit(7, seed=1)
-    index = indexes.create(kind)
-    index.build(vectors)
-    hits = index.search(queries, 5)
-    expected = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :5]
-    assert hits.rows.tolist() == expected.tolist()
-    assert np.allclose(hits.scores, np.take_along_axis(queries @ vectors.T, expected, 1), atol=1e-5)
-    index.save(tmp_path / "index.faiss")
-    again = indexes.create(kind)
-    again.load(tmp_path / "index.faiss")
-    assert again.search(queries, 5).scores.tobytes() == hits.scores.tobytes()
-    index.save(tmp_path / "second.faiss")
-    assert (tmp_path / "index.faiss").read_bytes() == (tmp_path / "second.faiss").read_bytes()
+def clustered(n, d=32, seed=0):
+    """As photographs of places are: near a few centres."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(40, d))
+    return normalise(centres[rng.integers(0, 40, n)] + 0.4 * rng.normal(size=(n, d))).astype(np.float32)
 
 
-def test_index_breaks_ties_by_row(kind):
-    vectors = np.repeat(unit(3), 4, axis=0)
-    index = indexes.create(kind)
-    index.build(vectors)
-    assert index.search(vectors[:1], 3).rows.tolist() == [[0, 1, 2]]
+def built(folder, vectors, kind, **given):
+    searcher.build(folder, vectors, searcher.digests(vectors), kind=kind, options=OPTIONS.get(kind, {}), **given)
+    return opened(folder, vectors)
 
 
-def test_index_answers_less_than_asked_with_minus_one(kind):
-    index = indexes.create(kind)
-    index.build(unit(2))
-    hits = index.search(unit(1, seed=1), 4)
-    assert hits.rows[0, 2:].tolist() == [-1, -1]
-    assert np.isneginf(hits.scores[0, 2:]).all()
-    assert hits.scores.dtype == np.float32
+def opened(folder, vectors, **given):
+    return searcher.Searcher(folder, vectors, searcher.digests(vectors), **given)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "index.json"}
+
+
+def test_index_builds_saves_loads_and_reaches_its_recall(kind, tmp_path):
+    vectors, queries = clustered(3000), clustered(60, seed=1)
+    index = built(tmp_path / "one", vectors, kind)
+    points = index.curve(queries, 10)
+    index.tune(points, FLOOR[kind])
+    hits, exact = index.search(queries, 10), index.exact(queries, 10)
+    recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(hits.rows.tolist(), exact.rows.tolist(), strict=True)])
+    assert recall >= FLOOR[kind]
+    assert [p.recall for p in points] == sorted(p.recall for p in points) or max(p.recall for p in points) > 0.99
+    again = opened(tmp_path / "one", vectors)
+    assert again.effort == index.effort
+    assert again.search(queries, 10).rows.tobytes() == hits.rows.tobytes()
+    assert again.search(queries, 10).scores.tobytes() == hits.scores.tobytes()
+    one_by_one = np.concatenate([again.search(query[None], 10).scores for query in queries])
+    assert np.allclose(one_by_one, hits.scores, atol=1e-6)
+    built(tmp_path / "two", vectors, kind)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_index_scores_are_cosines_best_first(kind, tmp_path):
+    vectors, queries = clustered(3000), clustered(20, seed=1)
+    index = built(tmp_path / "index", vectors, kind)
+    hits = index.search(queries, 5, 64 if index.kind.effort else None)
+    assert np.allclose(hits.scores, np.einsum("qd,qkd->qk", queries, vectors[hits.rows]), atol=1e-6)
+    assert (np.diff(hits.scores, axis=1) <= 0).all()
+
+
+def test_index_shards_search_as_one(kind, tmp_path):
+    vectors, queries = clustered(3000), clustered(20, seed=1)
+    one, several = built(tmp_path / "one", vectors, kind), built(tmp_path / "three", vectors, kind, shard_rows=1100)
+    assert (len(one.shards), len(several.shards)) == (1, 3)
+    effort = 1024 if one.kind.effort == "efSearch" else 4096 if one.kind.effort else None
+    if kind != "factory":  # its search string looks into some of its lists alone
+        exact = one.exact(queries, 5)
+        floor = 0.9 if one.kind.refine > 1 else 1.0
+        assert (several.search(queries, 5, effort).rows == exact.rows).mean() >= floor
+    assert (several.search(queries, 5, effort).rows == one.search(queries, 5, effort).rows).mean() >= 0.9
+
+
+def test_index_follows_its_gallery(kind, tmp_path):
+    """Photographs come and go: the answers are those of an index made of the new gallery with what was learned."""
+    before, queries = clustered(3000), clustered(20, seed=1)
+    folder = tmp_path / "index"
+    built(folder, before, kind, shard_rows=1000)
+    trained, untouched = files(folder).get("trained.faiss"), files(folder)["00002.faiss"]
+    after = np.concatenate([clustered(7, seed=5), before[20:1500], before[1501:]])  # gone, come, and all rows moved
+    with pytest.raises(StepError, match="older than its gallery"):
+        opened(folder, after)
+    updated = built(folder, after, kind, shard_rows=1000)
+    assert files(folder).get("trained.faiss") == trained
+    assert files(folder)["00002.faiss"] == untouched
+    rebuilt = tmp_path / "rebuilt"
+    rebuilt.mkdir()
+    for name in ("trained.faiss", "index.json"):
+        if (folder / name).exists():
+            (rebuilt / name).write_bytes((folder / name).read_bytes())
+    fresh = built(rebuilt, after, kind)
+    effort = 1024 if updated.kind.effort == "efSearch" else 4 if updated.kind.effort else None
+    here, there = updated.search(queries, 5, effort), fresh.search(queries, 5, effort)
+    assert (here.rows == there.rows).mean() >= (0.97 if kind in ("ivf_pq", "ivf_rabitq", "factory") else 1.0)
+    assert updated.exact(queries, 5).rows.tolist() == np.argsort(-queries @ after.T, 1, kind="stable")[:, :5].tolist()
+
+
+def test_index_memory_is_as_the_formula_says(kind, tmp_path):
+    vectors = unit(20_000, d=64)
+    options = {"factory": {"key": "IVF16,Flat"}, "ivf_pq": {"parts": 2, "centroids": 8}}.get(kind, {})
+    if kind.startswith("ivf") and "centroids" not in options:
+        options = {**options, "centroids": 32}
+    searcher.build(tmp_path / "index", vectors, searcher.digests(vectors), kind=kind, options=options)
+    stored = opened(tmp_path / "index", vectors).stored()
+    assert stored == pytest.approx(indexes.create(kind, options).memory(*vectors.shape), rel=0.05)
+
+
+def test_index_breaks_ties_by_row(kind, tmp_path):
+    vectors = np.repeat(clustered(100), 30, axis=0)
+    hits = built(tmp_path / "index", vectors, kind, shard_rows=1300).search(vectors[:1], 3, 64)
+    found = hits.rows[0].tolist()
+    assert found == ([0, 1, 2] if kind in ("flat",) else sorted(found))
+    assert len({*found}) == 3
+    assert max(found) < 30
+
+
+def test_index_answers_less_than_asked_with_minus_one(tmp_path):
+    for kind in ("flat", "ivf_flat", "hnsw"):
+        hits = built(tmp_path / kind, unit(2), kind).search(unit(1, seed=1), 4, 16)
+        assert hits.rows[0, 2:].tolist() == [-1, -1]
+        assert np.isneginf(hits.scores[0, 2:]).all()
+        assert hits.scores.dtype == np.float32
 
 
 def test_index_refuses_what_is_wrong(kind, tmp_path):
-    index = indexes.create(kind)
-    with pytest.raises(ImatchError, match="empty"):
-        index.search(unit(1), 1)
+    folder, vectors = tmp_path / "index", clustered(600)
     with pytest.raises(ImatchError, match="at least one"):
-        index.build(np.zeros((0, 4), np.float32))
-    with pytest.raises(ImatchError, match="vector 1 has norm"):
-        index.build(np.array([[1, 0], [np.nan, 0]], np.float32))
-    index.build(unit(4))
+        built(folder, np.zeros((0, 4), np.float32), kind)
+    bad = vectors.copy()
+    bad[1, 0] = np.nan
+    with pytest.raises(ImatchError, match="vector 1 has norm nan"):
+        built(folder, bad, kind)
+    with pytest.raises(ImatchError, match=r"more than 0\.00 MB"):
+        built(folder, vectors, kind, memory=1000)
+    with pytest.raises(StepError, match="no index at"):
+        opened(folder, vectors)
+    index = built(folder, vectors, kind)
     with pytest.raises(ImatchError, match="same backbone"):
         index.search(unit(1, d=8), 1)
     with pytest.raises(ImatchError, match="at least 1"):
-        index.search(unit(1), 0)
-    (tmp_path / "broken").write_bytes(b"no index at all")
-    with pytest.raises(ImatchError, match="is not a FAISS index"):
-        index.load(tmp_path / "broken")
-    with pytest.raises(ImatchError, match="is not a FAISS index"):
-        index.load(tmp_path / "absent")
+        index.search(vectors[:1], 0)
+    with pytest.raises(ImatchError, match="not finite"):
+        index.search(bad[1:2], 1)
+    with pytest.raises(StepError, match="older than its gallery"):
+        opened(folder, vectors[1:])
+    with pytest.raises(ImatchError, match="no GPU" if kind in ("flat", "ivf_flat", "ivf_pq") else "GPU"):
+        opened(folder, vectors, device="cuda")
+    with pytest.raises(ImatchError, match="unknown device"):
+        opened(folder, vectors, device="gpu")
+    whole = (folder / "00000.faiss").read_bytes()
+    (folder / "00000.faiss").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StepError, match="is not a whole FAISS index"):
+        opened(folder, vectors)
+    (folder / "00000.faiss").unlink()
+    with pytest.raises(StepError, match="is not whole"):
+        opened(folder, vectors)
+    assert built(folder, vectors, kind).search(vectors[:1], 1, 64).rows.tolist() == [[0]]
+
+
+def test_automatic_choice_explains_itself(tmp_path):
+    assert searcher.choose(40_000, 384, 2**33) == ("flat", "flat takes 58.59 MB of 8.00 GB")
+    kind, why = searcher.choose(10_000_000, 384, 2**35)
+    assert kind == "ivf_flat"
+    assert "flat takes 14.31 GB, but compares 3.8e+09 numbers a query" in why
+    assert searcher.choose(10_000_000, 384, 2**31)[0] == "ivf_pq"
+    assert searcher.choose(10_000_000, 384, 900 * 2**20)[0] == "ivf_rabitq"
+    with pytest.raises(
+        ImatchError, match=r"no index of 10000000 .* fits: flat takes .*; ivf_rabitq takes .* memory_gb"
+    ):
+        searcher.choose(10_000_000, 384, 2**28)
+    vectors = clustered(2000)
+    index = built(tmp_path / "index", vectors, "auto", memory=2000 * 4 * 32 // 2)
+    assert index.plan["kind"] == "ivf_pq"
+    assert "flat takes 0.24 MB, more than 0.12 MB" in index.plan["reason"]
+
+
+def test_small_batches_take_matrix_products(tmp_path):
+    import faiss
+
+    vectors = unit(50, d=384)
+    index = built(tmp_path / "index", vectors, "flat")
+    index.search(vectors[:8], 1)
+    assert faiss.cvar.distance_compute_blas_threshold == 8 * 384
+
+
+def test_a_memory_map_is_read_in_blocks(tmp_path, monkeypatch):
+    np.save(tmp_path / "vectors.npy", clustered(3000))
+    vectors = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    monkeypatch.setattr(searcher, "BLOCK", 32 * 100)
+    mapped = built(tmp_path / "index", vectors, "ivf_flat", shard_rows=700)
+    queries = clustered(9, seed=1)
+    exact = np.argsort(-queries @ np.asarray(vectors).T, 1, kind="stable")[:, :5]
+    assert mapped.exact(queries, 5).rows.tolist() == exact.tolist()
+    assert mapped.search(queries, 5, 4096).rows.tolist() == exact.tolist()
 
 
 # --- matchers

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,9 +207,18 @@ def content(folder: Path) -> dict[str, Any]:
             found[name] = {**store.read_json(path), "seconds": None, "work": None}
         elif path.name == "seen.jsonl":
             found[name] = [{**row, "stat": row["stat"][:1]} for row in store.read_rows(path)]
+        elif path.name in ("metrics.json", "results.json", "index.json") or path.parent.name == "queries":
+            found[name] = _timeless(store.read_json(path))
         elif path.is_file():
             found[name] = path.read_bytes()
     return found
+
+
+def _timeless(value: Any) -> Any:
+    """JSON without durations, and without what an index was chosen by: the memory that was free."""
+    if isinstance(value, dict):
+        return {key: _timeless(v) for key, v in value.items() if not re.search(r"(^|_)ms$|^reason$", key)}
+    return [_timeless(part) for part in value] if isinstance(value, list) else value
 
 
 def assert_same(folder: Path, expected: Path) -> None:

@@ -52,6 +52,10 @@ def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,), resize_to_o
 
 INDEX = {
     "index": "flat",
+    "index_options": {},
+    "memory_gb": 0.0,
+    "recall": 0.95,
+    "float16": False,
     "k": 5,
     "exclude_siblings": False,
     "truth": "photograph",
@@ -75,10 +79,12 @@ def judged(step):
     """All of a 03_index but its alarms and its end: both sides, the ranking, the rows of queries.jsonl, the metrics."""
     query, gallery = imatch.query_and_gallery(step)
     index = imatch.build_index(step, gallery)
-    twins = imatch.self_check(index, gallery)
+    figures = imatch.tune_index(step, index, query)
+    checked = imatch.self_check(index, gallery)
     ranking = imatch.search(step, index, query, gallery)
-    rows, threshold = imatch.judge(step, query, gallery, ranking)
-    return query, gallery, ranking, rows, imatch.index_metrics(step, query, gallery, ranking, rows, threshold, twins)
+    rows, threshold = imatch.judge(step, query, gallery, ranking, figures)
+    metrics = imatch.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
+    return query, gallery, ranking, rows, metrics
 
 
 def searched(data, references, direction, k=5, exclude_siblings=False, **given):
@@ -386,7 +392,7 @@ def test_an_index_that_does_not_belong_is_caught(house):
     data, _, references = house
     step, _, gallery, _ = searched(data, references, "data-data")
     index = imatch.build_index(step, gallery)
-    index.build(np.asarray(gallery.vectors)[::-1])
+    index.rows = [part[::-1] for part in index.rows]
     with pytest.raises(StepError, match="the index answers"):
         imatch.self_check(index, gallery)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from imatch import calibrate, evaluate, images, indexes, plugins, positions, registry, runs, store
+from imatch import calibrate, evaluate, images, indexes, plugins, positions, registry, runs, searcher, store
 from imatch.calibrate import Threshold
-from imatch.indexes import Index
 from imatch.positions import Places
-from imatch.records import Hits, ImatchError, Ranking, StepError, Truth
+from imatch.records import Hits, ImatchError, ImatchWarning, Ranking, StepError, Truth
 from imatch.runs import Step
+from imatch.searcher import Searcher
 from imatch.steps.shared import (
     flat_name,
     missed,
@@ -40,6 +42,10 @@ def start_index(
     *,
     direction: str,
     index: str,
+    index_options: Mapping[str, Any],
+    memory_gb: float,
+    recall: float,
+    float16: bool,
     k: int,
     exclude_siblings: bool,
     truth: str,
@@ -58,7 +64,11 @@ def start_index(
         references_step: folder of the finished 02_references made from it, or of another 01_embed in their place, made
             with the same backbone at the same size; "" for the direction "data-data".
         direction: "<query>-<gallery>", one of `DIRECTIONS`.
-        index: a name of `indexes.INDEXES`.
+        index: a name of `indexes.INDEXES`, or "auto": exact while it fits and is fast enough (`searcher.choose`).
+        index_options: fields of that kind.
+        memory_gb: GB that the index may take; 0 is half of what is free.
+        recall: of an approximate index, the recall@k that it is tuned to, in (0, 1].
+        float16: whether a GPU keeps vectors in 16 bits.
         k: neighbours a query.
         exclude_siblings: leave out what was made from the query's own photograph: the other references of it in
             "reference-reference"; with truth by position, in any direction, the photograph itself, too.
@@ -87,7 +97,10 @@ def start_index(
             f"radius {radius} must be above 0 metres, heading {heading} above 0 and up to 180 degrees, "
             f"precision {precision} between 0 and 1"
         )
-    indexes.create(index)
+    if index != "auto":
+        indexes.create(index, index_options)
+    if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):
+        raise ImatchError(f"recall {recall} must be above 0 and up to 1, memory_gb {memory_gb} 0 or more")
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
     found = {"data": runs.read(registry.resolve(embed_step))}
     kind = ""
@@ -104,6 +117,10 @@ def start_index(
     parameters = {
         "direction": direction,
         "index": index,
+        "index_options": dict(index_options),
+        "memory_gb": float(memory_gb),
+        "recall": float(recall),
+        "float16": float16,
         "k": k,
         "exclude_siblings": exclude_siblings,
         "truth": truth,
@@ -118,7 +135,8 @@ def start_index(
         links["labels"] = registry.resolve(labels)
         positions.read_labels(links["labels"])  # refuses a bad file before anything is written
         upstream["labels"] = images.file_digest(links["labels"])
-    return runs.start(folder, "03_index", parameters, upstream, links, on_change)
+    # the index knows by itself what of it still holds
+    return runs.start(folder, "03_index", parameters, upstream, links, on_change, keep=("index",))
 
 
 def _kind_of_reference(reference: Step, data: Step) -> str:
@@ -140,45 +158,125 @@ def _kind_of_reference(reference: Step, data: Step) -> str:
     return f"_{dataset}-{reference.folder.name}"
 
 
-def build_index(step: Step, gallery: Embeddings) -> Index:
-    """Build the index of the gallery's global vectors and save it, or load it if that was done."""
-    index, path = indexes.create(step.parameters["index"]), step.folder / "index.faiss"
-    if step.finished:
-        index.load(path)
-    else:
-        index.build(gallery.vectors)
-        index.save(path)
+def build_index(step: Step, gallery: Embeddings, *, device: str = "auto") -> Searcher:
+    """Build the index of the gallery's global vectors, or bring the one that is there up to date, and open it.
+
+    Prints which kind it is, and why.
+
+    Args:
+        step: of `start_index`.
+        gallery: what is searched.
+        device: "auto" (all GPUs, if FAISS sees some), "cpu", "cuda", or such as "cuda:0".
+
+    Raises:
+        ImatchError: it does not fit into the memory, or a device that is not there.
+        StepError: a finished step's index is not whole, or older than the gallery.
+    """
+    folder, asked = step.folder / "index", step.parameters
+    keys = gallery.digests
+    if not step.finished:
+        searcher.build(
+            folder,
+            gallery.vectors,
+            keys,
+            kind=asked["index"],
+            options=asked["index_options"],
+            memory=round(asked["memory_gb"] * 2**30),
+        )
+    index = Searcher(folder, gallery.vectors, keys, device=device, float16=asked["float16"])
+    print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index
 
 
-def self_check(index: Index, gallery: Embeddings, block: int = 4096) -> int:
-    """Let every vector of the gallery search for itself.
+def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
+    """Measure the index against exact search on a sample of the queries, and let it search with the smallest effort
+    that reaches the wanted recall (a warning, if none does).
 
     Returns:
-        How many found an equal-score twin of theirs first (photographs with the same content).
+        kind, reason, vectors, dimension, shards, bytes_a_vector (on disk) and estimated_bytes_a_vector, backend,
+        build_ms; k and sample (queries); effort (name and value, None without one), wanted_recall, recall, search_ms
+        and exact_ms a query; curve: effort, recall and ms of each point that was tried.
+    """
+    if step.finished:
+        return dict(step.metrics["index"])
+    k = min(step.parameters["k"], len(index.vectors))
+    rows = np.unique(np.linspace(0, len(query) - 1, min(searcher.SAMPLE, len(query))).astype(int))
+    sample = store.take(query.vectors, rows)
+    points = index.curve(sample, k)
+    chosen, wanted = index.tune(points, step.parameters["recall"]), step.parameters["recall"]
+    if chosen is not None and chosen.recall < wanted:
+        warnings.warn(
+            f"recall@{k} is {chosen.recall:.3f} at most, below the {wanted:g} that was asked for: use another index, "
+            "or a larger `refine` in index_options",
+            ImatchWarning,
+            stacklevel=2,
+        )
+    exact_ms, search_ms = (
+        _ms(lambda: index.exact(sample, k), len(sample)),
+        _ms(lambda: index.search(sample, k), len(sample)),
+    )
+    n, d = index.vectors.shape
+    return {
+        "kind": index.plan["kind"],
+        "asked": step.parameters["index"],
+        "options": index.plan["options"],
+        "reason": index.plan["reason"],
+        "vectors": n,
+        "dimension": d,
+        "bytes_a_vector": round(index.stored() / n, 1),
+        "estimated_bytes_a_vector": round(index.kind.memory(n, d) / n, 1),
+        "shards": len(index.shards),
+        "backend": index.backend,
+        "effort": {"name": index.kind.effort, "value": chosen.effort} if chosen and chosen.effort else None,
+        "wanted_recall": wanted,
+        "recall": 1.0 if chosen is None else chosen.recall,
+        "k": k,
+        "sample": len(sample),
+        "build_ms": index.plan["build_ms"],
+        "search_ms": search_ms,
+        "exact_ms": exact_ms,
+        "curve": [{"effort": p.effort, "recall": p.recall, "ms": round(p.ms, 4)} for p in points],
+    }
+
+
+def _ms(work: Callable[[], Any], queries: int) -> float:
+    started = time.perf_counter()
+    work()
+    return round(1000 * (time.perf_counter() - started) / queries, 4)
+
+
+def self_check(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tuple[int, int]:
+    """Let vectors of the gallery, evenly spread, search for themselves.
+
+    Args:
+        index: of that gallery.
+        gallery: whose vectors they are.
+        sample: how many at most.
+
+    Returns:
+        How many found an equal-score twin of theirs first (photographs with the same content), and how many an
+        approximate index did not find.
 
     Raises:
-        StepError: a vector finds something else better than itself: rows and index do not belong together.
+        StepError: a vector finds something else better than itself in an exact index, or most do in another: rows and
+            index do not belong together.
     """
-    twins = 0
-    for first in runs.progress(range(0, len(gallery), block), "self-check"):
-        vectors = gallery.vectors[first : first + block]
-        hits = index.search(vectors, 1)
-        row = np.arange(first, first + len(vectors))
-        own = np.einsum("nd,nd->n", vectors, vectors)
-        # what came first must score, by the store's own vectors, as high as the vector itself
-        first_score = np.einsum("nd,nd->n", vectors, gallery.vectors[hits.rows[:, 0]])
-        wrong = (hits.rows[:, 0] != row) & (first_score < own - 1e-5)
-        if wrong.any():
-            other = gallery.ids[hits.rows[wrong, 0][0]]
-            raise StepError(
-                f"the index answers {other} for {gallery.ids[row[wrong][0]]}: delete its folder and run again"
-            )
-        twins += int((hits.rows[:, 0] != row).sum())
-    return twins
+    row = np.unique(np.linspace(0, len(gallery) - 1, min(sample, len(gallery))).astype(int))
+    vectors = store.take(gallery.vectors, row)
+    hits = index.search(vectors, 1)
+    own = np.einsum("nd,nd->n", vectors, vectors)
+    # what came first must score, by the store's own vectors, as high as the vector itself
+    found = hits.rows[:, 0] >= 0
+    first = np.where(found, np.einsum("nd,nd->n", vectors, store.take(gallery.vectors, hits.rows[:, 0])), -np.inf)
+    other = hits.rows[:, 0] != row
+    wrong = other & (first < own - 1e-5)
+    if wrong.any() and (index.kind.exact or wrong.mean() > 0.5):
+        answer = gallery.ids[hits.rows[wrong, 0][0]]
+        raise StepError(f"the index answers {answer} for {gallery.ids[row[wrong][0]]}: delete its folder and run again")
+    return int((other & ~wrong).sum()), int(wrong.sum())
 
 
-def search(step: Step, index: Index, query: Embeddings, gallery: Embeddings) -> Ranking:
+def search(step: Step, index: Searcher, query: Embeddings, gallery: Embeddings) -> Ranking:
     """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
 
     The index goes deep enough to know, too, what each query would find if its right answers were not there. Writes
@@ -321,13 +419,22 @@ def _places(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[P
     return found[0], found[1]
 
 
-def judge(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking) -> tuple[list[Row], Threshold]:
+def judge(
+    step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, index: Mapping[str, Any]
+) -> tuple[list[Row], Threshold]:
     """Say of every query what it found, and from which score on a hit is to be believed.
 
     The threshold is calibrated on the queries themselves, each asked twice: as it is, and with its right answers left
     out of the gallery, when nothing it finds is right (`calibrate.calibrate`).
 
-    Writes queries.jsonl (one row a query), hits.csv (one row a hit) and queries/<id>.json (one file a query).
+    Writes queries.jsonl (one row a query), hits.csv (one row a hit), queries/<id>.json (one file a query), results.json
+    (all of these), ids.npy (Q, k) text, "" where there is no hit, and scores.npy (Q, k) float32.
+
+    Args:
+        step: of `start_index`.
+        query, gallery: its two sides.
+        ranking: of `search`.
+        index: figures of `tune_index`.
 
     Returns:
         The rows of queries.jsonl, one a query of the ranking: query, photograph (its source), cluster, crop and angle
@@ -362,7 +469,7 @@ def judge(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking) 
     believed = ranking.scores >= (math.inf if threshold.value is None else threshold.value)
     rows = [{**row, "accepted": bool(first)} for row, first in zip(found, believed[:, 0], strict=True)]
     if not step.finished:
-        _write_hits(step, [row["query"] for row in rows], gallery, ranking, believed)
+        _write_hits(step, [row["query"] for row in rows], gallery, ranking, believed, index)
         store.write_rows(step.folder / "queries.jsonl", rows)
     return rows, threshold
 
@@ -391,8 +498,24 @@ def _clusters(step: Step, queries: Sequence[Row]) -> list[str]:
 
 
 def _write_hits(
-    step: Step, queries: Sequence[str], gallery: Embeddings, ranking: Ranking, believed: np.ndarray
+    step: Step,
+    queries: Sequence[str],
+    gallery: Embeddings,
+    ranking: Ranking,
+    believed: np.ndarray,
+    index: Mapping[str, Any],
 ) -> None:
+    asked = runs.read(step.linked("query"))
+    about = {
+        "weight": asked.parameters["weight"],
+        "variant": asked.parameters["variant"],
+        "direction": step.parameters["direction"],
+        "k": step.parameters["k"],
+    }
+    work = asked.work.get("seconds", 0.0) / max(1, asked.work.get("photographs", 0))
+    timing = {"embed": round(1000 * work, 4), "search": index["search_ms"]}
+    timing["total"] = round(sum(timing.values()), 4)
+    records = []
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres"])
@@ -403,6 +526,7 @@ def _write_hits(
             hit = {
                 "rank": rank,
                 "id": gallery.ids[ranking.rows[q, rank]],
+                "path": gallery.ids[ranking.rows[q, rank]],
                 "score": round(float(ranking.scores[q, rank]), 6),
                 "right": bool(ranking.right[q, rank]),
                 "accepted": bool(believed[q, rank]),
@@ -410,14 +534,13 @@ def _write_hits(
             found.append(hit if metres is None else {**hit, "metres": metres})
             score, right, accepted = f"{hit['score']:.6f}", int(hit["right"]), int(hit["accepted"])
             table.writerow([id, rank, hit["id"], score, right, accepted, "" if metres is None else f"{metres:.3f}"])
-        record = {
-            "query": id,
-            "direction": step.parameters["direction"],
-            "k": step.parameters["k"],
-            "accepted": bool(believed[q, 0]),
-            "hits": found,
-        }
+        record = {"query": id, **about, "accepted": bool(believed[q, 0]), "hits": found, "timing_ms": timing}
         store.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
+        records.append(record)
+    searched = {"backend": index["backend"], "dimension": index["dimension"], "index_build_ms": index["build_ms"]}
+    store.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
+    store.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
+    store.write_array(step.folder / "scores.npy", ranking.scores)
     store.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
 
 
@@ -428,17 +551,20 @@ def index_metrics(
     ranking: Ranking,
     rows: Sequence[Row],
     threshold: Threshold,
-    twins: int,
+    index: Mapping[str, Any],
+    checked: tuple[int, int],
 ) -> dict[str, Any]:
-    """The figures of 03_index: sizes, twins, retrieval (`evaluate.retrieval_metrics`), chance, threshold, and metres
-    where positions are known. Counted apart: queries that have no answer in the gallery, and photographs that could
-    not be embedded and so never became queries."""
+    """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`self_check`), retrieval
+    (`evaluate.retrieval_metrics`), chance, threshold, and metres where positions are known. Counted apart: queries that
+    have no answer in the gallery, and photographs that could not be embedded and so never became queries."""
     unit = f"{step.parameters['cluster']}s"
     return {
         **evaluate.retrieval_metrics(rows, step.parameters["k"], unit),
         "gallery": len(gallery),
         "dimension": gallery.vectors.shape[1],
-        "twins": twins,
+        "index": dict(index),
+        "twins": checked[0],
+        "not_found": checked[1],
         "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
         "chance": evaluate.chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),

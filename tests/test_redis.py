@@ -1,0 +1,485 @@
+"""The Redis sink, against real servers that are started, killed and started again."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import jsonschema
+import pytest
+
+from imatch import registry, runs, store
+from imatch.records import ImatchError, ImatchWarning
+from imatch.steps.send import message, send
+
+redis = pytest.importorskip("redis", reason="redis-py is not installed: pip install -c constraints.txt -e '.[redis]'")
+from imatch.sinks.redis import Redis, RedisError  # noqa: E402
+
+SCHEMA = json.loads((Path(registry.__file__).parent / "sinks" / "coarse_localisation.schema.json").read_text())
+EVENTS = "imatch:v1:demo:events"
+TTL = 1000
+
+
+class Server:
+    """A redis-server on a free port of the loopback, with a folder of its own."""
+
+    def __init__(self, folder, *options):
+        self.folder, self.options = folder, options
+        folder.mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process = None
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self):
+        with (self.folder / "log").open("ab") as log:
+            where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+            kept = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+            command = ["redis-server", *where, *kept, *self.options]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(1000):
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            if "Ready to accept connections" in (self.folder / "log").read_text():
+                return self
+            time.sleep(0.01)
+        pytest.fail((self.folder / "log").read_text())
+
+    def kill(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        (self.folder / "log").unlink(missing_ok=True)
+
+    @contextmanager
+    def client(self, url=""):
+        with redis.Redis.from_url(url or self.url) as client:
+            yield client
+
+
+@pytest.fixture
+def servers(tmp_path):
+    """Makes servers that are not started yet, and ends them all."""
+    if not shutil.which("redis-server"):
+        said = "no redis-server on the PATH: `make test` installs Debian's where it may"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
+    made = []
+
+    def make(*options):
+        made.append(Server(tmp_path / f"redis {len(made)}", *options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture
+def server(servers):
+    return servers().start()
+
+
+@pytest.fixture
+def step(tmp_path, server, monkeypatch):
+    """A step of three queries; REDIS_URL is the server's."""
+    monkeypatch.setenv("REDIS_URL", server.url)
+    return index_step(tmp_path, ["a.jpg", "flight 1/b.jpg", "caf\udce9/ö.jpg"])
+
+
+def index_step(tmp_path, queries, weight="vits16", run="demo"):
+    folder = tmp_path / "exports" / run / "03_index" / "few" / weight / "scale1" / "data-data"
+    step = runs.start(folder, "03_index", {"direction": "data-data"})
+    hits = [
+        {"rank": 0, "id": "x/caf\udce9.jpg", "path": "x/caf\udce9.jpg", "score": 0.93, "accepted": True},
+        {"rank": 1, "id": "ö.jpg", "path": "ö.jpg", "score": -0.5, "accepted": False},
+    ]
+    about = {"weight": weight, "variant": "raw", "direction": "data-data", "k": 10}
+    timing = {"embed": 1.0, "search": 0.2, "total": 1.2}
+    rows = [{"query": query, **about, "hits": hits, "timing_ms": timing} for query in queries]
+    rows[0]["hits"] = []
+    index = {"backend": "faiss-cpu", "dimension": 384, "index_build_ms": 12.3}
+    store.write_json(folder / "results.json", {**about, **index, "queries": rows})
+    return step
+
+
+def outbox(tmp_path):
+    return sorted((tmp_path / "exports" / "demo" / "outbox").glob("*"))
+
+
+def key(query, run="demo"):
+    return os.fsencode(f"imatch:v1:{run}:{query}")
+
+
+def queries_of(events):
+    return [fields[b"query"] for _, fields in events]
+
+
+def some(n, text=b"{}"):
+    return [(f"{i:04d}.jpg", text) for i in range(n)]
+
+
+# --- what consumers see
+
+
+def test_every_message_fits_the_schema_and_says_what_was_found(step, server):
+    said = send(step, ttl=TTL)
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    results = store.read_json(step.folder / "results.json")
+    with server.client() as client:
+        for row in results["queries"]:
+            got = json.loads(client.get(key(row["query"])).decode())
+            jsonschema.validate(got, SCHEMA)
+            assert (got["encoder"], got["dim"], got["topk"], got["timing_ms"]) == ("vits16", 384, 10, row["timing_ms"])
+            assert [(hit["path"], hit["score"]) for hit in got["results"]] == [
+                (hit["path"], hit["score"]) for hit in row["hits"]
+            ]
+        assert got["results"][0]["filename"] == "caf\udce9.jpg"
+        for query in results["queries"]:
+            assert TTL - 60 < client.ttl(key(query["query"])) <= TTL
+        assert TTL - 60 < client.ttl(EVENTS) <= TTL
+    assert said == f"3 messages at imatch:v1:demo:* on 127.0.0.1:{server.port}/0, 3 of them new"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"metric": "l2"}, {"more": 1}, {"backend": "annoy"}, {"dim": 0}, {"timing_ms": {"total": 1}}, {"results": [{}]}],
+    ids=str,
+)
+def test_the_schema_refuses_other_messages(wrong):
+    results = {"weight": "sift", "backend": "faiss-gpu", "dimension": 1, "k": 1, "index_build_ms": 0}
+    right = json.loads(message(results, {"hits": [], "timing_ms": dict.fromkeys(("embed", "search", "total"), 0)}))
+    jsonschema.validate(right, SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**right, **wrong}, SCHEMA)
+    for name in right:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({key: value for key, value in right.items() if key != name}, SCHEMA)
+
+
+def test_one_event_a_query_with_the_key_of_its_message(step, server):
+    send(step, ttl=TTL)
+    with server.client() as client:
+        events = client.xrange(EVENTS)
+        assert queries_of(events) == [b"a.jpg", b"flight 1/b.jpg", b"caf\xe9/\xc3\xb6.jpg"]
+        for _, fields in events:
+            assert fields[b"key"] == b"imatch:v1:demo:" + fields[b"query"]
+            assert client.exists(fields[b"key"])
+
+
+def test_again_makes_no_event_but_lets_all_live_longer(step, server):
+    send(step, ttl=10)
+    assert send(step, ttl=TTL).endswith(
+        "3 messages at imatch:v1:demo:* on " + f"127.0.0.1:{server.port}/0, 0 of them new"
+    )
+    with server.client() as client:
+        assert client.xlen(EVENTS) == 3
+        for name in (key("a.jpg"), key("flight 1/b.jpg"), EVENTS):
+            assert client.ttl(name) > 10
+    assert outbox(step.folder.parents[5]) == []
+
+
+def test_a_message_that_changed_is_new(server):
+    sink = Redis(server.url, TTL, batch=2)
+    assert list(sink("demo", some(5))) == [(2, 2), (2, 2), (1, 1)]
+    changed = [*some(4), ("0004.jpg", b'{"other":1}'), ("0005.jpg", b"{}")]
+    assert list(sink("demo", changed)) == [(2, 0), (2, 0), (2, 2)]
+    with server.client() as client:
+        assert client.get(key("0004.jpg")) == b'{"other":1}'
+        assert queries_of(client.xrange(EVENTS))[5:] == [b"0004.jpg", b"0005.jpg"]
+        assert 0 < client.ttl(key("0004.jpg")) <= TTL
+
+
+def test_runs_have_streams_of_their_own(server):
+    for run in ("one", "two"):
+        assert list(Redis(server.url, TTL)(run, some(3))) == [(3, 3)]
+    with server.client() as client:
+        assert client.xlen("imatch:v1:one:events") == client.xlen("imatch:v1:two:events") == 3
+
+
+# --- Redis stops, or the sender
+
+
+def test_killed_between_batches_and_started_again(server):
+    sink, messages = Redis(server.url, TTL, batch=10), some(200)
+    sending = sink("demo", messages)
+    assert next(sending) == (10, 10)
+    server.kill()
+    with pytest.raises(RedisError, match=f"Redis at 127.0.0.1:{server.port}/0: .*start it"):
+        list(sending)
+    server.start()
+    with server.client() as client:
+        assert 10 <= client.xlen(EVENTS) < 200
+        list(sink("demo", messages))
+        assert sorted(queries_of(client.xrange(EVENTS))) == [os.fsencode(query) for query, _ in messages]
+
+
+@pytest.mark.parametrize("keeps", ["yes", "no"])
+def test_redis_killed_in_the_middle_costs_nothing(servers, tmp_path, monkeypatch, keeps):
+    server = servers("--appendonly", keeps).start()
+    monkeypatch.setenv("REDIS_URL", server.url)
+    queries = [f"{i:04d}.jpg" for i in range(2600)]
+    step = index_step(tmp_path, queries)
+    progress = runs.progress
+
+    def kill_after_the_first(items, *about):
+        for i, item in enumerate(progress(items, *about)):
+            if i == 0:
+                server.kill()
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "progress", kill_after_the_first)
+        with pytest.warns(ImatchWarning, match=r"2600 messages wait in .*outbox: the next run of 03_index sends them"):
+            assert send(step, ttl=TTL).startswith("2600 messages wait in ")
+    (left,) = outbox(tmp_path)
+    assert [json.loads(line) for line in left.read_bytes().splitlines()[1::2]] == queries
+    assert not (step.folder / "sent.json").exists()
+    server.start()
+    with server.client() as client:
+        before = client.xlen(EVENTS)
+        assert 500 <= before < 2600 if keeps == "yes" else before == 0
+        other = index_step(tmp_path, ["other.jpg"], weight="vitb16")
+        assert send(other, ttl=TTL).startswith("2601 messages at ")
+        assert sorted(queries_of(client.xrange(EVENTS))) == [*map(os.fsencode, queries), b"other.jpg"]
+        assert client.dbsize() == 2602
+        assert store.read_json(step.folder / "sent.json") == {"run": "demo", "messages": 2600}
+        assert send(step, ttl=TTL).endswith(", 0 of them new")
+    assert outbox(tmp_path) == []
+
+
+def test_a_sender_killed_in_the_middle_costs_nothing(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("REDIS_URL", server.url)
+    step = index_step(tmp_path, [f"{i:04d}.jpg" for i in range(2600)])
+    code = f"""
+        import os, signal, pathlib
+        from imatch import runs
+        from imatch.steps.send import send
+        runs.progress = lambda items, *_: (os.kill(os.getpid(), signal.SIGKILL) for _ in items)
+        send(runs.read(pathlib.Path({str(step.folder)!r}), finished=False), ttl=100)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert done.returncode == -9
+    (left,) = outbox(tmp_path)
+    assert len(left.read_bytes().splitlines()) == 1 + 2 * 2600
+    with server.client() as client:
+        before = client.xlen(EVENTS)
+        assert 500 <= before < 2600
+        assert send(step, ttl=TTL).endswith(f", {2600 - before} of them new")
+        assert client.xlen(EVENTS) == 2600
+    assert outbox(tmp_path) == []
+
+
+def test_an_event_that_a_crash_prevented_is_made_by_the_replay(server):
+    with server.client() as client:  # MSETNX ran, the script did not: the server died between the two
+        client.mset({key(query): payload for query, payload in some(2)})
+        assert list(Redis(server.url, TTL)("demo", some(3))) == [(3, 3)]
+        assert client.xlen(EVENTS) == 3
+        assert client.ttl(key("0000.jpg")) > 0
+
+
+def test_absent_redis_is_a_warning_and_the_next_run_sends_all(servers, tmp_path, monkeypatch):
+    server = servers()
+    monkeypatch.setenv("REDIS_URL", server.url)
+    first, second = index_step(tmp_path, ["a.jpg", "b.jpg"]), index_step(tmp_path, ["c.jpg"], weight="vitb16")
+    with pytest.warns(ImatchWarning, match="Connection refused.* 2 messages wait"):
+        send(first, ttl=TTL)
+    with pytest.warns(ImatchWarning, match="3 messages wait"):
+        send(second, ttl=TTL)
+    server.start()
+    assert send(second, ttl=TTL).startswith("3 messages at ")
+    assert [store.read_json(step.folder / "sent.json")["messages"] for step in (first, second)] == [2, 1]
+    with server.client() as client:
+        assert sorted(queries_of(client.xrange(EVENTS))) == [b"a.jpg", b"b.jpg", b"c.jpg"]
+    assert outbox(tmp_path) == []
+
+
+def test_what_redis_refuses_waits(server, step):
+    with server.client() as client:
+        client.config_set("maxmemory", 1)
+        with pytest.warns(ImatchWarning, match=r"maxmemory.* 3 messages wait"):
+            send(step, ttl=TTL)
+        assert client.dbsize() == 0
+        client.config_set("maxmemory", 0)
+        assert send(step, ttl=TTL).endswith("3 of them new")
+
+
+def test_a_broken_outbox_is_named(step, tmp_path):
+    broken = tmp_path / "exports" / "demo" / "outbox" / "0.jsonl"
+    broken.parent.mkdir()
+    broken.write_text('"03_index/few"\n"a.jpg"\n{}\n"b.jpg"')
+    with pytest.raises(ImatchError, match=r"outbox/0\.jsonl is no outbox .*delete it"):
+        send(step, ttl=TTL)
+
+
+# --- two steps of one run
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_two_steps_with_the_same_queries_are_refused(servers, tmp_path, monkeypatch, reachable):
+    server = servers().start() if reachable else servers()
+    monkeypatch.setenv("REDIS_URL", server.url)
+    first = index_step(tmp_path, ["a.jpg", "b.jpg"])
+    if reachable:
+        send(first, ttl=TTL)
+    else:
+        with pytest.warns(ImatchWarning):
+            send(first, ttl=TTL)
+    before = outbox(tmp_path)
+    second = index_step(tmp_path, ["b.jpg", "c.jpg"], weight="vitb16")
+    with pytest.raises(ImatchError, match=r"1 queries of .*vitb16.*such as b\.jpg.*-p run NAME"):
+        send(second, ttl=TTL)
+    assert outbox(tmp_path) == before
+    assert not (second.folder / "sent.json").exists()
+
+
+def test_other_queries_and_other_runs_are_not_refused(server, step, tmp_path):
+    send(step, ttl=TTL)
+    assert send(index_step(tmp_path, ["other.jpg"], weight="vitb16"), ttl=TTL).endswith("1 of them new")
+    assert send(index_step(tmp_path, ["a.jpg"], run="again"), ttl=TTL).startswith("1 messages at imatch:v1:again:* on")
+    with server.client() as client:
+        assert client.xlen(EVENTS) == 4
+
+
+# --- URLs, passwords, TLS
+
+PASSWORD = "s3same/öpen:@?#"
+
+
+def with_password(server, password=PASSWORD):
+    return server.url.replace("://", f"://:{quote(password, safe='')}@")
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "wr0ng/öne"])
+def test_a_password_is_nowhere(servers, tmp_path, monkeypatch, capfd, password):
+    server = servers("--requirepass", PASSWORD).start()
+    monkeypatch.setenv("REDIS_URL", with_password(server, password))
+    step = index_step(tmp_path, ["a.jpg"])
+    said = ""
+    if password == PASSWORD:
+        said += send(step, ttl=TTL)
+        with server.client(with_password(server)) as client:
+            assert client.xlen(EVENTS) == 1
+        server.kill()
+    with pytest.warns(ImatchWarning) as warned:
+        said += send(step, ttl=TTL)
+    said += "".join(str(warning.message) for warning in warned) + "".join(capfd.readouterr())
+    assert "correct the user and password in REDIS_URL" in said or password == PASSWORD
+    with pytest.raises(RedisError) as caught:
+        list(Redis(with_password(server, password), TTL)("demo", some(1)))
+    said += "".join(traceback.format_exception(caught.value)) + repr(Redis(with_password(server, password), TTL))
+    for part in (password, quote(password, safe=""), password[:5], password[-3:]):
+        assert part not in said
+        for path in (path for path in (tmp_path / "exports").rglob("*") if path.is_file()):
+            assert part.encode() not in path.read_bytes(), path
+
+
+def test_a_server_that_repeats_what_it_was_sent_is_not_repeated(servers):
+    long = "s3same" * 30  # of which the server repeats a part
+    server = servers("--requirepass", long, "--rename-command", "HELLO", "", "--rename-command", "AUTH", "").start()
+    for user in ("", "s0meone"):
+        url = server.url.replace("://", f"://{user}:{long}@")
+        with pytest.raises(RedisError, match="unknown command") as caught:
+            list(Redis(url, TTL)("demo", some(1)))
+        assert "s3same" not in "".join(traceback.format_exception(caught.value))
+        assert "s0meone" not in str(caught.value)
+
+
+def test_something_else_that_repeats_what_it_was_sent_is_not_repeated():
+    def answer(listening):
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(10_000)
+            connection.sendall(b"-ERR s0meone:s3same are no words of mine\r\n" * 9)
+
+    with socket.socket() as listening, ThreadPoolExecutor(1) as pool:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        pool.submit(answer, listening)
+        url = f"redis://s0meone:s3same@127.0.0.1:{listening.getsockname()[1]}/0"
+        with pytest.raises(RedisError, match=r"no words of mine") as caught:
+            list(Redis(url, TTL)("demo", some(1)))
+    said = "".join(traceback.format_exception(caught.value))
+    assert "s3same" not in said
+    assert "s0meone" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:s3same/open@host:6379/0",
+        "redis://:s3same#open@host:6379/0",
+        "redis://me:33/s3same@host/0",
+        "redis://me:33?s3same@host/0",
+        "redis://:33#s3same@host/0",
+        "redis://[s3same@host/0",
+        "redis://:s3same@/0",
+        "redis://:s3same@host/zero",
+        "redis://:s3same@host:s3same/0",
+        "redis://:s3same@host?soket_timeout=3",
+        "redis://:s3same@host?socket_timeout=s3same",
+        "unix://:s3/same@/tmp/s3same",
+        "http://:s3same@host",
+        "s3same",
+        "",
+    ],
+)
+def test_a_url_that_means_no_server_is_refused_without_being_repeated(url):
+    with pytest.raises(ImatchError, match="REDIS_URL is no URL") as caught:
+        Redis(url, TTL)
+    said = "".join(traceback.format_exception(caught.value))
+    assert "same" not in said.split("Error: ", 1)[1]
+
+
+def test_timeouts_come_from_the_url():
+    with socket.socket() as silent:  # accepts, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0?socket_timeout=0.05"
+        with pytest.raises(RedisError, match=r"socket_timeout=60"):
+            list(Redis(url, TTL)("demo", some(1)))
+
+
+def test_tls(servers, tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    cert, secret = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", secret, "-out", cert]
+    subprocess.run([*made.split(), *names], check=True, capture_output=True)
+    files = ("--tls-cert-file", str(cert), "--tls-key-file", str(secret), "--tls-ca-cert-file", str(cert))
+    server = servers("--requirepass", PASSWORD, "--tls-auth-clients", "no", *files)
+    server.options += ("--tls-port", str(server.port), "--port", "0")
+    server.start()
+    url = with_password(server).replace("redis://", "rediss://")
+    assert list(Redis(f"{url}?ssl_ca_certs={cert}", TTL)("demo", some(3))) == [(3, 3)]
+    with pytest.raises(RedisError, match="CERTIFICATE_VERIFY_FAILED"):
+        list(Redis(url, TTL)("demo", some(3)))
+
+
+def test_without_url_or_redis_py_it_says_what_to_do(tmp_path, monkeypatch):
+    step = index_step(tmp_path, ["a.jpg"])
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    with pytest.raises(ImatchError, match="set REDIS_URL"):
+        send(step, ttl=TTL)
+    monkeypatch.setenv("REDIS_URL", "redis://localhost")
+    with pytest.raises(ImatchError, match="ttl is 0 seconds"):
+        send(step, ttl=0)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.delitem(sys.modules, "imatch.sinks.redis")
+    with pytest.raises(ImatchError, match=r"pip install -c constraints.txt -e '\.\[redis\]'"):
+        send(step, ttl=TTL)
+    assert outbox(tmp_path) == []
+
+
+def test_importing_send_does_not_import_redis():
+    code = "import imatch.sinks, imatch.steps.send, sys; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

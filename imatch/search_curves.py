@@ -31,9 +31,9 @@ def recall_curve(index: Row) -> Figure:
 
     Args:
         index: of `steps.index.tune_index`. Drawn: curve (effort, recall in [0, 1] and ms a query of each point that was
-            tried; empty for an exact kind), effort (name and value, None without one), wanted_recall and exact_ms
-            (milliseconds a query). Told: kind, reason, vectors, dimension, bytes_a_vector, backend, k, sample (queries)
-            and, of an exact kind, search_ms (a query).
+            tried; empty for an exact kind), effort (name and value, None without one), wanted_recall, and search_ms and
+            exact_ms (milliseconds a query), which are timed alike, so that search_ms is drawn as the time of the chosen
+            effort. Told: kind, reason, vectors, dimension, bytes_a_vector, backend, k, sample (queries).
 
     Returns:
         The figure, without the panel of efforts where there is none to choose; words for an exact kind.
@@ -46,7 +46,9 @@ def recall_curve(index: Row) -> Figure:
     if not points:
         return _words(f"{kind} is exact: recall 1 by definition; {_short(index['search_ms'])} ms a query, {size}")
     effort, k, exact = index["effort"], index["k"], index["exact_ms"]
-    chosen = next(point for point in points if effort is None or point["effort"] == effort["value"])
+    at = next(i for i, point in enumerate(points) if effort is None or point["effort"] == effort["value"])
+    chosen = {**points[at], "ms": index["search_ms"]}
+    points = [*points[:at], chosen, *points[at + 1 :]]
     caption = (
         f"Why {kind}: {_plain(index['reason']).rstrip('.')}. Recall@{k}: of the {k} neighbours of exact search, what "
         f"share the index finds, too, right or wrong; mean over {index['sample']} queries. "
@@ -60,7 +62,7 @@ def recall_curve(index: Row) -> Figure:
     told = f"recall {chosen['recall']:.3f}"
     if effort:
         told = f"{_plain(effort['name'])} {effort['value']}: {told}"
-        _tried(panels[0], index, chosen, "effort")
+        _tried(panels[0], index, points, chosen, "effort")
         efforts = [point["effort"] for point in points]
         shown = efforts[:: math.ceil(len(efforts) / LABELS)]
         panels[0].set_xscale("log", base=2)
@@ -71,7 +73,7 @@ def recall_curve(index: Row) -> Figure:
         panels[0].set_xlabel(f"{_plain(effort['name'])} (more looks at more of the vectors)", fontsize=8)
         _call_out(panels[0], (chosen["effort"], chosen["recall"]), told)
     axis = panels[-1]
-    _tried(axis, index, chosen, "ms")
+    _tried(axis, index, points, chosen, "ms")
     named = f"exact search: {_short(exact)} ms a query"
     axis.plot(exact, 1.0, "D", color="black", markeredgecolor="white", markersize=9, zorder=5, label=named)
     axis.margins(x=0.1)
@@ -88,13 +90,13 @@ def recall_curve(index: Row) -> Figure:
     return figure
 
 
-def _tried(axis: Axes, index: Row, chosen: Row, key: str) -> None:
+def _tried(axis: Axes, index: Row, points: Sequence[Row], chosen: Row, key: str) -> None:
     """All points that were tried, against what `key` names, with the recall that was asked for."""
-    recalls, wanted = [point["recall"] for point in index["curve"]], index["wanted_recall"]
+    recalls, wanted = [point["recall"] for point in points], index["wanted_recall"]
     colour, word = (COLOURS[2], "the first to reach it")
     if chosen["recall"] < wanted:
         colour, word = (COLOURS[1], "the best there is, which FALLS SHORT")
-    axis.plot([point[key] for point in index["curve"]], recalls, "o-", color=COLOURS[0], label="what was tried")
+    axis.plot([point[key] for point in points], recalls, "o-", color=COLOURS[0], label="what was tried")
     axis.axhline(wanted, color="black", linestyle="--", linewidth=1, label=f"asked for: recall {wanted:g}")
     axis.plot(
         chosen[key],

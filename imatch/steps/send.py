@@ -135,7 +135,7 @@ def _deliver(sink: Redis, run: Path, path: Path) -> tuple[int, int]:
     batches = -(-len(messages) // sink.batch)
     counts = list(runs.progress(sink(run.name, messages), "send", batches))
     if (run / folder).is_dir():
-        store.write_json(run / "sent.json", {"run": run.name, "messages": len(messages)})
+        store.write_json(run / folder / "sent.json", {"run": run.name, "messages": len(messages)})
     path.unlink(missing_ok=True)
     return len(messages), sum(new for _, new in counts)
 

@@ -408,11 +408,12 @@ class Searcher:
             most = max(faiss.extract_index_ivf(shard).nlist for shard in self.shards) if not self.gpus else 1024
         elif self.kind.effort:
             most = min(1024, max(16, len(self.vectors)))
-        efforts = [2**i for i in range(most.bit_length())] if self.kind.effort else [None]
+        efforts: list[Any] = [2**i for i in range(most.bit_length())] if self.kind.effort else [None]
+        if self.kind.effort == "efSearch":
+            efforts = [effort for effort in efforts if effort >= 16]
+        self.search(queries, k, efforts[0])  # the first search maps the file and wakes threads
         points = []
         for effort in efforts:
-            if self.kind.effort == "efSearch" and effort is not None and effort < 16:
-                continue
             started = time.perf_counter()
             rows = self.search(queries, k, effort).rows
             took = 1000 * (time.perf_counter() - started) / len(queries)

@@ -21,7 +21,7 @@ import imatch
 from imatch import store
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
 from tests.test_images import STORED, orientation, png_of_zeros
-from tests.test_steps import indexed, judged
+from tests.test_steps import indexed, judged, without_times
 
 NOBODY = 65534
 
@@ -677,7 +677,7 @@ def test_a_full_disk_is_said_wherever_it_comes_and_ends_well_with_room(small_dis
 def others(step, exports):
     """The bytes of everything below a step, but for the times in step.json and the paths in it."""
     return {
-        path.relative_to(exports).as_posix(): path.read_bytes()
+        path.relative_to(exports).as_posix(): without_times(path)
         for path in step.folder.rglob("*")
         if path.is_file() and path.name not in ("step.json", "seen.jsonl")
     }

@@ -10,7 +10,7 @@ import imatch
 PACKAGE = Path(imatch.__file__).parent
 FLOORS = [
     {"registry", "datasets", "records", "plugins"},
-    {"images", "store", "pooling", "geometry", "intervals", "calibrate", "positions"},
+    {"images", "store", "pooling", "geometry", "intervals", "calibrate", "positions", "rerank"},
     {"runs"},
     {"backbones", "references", "indexes", "matching", "sinks"},
     {"searcher"},
@@ -31,6 +31,8 @@ FLOORS = [
 ]
 WITHIN = {
     ("calibrate", "intervals"),
+    ("rerank", "store"),
+    ("rerank", "pooling"),
     ("steps", "evaluate"),
     ("explore", "viz"),
     ("search_curves", "curves"),

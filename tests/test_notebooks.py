@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from imatch import batch, store
+from tests.test_steps import without_times
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -74,8 +75,8 @@ def arrays(exports):
     """Every file that a step made, but for the report and the file about the run itself."""
     kept = (path for path in sorted(exports.rglob("*")) if path.is_file() and ".running" not in path.parts)
     own = {"notebook.ipynb", "step.json", "seen.jsonl"}  # hold times and places
-    own |= {"table.csv", "table.json", "report.html", "time.png"}  # of 05_report: show times
-    return {path.relative_to(exports).as_posix(): path.read_bytes() for path in kept if path.name not in own}
+    own |= {"table.csv", "table.json", "report.html", "time.png", "recall.png"}  # show times
+    return {path.relative_to(exports).as_posix(): without_times(path) for path in kept if path.name not in own}
 
 
 def fingerprints(exports):

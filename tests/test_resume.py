@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ import imatch
 from imatch import runs, store
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
 from imatch.runs import Step
-from tests.test_steps import indexed, judged
+from tests.test_steps import indexed, judged, without_times
 
 PHOTOGRAPHS, SHARD = 16, 2
 KEYPOINTS, ANGLES, K = 120, (0, 30), 5
@@ -207,18 +206,9 @@ def content(folder: Path) -> dict[str, Any]:
             found[name] = {**store.read_json(path), "seconds": None, "work": None}
         elif path.name == "seen.jsonl":
             found[name] = [{**row, "stat": row["stat"][:1]} for row in store.read_rows(path)]
-        elif path.name in ("metrics.json", "results.json", "index.json") or path.parent.name == "queries":
-            found[name] = _timeless(store.read_json(path))
         elif path.is_file():
-            found[name] = path.read_bytes()
+            found[name] = without_times(path)
     return found
-
-
-def _timeless(value: Any) -> Any:
-    """JSON without durations, and without what an index was chosen by: the memory that was free."""
-    if isinstance(value, dict):
-        return {key: _timeless(v) for key, v in value.items() if not re.search(r"(^|_)ms$|^reason$", key)}
-    return [_timeless(part) for part in value] if isinstance(value, list) else value
 
 
 def assert_same(folder: Path, expected: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,20 @@ def matched(index, **given):
     step = imatch.start_match(str(index.folder), **options)
     pairs = imatch.match(step, workers=0)
     return step, pairs, step.finish(imatch.match_metrics(step, pairs))
+
+
+def without_times(path):
+    """What a file of a step holds: its bytes; JSON of 03_index without durations, and without what an index was chosen
+    by, the memory that was free."""
+    if path.name not in ("metrics.json", "results.json", "index.json") and path.parent.name != "queries":
+        return path.read_bytes()
+    return _without_times(store.read_json(path))
+
+
+def _without_times(value):
+    if isinstance(value, dict):
+        return {key: _without_times(part) for key, part in value.items() if not re.search(r"(^|_)ms$|^reason$", key)}
+    return [_without_times(part) for part in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

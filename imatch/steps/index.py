@@ -211,10 +211,10 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
             ImatchWarning,
             stacklevel=2,
         )
-    exact_ms, search_ms = (
-        _ms(lambda: index.exact(sample, k), len(sample)),
-        _ms(lambda: index.search(sample, k), len(sample)),
-    )
+    index.exact(sample[:8], k)  # the first ones wake threads and map files
+    index.search(sample[:8], k)
+    exact_ms = _ms(lambda: index.exact(sample, k), len(sample))
+    search_ms = _ms(lambda: index.search(sample, k), len(sample))
     n, d = index.vectors.shape
     return {
         "kind": index.plan["kind"],

@@ -4,8 +4,8 @@
 
 10,000 messages of ten results go to a redis-server of its own on the loopback. The loop calls `client.set(key, payload,
 ex=ttl)` for each, and makes no events; `imatch.sinks.redis` compares, writes, and makes an event for each. Sent again,
-they are compared only. Measure on an idle machine: the loop waits most of its time, so that it loses little where other
-programs take the cores, and the ratio falls.
+they are compared only. The loop mostly waits for the server to wake up, so the ratio says something of the machine:
+it falls where other programs keep the cores awake.
 """
 
 from __future__ import annotations

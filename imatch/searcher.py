@@ -11,7 +11,6 @@ hold a vector which is gone are made anew, and new vectors become new shards, al
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,9 @@ below it every query reads all vectors anew (`make bench` shows both)."""
 EXACT = 10**9
 """n d up to which exact search is fast enough: some 20 ms a query on two cores in batches."""
 TIE = 1e-6
+"""Cosines that differ by less are equal but for rounding."""
 SAMPLE = 256
+"""Queries at most that recall is measured on."""
 
 
 def choose(n: int, d: int, memory: int) -> tuple[str, str]:
@@ -69,14 +70,14 @@ def choose(n: int, d: int, memory: int) -> tuple[str, str]:
 
 
 def digests(vectors: np.ndarray) -> np.ndarray:
-    """(N,) uint64, the first 8 bytes of the SHA-256 of each vector, as `store.vector_digest` spells them.
+    """(N,) uint64, the `store.vector_digest` of each vector, as a number.
 
     >>> one = np.ones((1, 2), np.float32)
     >>> f"{digests(one)[0]:016x}" == store.vector_digest(one[0])
     True
     """
-    found = [hashlib.sha256(v.data).digest()[:8] for block in _blocks(vectors) for v in block]
-    return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
+    found = (int(store.vector_digest(vector), 16) for block in _blocks(vectors) for vector in block)
+    return np.fromiter(found, np.uint64, len(vectors))
 
 
 def build(
@@ -205,9 +206,10 @@ def _write_shard(
     keys: np.ndarray,
 ) -> None:
     index = faiss.clone_index(trained)
-    with _threads(1 if made.effort == "efSearch" else 0):  # a graph depends on the order in which it grows
+    with _threads(1 if made.in_order else faiss.omp_get_max_threads()):
         for part in _parts(rows, vectors.shape[1]):
             index.add(store.take(vectors, part))
+    (folder / f"{name}.faiss").unlink(missing_ok=True)  # an older shard of that name must not pass for this one
     store.write_array(folder / f"{name}.npy", keys[rows])
     _write(folder / f"{name}.faiss", index)  # last: it says that the shard is whole
 
@@ -215,7 +217,7 @@ def _write_shard(
 @contextmanager
 def _threads(n: int) -> Iterator[None]:
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(n or before)
+    faiss.omp_set_num_threads(n)
     try:
         yield
     finally:
@@ -299,7 +301,7 @@ class Searcher:
         for shard, part, name in zip(self.shards, held, names, strict=True):
             if shard.ntotal != len(part):
                 raise StepError(f"{folder / name}.faiss holds {shard.ntotal} vectors, not {len(part)}: delete {folder}")
-        self.gpus = _gpus(device, self.plan["kind"])
+        self.gpus = _gpus(device, self.plan["kind"], self.kind.gpu)
         if self.gpus:
             options = faiss.GpuMultipleClonerOptions()
             options.useFloat16, options.shard = float16, len(self.gpus) > 1
@@ -336,7 +338,7 @@ class Searcher:
         if not np.isfinite(queries).all():
             raise ImatchError("queries hold numbers that are not finite: embed them again")
         self._set_effort(effort or self.effort)
-        faiss.cvar.distance_compute_blas_threshold = PRODUCTS * d
+        _allow_products(d)
         k_found = min(k, n)
         rows = np.full((len(queries), k), -1)
         scores = np.full((len(queries), k), -np.inf, np.float32)
@@ -393,7 +395,8 @@ class Searcher:
         return scores
 
     def curve(self, queries: np.ndarray, k: int) -> list[Point]:
-        """Recall@k against exact search and milliseconds a query, over doubling efforts, up to all of it.
+        """Recall@k against exact search and milliseconds a query, over the kind's efforts, until nothing is missed; no
+        points for an exact kind.
 
         Args:
             queries: (Q, D) float32, a sample.
@@ -403,14 +406,7 @@ class Searcher:
             return []
         k = min(k, len(self.vectors))
         exact = self.exact(queries, k)
-        most = 1
-        if self.kind.effort == "nprobe":
-            most = max(faiss.extract_index_ivf(shard).nlist for shard in self.shards) if not self.gpus else 1024
-        elif self.kind.effort:
-            most = min(1024, max(16, len(self.vectors)))
-        efforts: list[Any] = [2**i for i in range(most.bit_length())] if self.kind.effort else [None]
-        if self.kind.effort == "efSearch":
-            efforts = [effort for effort in efforts if effort >= 16]
+        efforts = [*self.kind.efforts(self.plan["learned_of"])] or [None]
         self.search(queries, k, efforts[0])  # the first search maps the file and wakes threads
         points = []
         for effort in efforts:
@@ -440,6 +436,7 @@ class Searcher:
     def exact(self, queries: np.ndarray, k: int) -> Hits:
         """The exact k nearest, by comparing with all vectors of the store, block by block; k is at most N."""
         queries = np.ascontiguousarray(queries, np.float32)
+        _allow_products(queries.shape[1])
         rows = np.zeros((len(queries), 0), np.int64)
         scores = np.zeros((len(queries), 0), np.float32)
         first = 0
@@ -456,12 +453,16 @@ class Searcher:
         return sum((self.folder / f"{name}.faiss").stat().st_size for name in self.plan["shards"])
 
 
-def _gpus(device: str, kind: str) -> list[int]:
+def _allow_products(d: int) -> None:
+    faiss.cvar.distance_compute_blas_threshold = PRODUCTS * d
+
+
+def _gpus(device: str, kind: str, able: bool) -> list[int]:
     """The GPUs to search on; none is the CPU."""
     name, _, number = device.partition(":")
     if name not in DEVICES or (number and (name != "cuda" or not number.isdecimal())):
         raise ImatchError(f"unknown device {device!r}: use auto, cpu, cuda or such as cuda:0")
-    there, able = faiss.get_num_gpus(), kind in ("flat", "ivf_flat", "ivf_pq")
+    there = faiss.get_num_gpus()
     if name == "cpu" or (name == "auto" and not (there and able)):
         return []
     if not there:

@@ -129,8 +129,8 @@ def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         vectors.base.madvise(mmap.MADV_DONTNEED)
         return taken
     taken = np.empty((len(rows), *vectors.shape[1:]), np.float32)
-    for first in range(0, len(rows), 1024):  # each row brings 64 kB of the file around it
-        taken[first : first + 1024] = vectors[rows[first : first + 1024]]
+    for first in range(0, len(rows), 64):  # each row may bring a megabyte of the file around it
+        taken[first : first + 64] = vectors[rows[first : first + 64]]
         vectors.base.madvise(mmap.MADV_DONTNEED)
     return taken
 

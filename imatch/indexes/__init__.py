@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from imatch import plugins
@@ -29,8 +29,19 @@ class Kind(Protocol):
         """What is raised for more recall and more time: "nprobe", "efSearch", or "" where there is no such thing."""
 
     @property
+    def gpu(self) -> bool:
+        """Whether FAISS has it on GPUs."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether it depends on the order in which vectors are added, so that one thread must build it."""
+
+    @property
     def refine(self) -> int:
         """How many times k candidates are compared by their vectors in the store; 0 believes the index' own scores."""
+
+    def efforts(self, n: int) -> Sequence[int]:
+        """The efforts worth trying when it was laid out for n vectors, rising; none where `effort` is ""."""
 
     def learns_from(self, n: int) -> int:
         """How many of n vectors it is trained on; 0 when it learns nothing."""
@@ -70,3 +81,12 @@ def lists(n: int, wanted: int) -> int:
         return wanted
     most = max(1, n // 39)
     return int(min(2 ** round((16 * max(n, 1)).bit_length() / 2), 2 ** (most.bit_length() - 1)))
+
+
+def probes(count: int) -> list[int]:
+    """Efforts to try with so many inverted lists: doubling, up to all of them.
+
+    >>> probes(12)
+    [1, 2, 4, 8, 12]
+    """
+    return sorted({count, *(2**i for i in range(count.bit_length()))})

@@ -30,6 +30,16 @@ class Factory:
     seen: int = 100_000
     exact: ClassVar[bool] = False
     effort: ClassVar[str] = ""
+    gpu: ClassVar[bool] = False
+
+    @property
+    def in_order(self) -> bool:
+        """See `Kind`: graphs do."""
+        return any(graph in self.key for graph in ("HNSW", "NSG", "NNDescent"))
+
+    def efforts(self, _: int) -> list[int]:
+        """See `Kind`."""
+        return []
 
     def learns_from(self, n: int) -> int:
         """See `Kind`."""

@@ -18,7 +18,13 @@ class Flat:
 
     exact: ClassVar[bool] = True
     effort: ClassVar[str] = ""
+    gpu: ClassVar[bool] = True
+    in_order: ClassVar[bool] = False
     refine: ClassVar[int] = 1
+
+    def efforts(self, _: int) -> list[int]:
+        """See `Kind`."""
+        return []
 
     def learns_from(self, _: int) -> int:
         """See `Kind`."""

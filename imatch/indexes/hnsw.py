@@ -25,7 +25,13 @@ class Hnsw:
     construction: int = 100
     exact: ClassVar[bool] = False
     effort: ClassVar[str] = "efSearch"
+    gpu: ClassVar[bool] = False
+    in_order: ClassVar[bool] = True
     refine: ClassVar[int] = 1
+
+    def efforts(self, _: int) -> list[int]:
+        """See `Kind`."""
+        return [2**i for i in range(4, 11)]
 
     def learns_from(self, _: int) -> int:
         """See `Kind`."""

@@ -24,7 +24,13 @@ class IvfFlat:
     centroids: int = 0
     exact: ClassVar[bool] = False
     effort: ClassVar[str] = "nprobe"
+    gpu: ClassVar[bool] = True
+    in_order: ClassVar[bool] = False
     refine: ClassVar[int] = 1
+
+    def efforts(self, n: int) -> list[int]:
+        """See `Kind`."""
+        return indexes.probes(indexes.lists(n, self.centroids))
 
     def learns_from(self, n: int) -> int:
         """See `Kind`: 50 vectors a list."""

@@ -30,9 +30,15 @@ class IvfPq:
     refine: int = 8
     exact: ClassVar[bool] = False
     effort: ClassVar[str] = "nprobe"
+    gpu: ClassVar[bool] = True
+    in_order: ClassVar[bool] = False
 
     def _parts(self, d: int) -> int:
         return self.parts or next(d // size for size in (4, 3, 2, 1) if d % size == 0)
+
+    def efforts(self, n: int) -> list[int]:
+        """See `Kind`."""
+        return indexes.probes(indexes.lists(n, self.centroids))
 
     def learns_from(self, n: int) -> int:
         """See `Kind`: 50 vectors a list, and at least 10,000 for the patterns."""

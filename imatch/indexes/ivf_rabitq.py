@@ -26,6 +26,12 @@ class IvfRabitq:
     refine: int = 8
     exact: ClassVar[bool] = False
     effort: ClassVar[str] = "nprobe"
+    gpu: ClassVar[bool] = False
+    in_order: ClassVar[bool] = False
+
+    def efforts(self, n: int) -> list[int]:
+        """See `Kind`."""
+        return indexes.probes(indexes.lists(n, self.centroids))
 
     def learns_from(self, n: int) -> int:
         """See `Kind`: 50 vectors a list."""

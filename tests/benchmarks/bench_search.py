@@ -24,7 +24,7 @@ import numpy as np
 from imatch import registry, searcher, store
 
 N, D, QUERIES, K, FEW = 200_000, 384, 1000, 10, 40
-LARGE, NARROW, PLACES = 2_000_000, 128, 20_000
+LARGE, NARROW, PLACES, PART = 2_000_000, 128, 20_000, 100_000
 
 
 def main() -> None:
@@ -118,19 +118,12 @@ def write(folder: Path) -> None:
     centres = unit(PLACES, NARROW, 2)
     rng = np.random.default_rng(3)
     found = np.lib.format.open_memmap(folder / "v.npy", "w+", np.float32, (LARGE, NARROW))
+    for first in range(0, LARGE, PART):
+        near = centres[rng.integers(0, PLACES, PART)]
+        block = near + 0.05 * rng.standard_normal(near.shape, dtype=np.float32)
+        found[first : first + PART] = block / np.linalg.norm(block, axis=1, keepdims=True)
     found.flush()
-    del found
-    header = (folder / "v.npy").stat().st_size - LARGE * NARROW * 4
-    keys = []
-    with (folder / "v.npy").open("r+b") as file:
-        file.seek(header)
-        for _ in range(0, LARGE, 100_000):
-            near = centres[rng.integers(0, PLACES, 100_000)]
-            block = near + 0.05 * rng.standard_normal(near.shape, dtype=np.float32)
-            block /= np.linalg.norm(block, axis=1, keepdims=True)
-            keys.append(searcher.digests(block))
-            file.write(block.tobytes())
-    np.save(folder / "keys.npy", np.concatenate(keys))
+    np.save(folder / "keys.npy", searcher.digests(found))
 
 
 def gpu(folder: Path) -> None:

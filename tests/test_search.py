@@ -88,12 +88,15 @@ def test_an_index_follows_the_photographs(few_photographs, tmp_path):
     assert step.metrics["index"]["vectors"] == 3
 
 
-def test_bad_requests_are_refused_before_anything_is_written(house):
+def test_bad_requests_are_refused_before_anything_is_written(house, monkeypatch):
+    monkeypatch.delenv("REDIS_URL", raising=False)
     for given, said in (
         ({"index": "ivf"}, "did you mean"),
         ({"index": "ivf_pq", "index_options": {"part": 4}}, "unknown option"),
         ({"recall": 1.5}, "recall 1.5"),
         ({"memory_gb": -1.0}, "memory_gb -1.0"),
+        ({"send": "reddis"}, "did you mean 'redis'"),
+        ({"send": "redis"}, "set REDIS_URL"),
     ):
         with pytest.raises(ImatchError, match=said):
             indexed(*house, "data-reference", tag="never", **given)

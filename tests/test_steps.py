@@ -65,6 +65,8 @@ INDEX = {
     "heading": 180.0,
     "cluster": "photograph",
     "precision": 0.95,
+    "send": "",
+    "ttl": 60,
     "tag": "",
     "on_change": "refuse",
 }

@@ -18,6 +18,7 @@ from imatch.positions import Places
 from imatch.records import Hits, ImatchError, ImatchWarning, Ranking, StepError, Truth
 from imatch.runs import Step
 from imatch.searcher import Searcher
+from imatch.steps.send import sink_of
 from imatch.steps.shared import (
     flat_name,
     missed,
@@ -54,6 +55,8 @@ def start_index(
     heading: float,
     cluster: str,
     precision: float,
+    send: str,
+    ttl: int,
     tag: str,
     on_change: str,
 ) -> Step:
@@ -79,6 +82,7 @@ def start_index(
         heading: degrees that two headings may differ by at most; 180 asks for none.
         cluster: what intervals resample, for its queries fall or stand together: "photograph" or "capture".
         precision: the share of believed hits that shall be right, in (0, 1).
+        send, ttl: as `send` will be given them (`to`, in seconds): refused now, not after hours.
         tag, on_change: as in `start_embed`.
 
     Raises:
@@ -97,6 +101,7 @@ def start_index(
             f"radius {radius} must be above 0 metres, heading {heading} above 0 and up to 180 degrees, "
             f"precision {precision} between 0 and 1"
         )
+    sink_of(send, ttl)
     if index != "auto":
         indexes.create(index, index_options)
     if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):

@@ -43,17 +43,11 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     Warns:
         ImatchWarning: Redis could not be reached or refused: the messages wait.
     """
-    if to not in ("", "redis"):
-        raise ImatchError(plugins.unknown("send", to, ["redis"]))
-    if not to:
+    sink = sink_of(to, ttl)
+    if sink is None:
         return "nothing is sent: -p send redis does"
-    try:
-        from imatch.sinks.redis import PREFIX, Redis, RedisError
-    except ModuleNotFoundError as error:
-        raise ImatchError(
-            "sending to Redis needs redis-py: .venv/bin/pip install -c constraints.txt -e '.[redis]'"
-        ) from error
-    sink = Redis(registry.redis_url(), ttl)
+    from imatch.sinks.redis import PREFIX, RedisError
+
     run, _ = run_and_dataset(step)
     results = store.read_json(step.folder / "results.json")
     _refuse_same_queries(run, step.folder, {row["query"] for row in results["queries"]})
@@ -73,6 +67,28 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
         warnings.warn(ImatchWarning(f"{error}. {said}: the next run of 03_index sends them"), stacklevel=2)
         return said
     return f"{sent} messages at {PREFIX}:{run.name}:* on {sink.place}, {new} of them new"
+
+
+def sink_of(to: str, ttl: int) -> Redis | None:
+    """Where `send` will send to; None is nowhere. Connects to nothing.
+
+    Raises:
+        ImatchError: an unknown name, a ttl below 1; for "redis" no redis-py, no REDIS_URL, or one that is no URL.
+
+    >>> sink_of("", ttl=60) is None
+    True
+    """
+    if to not in ("", "redis"):
+        raise ImatchError(plugins.unknown("send", to, ["redis"]))
+    if not to:
+        return None
+    try:
+        from imatch.sinks.redis import Redis
+    except ModuleNotFoundError as error:
+        raise ImatchError(
+            "sending to Redis needs redis-py: .venv/bin/pip install -c constraints.txt -e '.[redis]'"
+        ) from error
+    return Redis(registry.redis_url(), ttl)
 
 
 def message(results: Mapping[str, Any], row: Row) -> bytes:

@@ -5,7 +5,7 @@ FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test redis-server lint lab bench lock vocabulary clean
+.PHONY: help setup demo test redis-server chromium lint lab bench lock vocabulary clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,16 +27,16 @@ demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/python -m imatch.batch params/demo.yaml
 
-test: $(READY) redis-server  ## every test
+test: $(READY) redis-server chromium  ## every test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# Debian's, for the tests, which start their own: the service stays off (the variables are for SysV and for systemd)
+# Debian's, for the tests, which start their own: no service stays on (the variables are for SysV and for systemd)
 APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 SYSTEMD_OFFLINE=1 apt-get -qq
 
-redis-server:
-	@command -v redis-server > /dev/null || \
-	{ $(APT) update; $(APT) install --yes --no-install-recommends redis-server; } > /dev/null 2>&1 || \
-	echo "no redis-server, and apt-get cannot install it here: the tests of Redis will be skipped"
+redis-server chromium:
+	@command -v $@ > /dev/null || \
+	{ $(APT) update; $(APT) install --yes --no-install-recommends $@; } > /dev/null 2>&1 || \
+	echo "no $@, and apt-get cannot install it here: the tests that need it will be skipped"
 
 lint: $(READY)  ## format and check
 	$(BIN)/ruff format

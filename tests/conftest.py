@@ -1,5 +1,6 @@
 """Photographs and finished steps that several tests use."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,18 @@ def brighton_beach():
     if not folder.is_dir():
         pytest.skip(f"no photographs at {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium, Debian's, driven by Playwright: `chromium.new_page()`. Not for the whole session: while it
+    is open, its event loop is in the way of others in this process, such as nbclient's."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -13,15 +13,22 @@ from imatch.records import Geometry, ImatchError
 
 MODELS = {"off": 1, "similarity": 2, "affine": 3, "homography": 4}
 """The models, and how many correspondences the smallest sample of each needs."""
+METHODS = {"accurate": cv2.USAC_ACCURATE, "magsac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC}
+"""The robust estimators, by OpenCV's number."""
+FEWEST = 4
+"""Fewer inliers than this say nothing, whatever `min_inliers` is: any two points fit a similarity."""
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """Robust estimation with OpenCV: USAC_ACCURATE (LO-RANSAC with graph cut; Ivashechkin, Barath and Matas,
-    "USACv20", 2021) for affine and homography, RANSAC with local refinement for the two-point similarity.
+    """Robust estimation with OpenCV. Every method has a seed of its own, so equal input gives equal bytes.
 
     Attributes:
         model: "off", "similarity" (4 degrees of freedom), "affine" (6) or "homography" (8).
+        method: "accurate" (USAC_ACCURATE: LO-RANSAC with graph cut; Ivashechkin, Barath and Matas, "USACv20", 2021),
+            "magsac" (Barath et al., "MAGSAC++", CVPR 2020) or "ransac" (Fischler and Bolles, CACM 1981; with local
+            refinement; many times slower where most correspondences are wrong). "auto" becomes accurate, but ransac
+            for a similarity, for which OpenCV has no other.
         threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0.
         confidence: wanted probability that the best sample was found, in (0, 1).
         iterations: at most so many samples.
@@ -29,10 +36,10 @@ class Estimator:
             correspondences that the transformation puts inside B. The form is Brown and Lowe's ("Automatic
             panoramic image stitching using invariant features", IJCV 2007; they use 8 and 0.3). With mutual
             neighbours and no ratio test true pairs of vegetation keep as few as a tenth of theirs, wrong ones
-            hardly reach 8, so the share is 0.1.
+            hardly reach 8, so the share is 0.1. Fewer than 4 inliers are never enough.
 
     Raises:
-        ImatchError: unknown model, or a number out of its range.
+        ImatchError: unknown model or method, a method that the model does not have, or a number out of its range.
 
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
     >>> geometry = Estimator(model="similarity")(xy, 2 * xy + 5, (100, 100), (210, 210))
@@ -46,10 +53,19 @@ class Estimator:
     iterations: int = 10_000
     min_inliers: int = 8
     min_share: float = 0.1
+    method: str = "auto"
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
+        if self.method == "auto":
+            object.__setattr__(self, "method", "ransac" if self.model == "similarity" else "accurate")
+        if self.method not in METHODS:
+            raise ImatchError(f"method {self.method!r} is not known: use auto, {', '.join(METHODS)}")
+        if self.model == "similarity" and self.method != "ransac":
+            raise ImatchError(
+                f"OpenCV estimates a similarity by ransac, not by {self.method}: use method auto, or another model"
+            )
         if not (self.threshold > 0 and 0 < self.confidence < 1 and self.iterations > 0 and 0 <= self.min_share < 1):
             raise ImatchError(
                 f"threshold {self.threshold} must be above 0, confidence {self.confidence} between 0 and 1, "
@@ -86,6 +102,8 @@ class Estimator:
         if flaw:
             return Geometry(matrix, inliers, error, False, flaw)
         shared = int(((mapped >= -0.5) & (mapped <= np.array(size_b[::-1]) - 0.5)).all(axis=1).sum())
+        if n < FEWEST:
+            return Geometry(matrix, inliers, error, False, f"{n} inliers are fewer than {FEWEST}")
         needed = self.min_inliers + self.min_share * shared
         said = f"{n} inliers of {shared} correspondences in the shared area"
         return Geometry(
@@ -93,31 +111,23 @@ class Estimator:
         )
 
     def _estimate(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-        if self.model == "similarity":
-            half, mask = cv2.estimateAffinePartial2D(
-                a,
-                b,
-                method=cv2.RANSAC,
-                ransacReprojThreshold=self.threshold,
-                maxIters=self.iterations,
-                confidence=self.confidence,
-            )
-        elif self.model == "affine":
-            usac = cv2.UsacParams()
-            usac.threshold, usac.confidence, usac.maxIterations = self.threshold, self.confidence, self.iterations
-            usac.loMethod, usac.sampler = cv2.LOCAL_OPTIM_GC, cv2.SAMPLING_UNIFORM
-            half, mask = cv2.estimateAffine2D(a, b, usac)
-        else:
-            full, mask = cv2.findHomography(
-                a, b, cv2.USAC_ACCURATE, self.threshold, None, self.iterations, self.confidence
-            )
-            return full, _inliers(mask, len(a))
-        full = None if half is None else np.vstack([half, [0, 0, 1]])
-        return full, _inliers(mask, len(a))
-
-
-def _inliers(mask: np.ndarray | None, m: int) -> np.ndarray:
-    return np.zeros(m, bool) if mask is None else mask.ravel().astype(bool)
+        estimate = {
+            "similarity": cv2.estimateAffinePartial2D,
+            "affine": cv2.estimateAffine2D,
+            "homography": cv2.findHomography,
+        }[self.model]
+        found, mask = estimate(
+            a,
+            b,
+            method=METHODS[self.method],
+            ransacReprojThreshold=self.threshold,
+            maxIters=self.iterations,
+            confidence=self.confidence,
+        )
+        inliers = np.zeros(len(a), bool) if mask is None else mask.ravel().astype(bool)
+        if found is not None and len(found) == 2:
+            found = np.vstack([found, [0, 0, 1]])
+        return found, inliers
 
 
 def transform(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:

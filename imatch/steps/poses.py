@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from imatch import backbones, runs, store
-from imatch.images import Resize
 from imatch.poses import UPRIGHT, Pose
 from imatch.records import ImatchWarning, StepError, Tokens
 from imatch.runs import Step
@@ -51,7 +50,6 @@ def embed_poses(
         raise StepError(f"{folder} was imported, and its photographs are not known to be there: run 01_embed")
     upright, posed = Embeddings(folder), {}
     for pose in (pose for pose in poses if pose != UPRIGHT):
-        Resize(**source.parameters["resize"]).zoomed(pose.zoom).check(source.parameters["backbone"].get("patch", 1))
         step = _start(source, pose, on_change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,14 @@ class Resize:
             use = f"{low} or {low + patch}" if low else f"{patch}"
             raise ImatchError(f"long_side {self.long_side} is not a multiple of patch {patch}: use {use}")
 
+    def zoomed(self, zoom: float) -> Resize:
+        """The same with every side multiplied by `zoom`.
+
+        >>> str(Resize("long_side", long_side=512).zoomed(0.5))
+        'ls256'
+        """
+        return replace(self, long_side=round(self.long_side * zoom), scale=self.scale * zoom)
+
     def target(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
         """The (h, w) that a photograph of (h, w) pixels is resized to: multiples of `patch`, at least one each."""
         self.check(patch)
@@ -116,6 +124,8 @@ class Decoded:
         position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
         box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
         look: what `look` says of the pixels, "" if nobody asked.
+        turned: (3, 3), where the pixels were before they were turned (`poses.turned`), and the (h, w) of all of them
+            then; None when nobody turned them.
     """
 
     pixels: np.ndarray
@@ -124,11 +134,16 @@ class Decoded:
     position: dict[str, float | None] | None
     box: tuple[float, float, float, float]
     look: str = ""
+    turned: tuple[np.ndarray, tuple[int, int]] | None = None
 
     def to_original(self, xy: np.ndarray) -> np.ndarray:
         """Positions (n, 2) in `pixels` as float32 positions in the upright photograph as it lies on disk."""
         origin, corner = np.array(self.box[:2]), np.array(self.box[2:])
-        factor = (corner - origin) / self.pixels.shape[1::-1]
+        size = self.pixels.shape[:2]
+        if self.turned:
+            back, size = self.turned
+            xy = xy @ back[:2, :2].T + back[:2, 2]
+        factor = (corner - origin) / size[::-1]
         return np.asarray((xy + 0.5) * factor + origin - 0.5, np.float32)
 
 

@@ -186,10 +186,12 @@ class Ranking:
         right: (Q, k) bool, whether the hit answers the query.
         answers: (Q,) int64, how many right answers the gallery holds.
         candidates: (Q,) int64, how many of its rows may be found: not the query itself or, if asked, its siblings.
-        without: (Q,) float32, the best score when all right answers are left out of the gallery: what a query that
-            has no match would find. -inf where nothing else is there.
+        without: (Q,) float32, the score of the first hit when all right answers are left out of the gallery: what a
+            query that has no match would find. -inf where nothing else is there.
         metres: (Q, k) float64, how far each hit lies from where the query was taken, NaN where that is not known;
             None when no position is known at all.
+        turn: (Q, k) float64, degrees counter-clockwise that the query was turned by when it found the hit, NaN where
+            row is -1; None when queries were searched upright alone.
     """
 
     rows: np.ndarray
@@ -199,6 +201,7 @@ class Ranking:
     candidates: np.ndarray
     without: np.ndarray
     metres: np.ndarray | None
+    turn: np.ndarray | None
 
 
 @dataclass(frozen=True)

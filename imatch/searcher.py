@@ -69,6 +69,15 @@ def choose(n: int, d: int, memory: int) -> tuple[str, str]:
     raise ImatchError(f"no index of {n} vectors of {d} numbers fits: {'; '.join(told)}. Give more with -p memory_gb")
 
 
+def sample(n: int, most: int = SAMPLE) -> np.ndarray:
+    """Which of n rows to measure on: all, or so many evenly spread ones.
+
+    >>> sample(10, 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return np.unique(np.linspace(0, n - 1, min(most, n)).astype(int))
+
+
 def digests(vectors: np.ndarray) -> np.ndarray:
     """(N,) uint64, the `store.vector_digest` of each vector, as a number.
 
@@ -283,7 +292,7 @@ class Searcher:
     ) -> None:
         if not (folder / "index.json").is_file():
             raise StepError(f"no index at {folder}: run 03_index again")
-        self.folder, self.vectors = folder, vectors
+        self.folder, self.vectors, self.device = folder, vectors, device
         self.plan = store.read_json(folder / "index.json")
         self.kind = indexes.create(self.plan["kind"], self.plan["options"])
         names = self.plan["shards"]

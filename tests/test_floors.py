@@ -13,7 +13,7 @@ FLOORS = [
     {"images", "store", "pooling", "geometry", "intervals", "calibrate", "positions", "rerank"},
     {"runs"},
     {"backbones", "references", "indexes", "matching", "sinks"},
-    {"searcher"},
+    {"searcher", "poses"},
     {"evaluate", "steps", "demo", "denseft"},
     {
         "viz",

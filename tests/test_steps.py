@@ -58,6 +58,11 @@ INDEX = {
     "recall": 0.95,
     "float16": False,
     "k": 5,
+    "whiten": 0,
+    "rotations": 1,
+    "expand": 0,
+    "rerank": 0,
+    "tokens": 32,
     "exclude_siblings": False,
     "truth": "photograph",
     "labels": "",
@@ -122,7 +127,7 @@ def matched(index, **given):
 def without_times(path):
     """What a file of a step holds: its bytes; JSON of 03_index without durations, and without what an index was chosen
     by, the memory that was free."""
-    if path.name not in ("metrics.json", "results.json", "index.json") and path.parent.name != "queries":
+    if path.name not in ("metrics.json", "results.json", "index.json", "stages.json") and path.parent.name != "queries":
         return path.read_bytes()
     return _without_times(store.read_json(path))
 

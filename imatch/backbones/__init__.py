@@ -18,6 +18,8 @@ BACKBONES = {
 }
 CLASSICAL = ("sift", "dsift")
 """Those that need no weights and are named by themselves; the others are named by their weights."""
+INVARIANT = ("sift",)
+"""Those that turn and zoom with their photographs, so that turned ones say nothing new."""
 
 
 class Backbone(Protocol):

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imatch import backbones, images, registry, runs, store
+from imatch import backbones, images, poses, registry, runs, store
 from imatch.backbones import Backbone
 from imatch.images import Decoded, Resize
+from imatch.poses import Pose
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.runs import Step
 from imatch.steps.shared import decodable, named, run_and_dataset, tagged, view_rows
@@ -214,10 +215,11 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
     return step.finish(metrics, contents)
 
 
-def _decode(path: Path, resize: Resize, patch: int) -> Decoded | PhotographError:
+def _decode(path: Path, resize: Resize, patch: int, degrees: float) -> Decoded | PhotographError:
     try:
         decoded = images.decode(path, resize, patch)
-        return replace(decoded, look=images.look(decoded.pixels))
+        decoded = replace(decoded, look=images.look(decoded.pixels))
+        return poses.turned(decoded, degrees, patch) if degrees else decoded
     except PhotographError as error:
         return error
 
@@ -226,6 +228,8 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
     """Write the shards of a variant sub{s} that the finished raw variant beside it holds, without another forward
     pass; returns those that are left to compute."""
     parameters = step.parameters
+    if "pose" in parameters:
+        return list(todo)
     stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{parameters['variant']}"
     beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
     if stride == 1 or not todo or not (beside / "metrics.json").is_file():
@@ -295,9 +299,10 @@ class _Work:
                 f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
             )
         begun = time.monotonic()
-        resize = Resize(**parameters["resize"])
+        pose = Pose(**parameters.get("pose", {}))
+        resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
         readable = [seen.root / id for ids in self.shards.values() for id in ids if not seen[id]["problem"]]
-        decode = partial(_decode, resize=resize, patch=backbone.patch)
+        decode = partial(_decode, resize=resize, patch=backbone.patch, degrees=pose.turn)
         decoded = runs.parallel(decode, readable, self.workers, step.name[3:], quiet)
         stride = _stride(parameters["variant"])
         with ThreadPoolExecutor(1) as writer:
@@ -405,8 +410,7 @@ def _embed_shard(
                 rows[id]["skipped"] = f"nothing to describe: no texture was found in its {w} x {h} pixels"
                 bad.add(id, rows[id]["skipped"])
                 continue
-            one = store.settled(replace(one, xy=photograph.to_original(one.xy)), photograph.size)
-            tokens[id] = one if stride == 1 else one.thinned(stride)
+            tokens[id] = _placed(one, photograph, stride)
         batch.clear()
 
     def skip(id: str, reason: str, sha256: str | None) -> None:
@@ -442,6 +446,14 @@ def _embed_shard(
         if batch:
             flush(batch)
     return [rows[id] for id in ids], [tokens[id] for id in ids if id in tokens]
+
+
+def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
+    """The tokens with positions in pixels of the original photograph, every `stride`-th row and column of a grid."""
+    if photograph.turned:
+        return poses.placed(tokens if stride == 1 else tokens.thinned(stride), photograph)
+    placed = store.settled(replace(tokens, xy=photograph.to_original(tokens.xy)), photograph.size)
+    return placed if stride == 1 else placed.thinned(stride)
 
 
 def _write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens], seen: _Seen) -> None:

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from imatch import calibrate, evaluate, images, indexes, plugins, positions, registry, runs, searcher, store
+from imatch import calibrate, evaluate, images, indexes, plugins, poses, positions, registry, runs, searcher, store
 from imatch.calibrate import Threshold
-from imatch.positions import Places
-from imatch.records import Hits, ImatchError, ImatchWarning, Ranking, StepError, Truth
+from imatch.records import ImatchError, ImatchWarning, Ranking, StepError
 from imatch.runs import Step
 from imatch.searcher import Searcher
+from imatch.steps.poses import tried
+from imatch.steps.search import search_stages
 from imatch.steps.send import sink_of
 from imatch.steps.shared import (
+    clusters,
     flat_name,
     missed,
-    photographs_root,
     run_and_dataset,
-    source_rows,
     tagged,
     views_by_id,
 )
@@ -33,8 +33,6 @@ from imatch.store import Embeddings, Row
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
 TRUTHS = ("photograph", "nearest", "radius")
 CLUSTERS = ("photograph", "capture")
-BLOCK = 2**24
-"""Hits that one call of an index may return."""
 
 
 def start_index(
@@ -48,6 +46,11 @@ def start_index(
     recall: float,
     float16: bool,
     k: int,
+    whiten: int,
+    rotations: int,
+    expand: int,
+    rerank: int,
+    tokens: int,
     exclude_siblings: bool,
     truth: str,
     labels: str,
@@ -73,6 +76,12 @@ def start_index(
         recall: of an approximate index, the recall@k that it is tuned to, in (0, 1].
         float16: whether a GPU keeps vectors in 16 bits.
         k: neighbours a query.
+        whiten: dimensions of a PCA-whitening learned from the gallery (`rerank.Whitening`); 0 is none.
+        rotations: 1, or 4 or 8: each query is also searched turned, and a candidate counts by its best turn.
+        expand: neighbours that expand a query before it is searched again (`rerank.expand`); 0 is none.
+        rerank: so many first hits are put in the order of how alike their aggregated tokens are
+            (`rerank.token_score`); 0 is none.
+        tokens: aggregated tokens a photograph, for that.
         exclude_siblings: leave out what was made from the query's own photograph: the other references of it in
             "reference-reference"; with truth by position, in any direction, the photograph itself, too.
         truth: what a right answer is: "photograph" (it shows the query's own), "nearest" (it was taken nearest) or
@@ -102,6 +111,11 @@ def start_index(
             f"precision {precision} between 0 and 1"
         )
     sink_of(send, ttl)
+    poses.poses(rotations)
+    if min(whiten, expand, rerank) < 0 or tokens < 1:
+        raise ImatchError(
+            f"whiten {whiten}, expand {expand} and rerank {rerank} must be 0 (off) or more, tokens {tokens} at least 1"
+        )
     if index != "auto":
         indexes.create(index, index_options)
     if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):
@@ -116,6 +130,7 @@ def start_index(
             )
         found["reference"] = runs.read(registry.resolve(references_step))
         kind = _kind_of_reference(found["reference"], found["data"])
+    tries = tried(found[sides["query"]], poses.poses(rotations))
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
     folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{tagged(tag)}"
@@ -127,6 +142,11 @@ def start_index(
         "recall": float(recall),
         "float16": float16,
         "k": k,
+        "whiten": whiten,
+        "rotations": len(tries),
+        "expand": expand,
+        "rerank": rerank,
+        "tokens": tokens if rerank else None,
         "exclude_siblings": exclude_siblings,
         "truth": truth,
         "radius": float(radius) if truth == "radius" else None,
@@ -205,8 +225,7 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
     if step.finished:
         return dict(step.metrics["index"])
     k = min(step.parameters["k"], len(index.vectors))
-    rows = np.unique(np.linspace(0, len(query) - 1, min(searcher.SAMPLE, len(query))).astype(int))
-    sample = store.take(query.vectors, rows)
+    sample = store.take(query.vectors, searcher.sample(len(query)))
     points = index.curve(sample, k)
     chosen, wanted = index.tune(points, step.parameters["recall"]), step.parameters["recall"]
     if chosen is not None and chosen.recall < wanted:
@@ -266,7 +285,7 @@ def self_check(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tupl
         StepError: a vector finds something else better than itself in an exact index, or most do in another: rows and
             index do not belong together.
     """
-    row = np.unique(np.linspace(0, len(gallery) - 1, min(sample, len(gallery))).astype(int))
+    row = searcher.sample(len(gallery), sample)
     vectors = store.take(gallery.vectors, row)
     hits = index.search(vectors, 1)
     own = np.einsum("nd,nd->n", vectors, vectors)
@@ -279,149 +298,6 @@ def self_check(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tupl
         answer = gallery.ids[hits.rows[wrong, 0][0]]
         raise StepError(f"the index answers {answer} for {gallery.ids[row[wrong][0]]}: delete its folder and run again")
     return int((other & ~wrong).sum()), int(wrong.sum())
-
-
-def search(step: Step, index: Searcher, query: Embeddings, gallery: Embeddings) -> Ranking:
-    """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
-
-    The index goes deep enough to know, too, what each query would find if its right answers were not there. Writes
-    ranking.npz.
-
-    Raises:
-        ImatchError: truth by position, and no positions or headings are known.
-    """
-    if step.finished:
-        return read_ranking(step)
-    k, lost = step.parameters["k"], missed(query)
-    shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
-    own = _left_out(step, query, gallery, shows)
-    here, there = _places(step, [*query.rows, *lost], gallery.rows)
-    truth = _truth(step, shows, gallery.shows, here, there, own)
-    kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
-    depth = min(len(gallery), int(kin.max()) + max(k, int(truth.count.max()) + 1))
-    block = max(1, BLOCK // depth)
-    parts = []
-    for first in runs.progress(range(0, len(query), block), "search"):
-        part = slice(first, min(first + block, len(query)))
-        hits = index.search(query.vectors[part], depth)
-        parts.append(_ranked(hits, truth.right(hits.rows, part), own and (own[0][part], own[1]), k))
-    nothing = np.full((len(lost), k), -1), np.full((len(lost), k), -np.inf, np.float32)
-    parts.append((*nothing, np.zeros((len(lost), k), bool), np.full(len(lost), -np.inf, np.float32)))
-    rows, scores, right, without = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    metres = here.metres(there, rows) if here and there and here.system == there.system else None
-    counts = {"answers": truth.count, "candidates": len(gallery) - kin}
-    found = {"rows": rows, "scores": scores, "right": right, "without": without, **counts}
-    with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **found, **({} if metres is None else {"metres": metres}))
-    return Ranking(**found, metres=metres)
-
-
-def read_ranking(step: Step) -> Ranking:
-    """What `search` found.
-
-    Raises:
-        StepError: there is no ranking, as in a step of an earlier version.
-    """
-    if not (step.folder / "ranking.npz").is_file():
-        raise StepError(f"no ranking in {step.folder}: run 03_index again, with -p on_change recompute")
-    with np.load(step.folder / "ranking.npz") as saved:
-        return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})
-
-
-def _ranked(
-    hits: Hits, right: np.ndarray, own: tuple[np.ndarray, np.ndarray] | None, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The first k hits that are not left out, whether they are right, and the best score of the wrong ones."""
-    gone = hits.rows < 0
-    if own:
-        gone |= own[0][:, None] == np.append(own[1], -1)[hits.rows]
-    scores = np.where(gone, -np.inf, hits.scores).astype(np.float32)
-    without = np.where(right, -np.inf, scores).max(axis=1)
-    order = np.argsort(gone, axis=1, kind="stable")[:, :k]
-    rows, scores, right = (
-        np.take_along_axis(values, order, 1) for values in (np.where(gone, -1, hits.rows), scores, right & ~gone)
-    )
-    pad = ((0, 0), (0, k - rows.shape[1]))
-    return (
-        np.pad(rows, pad, constant_values=-1),
-        np.pad(scores, pad, constant_values=-np.inf),
-        np.pad(right, pad),
-        without,
-    )
-
-
-def _left_out(
-    step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
-    same, siblings = query.folder == gallery.folder, step.parameters["exclude_siblings"]
-    if siblings and (same or step.parameters["truth"] != "photograph"):
-        codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
-        return codes[: len(shows)], codes[len(shows) :]
-    if not same:
-        return None
-    return np.where(np.arange(len(shows)) < len(query), np.arange(len(shows)), -1), np.arange(len(gallery))
-
-
-def _count(own: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """How many of `of` are equal to each of `own`."""
-    ranked = np.sort(of)
-    return np.searchsorted(ranked, own, "right") - np.searchsorted(ranked, own, "left")
-
-
-def _truth(
-    step: Step,
-    query_shows: Sequence[str],
-    gallery_shows: Sequence[str],
-    here: Places | None,
-    there: Places | None,
-    own: tuple[np.ndarray, np.ndarray] | None,
-) -> Truth:
-    parameters = step.parameters
-    if parameters["truth"] == "photograph":
-        return evaluate.same_photograph(query_shows, gallery_shows, *(own or ()))
-    if here is None or there is None:
-        raise ImatchError(
-            f"truth is {parameters['truth']}, but no photograph of the {'gallery' if here else 'queries'} has a "
-            "position in its EXIF: give them in a CSV or JSON with -p labels FILE"
-        )
-    if parameters["truth"] == "radius":
-        return Truth.of(positions.within(here, there, parameters["radius"], parameters["heading"], own))
-    return Truth.of(positions.nearest(here, there, parameters["heading"], own))
-
-
-def _places(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[Places | None, Places | None]:
-    """Where the photographs of both sides were taken; a reference lies where its source does, and is turned from it.
-
-    Labels are fitted to both sides at once, so that a name which fits photographs of two data sets is refused.
-    """
-    labels = positions.read_labels(step.linked("labels")) if "labels" in step.links else None
-    roots = [photographs_root(step.linked(side)) for side in ("query", "gallery")]
-    ids, exif, turned = [], [], []
-    for side, root, rows in zip(("query", "gallery"), roots, (query, gallery), strict=True):
-        sources, views = source_rows(step.linked(side)), views_by_id(step.linked(side))
-        for row in rows:
-            source = sources.get(row.get("source", row["id"]), {})
-            ids.append(
-                row.get("source", row["id"]) if roots[0] == roots[1] else f"{root.name}/{row.get('source', row['id'])}"
-            )
-            place = source.get("position") or {}
-            exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
-            turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
-    both = positions.places(ids, exif, labels, turned)
-    found = []
-    for side, part in (("query", slice(0, len(query))), ("gallery", slice(len(query), None))):
-        known = both is not None and bool(both.known[part].any())
-        if labels is not None and not known:
-            raise ImatchError(
-                f"{step.linked('labels')} names none of the photographs ({side} side): its names must be ids or file "
-                f"names, such as {ids[part][0]}"
-            )
-        if labels is not None and both is not None and not both.known[part].all():
-            lacking = int((~both.known[part]).sum())
-            print(f"{lacking} of {len(ids[part])} photographs ({side} side) have no place in {step.linked('labels')}")
-        found.append(Places(both.system, both.coordinates[part], both.heading[part]) if both and known else None)
-    return found[0], found[1]
 
 
 def judge(
@@ -450,7 +326,7 @@ def judge(
     """
     views, lost = views_by_id(step.linked("query")), missed(query)
     about = [{**row, **views.get(row["id"], {})} for row in [*query.rows, *lost]]
-    clusters = _clusters(step, about)
+    of = clusters(step, about)
     found: list[Row] = []
     for q, row in enumerate(about):
         metres = np.full(1, np.nan) if ranking.metres is None else ranking.metres[q]
@@ -458,7 +334,7 @@ def judge(
             {
                 "query": row["id"],
                 "photograph": row.get("source", row["id"]),
-                "cluster": clusters[q],
+                "cluster": of[q],
                 "crop": row.get("crop"),
                 "angle": row.get("angle"),
                 "embedded": q < len(query),
@@ -488,20 +364,6 @@ def _finite(value: float) -> float | None:
     return round(float(value), 6) if math.isfinite(value) else None
 
 
-def _clusters(step: Step, queries: Sequence[Row]) -> list[str]:
-    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
-    if step.parameters["cluster"] == "photograph":
-        return [row.get("source_sha256", row["sha256"]) for row in queries]
-    sources = source_rows(step.linked("query"))
-    captures = [sources.get(row.get("source", row["id"]), {}).get("capture") for row in queries]
-    if None in captures:
-        raise ImatchError(
-            f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
-            "data_key.json and run 01_embed anew, or use -p cluster photograph"
-        )
-    return captures
-
-
 def _write_hits(
     step: Step,
     queries: Sequence[str],
@@ -523,7 +385,7 @@ def _write_hits(
     records = []
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres"])
+    table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres", "turn"])
     for q, id in runs.progress(list(enumerate(queries)), "write hits"):
         found = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):
@@ -536,9 +398,12 @@ def _write_hits(
                 "right": bool(ranking.right[q, rank]),
                 "accepted": bool(believed[q, rank]),
             }
-            found.append(hit if metres is None else {**hit, "metres": metres})
+            turn = None if ranking.turn is None else float(ranking.turn[q, rank])
+            known = {"metres": metres, "turn": turn}
+            found.append({**hit, **{name: value for name, value in known.items() if value is not None}})
             score, right, accepted = f"{hit['score']:.6f}", int(hit["right"]), int(hit["accepted"])
-            table.writerow([id, rank, hit["id"], score, right, accepted, "" if metres is None else f"{metres:.3f}"])
+            last = "" if metres is None else f"{metres:.3f}", "" if turn is None else f"{turn:g}"
+            table.writerow([id, rank, hit["id"], score, right, accepted, *last])
         record = {"query": id, **about, "accepted": bool(believed[q, 0]), "hits": found, "timing_ms": timing}
         store.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
         records.append(record)
@@ -560,8 +425,9 @@ def index_metrics(
     checked: tuple[int, int],
 ) -> dict[str, Any]:
     """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`self_check`), retrieval
-    (`evaluate.retrieval_metrics`), chance, threshold, and metres where positions are known. Counted apart: queries that
-    have no answer in the gallery, and photographs that could not be embedded and so never became queries."""
+    (`evaluate.retrieval_metrics`), chance, threshold, stages (`search_stages`), and metres where positions are known.
+    Counted apart: queries that have no answer in the gallery, and photographs that could not be embedded and so never
+    became queries."""
     unit = f"{step.parameters['cluster']}s"
     return {
         **evaluate.retrieval_metrics(rows, step.parameters["k"], unit),
@@ -573,5 +439,6 @@ def index_metrics(
         "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
         "chance": evaluate.chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),
+        "stages": search_stages(step),
         "positions": None if ranking.metres is None else positions.figures(ranking.metres),
     }

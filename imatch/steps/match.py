@@ -12,7 +12,7 @@ import numpy as np
 from imatch import evaluate, geometry, matching, registry, runs, sinks, store
 from imatch.records import ImatchError, Pair
 from imatch.runs import Step
-from imatch.steps.index import read_ranking
+from imatch.steps.search import read_ranking
 from imatch.steps.shared import flat_name, missed, query_and_gallery, tagged, views_by_id
 from imatch.store import Row
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from imatch import runs, store
@@ -85,3 +86,17 @@ def missed(embeddings: Embeddings) -> list[Row]:
 def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
     """The embeddings that a 03_index step searches with, and those it searches."""
     return Embeddings(step.linked("query")), Embeddings(step.linked("gallery"))
+
+
+def clusters(step: Step, queries: Sequence[Row]) -> list[str]:
+    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
+    if step.parameters["cluster"] == "photograph":
+        return [row.get("source_sha256", row["sha256"]) for row in queries]
+    sources = source_rows(step.linked("query"))
+    captures = [sources.get(row.get("source", row["id"]), {}).get("capture") for row in queries]
+    if None in captures:
+        raise ImatchError(
+            f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
+            "data_key.json and run 01_embed anew, or use -p cluster photograph"
+        )
+    return captures

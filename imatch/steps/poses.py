@@ -1,0 +1,116 @@
+"""The tokens of photographs that are turned or zoomed first: each pose is a step beside the upright one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from imatch import backbones, runs, store
+from imatch.poses import UPRIGHT, Pose
+from imatch.records import ImatchWarning, StepError, Tokens
+from imatch.runs import Step
+from imatch.steps.embed import embed, finish_embed
+from imatch.store import Embeddings
+
+
+def tried(step: Step, poses: Sequence[Pose]) -> list[Pose]:
+    """The poses that are worth trying with a step's backbone: the upright one alone, which is said, if it turns and
+    zooms with its photographs."""
+    weight = step.parameters["weight"]
+    if len(poses) > 1 and weight in backbones.INVARIANT:
+        print(f"{weight} turns and zooms with its photographs: only the upright ones are used")
+        return [UPRIGHT]
+    return list(poses)
+
+
+def embed_poses(
+    folder: Path, poses: Sequence[Pose], *, devices: str = "auto", workers: int = -1, on_change: str = "refuse"
+) -> Posed:
+    """Embed the photographs of a finished step of embeddings in other poses, those that are missing.
+
+    Each pose becomes a step of its own in a folder beside it, such as `scale1_raw_rot090`, and is reused.
+
+    Args:
+        folder: of the 01_embed or 02_references step.
+        poses: of `poses.poses`.
+        devices, workers: as in `embed`.
+        on_change: as in `start_embed`.
+
+    Raises:
+        StepError: photographs were changed since the upright ones were embedded; or the step was imported.
+        ImatchError: a zoom that gives sides which are no multiple of the patch.
+    """
+    source = runs.read(folder)
+    if source.parameters.get("imported"):
+        raise StepError(f"{folder} was imported, and its photographs are not known to be there: run 01_embed")
+    upright, posed = Embeddings(folder), {}
+    for pose in (pose for pose in poses if pose != UPRIGHT):
+        step = _start(source, pose, on_change)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
+            posed[pose] = embed(step, devices=devices, workers=workers, max_skipped=1.0)
+        finish_embed(step, posed[pose])
+    return Posed(upright, posed)
+
+
+def _start(source: Step, pose: Pose, on_change: str) -> Step:
+    folder = source.folder.with_name(f"{source.folder.name}_{pose}")
+    parameters = {**source.parameters, "pose": asdict(pose)}
+    links = {name: source.linked(name) for name in source.links}
+    return runs.start(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Photographs in several poses.
+
+    Attributes:
+        upright: their embeddings as they are.
+        posed: the other poses; a photograph in which the backbone then found nothing is not there.
+
+    Raises:
+        StepError: a pose is of other photographs.
+    """
+
+    upright: Embeddings
+    posed: Mapping[Pose, Embeddings]
+
+    def __post_init__(self) -> None:
+        known = dict(zip(self.upright.ids, self.upright.rows, strict=True))
+        for embeddings in self.posed.values():
+            for row in embeddings.rows:
+                if row["id"] in known and row["sha256"] != known[row["id"]]["sha256"]:
+                    raise StepError(f"{row['id']} has changed since {self.upright.folder} was made: run 01_embed again")
+
+    @cached_property
+    def _places(self) -> dict[Pose, np.ndarray]:
+        """(N,) row of each photograph in a pose, -1 where it is not there."""
+        places = {}
+        for pose, embeddings in self.posed.items():
+            row = {id: i for i, id in enumerate(embeddings.ids)}
+            places[pose] = np.array([row.get(id, -1) for id in self.upright.ids])
+        return places
+
+    def tokens(self, row: int) -> list[tuple[Pose, Tokens]]:
+        """A photograph's tokens in each pose, the upright one first; xy in pixels of the upright original."""
+        found = [(UPRIGHT, self.upright.tokens(row))]
+        for pose, embeddings in self.posed.items():
+            if (place := self._places[pose][row]) >= 0:
+                found.append((pose, embeddings.tokens(place)))
+        return found
+
+    def vectors(self, part: slice) -> list[tuple[Pose, np.ndarray]]:
+        """(n, D) float32 global vectors of some photographs in each pose, the upright one first; zero where a
+        photograph is not there."""
+        found = [(UPRIGHT, store.take(self.upright.vectors, part))]
+        for pose, embeddings in self.posed.items():
+            places = self._places[pose][part]
+            vectors = store.take(embeddings.vectors, np.maximum(places, 0))
+            vectors[places < 0] = 0
+            found.append((pose, vectors))
+        return found

@@ -1,0 +1,223 @@
+"""Photographs in several poses, and what they and the other options add to a search."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import imatch
+from imatch import evaluate, images, poses, rerank, runs, store
+from imatch.backbones.sift import keypoints
+from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.images import Decoded
+from imatch.poses import Pose
+from imatch.records import ImatchError, StepError
+from imatch.steps.poses import embed_poses, tried
+from tests.test_steps import embedded, indexed, judged, referenced, searched, with_toys, write_leaves
+
+
+def photograph(h, w):
+    pixels = dead_leaves(np.random.default_rng(3), side=max(h, w))[:h, :w]
+    return Decoded(pixels, (2 * h, 2 * w), "", None, (0.0, 0.0, 2.0 * w, 2.0 * h))
+
+
+# --- pixels and positions
+
+
+@pytest.mark.parametrize("degrees", [45.0, 90.0, 135.0, 180.0, 270.0, 315.0])
+def test_a_turned_photograph_knows_where_its_pixels_were(degrees):
+    """Keypoints of the turned pixels lie where those of the upright ones do. Its size on disk is twice as large."""
+    upright = photograph(150, 210)
+    turned = poses.turned(upright, degrees, patch=16)
+    if degrees % 90:
+        assert not any(side % 16 for side in turned.pixels.shape[:2])
+    there = upright.to_original(keypoints(upright.pixels, 50, 0.02)[0])
+    back = turned.to_original(keypoints(turned.pixels, 2000, 0.0)[0])
+    nearest = np.linalg.norm(there[:, None] - back[None], axis=2).min(axis=1)
+    assert np.median(nearest) < (0.3 if degrees % 90 else 0.02)
+
+
+def test_right_angles_change_no_pixel():
+    upright = photograph(32, 48)
+    for degrees in (90, 180, 270):
+        turned = poses.turned(upright, degrees, patch=16).pixels
+        assert np.array_equal(turned, np.rot90(upright.pixels, degrees // 90))
+
+
+def test_tokens_outside_the_photograph_are_dropped():
+    from imatch.backbones.dsift import DenseSift
+
+    turned = poses.turned(photograph(96, 160), 45, patch=16)
+    (tokens,) = DenseSift()(turned.pixels[None])
+    placed = poses.placed(tokens, turned)
+    assert placed.grid is None
+    assert len(placed.xy) == pytest.approx(
+        96 * 160 / 16**2, rel=0.15
+    )  # one a patch of the photograph, not of the canvas
+    assert (placed.xy >= -0.5).all()
+    assert (placed.xy <= [319.5, 191.5]).all()
+    nearest = np.linalg.norm(placed.xy[:, None] - placed.xy[None], axis=2) + 1e9 * np.eye(len(placed.xy))
+    assert np.allclose(nearest.min(axis=1), 32, atol=1e-3)  # the original is twice as large
+
+
+def test_only_sensible_poses():
+    with pytest.raises(ImatchError, match="rotations is 5: use 1"):
+        poses.poses(5)
+    with pytest.raises(ImatchError, match="zooms"):
+        poses.poses(4, [0.0])
+    assert len(poses.poses(8, [1.0, 2.0])) == 16
+    assert poses.poses(1) == [poses.UPRIGHT]
+
+
+# --- steps
+
+
+def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    shutil.copytree(few_photographs, folder)
+    step = embedded(folder, tmp_path / "exports", weight="dsift")
+    wanted = [*poses.poses(4), Pose(0.0, 2.0)]
+    found = embed_poses(step.folder, wanted, workers=0)
+    assert sorted(path.name for path in step.folder.parent.iterdir()) == [
+        "scale1_raw",
+        *(f"scale1_raw_{pose}" for pose in ("rot000_x2", "rot090", "rot180", "rot270")),
+    ]
+    upright = imatch.Embeddings(step.folder)
+    for row, meta in enumerate(upright.rows):
+        tokens = dict(found.tokens(row))
+        assert list(tokens) == wanted
+        assert len(tokens[Pose(0.0, 2.0)].xy) == pytest.approx(4 * meta["n"], rel=0.3)
+        h, w = meta["size"]
+        for one in tokens.values():
+            assert (one.xy <= [w - 0.5, h - 0.5]).all()
+            assert one.xy.max(axis=0) == pytest.approx([w, h], rel=0.2)
+    assert [len(vectors) for _, vectors in found.vectors(slice(1, 3))] == [2] * 5
+    capsys.readouterr()
+    embed_poses(step.folder, wanted, workers=0)
+    assert capsys.readouterr().out.count("there already") == 4
+    images.Image.fromarray(dead_leaves(np.random.default_rng(9), side=96)).save(folder / "a.png")
+    with pytest.raises(StepError, match=r"changed: a\.png"):
+        embed_poses(step.folder, wanted, workers=0)
+    with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
+        embed_poses(step.folder, [poses.UPRIGHT, Pose(45.0)], workers=0)
+
+
+def test_a_backbone_that_turns_needs_no_poses(few_photographs, tmp_path, capsys):
+    step = embedded(few_photographs, tmp_path)
+    assert tried(step, poses.poses(8)) == [poses.UPRIGHT]
+    assert "sift turns and zooms with its photographs" in capsys.readouterr().out
+    data, references = step, referenced(step)[1]
+    started = indexed(data, references, "reference-data", rotations=8)
+    assert started.parameters["rotations"] == 1
+
+
+# --- a better search, or a worse one
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Twelve procedural photographs known by their pixels, and each turned by right angles."""
+    with_toys(monkeypatch)
+    data = embedded(write_leaves(tmp_path / "leaves"), tmp_path / "exports", weight="pixels")
+    return data, referenced(data, angles=(0, 90, 180, 270))[1]
+
+
+def test_rotations_find_what_was_turned_and_say_by_how_much(drawn):
+    step = indexed(*drawn, "reference-data", rotations=4, tag="turned")
+    _, _, ranking, rows, metrics = judged(step)
+    plain, turned = imatch.search_stages(step)
+    assert (plain["stage"], turned["stage"]) == ("plain", "4 rotations")
+    assert plain["hit_at_1"]["value"] < 0.5
+    assert turned["hit_at_1"]["value"] == metrics["hit_at_1"] == 1.0
+    assert evaluate.verdict(turned["difference"]) == "better"
+    assert metrics["stages"] == [plain, turned]
+    angles = [row["angle"] for row in rows]
+    assert ranking.turn[:, 0].tolist() == [(-angle) % 360 for angle in angles]
+    record = store.read_json(next((step.folder / "queries").glob("*rot090*")))
+    assert record["hits"][0]["turn"] == 270.0
+    assert (step.folder / "hits.csv").read_text().splitlines()[0].endswith(",turn")
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_whitening_expansion_and_tokens_against_loops(few_photographs, tmp_path):
+    """Each stage of the search, recomputed without an index, a block or a store."""
+    data = embedded(few_photographs, tmp_path / "exports")
+    _, references = referenced(data, angles=(0, 90, 200))
+    step = indexed(data, references, "data-reference", whiten=5, expand=2, rerank=4, tokens=16, k=6, tag="better")
+    query, gallery, ranking, _, _ = judged(step)
+    q, g = np.asarray(query.vectors, float), np.asarray(gallery.vectors, float)
+    centred = g - g.mean(axis=0)
+    axes = np.linalg.svd(centred, full_matrices=False)
+    matrix = axes[2][:5].T / axes[1][:5]
+    q, g = unit((q - g.mean(axis=0)) @ matrix), unit(centred @ matrix)
+    first = np.argsort(-q @ g.T, axis=1)[:, :2]
+    weights = np.take_along_axis(q @ g.T, first, 1).clip(0) ** 3
+    expanded = unit(q + (weights[:, :, None] * g[first]).sum(axis=1))
+    order = np.argsort(-expanded @ g.T, axis=1)[:, :6]
+    for row, hits in enumerate(order):
+        own = rerank.aggregate(query.tokens(row).descriptors, 16)
+        there = np.stack([rerank.aggregate(gallery.tokens(hit).descriptors, 16) for hit in hits[:4]])
+        again = np.argsort(-rerank.token_score(own, there), kind="stable")
+        assert ranking.rows[row].tolist() == [*hits[:4][again], *hits[4:]]
+        assert ranking.scores[row] == pytest.approx((expanded @ g.T)[row, ranking.rows[row]], abs=1e-4)
+    names = [stage["stage"] for stage in imatch.search_stages(step)]
+    assert names == ["plain", "whitened to 5", "expanded by 2", "4 by 16 tokens"]
+    assert ranking.turn is None
+
+
+def test_what_hurts_is_said(drawn):
+    """Whitening to one dimension leaves two places to be in."""
+    step = indexed(*drawn, "reference-data", whiten=1, rotations=4, tag="hurt")
+    judged(step)
+    stages = {row["stage"]: row for row in imatch.search_stages(step)}
+    searched(*drawn, "reference-data", rotations=4, tag="unhurt")
+    assert stages["4 rotations"]["hit_at_1"]["value"] < 1
+    assert "whitened to 1" in evaluate.stage_table(list(stages.values()))
+
+
+def test_the_first_score_without_an_answer_is_of_the_first_wrong_hit(drawn):
+    """After re-ranking the order is no longer that of the scores."""
+    step = indexed(*drawn, "reference-data", rotations=4, rerank=5, tag="order")
+    _, _, ranking, rows, _ = judged(step)
+    for q, row in enumerate(rows):
+        wrong = np.flatnonzero(~ranking.right[q] & (ranking.rows[q] >= 0))
+        assert row["score_without"] == pytest.approx(ranking.scores[q, wrong[0]])
+
+
+def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
+    given = {"whiten": 4, "rotations": 4, "expand": 1, "rerank": 3}
+    whole = indexed(*drawn, "reference-data", tag="whole", **given)
+    judged(whole)
+    killed = indexed(*drawn, "reference-data", tag="killed", **given)
+    query, gallery = imatch.query_and_gallery(killed)
+    index = imatch.build_index(killed, gallery)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rerank, "reorder", stop)
+        with pytest.raises(KeyboardInterrupt):
+            imatch.search(killed, index, query, gallery)
+    before = (killed.folder / "tokens" / "00000.npy").stat().st_mtime_ns
+    judged(indexed(*drawn, "reference-data", tag="killed", **given))
+    assert (killed.folder / "tokens" / "00000.npy").stat().st_mtime_ns == before
+    for name in ("ranking.npz", "whitened.npy", "hits.csv"):
+        assert (killed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_bad_options_are_refused_before_anything_is_written(drawn):
+    for given, said in (
+        ({"rotations": 3}, "rotations is 3"),
+        ({"whiten": -1}, "whiten -1"),
+        ({"tokens": 0}, "tokens 0 at least 1"),
+    ):
+        with pytest.raises(ImatchError, match=said):
+            indexed(*drawn, "reference-data", tag="never", **given)
+    step = indexed(*drawn, "reference-data", whiten=12, tag="wide")
+    with pytest.raises(ImatchError, match="at most 11 axes"):
+        judged(step)
+    assert not runs.read(step.folder, finished=False).finished

@@ -10,10 +10,10 @@ import imatch
 PACKAGE = Path(imatch.__file__).parent
 FLOORS = [
     {"registry", "datasets", "records", "plugins"},
-    {"images", "store", "pooling", "geometry", "intervals", "calibrate", "positions", "rerank"},
+    {"images", "store", "pooling", "geometry", "refine", "intervals", "calibrate", "positions", "rerank"},
     {"runs"},
     {"backbones", "references", "indexes", "matching", "sinks"},
-    {"searcher", "poses"},
+    {"searcher", "poses", "aligning"},
     {"evaluate", "steps", "demo", "denseft"},
     {
         "viz",
@@ -31,6 +31,8 @@ FLOORS = [
 ]
 WITHIN = {
     ("calibrate", "intervals"),
+    ("refine", "geometry"),
+    ("refine", "pooling"),
     ("rerank", "store"),
     ("rerank", "pooling"),
     ("steps", "evaluate"),

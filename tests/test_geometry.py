@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 
@@ -115,3 +116,48 @@ def test_corner_error_of_the_horizon_is_infinite():
 def test_wrong_numbers_are_refused(wrong):
     with pytest.raises(ImatchError):
         geometry.Estimator(**wrong)
+
+
+@pytest.mark.parametrize(("model", "matrix"), [("affine", TILTED), ("homography", PERSPECTIVE)])
+@pytest.mark.parametrize("method", ["accurate", "magsac", "ransac"])
+def test_every_method_finds_the_same_to_a_pixel(model, matrix, method):
+    a, b, true = planted(matrix, 300, outliers=0.5)
+    found = geometry.Estimator(model, method=method)(a, b, SIZE, SIZE)
+    assert found.verified, found.reason
+    assert (found.inliers == true).mean() > 0.97
+    assert geometry.corner_error(found.matrix, matrix, SIZE) < 1
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [(model, method) for model in ("affine", "homography") for method in geometry.METHODS] + [("similarity", "ransac")],
+)
+def test_equal_input_gives_equal_bytes_whatever_was_drawn_before(model, method):
+    a, b, _ = planted(TURNED, 200, outliers=0.7)
+    estimator = geometry.Estimator(model, method=method)
+    first = estimator(a, b, SIZE, SIZE)
+    cv2.setRNGSeed(7)
+    cv2.randu(np.zeros((5, 5)), 0, 1)
+    geometry.Estimator("homography")(b, a, SIZE, SIZE)
+    second = estimator(a, b, SIZE, SIZE)
+    assert second.matrix.tobytes() == first.matrix.tobytes()
+    assert second.inliers.tobytes() == first.inliers.tobytes()
+    assert second.error == first.error
+
+
+def test_auto_says_which_method_it_became():
+    assert geometry.Estimator("similarity").method == "ransac"
+    assert geometry.Estimator("homography").method == "accurate"
+
+
+@pytest.mark.parametrize("wrong", [{"method": "lmeds"}, {"model": "similarity", "method": "magsac"}], ids=str)
+def test_a_method_that_is_not_to_be_had_is_refused(wrong):
+    with pytest.raises(ImatchError, match="use"):
+        geometry.Estimator(**wrong)
+
+
+def test_fewer_than_four_inliers_are_refused_however_low_the_bar():
+    a, b, _ = planted(np.eye(3), 3, noise=0)
+    found = geometry.Estimator("similarity", min_inliers=0, min_share=0.0)(a, b, SIZE, SIZE)
+    assert not found.verified
+    assert "fewer than 4" in found.reason

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/bench_pairs.py                 # 18 photographs x 24 angles x 3 crops: 1,296 pairs
     .venv/bin/python tests/benchmarks/bench_pairs.py --every 12      # every 12th of them
-    .venv/bin/python tests/benchmarks/bench_pairs.py --backbones vits16 --every 12    # random numbers for weights
+    .venv/bin/python tests/benchmarks/bench_pairs.py --backbones vits16 --every 37    # random numbers for weights
 
 Each reference is also aligned with the next photograph, which it does not show; that has to be refused. A pair without
 geometry counts as failed, with an infinite corner error.
@@ -182,7 +182,7 @@ def drone(sees: backbones.Backbone, weight: str) -> None:
 
 
 def shared_ground(frames: list[images.Decoded]) -> np.ndarray:
-    """(n, n) share of the ground that two frames both show, from GPS and the direction of the first strip (6 frames)."""
+    """(n, n) share of the ground that two frames both show, by GPS and the direction of the first strip, 6 frames."""
     places = np.radians([[frame.position["longitude"], frame.position["latitude"]] for frame in frames])
     metres = 6_371_000 * (places - places[0]) * [math.cos(places[0, 1]), 1]
     ahead = (metres[5] - metres[0]) / np.linalg.norm(metres[5] - metres[0])

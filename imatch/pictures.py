@@ -103,6 +103,14 @@ def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> 
         pair: what to draw.
         style: how.
         shown: (m,) bool, which correspondences may be drawn; by default the inliers.
+
+    >>> from imatch.records import Geometry, Matches
+    >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
+    >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
+    >>> row = {"query": "a", "candidate": "b", "verified": True, "inliers": 0, "matches": 0, "rotation": None}
+    >>> pair = Pair(row, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)
+    >>> lines(pair).shape
+    (84, 98, 3)
     """
     left, right = (_thumbnail(path, size, style.side) for path, size in zip(pair.paths, pair.sizes, strict=True))
     canvas = _beside(left, right, BAR)
@@ -132,6 +140,13 @@ def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
     Args:
         pair: what to draw.
         style: how; its `side` counts.
+
+    >>> from imatch.records import Geometry, Matches
+    >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
+    >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
+    >>> pair = Pair({}, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)
+    >>> checkerboard(pair).shape
+    (40, 60, 3)
     """
     if flaw := _flaw(pair):
         return _words(flaw, pair, style)
@@ -150,6 +165,13 @@ def blend(pair: Pair, style: Style = PLAIN) -> np.ndarray:
     Args:
         pair: what to draw.
         style: how; its `side` counts.
+
+    >>> from imatch.records import Geometry, Matches
+    >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
+    >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
+    >>> pair = Pair({}, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)
+    >>> blend(pair).shape
+    (40, 60, 3)
     """
     if flaw := _flaw(pair):
         return _words(flaw, pair, style)

@@ -149,7 +149,10 @@ def test_names_are_shown_as_they_are(true, opened):
     sheet = opened(page.pair_page(true.pair, true.a, true.b, true.path))
     assert sheet.title() == sheet.locator("h1").inner_text() == f"{QUERY} \N{RIGHTWARDS ARROW} {CANDIDATE}"
     text = sheet.locator("body").inner_text()
-    assert "Verified: 15 inliers of 20 <correspondences>. A is turned by -36.9° and scaled by 1.000" in text
+    assert (
+        "Verified: 15 inliers of 20 <correspondences>. A turned by -36.9° counter-clockwise and scaled by 1.000 fits B"
+        in text
+    )
     assert sheet.locator("h1 b, h1 i").count() == 0
     assert sheet.locator("#outline").get_attribute("stroke") == "#5adc5a"
 
@@ -190,7 +193,7 @@ def test_large_grids_are_thinned_and_the_page_says_so(true, opened):
     large = on_grid(values, grid, size)
     sheet = opened(page.pair_page(true.pair, large, replace(large, grid=None), true.path))
     text = sheet.locator("body").inner_text()
-    assert "Of A's 2000 patches 500 answer to the pointer" in text
+    assert "Of A's 2000 patches 500 answer to the pointer: one row and column of every 2." in text
     assert "Of B's 2000 keypoints 1024 answer to the pointer, matched ones first" in text
     assert sheet.locator("#heat circle").count() == 1024
     few = page._thinned(replace(large, grid=None), np.array([1999, 5]))

@@ -53,14 +53,13 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
     ...     pair_page(pair, tokens, tokens, Path(folder) / "pair.html").read_text()[:15]
     '<!doctype html>'
     """
-    left, right = (images.thumbnail(path, size, min(SIDE, max(size))) for path, size in _sides(pair))
+    uris = [_uri(images.thumbnail(*of, min(SIDE, max(of[1])))) for of in zip(pair.paths, pair.sizes, strict=True)]
     factors = [SIDE / max(size) for size in pair.sizes]
     shown = [(size[1] * factor, size[0] * factor) for size, factor in zip(pair.sizes, factors, strict=True)]
     lefts = (0, shown[0][0] + GAP)
     few_a, few_b = _thinned(a, pair.matches.index_a), _thinned(b, pair.matches.index_b)
     names = [store.printable(pair.row[side]) for side in ("query", "candidate")]
-    outline = _outline(pair)
-    similarity = pair.matches.similarity
+    outline, similarity = _outline(pair), pair.matches.similarity
     data = {
         side: {"size": size, "factor": factor, "left": start, "xy": _rounded(tokens.xy)}
         for side, size, factor, start, tokens in zip("ab", pair.sizes, factors, lefts, (few_a, few_b), strict=True)
@@ -72,8 +71,8 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
         title=" \N{RIGHTWARDS ARROW} ".join(names),
         a_name=names[0],
         b_name=names[1],
-        a_uri=_uri(left),
-        b_uri=_uri(right),
+        a_uri=uris[0],
+        b_uri=uris[1],
         a_shown=shown[0],
         b_shown=shown[1],
         width=lefts[1] + shown[1][0],
@@ -136,10 +135,6 @@ def _write(path: Path, template: str, **shown: Any) -> Path:
     )
     store.write_bytes(path, templates.get_template(f"{template}.html.jinja").render(**shown).encode())
     return path
-
-
-def _sides(pair: Pair) -> list[tuple[Path, tuple[int, int]]]:
-    return list(zip(pair.paths, pair.sizes, strict=True))
 
 
 def _uri(picture: np.ndarray) -> str:

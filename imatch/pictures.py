@@ -242,7 +242,8 @@ def heat(a: Tokens, b: Tokens, patch: int, path: Path, size: tuple[int, int], st
     picture = _thumbnail(path, size, style.side)
     grey = np.repeat(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
     there = _Onto.of(size, picture)
-    inks = colours(similarity, low := np.median(similarity), max(similarity.max(), low + 1e-6))
+    low = float(np.median(similarity))
+    inks = colours(similarity, low, max(float(similarity.max()), low + 1e-6))
     if b.grid is None:
         for i in similarity.argsort(kind="stable"):  # the most similar on top
             cv2.circle(grey, _fixed(there(b.xy[i])), (style.radius + 1) * 16, inks[i].tolist(), -1, cv2.LINE_AA, 4)
@@ -382,7 +383,8 @@ def _outline(picture: np.ndarray, pair: Pair, there: _Onto, width: int = 2) -> N
 
 
 def _ring(picture: np.ndarray, xy: np.ndarray, name: str = "") -> None:
-    x, y = np.clip(xy + np.array([11, 5]), (0, 12), np.array(picture.shape[1::-1]) - (12, 2)).astype(int).tolist()
+    aside = 11 if xy[0] + 24 < picture.shape[1] else -21  # the name stands on the right where there is room
+    x, y = int(xy[0]) + aside, int(np.clip(xy[1] + 5, 12, len(picture) - 2))
     for colour, width in ((BLACK, 4), (WHITE, 2)):
         cv2.circle(picture, _fixed(xy), 8 * 16, colour, width, cv2.LINE_AA, 4)
         cv2.putText(picture, name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, width, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""Figures for the notebooks: every function returns a matplotlib Figure, and `show` puts it beside the step."""
+"""Figures for the notebooks, and what is read for them; `show` puts a matplotlib Figure beside the step."""
 
 from __future__ import annotations
 
@@ -191,8 +191,12 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranki
     """The contact sheet: n queries, evenly spread, down, and across their best k hits: framed green where right, red
     where wrong, with the cosine and, where it is known, the distance in metres."""
     shown, k = hits_shown(step, query, gallery, ranking, n, k), min(k, ranking.rows.shape[1])
-    figure = Figure(figsize=(2.4 + 1.6 * k, 2.2 * len(shown)), layout="constrained")
-    axes = figure.subplots(len(shown), k + 1, squeeze=False, width_ratios=[1.5, *[1] * k])
+    wide, side = 1.5, 1.6  # a query is so much wider than a hit, which is so many inches wide
+    sizes = [[row["size"], *(hit["size"] for hit in row["hits"])] for row in shown]
+    tall = [max(h / w * (wide if i == 0 else 1) for i, (h, w) in enumerate(of_row)) for of_row in sizes]
+    heights = [0.5 + side * min(ratio, 2.0) for ratio in tall]
+    figure = Figure(figsize=(side * (wide + k), sum(heights) + 0.3), layout="constrained")
+    axes = figure.subplots(len(shown), k + 1, squeeze=False, width_ratios=[wide, *[1] * k], height_ratios=heights)
     for axis in axes.flat:
         axis.axis("off")
     for row, (first, *others) in zip(shown, axes, strict=True):

@@ -18,6 +18,7 @@ from imatch import evaluate, geometry, images, references, store
 from imatch.denseft import covered, fit, picture
 from imatch.records import ImatchError, Ranking
 from imatch.runs import Step
+from imatch.steps.shared import pair_path, sides
 from imatch.store import Embeddings, Row
 
 KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
@@ -155,7 +156,7 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranki
     """n queries, evenly spread, and their best k hits: framed green where right, red where wrong."""
     shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int))
     k = min(k, ranking.rows.shape[1])
-    from_query, from_gallery = (_photographs(step.linked(side)) for side in ("query", "gallery"))
+    from_query, from_gallery = (side.linked("photographs") for side in sides(step))
     figure, axes = _sheet(len(shown), k + 1, side=1.5)
     for i, q in enumerate(shown):
         axes[i, 0].imshow(images.thumbnail(from_query / query.ids[q], query.rows[q]["size"], 200))
@@ -187,10 +188,17 @@ def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
     hits.set(title="Hit@1 before and after re-ranking", xlabel="rotation of the query, degrees", ylim=(-0.03, 1.03))
     if not metrics["by_view"]:
         hits.text(0.5, 0.5, "the queries are no references", transform=hits.transAxes, ha="center", color="grey")
-    counts = [[row["inliers"] for row in pairs if row["right"] == right] for right in (True, False)]
-    bins = np.linspace(0, max([1, *map(max, filter(None, counts))]), 41)
-    for count, name, colour in zip(counts, ("right candidate", "wrong candidate"), (RIGHT, WRONG), strict=True):
-        inliers.hist(count, bins, alpha=0.6, label=f"{name} ({len(count)})", color=colour)
+    looks = {
+        True: ("right candidate", RIGHT),
+        False: ("wrong candidate", WRONG),
+        None: ("nobody knows whether right", "grey"),
+    }
+    counts = {right: [row["inliers"] for row in pairs if row["right"] is right] for right in looks}
+    bins = np.linspace(0, max([1, *(n for of in counts.values() for n in of)]), 41)
+    for right, count in counts.items():
+        if count or right is not None:
+            name, colour = looks[right]
+            inliers.hist(count, bins, alpha=0.6, label=f"{name} ({len(count)})", color=colour)
     inliers.set(title="do inliers tell right from wrong?", xlabel="inliers of a pair", ylabel="pairs", yscale="symlog")
     for axis in (hits, inliers):
         axis.grid(alpha=0.3)
@@ -216,14 +224,6 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
     return figure
 
 
-def pair_path(step: Step, row: Row) -> Path:
-    """Where 04_match put a pair, without the suffix of the sink."""
-    from imatch.steps.shared import flat_name
-
-    name = "source" if row["rank"] is None else f"{row['rank']:02d}"
-    return step.folder / "pairs" / flat_name(row["query"]) / name
-
-
 def show(figure: Figure, path: Path) -> DisplayImage:
     """Write a figure as PNG, atomically, and return it as the picture that a notebook shows."""
     with store.atomic(path) as temporary, warnings.catch_warnings():
@@ -238,12 +238,6 @@ def _sheet(rows: int, columns: int, side: float = 2.2) -> tuple[Figure, np.ndarr
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
-
-
-def _photographs(folder: Path) -> Path:
-    from imatch import runs
-
-    return runs.read(folder).linked("photographs")
 
 
 def _short(id: str) -> str:

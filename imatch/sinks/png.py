@@ -13,6 +13,7 @@ from PIL import Image
 
 from imatch import geometry, images, store
 from imatch.records import Pair
+from imatch.sinks import Sink
 
 SIDE, BAR, GAP = 360, 44, 8
 GREEN, RED, WHITE = (90, 220, 90), (235, 90, 80), (255, 255, 255)
@@ -20,7 +21,7 @@ COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMA
 
 
 @dataclass(frozen=True)
-class Png:
+class Png(Sink):
     """Both photographs at most 360 pixels a side, the 120 most similar inliers coloured by similarity."""
 
     def __call__(self, path: Path, pair: Pair) -> None:

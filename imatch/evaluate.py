@@ -523,17 +523,12 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}  {mean}")
     for name, metrics in finished.items():
         hit, again = (intervals.Interval(**metrics["intervals"][key]) for key in ("hit_at_1", "reranked_hit_at_1"))
-        lines += ["", f"{name}: {metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"]
-        changed = metrics["intervals"].get("reranking")  # absent from steps of before it was measured
-        if changed and changed["value"] is not None:
-            lines.append(f"  re-ranking changes Hit@1 by {_span(changed, '+')}: {verdict(changed)}")
-        if metrics.get("pairs_verified") is not None and hit.value is None:
-            lines.append(f"  {metrics['pairs_verified']} of {metrics['pairs']} pairs verified")
-        said = {"of the queries": "verified", "of those are right": "verified_right"}
-        said |= {"have a wrong candidate that verifies": "wrong_verified"}
-        shares = [f"{_cell(metrics[key])} {words}" for words, key in said.items() if metrics[key] is not None]
-        if shares:
-            lines.append(f"  verified: {', '.join(shares)}")
+        if hit.value is None and "pairs_verified" in metrics:
+            said = f"{metrics['pairs_verified']} of {metrics['pairs']} pairs verified"
+            lines += ["", f"{name}: {said}; no query has a right answer that is known, so there is no Hit@1"]
+        else:
+            lines += ["", f"{name}: {metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"]
+            lines += _reranked(metrics)
         if metrics["corner_error_median"] is not None:
             lines.append(f"  median corner error of verified right matches: {metrics['corner_error_median']:.2f} px")
         if metrics["true_pairs"]:
@@ -544,6 +539,18 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
         if metrics.get("queries_skipped"):
             lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be decoded")
     return "\n".join(lines)
+
+
+def _reranked(metrics: Mapping[str, Any]) -> list[str]:
+    """What re-ranking changes, and what verification is worth."""
+    lines = []
+    changed = metrics["intervals"].get("reranking")  # absent from steps of before it was measured
+    if changed and changed["value"] is not None:
+        lines.append(f"  re-ranking changes Hit@1 by {_span(changed, '+')}: {verdict(changed)}")
+    said = {"of the queries": "verified", "of those are right": "verified_right"}
+    said |= {"have a wrong candidate that verifies": "wrong_verified"}
+    shares = [f"{_cell(metrics[key])} {words}" for words, key in said.items() if metrics[key] is not None]
+    return [*lines, f"  verified: {', '.join(shares)}"] if shares else lines
 
 
 def _cell(value: float | None, width: int = 0) -> str:

@@ -19,7 +19,7 @@ from imatch import evaluate, geometry, images, pictures, references, runs, store
 from imatch.denseft import covered, fit, picture
 from imatch.records import Geometry, ImatchError, Matches, Pair, Ranking, StepError, Tokens
 from imatch.runs import Step
-from imatch.steps.shared import flat_name, query_and_gallery, views_by_id
+from imatch.steps.shared import pair_path, query_and_gallery, sides, views_by_id
 from imatch.store import Embeddings, Row
 
 KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
@@ -238,10 +238,17 @@ def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
     hits.set(title="Hit@1 before and after re-ranking", xlabel="rotation of the query, degrees", ylim=(-0.03, 1.03))
     if not metrics["by_view"]:
         hits.text(0.5, 0.5, "the queries are no references", transform=hits.transAxes, ha="center", color="grey")
-    counts = [[row["inliers"] for row in pairs if row["right"] == right] for right in (True, False)]
-    bins = np.linspace(0, max([1, *map(max, filter(None, counts))]), 41)
-    for count, name, colour in zip(counts, ("right candidate", "wrong candidate"), (RIGHT, WRONG), strict=True):
-        inliers.hist(count, bins, alpha=0.6, label=f"{name} ({len(count)})", color=colour)
+    looks = {
+        True: ("right candidate", RIGHT),
+        False: ("wrong candidate", WRONG),
+        None: ("nobody knows whether right", "grey"),
+    }
+    counts = {right: [row["inliers"] for row in pairs if row["right"] is right] for right in looks}
+    bins = np.linspace(0, max([1, *(n for of in counts.values() for n in of)]), 41)
+    for right, count in counts.items():
+        if count or right is not None:
+            name, colour = looks[right]
+            inliers.hist(count, bins, alpha=0.6, label=f"{name} ({len(count)})", color=colour)
     inliers.set(title="do inliers tell right from wrong?", xlabel="inliers of a pair", ylabel="pairs", yscale="symlog")
     for axis in (hits, inliers):
         axis.grid(alpha=0.3)
@@ -362,12 +369,11 @@ def load_pair(step: Step, row: Row) -> tuple[Pair, Tokens, Tokens]:
     path = pair_path(step, row).with_suffix(".npy")
     if not path.is_file():
         raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-    table, index = np.load(path), runs.read(step.linked("index"))
-    sides = query_and_gallery(index)
-    rows = [side.ids.index(id) for side, id in zip(sides, (row["query"], row["candidate"]), strict=True)]
-    of_a, of_b = (side.rows[place] for side, place in zip(sides, rows, strict=True))
-    a, b = (side.tokens(place) for side, place in zip(sides, rows, strict=True))
-    from_a, from_b = (runs.read(side.folder).linked("photographs") for side in sides)
+    table, stores = np.load(path), query_and_gallery(step)
+    rows = [side.ids.index(id) for side, id in zip(stores, (row["query"], row["candidate"]), strict=True)]
+    of_a, of_b = (side.rows[place] for side, place in zip(stores, rows, strict=True))
+    a, b = (side.tokens(place) for side, place in zip(stores, rows, strict=True))
+    from_a, from_b = (side.linked("photographs") for side in sides(step))
     pair = Pair(
         row,
         (from_a / of_a["id"], from_b / of_b["id"]),
@@ -384,12 +390,6 @@ def load_pair(step: Step, row: Row) -> tuple[Pair, Tokens, Tokens]:
         ),
     )
     return pair, a, b
-
-
-def pair_path(step: Step, row: Row) -> Path:
-    """Where 04_match put a pair, without the suffix of the sink."""
-    name = "source" if row["rank"] is None else f"{row['rank']:02d}"
-    return step.folder / "pairs" / flat_name(row["query"]) / name
 
 
 def show(figure: Figure, path: Path) -> DisplayImage:

@@ -407,6 +407,7 @@ def pair(few_photographs):
         "verified": True,
         "inliers": 30,
         "matches": 30,
+        "descriptors": [30, 30],
         "rotation": 0.0,
         "scale": 1.0,
         "corner_error": 0.0,

@@ -10,10 +10,11 @@ import numpy as np
 from imatch import pictures, store
 from imatch.pictures import encode
 from imatch.records import Pair
+from imatch.sinks import Sink
 
 
 @dataclass(frozen=True)
-class Png:
+class Png(Sink):
     """Both photographs at most 360 pixels a side, the 120 most similar inliers coloured by similarity."""
 
     def __call__(self, path: Path, pair: Pair) -> None:

@@ -53,31 +53,20 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
     ...     pair_page(pair, tokens, tokens, Path(folder) / "pair.html").read_text()[:15]
     '<!doctype html>'
     """
-    uris = [_uri(images.thumbnail(*of, min(SIDE, max(of[1])))) for of in zip(pair.paths, pair.sizes, strict=True)]
-    factors = [SIDE / max(size) for size in pair.sizes]
-    shown = [(size[1] * factor, size[0] * factor) for size, factor in zip(pair.sizes, factors, strict=True)]
-    lefts = (0, shown[0][0] + GAP)
+    side_a = _side(pair.row["query"], pair.paths[0], pair.sizes[0], left=0)
+    side_b = _side(pair.row["candidate"], pair.paths[1], pair.sizes[1], left=side_a["width"] + GAP)
     few_a, few_b = _thinned(a, pair.matches.index_a), _thinned(b, pair.matches.index_b)
-    names = [store.printable(pair.row[side]) for side in ("query", "candidate")]
-    outline, similarity = _outline(pair), pair.matches.similarity
-    data = {
-        side: {"size": size, "factor": factor, "left": start, "xy": _rounded(tokens.xy)}
-        for side, size, factor, start, tokens in zip("ab", pair.sizes, factors, lefts, (few_a, few_b), strict=True)
-    }
-    data |= {"cell": _cell(few_b, pair.sizes[1]), **_correspondences(pair), **_heat(few_a, few_b)}
+    outline, similarity = (_outline(pair) + 0.5) * side_b["factor"], pair.matches.similarity
+    known = ("size", "factor", "left")
     return _write(
         path,
         "pair",
-        title=" \N{RIGHTWARDS ARROW} ".join(names),
-        a_name=names[0],
-        b_name=names[1],
-        a_uri=uris[0],
-        b_uri=uris[1],
-        a_shown=shown[0],
-        b_shown=shown[1],
-        width=lefts[1] + shown[1][0],
-        height=max(height for _, height in shown),
-        outline=" ".join(f"{lefts[1] + x:.1f},{y:.1f}" for x, y in (outline + 0.5) * factors[1]),
+        title=f"{side_a['name']} \N{RIGHTWARDS ARROW} {side_b['name']}",
+        a=side_a,
+        b=side_b,
+        width=side_b["left"] + side_b["width"],
+        height=max(side_a["height"], side_b["height"]),
+        outline=" ".join(f"{side_b['left'] + x:.1f},{y:.1f}" for x, y in outline),
         verified=pair.geometry.verified,
         reason=pair.geometry.reason,
         facts=_facts(pair),
@@ -85,9 +74,15 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
         least=f"{np.floor(100 * similarity.min(initial=1)) / 100:.2f}",
         lowest=f"{similarity.min(initial=1):.2f}",
         highest=f"{similarity.max(initial=-1):.2f}" if len(similarity) else "1.00",
-        what="patch" if a.grid is not None else "keypoint",
+        what="keypoint" if a.grid is None else "patch",
         notes=[_thinning(*of) for of in (("A", a, few_a), ("B", b, few_b)) if of[1] is not of[2]],
-        data=data,
+        data={
+            "a": {**{key: side_a[key] for key in known}, "xy": _rounded(few_a.xy)},
+            "b": {**{key: side_b[key] for key in known}, "xy": _rounded(few_b.xy)},
+            "cell": _cell(few_b, pair.sizes[1]),
+            **_correspondences(pair),
+            **_heat(few_a, few_b),
+        },
     )
 
 
@@ -135,6 +130,20 @@ def _write(path: Path, template: str, **shown: Any) -> Path:
     )
     store.write_bytes(path, templates.get_template(f"{template}.html.jinja").render(**shown).encode())
     return path
+
+
+def _side(id: str, path: Path, size: tuple[int, int], left: float) -> dict[str, Any]:
+    """One photograph of a pair, `SIDE` units of the drawing long, and where it begins in it."""
+    factor = SIDE / max(size)
+    return {
+        "name": store.printable(id),
+        "uri": _uri(images.thumbnail(path, size, min(SIDE, max(size)))),
+        "size": size,
+        "factor": factor,
+        "left": left,
+        "width": size[1] * factor,
+        "height": size[0] * factor,
+    }
 
 
 def _uri(picture: np.ndarray) -> str:

@@ -46,6 +46,8 @@ NAMED = frozenset(
         "variant",
         "kind",
         "direction",
+        "pairs",
+        "one",
         "tag",
     }
 )

@@ -405,7 +405,7 @@ def match_metrics(pairs: Sequence[Row], unit: str = "photographs") -> dict[str, 
     """The figures of a finished 04_match, from its rows.
 
     Args:
-        pairs: rows of pairs.jsonl.
+        pairs: rows of pairs.jsonl. Where `right` is None, nobody knows, and they count in no figure of what is right.
         unit: what a cluster is, for the messages.
 
     Returns:
@@ -417,8 +417,9 @@ def match_metrics(pairs: Sequence[Row], unit: str = "photographs") -> dict[str, 
         corner_auc (by threshold), matching_accuracy (mean share of correspondences within so many pixels of where the
         true matrix puts them: Mikolajczyk and Schmid, PAMI 2005; Dusmanu et al., "D2-Net", CVPR 2019), inlier_ratio
         (mean share of correspondences that the found geometry explains), rotation_error_median in degrees and
-        scale_error_median (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1
-        and true_within_8px. `by_crop` and `by_view` (crop and angle) have the same for parts. Shares are None where
+        scale_error_median (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1,
+        true_within_8px and reranking (reranked_hit_at_1 - hit_at_1, paired on the same queries). `by_crop` and
+        `by_view` (crop and angle) have the same for parts. Shares are None where
         nothing could be counted.
     """
     best = best_pairs(pairs)
@@ -445,7 +446,7 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
     wrong: dict[str, bool] = {}
     for row in pairs:
         candidate = row["retrieved"] and row["candidate"] is not None
-        if candidate and not row["right"] and not row["has_truth"]:  # its own photograph matches rightly
+        if candidate and row["right"] is False and not row["has_truth"]:  # its own photograph matches rightly
             wrong[row["query"]] = wrong.get(row["query"], False) or row["verified"]
     true = [row for row in pairs if row["has_truth"]]
     errors = corner_errors(true)
@@ -458,6 +459,9 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
         name: intervals.interval(np.array(values, float), [row["cluster"] for row in rows], unit=unit)
         for name, (rows, values) in each.items()
     }
+    of = {row["query"]: row["cluster"] for row in counted}
+    before, after = ({row["query"]: float(row["right"]) for row in rows} for rows in (first, counted))
+    measured["reranking"] = intervals.paired_difference(after, before, of, unit=unit)
     return {
         "queries": len(best),
         "hit_at_1": measured["hit_at_1"].value,
@@ -519,12 +523,12 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}  {mean}")
     for name, metrics in finished.items():
         hit, again = (intervals.Interval(**metrics["intervals"][key]) for key in ("hit_at_1", "reranked_hit_at_1"))
-        lines += ["", f"{name}: {metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"]
-        said = {"of the queries": "verified", "of those are right": "verified_right"}
-        said |= {"have a wrong candidate that verifies": "wrong_verified"}
-        shares = [f"{_cell(metrics[key])} {words}" for words, key in said.items() if metrics[key] is not None]
-        if shares:
-            lines.append(f"  verified: {', '.join(shares)}")
+        if hit.value is None and "pairs_verified" in metrics:
+            said = f"{metrics['pairs_verified']} of {metrics['pairs']} pairs verified"
+            lines += ["", f"{name}: {said}; no query has a right answer that is known, so there is no Hit@1"]
+        else:
+            lines += ["", f"{name}: {metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"]
+            lines += _reranked(metrics)
         if metrics["corner_error_median"] is not None:
             lines.append(f"  median corner error of verified right matches: {metrics['corner_error_median']:.2f} px")
         if metrics["true_pairs"]:
@@ -535,6 +539,18 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
         if metrics.get("queries_skipped"):
             lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be decoded")
     return "\n".join(lines)
+
+
+def _reranked(metrics: Mapping[str, Any]) -> list[str]:
+    """What re-ranking changes, and what verification is worth."""
+    lines = []
+    changed = metrics["intervals"].get("reranking")  # absent from steps of before it was measured
+    if changed and changed["value"] is not None:
+        lines.append(f"  re-ranking changes Hit@1 by {_span(changed, '+')}: {verdict(changed)}")
+    said = {"of the queries": "verified", "of those are right": "verified_right"}
+    said |= {"have a wrong candidate that verifies": "wrong_verified"}
+    shares = [f"{_cell(metrics[key])} {words}" for words, key in said.items() if metrics[key] is not None]
+    return [*lines, f"  verified: {', '.join(shares)}"] if shares else lines
 
 
 def _cell(value: float | None, width: int = 0) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 
-from imatch import runs, store, viz
+from imatch import store, viz
 from imatch.records import Geometry, Matches, Pair, StepError
 from imatch.runs import Step
 from imatch.sinks import png
+from imatch.steps.shared import sides
 from imatch.store import Row
 
 
@@ -24,11 +25,9 @@ def load_pair(step: Step, row: Row) -> Pair:
     if not path.is_file():
         raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
     table = np.load(path)
-    index = runs.read(step.linked("index"))
-    sides = [runs.read(index.linked(side)) for side in ("query", "gallery")]
-    ids = (row["query"], row["candidate"])
-    paths = [side.linked("photographs") / id for side, id in zip(sides, ids, strict=True)]
-    sizes = [_size(side.folder, id) for side, id in zip(sides, ids, strict=True)]
+    both = list(zip(sides(step), (row["query"], row["candidate"]), strict=True))
+    paths = [side.linked("photographs") / id for side, id in both]
+    sizes = [_size(side.folder, id) for side, id in both]
     matrix = None if row["matrix"] is None else np.array(row["matrix"])
     error = np.nan if row["reprojection_error"] is None else row["reprojection_error"]
     return Pair(

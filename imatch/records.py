@@ -6,8 +6,8 @@ angles are degrees counter-clockwise as one sees them on the screen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +245,16 @@ class Pair:
     """Two photographs matched 1:1, ready for the sinks.
 
     Attributes:
-        row: plain JSON: ids, rank, score, counts, verified, reason, matrix, rotation, scale, truth.
+        row: plain JSON, and small: ids, rank, score, counts, verified, reason, matrix, rotation, scale, truth.
         paths: the files of A (the query) and B (the candidate).
         sizes: their (h, w) in pixels.
         xy_a, xy_b: (m, 2) float32, the correspondences in pixels of the original photographs.
         matches: which descriptors they are, and how similar.
         geometry: what explains them.
+        grids: (h, w) of each side's tokens; None where they lie on no grid.
+        weight: the backbone that made the tokens, by its key.
+        settings: plain JSON: how they were matched.
+        time_ms: how long matching and geometry took.
     """
 
     row: dict[str, Any]
@@ -260,3 +264,7 @@ class Pair:
     xy_b: np.ndarray
     matches: Matches
     geometry: Geometry
+    grids: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
+    weight: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    time_ms: float = 0.0

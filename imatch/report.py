@@ -154,7 +154,12 @@ def chain(step: Step) -> dict[str, Step]:
     """The steps that a 04_match or 03_index was made from, and itself, by name of the notebook: 01_embed, ... .
 
     "01_embed" is that of the photographs that were searched, "queries" the step of embeddings that searched them.
+
+    Raises:
+        StepError: one is not there, or a 04_match went on from none: it matched a list of pairs.
     """
+    if step.name == "04_match" and "index" not in step.links:
+        raise StepError("it matched a list of pairs, so nothing was retrieved")
     index = runs.read(step.linked("index")) if step.name == "04_match" else step
     query, gallery = (runs.read(index.linked(side)) for side in ("query", "gallery"))
     embed = next((side for side in (gallery, query) if side.name == "01_embed"), None)

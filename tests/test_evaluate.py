@@ -567,6 +567,7 @@ def test_summary_table_shows_each_angle_and_crop():
         f"weight=sift 0.5 0.50 0.00 0.33 {few}",
         "",
         f"weight=sift: 3 queries, Hit@1 0.33 {few}, re-ranked by 1:1 matching 0.67 {few}",
+        "re-ranking changes Hit@1 by +0.333: no difference that can be told",
         "verified: 1.00 of the queries, 0.67 of those are right, 0.33 have a wrong candidate that verifies",
         "median corner error of verified right matches: 2.00 px",
         "of all 3 pairs of a reference and its source: median corner error 3.00 px, within 8 px 0.67",

@@ -462,9 +462,9 @@ def test_killed_index_and_matching(run_killed, whole, house):
     assert not list(house.index().folder.glob(".*"))
     assert_same(house.folder("03_index"), whole.folder("03_index"))
 
-    run_killed((house.but(workers=2), "match", Kill("os.rename", "/pairs.jsonl", 6)))
+    run_killed((house.but(workers=2), "match", Kill("os.rename", "/00000.jsonl", 6)))
     pairs = house.folder("04_match") / "pairs"
-    done = [path.parent for path in pairs.rglob("pairs.jsonl")]
+    done = [path.parent for path in pairs.rglob("00000.jsonl")]
     assert 5 <= len(done) <= 10 < PHOTOGRAPHS * len(ANGLES)
     before = state(*done)
     house.match()

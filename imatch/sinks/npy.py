@@ -9,6 +9,7 @@ import numpy as np
 
 from imatch import store
 from imatch.records import Pair
+from imatch.sinks import Sink
 
 CORRESPONDENCE = np.dtype(
     [
@@ -24,7 +25,7 @@ CORRESPONDENCE = np.dtype(
 
 
 @dataclass(frozen=True)
-class Npy:
+class Npy(Sink):
     """(m,) correspondences, strongest first, as a structured array of `CORRESPONDENCE`."""
 
     def __call__(self, path: Path, pair: Pair) -> None:

@@ -129,7 +129,7 @@ def start_index(
                 f"direction {direction} needs references: give references_step, the folder of 02_references"
             )
         found["reference"] = runs.read(registry.resolve(references_step))
-        kind = _kind_of_reference(found["reference"], found["data"])
+        kind = kind_of_reference(found["reference"], found["data"])
     tries = tried(found[sides["query"]], poses.poses(rotations))
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
@@ -164,7 +164,7 @@ def start_index(
     return runs.start(folder, "03_index", parameters, upstream, links, on_change, keep=("index",))
 
 
-def _kind_of_reference(reference: Step, data: Step) -> str:
+def kind_of_reference(reference: Step, data: Step) -> str:
     """The ending that the other side of an index gives to its folder's name, after checking that the two belong
     together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
     if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:

@@ -1,26 +1,45 @@
-"""04_match: each query against its best candidates, 1:1."""
+"""04_match: each query against its best candidates, or the pairs of a list, 1:1."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
-from imatch import evaluate, geometry, matching, registry, runs, sinks, store
-from imatch.records import ImatchError, Pair
+from imatch import evaluate, geometry, matching, runs, sinks, store
+from imatch.records import Geometry, ImatchError, Matches, Pair, Tokens
 from imatch.runs import Step
-from imatch.steps.search import read_ranking
-from imatch.steps.shared import flat_name, missed, query_and_gallery, tagged, views_by_id
+from imatch.steps import pairs as sources
+from imatch.steps.pairs import Candidate, Source
+from imatch.steps.shared import flat_name, pair_path, sides, tagged, views_by_id
 from imatch.store import Row
+
+BLOCK = 64
+"""Candidates of a query that one worker matches at a time: what a kill loses at most."""
+MANY, SAMPLE = 1000, 8
+"""From how many pairs on it is looked whether they fit, and how many are matched to see."""
+ROW = 4096
+"""Bytes of memory that the row of a pair takes, in Python."""
 
 
 def start_match(
     index_step: str,
     *,
     candidates: int,
+    pairs: str = "",
+    one: str = "",
+    embed_step: str = "",
+    gallery_step: str = "",
     matcher: str,
     matcher_options: Mapping[str, Any],
     model: str,
@@ -33,11 +52,18 @@ def start_match(
     tag: str,
     on_change: str,
 ) -> Step:
-    """Start 04_match: each query of a 03_index step against its best candidates, 1:1.
+    """Start 04_match: each query of a 03_index against its best candidates, 1:1, or the pairs of a list.
 
     Args:
-        index_step: folder of a finished 03_index.
-        candidates: how many of each query's hits are matched.
+        index_step, candidates: folder of a finished 03_index, and how many of each query's hits are matched; of no
+            meaning to a list.
+        pairs: "" is what 03_index found. A list: "all" (each pair once), "ordered" (a with b and b with a), "one" (one
+            photograph against all others), or the path of a CSV with columns query and candidate (`pairs.read_pairs`).
+        one: id of that one photograph.
+        embed_step: of a list, folder of the finished 01_embed that its queries come from.
+        gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references
+            made from `embed_step`, that its candidates come from; "" is `embed_step` itself. Two different sides
+            have no pair twice, so "all" and "ordered" are every query against every candidate.
         matcher: a name of `matching.MATCHERS`.
         matcher_options: fields of that matcher.
         model, threshold, confidence, iterations, min_inliers, min_share: of `geometry.Estimator`. A threshold of 0
@@ -47,11 +73,9 @@ def start_match(
         tag, on_change: as in `start_embed`.
 
     Raises:
-        ImatchError: an unknown name, or a number out of its range; see also `runs.start`.
+        ImatchError: an unknown name or photograph, or a number out of its range; see also `runs.start`.
     """
-    source = runs.read(registry.resolve(index_step))
-    if candidates < 1:
-        raise ImatchError(f"candidates is {candidates}: match at least 1")
+    planned = sources.plan(index_step, candidates, pairs, one, embed_step, gallery_step)
     matching.create(matcher, matcher_options)
     for output in outputs:
         sinks.create(output)
@@ -64,75 +88,138 @@ def start_match(
         "min_share": min_share,
     }
     _estimator(chosen, None)  # refuses bad values before anything is written
-    within = source.folder.relative_to(source.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
-    folder = source.folder.parents[4] / "04_match" / within.parent / f"{within.name}{tagged(tag)}"
     parameters = {
-        "candidates": candidates,
+        **planned.parameters,
         "matcher": matcher,
         "matcher_options": dict(matcher_options),
         "geometry": chosen,
         "outputs": sorted(outputs),
     }
-    return runs.start(
-        folder, "04_match", parameters, {"index": str(source.fingerprint)}, {"index": source.folder}, on_change
-    )
+    folder = planned.folder.with_name(f"{planned.folder.name}{tagged(tag)}")
+    return runs.start(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
 
 
 def match(step: Step, *, workers: int = -1) -> list[Row]:
     """Match every query with its candidates, those that are missing.
 
-    A reference is also matched with its own source when that is not among the candidates (retrieved: false), so
-    that the error of the geometry is known apart from the retrieval; such pairs take no part in re-ranking.
+    Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
+    false), so that the error of the geometry is known apart from the retrieval; such pairs take no part in re-ranking.
 
     Returns:
         One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.
         pairs/<query>/<rank>.json, .npy and .png hold each in full. A query in which the backbone found nothing has one
-        row without a candidate, in which everything has failed.
+        row without a candidate, in which everything has failed. Where nobody knows whether a pair is right, as of a
+        list, `right` is None.
+
+    Raises:
+        ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
     """
     if not step.finished:
         job = _Match(step)
-        todo = [q for q in range(len(job.query)) if not job.done(q).is_file()]
+        blocks = list(_blocks(job.source))
+        todo = [block for block in blocks if not job.done(block).is_file()]
+        _check_fits(job, todo)
         for _ in runs.parallel(job, todo, workers, "match"):
             pass
-        rows = [row for q in range(len(job.query)) for row in store.read_rows(job.done(q))]
-        shown = {*job.gallery.shows}
-        views = {row["id"] for row in missed(job.query) if not job.same and row.get("source_sha256") in shown}
-        rows += [_unmatched(judged, judged["query"] in views) for judged in job.judged if not judged["embedded"]]
-        store.write_rows(step.folder / "pairs.jsonl", rows)
+        store.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
+        for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
+            rows = (row for row in store.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
+            sink.gather(step.folder / name, ((pair_path(step, row), row) for row in rows))
     return store.read_rows(step.folder / "pairs.jsonl")
 
 
 def match_metrics(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
     """The figures of 04_match (`evaluate.match_metrics`); counted apart: photographs that could not be decoded."""
-    index = runs.read(step.linked("index"))
+    source = sources.source(step)
     return {
         "pairs": sum(row["candidate"] is not None for row in pairs),
-        "queries_skipped": index.metrics["queries_skipped"],
-        **evaluate.match_metrics(pairs, f"{index.parameters['cluster']}s"),
+        "pairs_verified": sum(row["verified"] for row in pairs),
+        "queries_skipped": source.skipped,
+        **evaluate.match_metrics(pairs, source.unit),
     }
 
 
+class _Block(NamedTuple):
+    """Candidates `first` up to `end` of a query: what is matched, and gone on with, as one."""
+
+    query: int
+    first: int
+    end: int
+
+
+def _blocks(source: Source) -> Iterator[_Block]:
+    for q in range(len(source.query)):
+        n = source.count(q)
+        yield from (_Block(q, first, min(first + BLOCK, n)) for first in range(0, n, BLOCK))
+
+
+def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[Row]:
+    """The rows of all pairs, a query at a time, each with its place after re-ranking."""
+    for _, of_query in itertools.groupby(blocks, lambda block: block.query):
+        rows = [{**row, "reranked": None} for block in of_query for row in store.read_rows(job.done(block))]
+        for place, row in enumerate(evaluate.rerank(rows)):
+            row["reranked"] = place
+        yield from rows
+    yield from job.source.unmatched
+
+
+def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
+    """Say how many pairs there are. Of many, match some, evenly spread, to see what one takes, and refuse what cannot
+    fit onto the disk or into memory."""
+    pairs, folder = sum(block.end - block.first for block in todo), job.step.folder
+    print("\n".join([*job.source.said, f"{pairs} pairs to match"]))
+    if pairs < MANY:
+        return
+    taken: Counter[str] = Counter()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as elsewhere:
+        for i in np.linspace(0, len(todo) - 1, SAMPLE).astype(int):
+            candidates = job.candidates(todo[i])
+            pair = job.pair(todo[i].query, job.source.query.tokens(todo[i].query), candidates[len(candidates) // 2])
+            job.write(Path(elsewhere) / str(i), pair)
+            taken["rows"] += 2 * len(store.line(pair.row))  # in the query's folder and in pairs.jsonl
+        for path in Path(elsewhere).iterdir():
+            taken[path.suffix[1:]] += path.stat().st_size
+    hours = (time.perf_counter() - start) / SAMPLE * pairs / 3600
+    gb = {name: size / SAMPLE * pairs / 2**30 for name, size in sorted(taken.items())}
+    needs = {"disk": sum(gb.values()), "memory": ROW * pairs / 2**30}
+    free = {"disk": shutil.disk_usage(folder).free / 2**30, "memory": psutil.virtual_memory().available / 2**30}
+    by_output = ", ".join(f"{name} {size:.1f}" for name, size in gb.items())
+    print(f"about {needs['disk']:.1f} GB ({by_output}), {needs['memory']:.1f} GB of memory, {hours:.1f} h on one core")
+    for what, wanted in needs.items():
+        if wanted > free[what]:
+            raise ImatchError(
+                f"{pairs} pairs take about {wanted:.1f} GB of {what}, and {free[what]:.1f} GB are free for {folder}: "
+                "give a CSV of fewer pairs, fewer outputs (-p outputs '[npy]'), or another disk with --exports"
+            )
+
+
+class _Aligned(NamedTuple):
+    """How two photographs lie on each other: correspondences in pixels of the originals, and what explains them."""
+
+    matches: Matches
+    xy_a: np.ndarray
+    xy_b: np.ndarray
+    geometry: Geometry
+    estimator: geometry.Estimator
+
+
 class _Match:
-    """Matches one query with its candidates; every worker process opens the stores for itself."""
+    """Matches a query with a block of its candidates; every worker process opens the stores for itself."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
         self._open()
 
     def _open(self) -> None:
-        index = runs.read(self.step.linked("index"))
-        self.query, self.gallery = query_and_gallery(index)
-        self.ranking = read_ranking(index)
-        self.judged = store.read_rows(index.folder / "queries.jsonl")
-        believed = index.metrics["threshold"]["value"]
-        self.believed = math.inf if believed is None else believed
-        self.same = self.query.folder == self.gallery.folder
-        self.views = {side: views_by_id(index.linked(side)) for side in ("query", "gallery")}
-        self.roots = {side: runs.read(index.linked(side)).linked("photographs") for side in ("query", "gallery")}
+        self.source = sources.source(self.step)
+        both = sides(self.step)
+        self.views = [views_by_id(side.folder) for side in both]
+        self.roots = [side.linked("photographs") for side in both]
+        self.weight = both[0].parameters["weight"]
         parameters = self.step.parameters
         self.matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
         self.sinks = [sinks.create(name) for name in parameters["outputs"]]
-        self.row_that_shows = {shown: row for row, shown in reversed(list(enumerate(self.gallery.shows)))}
 
     def __getstate__(self) -> Step:
         return self.step
@@ -141,103 +228,109 @@ class _Match:
         self.step = step
         self._open()
 
-    def done(self, q: int) -> Path:
-        return self.step.folder / "pairs" / flat_name(self.query.ids[q]) / "pairs.jsonl"
+    def done(self, block: _Block) -> Path:
+        """The file that is there when a block is matched."""
+        query = self.source.query.ids[block.query]
+        return self.step.folder / "pairs" / flat_name(query) / f"{block.first:05d}.jsonl"
 
-    def __call__(self, q: int) -> None:
-        wanted = [
-            (int(row), float(score), rank)
-            for rank, (row, score) in enumerate(zip(self.ranking.rows[q], self.ranking.scores[q], strict=True))
-            if row >= 0
-        ][: self.step.parameters["candidates"]]
-        source = self.row_that_shows.get(self.query.shows[q])
-        found = {self.gallery.shows[row] for row, _, _ in wanted}
-        if source is not None and not self.same and self.query.shows[q] not in found:
-            score = float(np.asarray(self.query.vectors[q]) @ np.asarray(self.gallery.vectors[source]))
-            wanted.append((source, score, None))  # type: ignore[arg-type]
-        pairs = [self._pair(q, row, score, rank) for row, score, rank in wanted]
-        for place, row in enumerate(evaluate.rerank([pair.row for pair in pairs])):
-            row["reranked"] = place
-        for pair in pairs:
-            name = "source" if pair.row["rank"] is None else f"{pair.row['rank']:02d}"
-            for sink in self.sinks:
-                sink(self.done(q).parent / name, pair)
-        store.write_rows(self.done(q), (pair.row for pair in pairs))
+    def candidates(self, block: _Block) -> list[Candidate]:
+        return self.source.candidates(block.query)[block.first : block.end]
 
-    def _pair(self, q: int, row: int, score: float, rank: int | None) -> Pair:
-        a, b = self.query.tokens(q), self.gallery.tokens(row)
-        meta_a, meta_b = self.query.rows[q], self.gallery.rows[row]
+    def __call__(self, block: _Block) -> None:
+        a, rows = self.source.query.tokens(block.query), []
+        for candidate in self.candidates(block):
+            pair = self.pair(block.query, a, candidate)
+            self.write(pair_path(self.step, pair.row), pair)
+            rows.append(pair.row)
+        store.write_rows(self.done(block), rows)
+
+    def write(self, path: Path, pair: Pair) -> None:
+        for sink in self.sinks:
+            sink(path, pair)
+
+    def pair(self, q: int, a: Tokens, candidate: Candidate) -> Pair:
+        query, gallery = self.source.query, self.source.gallery
+        meta_a, meta_b, b = query.rows[q], gallery.rows[candidate.row], gallery.tokens(candidate.row)
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
-        matches = self.matcher(a, b)
-        xy_a, xy_b = a.xy[matches.index_a], b.xy[matches.index_b]
-        patch = None if b.grid is None else max(b.spacing)
-        estimator = _estimator(self.step.parameters["geometry"], patch)
-        found = estimator(xy_a, xy_b, *sizes)
-        turned, scaled = (None, None)
-        if found.matrix is not None and found.verified:
-            turned, scaled = geometry.rotation_scale(found.matrix, sizes[0])
-        view_a, view_b = (self.views[side].get(meta["id"]) for side, meta in (("query", meta_a), ("gallery", meta_b)))
-        same = self.query.shows[q] == self.gallery.shows[row]
+        start = time.perf_counter()
+        found = self._align(a, b, sizes)
+        ms = 1000 * (time.perf_counter() - start)
+        view_a, view_b = (views.get(meta["id"]) for views, meta in zip(self.views, (meta_a, meta_b), strict=True))
+        same = query.shows[q] == gallery.shows[candidate.row]
         truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
-        wanted = None if truth is None else geometry.rotation_scale(truth, sizes[0])
-        judged = self.judged[q]
-        record = {
+        row = {
             "query": meta_a["id"],
             "candidate": meta_b["id"],
-            "rank": rank,
-            "reranked": None,
-            "retrieved": rank is not None,
-            "score": round(score, 6),
-            "right": same if rank is None else bool(self.ranking.right[q, rank]),
-            "answerable": judged["answers"] > 0,
-            "accepted": rank is not None and score >= self.believed,
-            "cluster": judged["cluster"],
-            "angle": judged["angle"],
-            "crop": judged["crop"],
+            "rank": candidate.rank,
+            "retrieved": candidate.rank is not None,
+            "score": round(candidate.score, 6),
+            "right": candidate.right,
+            "accepted": candidate.accepted,
+            **self.source.about(q),
             "descriptors": [len(a.descriptors), len(b.descriptors)],
-            "matches": len(matches),
-            "inliers": int(found.inliers.sum()),
-            "verified": found.verified,
-            "reason": found.reason,
-            "threshold": estimator.threshold,
-            "matrix": None if found.matrix is None else found.matrix.tolist(),
-            "rotation": turned,
-            "scale": scaled,
-            "reprojection_error": None if math.isnan(found.error) else found.error,
-            "has_truth": truth is not None,
-            "true_matrix": None if truth is None else truth.tolist(),
-            "corner_error": None,
-            "accuracy": None if truth is None else geometry.matching_accuracy(xy_a, xy_b, truth, evaluate.ACCURACY),
-            "rotation_error": None,
-            "scale_error": None,
+            **_judged(found, sizes[0], truth),
         }
-        if truth is not None and found.matrix is not None:
-            error = geometry.corner_error(found.matrix, truth, sizes[0])
-            record["corner_error"] = error if math.isfinite(error) else None
-        if wanted and turned is not None and scaled:
-            record["rotation_error"] = geometry.turned_apart(turned, wanted[0])
-            record["scale_error"] = max(scaled / wanted[1], wanted[1] / scaled) - 1
-        paths = self.roots["query"] / meta_a["id"], self.roots["gallery"] / meta_b["id"]
-        return Pair(record, paths, sizes, xy_a, xy_b, matches, found)
+        paths = self.roots[0] / meta_a["id"], self.roots[1] / meta_b["id"]
+        settings = {
+            "matcher": self.step.parameters["matcher"],
+            "matcher_options": dataclasses.asdict(self.matcher),  # type: ignore[call-overload]
+            "geometry": dataclasses.asdict(found.estimator),
+        }
+        return Pair(
+            row,
+            paths,
+            sizes,
+            found.xy_a,
+            found.xy_b,
+            found.matches,
+            found.geometry,
+            grids=(a.grid, b.grid),
+            weight=self.weight,
+            settings=settings,
+            time_ms=round(ms, 3),
+        )
+
+    def _align(self, a: Tokens, b: Tokens, sizes: tuple[tuple[int, int], tuple[int, int]]) -> _Aligned:
+        """The one place where the tokens of two photographs become correspondences and a geometry."""
+        matches = self.matcher(a, b)
+        xy_a, xy_b = a.xy[matches.index_a], b.xy[matches.index_b]
+        estimator = _estimator(self.step.parameters["geometry"], None if b.grid is None else max(b.spacing))
+        return _Aligned(matches, xy_a, xy_b, estimator(xy_a, xy_b, *sizes), estimator)
 
 
-def _unmatched(judged: Row, has_truth: bool) -> Row:
-    """The row of a query that was not embedded and so finds nothing."""
-    unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
-    return {
-        **dict.fromkeys([*unknown.split(), "rotation_error", "scale_error"]),
-        **dict.fromkeys(["right", "verified", "accepted"], False),
-        **{key: judged[key] for key in ("query", "cluster", "angle", "crop")},
-        "rank": 0,
-        "reranked": 0,
-        "retrieved": True,
-        "descriptors": [0, 0],
-        "matches": 0,
-        "inliers": 0,
-        "reason": "the backbone found nothing in the query",
-        "answerable": judged["answers"] > 0,
-        "has_truth": has_truth,
+def _judged(found: _Aligned, size: tuple[int, int], truth: np.ndarray | None) -> Row:
+    """What was found, and how far it is from the true matrix where that is known: the geometric part of a row."""
+    explained, wanted = found.geometry, None if truth is None else geometry.rotation_scale(truth, size)
+    turned, scaled = (None, None)
+    if explained.matrix is not None and explained.verified:
+        turned, scaled = geometry.rotation_scale(explained.matrix, size)
+    row = {
+        "matches": len(found.matches),
+        "inliers": int(explained.inliers.sum()),
+        "verified": explained.verified,
+        "reason": explained.reason,
+        "threshold": found.estimator.threshold,
+        "matrix": None if explained.matrix is None else explained.matrix.tolist(),
+        "rotation": turned,
+        "scale": scaled,
+        "reprojection_error": None if math.isnan(explained.error) else explained.error,
+        "has_truth": truth is not None,
+        "true_matrix": None,
+        "corner_error": None,
+        "accuracy": None,
+        "rotation_error": None,
+        "scale_error": None,
     }
+    if truth is not None:
+        row["true_matrix"] = truth.tolist()
+        row["accuracy"] = geometry.matching_accuracy(found.xy_a, found.xy_b, truth, evaluate.ACCURACY)
+        if explained.matrix is not None:
+            error = geometry.corner_error(explained.matrix, truth, size)
+            row["corner_error"] = error if math.isfinite(error) else None
+    if wanted and turned is not None and scaled:
+        row["rotation_error"] = geometry.turned_apart(turned, wanted[0])
+        row["scale_error"] = max(scaled / wanted[1], wanted[1] / scaled) - 1
+    return row
 
 
 def _estimator(chosen: Mapping[str, Any], patch: float | None) -> geometry.Estimator:

@@ -83,9 +83,22 @@ def missed(embeddings: Embeddings) -> list[Row]:
     return [row for row in store.read_rows(embeddings.folder / "skipped.jsonl") if "size" in row]
 
 
+def sides(step: Step) -> tuple[Step, Step]:
+    """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown."""
+    of = step if "query" in step.links else runs.read(step.linked("index"))
+    return runs.read(of.linked("query")), runs.read(of.linked("gallery"))
+
+
 def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
-    """The embeddings that a 03_index step searches with, and those it searches."""
-    return Embeddings(step.linked("query")), Embeddings(step.linked("gallery"))
+    """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches."""
+    query, gallery = sides(step)
+    return Embeddings(query.folder), Embeddings(gallery.folder)
+
+
+def pair_path(step: Step, row: Row) -> Path:
+    """Where 04_match puts a pair, without the suffix of the sink."""
+    name = "source" if row["rank"] is None else f"{row['rank']:02d}"
+    return step.folder / "pairs" / flat_name(row["query"]) / name
 
 
 def clusters(step: Step, queries: Sequence[Row]) -> list[str]:

@@ -1,0 +1,324 @@
+"""Who is matched with whom in 04_match: the queries of a 03_index with their candidates, or pairs from a list."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from imatch import images, plugins, registry, runs, store
+from imatch.records import ImatchError
+from imatch.runs import Step
+from imatch.steps.index import kind_of_reference
+from imatch.steps.search import read_ranking
+from imatch.steps.shared import flat_name, missed, query_and_gallery, run_and_dataset, sides, views_by_id
+from imatch.store import Embeddings, Row
+
+LISTS = ("all", "ordered", "one")
+"""Lists that need no file: each pair once, N x (N - 1) ordered pairs, one photograph against all others."""
+COLUMNS = ("query", "candidate")
+"""Columns of a CSV of pairs."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a query is matched with.
+
+    Attributes:
+        row: its row in the gallery.
+        score: cosine of the two global vectors.
+        rank: its place among the query's candidates by that score, from 0; None for a query's own source, which was
+            not among them.
+        right: whether it is a right answer; None where nobody knows.
+        accepted: whether 03_index believes it; None where none was asked.
+    """
+
+    row: int
+    score: float
+    rank: int | None
+    right: bool | None
+    accepted: bool | None
+
+
+class Source(Protocol):
+    """What 04_match asks of where its pairs come from.
+
+    Attributes:
+        query, gallery: the two sides; may be the same photographs.
+        unit: what a cluster of queries is, for messages.
+        skipped: how many photographs of the query's side could not be decoded.
+        said: what people should know before it starts, a line each.
+        unmatched: rows of pairs.jsonl for queries that have no vector, and so no pair.
+    """
+
+    query: Embeddings
+    gallery: Embeddings
+    unit: str
+    skipped: int
+    said: list[str]
+    unmatched: list[Row]
+
+    def count(self, q: int) -> int:
+        """How many candidates query q has."""
+
+    def candidates(self, q: int) -> list[Candidate]:
+        """The candidates of query q, best first."""
+
+    def about(self, q: int) -> Row:
+        """Of query q: answerable (it has a right answer that could be found), cluster, angle and crop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a 04_match writes and what its pairs were made from; for `runs.start`."""
+
+    folder: Path
+    parameters: dict[str, Any]
+    upstream: dict[str, str]
+    links: dict[str, Path]
+
+
+def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str, gallery_step: str) -> Plan:
+    """Check what is to be matched, before anything is written. Arguments as of `start_match`.
+
+    Raises:
+        ImatchError: a list, a file or a photograph that is not there; StepError for a step.
+    """
+    if one and pairs != "one":
+        raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: give -p pairs one, too")
+    if not pairs:
+        return _plan_of_index(runs.read(registry.resolve(index_step)), candidates)
+    query = runs.read(registry.resolve(embed_step))
+    gallery = runs.read(registry.resolve(gallery_step)) if gallery_step else query
+    kind = "" if gallery.folder == query.folder else kind_of_reference(gallery, query)
+    parameters: dict[str, Any] = {"pairs": pairs if pairs in LISTS else "listed"}
+    upstream = {"query": str(query.fingerprint), "gallery": str(gallery.fingerprint)}
+    links = {"query": query.folder, "gallery": gallery.folder}
+    name = pairs
+    if pairs == "one":
+        _row_of(one, Embeddings(query.folder))
+        parameters["one"] = one
+        name = f"one-{flat_name(one)}"
+    elif pairs not in LISTS:
+        path = registry.resolve(pairs)
+        if not path.is_file():
+            raise ImatchError(
+                f"{plugins.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}"
+            )
+        read_pairs(path, Embeddings(query.folder), Embeddings(gallery.folder))  # refuses a bad file now
+        upstream["pairs"], links["pairs"] = images.file_digest(path), path
+        name = f"csv-{path.stem}"
+    exports, dataset = run_and_dataset(query)
+    folder = exports / "04_match" / dataset / Path(*query.folder.parts[-2:]) / f"pairs-{name}{kind}"
+    return Plan(folder, parameters, upstream, links)
+
+
+def _plan_of_index(index: Step, candidates: int) -> Plan:
+    if candidates < 1:
+        raise ImatchError(f"candidates is {candidates}: match at least 1")
+    within = index.folder.relative_to(index.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
+    folder = index.folder.parents[4] / "04_match" / within
+    return Plan(folder, {"candidates": candidates}, {"index": str(index.fingerprint)}, {"index": index.folder})
+
+
+def source(step: Step) -> Source:
+    """Open what a started 04_match matches."""
+    return Retrieved(step) if "index" in step.links else Listed(step)
+
+
+def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict[int, list[int]], list[str]]:
+    """A list of pairs: a CSV with a line of names, query and candidate, and ids of photographs below.
+
+    Args:
+        path: the file, UTF-8; other columns are left alone, a pair that is there twice counts once.
+        query, gallery: what the ids of the two columns are looked up in.
+
+    Returns:
+        row of a query -> rows of its candidates; and the pairs that are left out, for 01_embed skipped one of the two.
+
+    Raises:
+        ImatchError: a column is missing, there is no pair, or an id is unknown; the message has the first few and the
+            nearest known one.
+    """
+    rows = [{id: row for row, id in enumerate(side.ids)} for side in (query, gallery)]
+    skipped = [{row["id"] for row in store.read_rows(side.folder / "skipped.jsonl")} for side in (query, gallery)]
+    pairs: dict[int, dict[int, None]] = {}
+    left_out, unknown = [], [dict[str, int](), dict[str, int]()]
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        if lacking := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise ImatchError(f"pairs {path} has no column {lacking[0]!r}: its first line must be query,candidate")
+        for line in reader:
+            ids = [line[name] or "" for name in COLUMNS]
+            known = [id in of for id, of in zip(ids, rows, strict=True)]
+            for side, id in enumerate(ids):
+                if not known[side] and id not in skipped[side]:
+                    unknown[side].setdefault(id, reader.line_num)
+            if all(known):
+                pairs.setdefault(rows[0][ids[0]], {})[rows[1][ids[1]]] = None
+            else:
+                left_out.append(" and ".join(ids))
+    for names, side in zip(unknown, (query, gallery), strict=True):
+        if names:
+            first = ", ".join(f"{id!r} (line {line})" for id, line in [*names.items()][:3])
+            raise ImatchError(f"pairs {path}: {len(names)} unknown ids, {first}: {_nearest(next(iter(names)), side)}")
+    if not pairs:
+        raise ImatchError(f"pairs {path} holds no pair: give a line query,candidate and ids below it")
+    return {q: [*candidates] for q, candidates in pairs.items()}, left_out
+
+
+def _row_of(id: str, embeddings: Embeddings) -> int:
+    if id in embeddings.ids:
+        return embeddings.ids.index(id)
+    for row in store.read_rows(embeddings.folder / "skipped.jsonl"):
+        if row["id"] == id:
+            raise ImatchError(f"one is {id!r}, which was skipped ({row['skipped']}): choose another photograph")
+    raise ImatchError(f"one is {id!r}, an unknown photograph: {_nearest(id, embeddings)}")
+
+
+def _nearest(id: str, embeddings: Embeddings) -> str:
+    near = difflib.get_close_matches(id, embeddings.ids, n=1, cutoff=0)
+    return f"ids are paths below the folder of photographs, did you mean {near[0]!r}?"
+
+
+class Retrieved:
+    """The queries of a 03_index and the best of what they found.
+
+    A query is matched with its own source, too, where that was not found, so that the error of the geometry is known
+    apart from the retrieval.
+    """
+
+    def __init__(self, step: Step) -> None:
+        index = runs.read(step.linked("index"))
+        self.query, self.gallery = query_and_gallery(index)
+        self.unit = f"{index.parameters['cluster']}s"
+        self.skipped = index.metrics["queries_skipped"]
+        self.said: list[str] = []
+        self._most = step.parameters["candidates"]
+        self._ranking = read_ranking(index)
+        self._judged = store.read_rows(index.folder / "queries.jsonl")
+        believed = index.metrics["threshold"]["value"]
+        self._believed = math.inf if believed is None else believed
+        self._same = self.query.folder == self.gallery.folder
+        self._row_that_shows = {shown: row for row, shown in reversed(list(enumerate(self.gallery.shows)))}
+
+    def count(self, q: int) -> int:
+        """See `Source`."""
+        return int((self._ranking.rows[q, : self._most] >= 0).sum()) + (self._source(q) is not None)
+
+    def candidates(self, q: int) -> list[Candidate]:
+        """See `Source`."""
+        ranking = self._ranking
+        found = [
+            Candidate(int(row), float(score), rank, bool(ranking.right[q, rank]), bool(score >= self._believed))
+            for rank, (row, score) in enumerate(zip(ranking.rows[q], ranking.scores[q], strict=True))
+            if row >= 0
+        ][: self._most]
+        own = self._source(q)
+        if own is None:
+            return found
+        score = float(np.asarray(self.query.vectors[q]) @ np.asarray(self.gallery.vectors[own]))
+        return [*found, Candidate(own, score, None, True, False)]
+
+    def _source(self, q: int) -> int | None:
+        """The row of the query's own source, where it is not among the candidates."""
+        own = self._row_that_shows.get(self.query.shows[q])
+        rows = self._ranking.rows[q, : self._most]
+        found = {self.gallery.shows[row] for row in rows[rows >= 0]}
+        return None if self._same or self.query.shows[q] in found else own
+
+    def about(self, q: int) -> Row:
+        """See `Source`."""
+        return _about(self._judged[q])
+
+    @cached_property
+    def unmatched(self) -> list[Row]:
+        """Rows of the queries in which the backbone found nothing: they find nothing."""
+        shown = {*self.gallery.shows}
+        views = {row["id"] for row in missed(self.query) if not self._same and row.get("source_sha256") in shown}
+        return [_unmatched(row, row["query"] in views) for row in self._judged if not row["embedded"]]
+
+
+class Listed:
+    """Pairs from a list: "all", "ordered", "one", or a CSV. Nothing is retrieved, so nothing of that is judged: a pair
+    that shows the same photograph is right, of others nobody knows."""
+
+    def __init__(self, step: Step) -> None:
+        self.query, self.gallery = query_and_gallery(step)
+        self.unit, self.unmatched = "photographs", list[Row]()
+        self._kind, self._same = step.parameters["pairs"], self.query.folder == self.gallery.folder
+        self._one = _row_of(step.parameters["one"], self.query) if self._kind == "one" else None
+        self._views = views_by_id(sides(step)[0].folder)
+        skipped = store.read_rows(self.query.folder / "skipped.jsonl")
+        self.skipped = sum("size" not in row for row in skipped)
+        self.said = [f"{len(skipped)} photographs were skipped, {skipped[0]['id']} and others"] if skipped else []
+        self._listed: Mapping[int, Sequence[int]] = {}
+        if self._kind == "listed":
+            self._listed, left_out = read_pairs(step.linked("pairs"), self.query, self.gallery)
+            few = "; ".join(left_out[:3])
+            self.said = [f"{len(left_out)} pairs are left out, for a photograph was skipped: {few}"] if left_out else []
+
+    def count(self, q: int) -> int:
+        """See `Source`."""
+        return len(self._rows(q))
+
+    def _rows(self, q: int) -> Sequence[int] | np.ndarray:
+        """Rows of the gallery; never a list of all pairs."""
+        if self._kind == "listed":
+            return self._listed.get(q, ())
+        if self._kind == "one" and q != self._one:
+            return ()
+        if not self._same:
+            return range(len(self.gallery))
+        if self._kind == "all":
+            return range(q + 1, len(self.gallery))
+        return np.delete(np.arange(len(self.gallery)), q)
+
+    def candidates(self, q: int) -> list[Candidate]:
+        """See `Source`."""
+        rows = np.asarray(self._rows(q), np.int64)
+        # not @, whose last digit may depend on the number of threads
+        scores = np.einsum("nd,d->n", store.take(self.gallery.vectors, rows), np.asarray(self.query.vectors[q]))
+        shown = self.query.shows[q]
+        return [
+            Candidate(row, float(scores[i]), rank, True if self.gallery.shows[row] == shown else None, None)
+            for rank, i in enumerate(np.lexsort((rows, -scores)))
+            for row in [int(rows[i])]
+        ]
+
+    def about(self, q: int) -> Row:
+        """See `Source`."""
+        row = self.query.rows[q]
+        view = self._views.get(row["id"], {})
+        cluster = row.get("source_sha256", row["sha256"])
+        return _about({"answers": 0, "cluster": cluster, "angle": view.get("angle"), "crop": view.get("crop")})
+
+
+def _about(judged: Row) -> Row:
+    return {"answerable": judged["answers"] > 0, **{key: judged[key] for key in ("cluster", "angle", "crop")}}
+
+
+def _unmatched(judged: Row, has_truth: bool) -> Row:
+    """The row of a query that was not embedded and so finds nothing."""
+    unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
+    return {
+        **dict.fromkeys([*unknown.split(), "rotation_error", "scale_error"]),
+        **dict.fromkeys(["right", "verified", "accepted"], False),
+        **_about(judged),
+        "query": judged["query"],
+        "rank": 0,
+        "reranked": 0,
+        "retrieved": True,
+        "descriptors": [0, 0],
+        "matches": 0,
+        "inliers": 0,
+        "reason": "the backbone found nothing in the query",
+        "has_truth": has_truth,
+    }

@@ -523,7 +523,7 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}  {mean}")
     for name, metrics in finished.items():
         hit, again = (intervals.Interval(**metrics["intervals"][key]) for key in ("hit_at_1", "reranked_hit_at_1"))
-        if hit.value is None and "pairs_verified" in metrics:
+        if hit.value is None and "pairs_verified" in metrics and metrics["pairs"]:
             said = f"{metrics['pairs_verified']} of {metrics['pairs']} pairs verified"
             lines += ["", f"{name}: {said}; no query has a right answer that is known, so there is no Hit@1"]
         else:

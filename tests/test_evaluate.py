@@ -575,6 +575,30 @@ def test_summary_table_shows_each_angle_and_crop():
     ]
 
 
+def test_reranking_that_hurts_is_called_worse():
+    """Twelve queries that retrieval answers; re-ranking moves a wrong candidate that verifies before the right one."""
+    rows = [
+        row
+        for i in range(12)
+        for row in (pair(f"q{i:02d}", 0, True, 5, cluster=i), pair(f"q{i:02d}", 1, False, 30, True, cluster=i))
+    ]
+    figures = evaluate.match_metrics(rows)
+    changed = figures["intervals"]["reranking"]
+    assert (figures["hit_at_1"], figures["reranked_hit_at_1"], changed["value"]) == (1.0, 0.0, -1.0)
+    assert changed["high"] < 0
+    assert "  re-ranking changes Hit@1 by -1.000 [" in (table := evaluate.summary_table({"sift": figures}))
+    assert "]: worse" in table
+
+
+def test_summary_table_of_a_list_says_how_many_pairs_verified():
+    unknown = pair("p", 0, None, 30, True, answerable=False, has_truth=False, accuracy=None)
+    rows = [{**unknown, "angle": None, "crop": None}]
+    figures = {"pairs": 1, "pairs_verified": 1, **evaluate.match_metrics(rows)}
+    assert figures["hit_at_1"] is figures["wrong_verified"] is figures["verified_right"] is None
+    said = "1 of 1 pairs verified; no query has a right answer that is known, so there is no Hit@1"
+    assert evaluate.summary_table({"sift": figures}) == f"\nsift: {said}"
+
+
 def test_summary_table_of_nothing():
     table = evaluate.summary_table({"weight=sift": evaluate.match_metrics([])})
     assert table == "\nweight=sift: 0 queries, Hit@1 -, re-ranked by 1:1 matching -"

@@ -259,6 +259,7 @@ class Listed:
         skipped = store.read_rows(self.query.folder / "skipped.jsonl")
         self.skipped = sum("size" not in row for row in skipped)
         self.said = [f"{len(skipped)} photographs were skipped, {skipped[0]['id']} and others"] if skipped else []
+        self._last: tuple[int, list[Candidate]] = (-1, [])
         self._listed: Mapping[int, Sequence[int]] = {}
         if self._kind == "listed":
             self._listed, left_out = read_pairs(step.linked("pairs"), self.query, self.gallery)
@@ -283,6 +284,11 @@ class Listed:
 
     def candidates(self, q: int) -> list[Candidate]:
         """See `Source`."""
+        if self._last[0] != q:  # the blocks of a query follow each other
+            self._last = q, self._scored(q)
+        return self._last[1]
+
+    def _scored(self, q: int) -> list[Candidate]:
         rows = np.asarray(self._rows(q), np.int64)
         # not @, whose last digit may depend on the number of threads
         scores = np.einsum("nd,d->n", store.take(self.gallery.vectors, rows), np.asarray(self.query.vectors[q]))

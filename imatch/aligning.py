@@ -72,6 +72,8 @@ class Aligner:
             raise ImatchError(unknown("refinement", self.refinement, REFINEMENTS))
         if self.search.model == "off":
             raise ImatchError("the first geometry cannot be off, it chooses the pose: use similarity")
+        if self.refinement == "pixel" and self.estimator.model == "off":
+            raise ImatchError("refinement pixel starts from a geometry: use model similarity, affine or homography")
 
     def __call__(
         self,
@@ -97,17 +99,22 @@ class Aligner:
             raise ImatchError("there is no pose of A to align: give at least the upright one")
         if self.refinement == "pixel" and photographs is None:
             raise ImatchError("refinement pixel compares photographs: give them, or use refinement patch")
-        tried = [self._tried(pose, a, b, size_a, size_b) for pose, a in poses]
+        first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
+        tried = [self._tried(pose, a, b, size_a, size_b, first) for pose, a in poses]
         best = max(tried, key=lambda alignment: alignment.geometry.inliers.sum())  # the first of equal ones
         if self.refinement == "pixel" and photographs is not None and _usable(best.geometry, size_a):
             return self._compared(best, size_a, size_b, *photographs())
+        if first is self.estimator:
+            return best
         return replace(best, geometry=self.estimator(best.xy_a, best.xy_b, size_a, size_b))
 
-    def _tried(self, pose: P, a: Tokens, b: Tokens, size_a: tuple[int, int], size_b: tuple[int, int]) -> Alignment[P]:
+    def _tried(
+        self, pose: P, a: Tokens, b: Tokens, size_a: tuple[int, int], size_b: tuple[int, int], estimator: Estimator
+    ) -> Alignment[P]:
         matches = self.matcher(a, b)
         xy_a = a.xy[matches.index_a]
         xy_b = b.xy[matches.index_b] if self.refinement == "off" else refine.by_patch(a, b, matches)
-        return Alignment(pose, matches, xy_a, xy_b, self.search(xy_a, xy_b, size_a, size_b))
+        return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, size_a, size_b))
 
     def _compared(
         self,

@@ -10,17 +10,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 
-from imatch import evaluate, geometry, matching, runs, sinks, store
-from imatch.records import Geometry, ImatchError, Matches, Pair, Tokens
+from imatch import evaluate, geometry, images, matching, poses, runs, sinks, store
+from imatch.aligning import Aligner, Alignment
+from imatch.poses import Pose
+from imatch.records import ImatchError, Pair, PhotographError, Tokens
 from imatch.runs import Step
 from imatch.steps import pairs as sources
 from imatch.steps.pairs import Candidate, Source
+from imatch.steps.poses import embed_poses, open_poses, tried
 from imatch.steps.shared import flat_name, pair_path, sides, tagged, views_by_id
 from imatch.store import Row
 
@@ -42,7 +46,11 @@ def start_match(
     gallery_step: str = "",
     matcher: str,
     matcher_options: Mapping[str, Any],
+    rotations: int = 1,
+    zooms: Sequence[float] = (1.0,),
+    refine: str = "patch",
     model: str,
+    method: str = "auto",
     threshold: float,
     confidence: float,
     iterations: int,
@@ -66,9 +74,12 @@ def start_match(
             have no pair twice, so "all" and "ordered" are every query against every candidate.
         matcher: a name of `matching.MATCHERS`.
         matcher_options: fields of that matcher.
-        model, threshold, confidence, iterations, min_inliers, min_share: of `geometry.Estimator`. A threshold of 0
-            means 3 pixels between keypoints and half a patch on a grid; a share of 0 means 0.1 between keypoints
-            and 0.3 on a grid, where neighbours see the same pixels and their agreement counts less.
+        rotations, zooms: poses of each query that are tried (`poses.poses`); the one with the most inliers is kept.
+        refine: one of `aligning.REFINEMENTS`: "off" leaves correspondences at the centres of patches, "patch" puts them
+            between, "pixel" then follows them in the photographs.
+        model, method, threshold, confidence, iterations, min_inliers, min_share: of `geometry.Estimator`. A threshold
+            of 0 means 3 pixels between keypoints and after refinement "pixel", and half a patch on a grid; a share of 0
+            means 0.1 there and 0.3 on a grid, where neighbours see the same pixels and their agreement counts less.
         outputs: names of `sinks.SINKS`.
         tag, on_change: as in `start_embed`.
 
@@ -81,29 +92,38 @@ def start_match(
         sinks.create(output)
     chosen = {
         "model": model,
+        "method": method,
         "threshold": threshold,
         "confidence": confidence,
         "iterations": iterations,
         "min_inliers": min_inliers,
         "min_share": min_share,
     }
-    _estimator(chosen, None)  # refuses bad values before anything is written
     parameters = {
         **planned.parameters,
         "matcher": matcher,
         "matcher_options": dict(matcher_options),
+        "refine": refine,
         "geometry": chosen,
         "outputs": sorted(outputs),
     }
+    aligner(parameters, None)  # refuses bad values before anything is written
+    tries = tried(planned.query, poses.poses(rotations, zooms))
+    parameters["poses"] = [dataclasses.asdict(pose) for pose in tries]
     folder = planned.folder.with_name(f"{planned.folder.name}{tagged(tag)}")
     return runs.start(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
 
 
-def match(step: Step, *, workers: int = -1) -> list[Row]:
+def match(step: Step, *, devices: str = "auto", workers: int = -1) -> list[Row]:
     """Match every query with its candidates, those that are missing.
 
     Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
     false), so that the error of the geometry is known apart from the retrieval; such pairs take no part in re-ranking.
+
+    Args:
+        step: of `start_match`.
+        devices: where a network embeds queries in other poses, as in `embed`.
+        workers: processes; -1 is one a core, 0 none.
 
     Returns:
         One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.
@@ -115,6 +135,8 @@ def match(step: Step, *, workers: int = -1) -> list[Row]:
         ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
     """
     if not step.finished:
+        folder, on_change = sides(step)[0].folder, step.on_change
+        embed_poses(folder, poses_of(step), devices=devices, workers=workers, on_change=on_change)
         job = _Match(step)
         blocks = list(_blocks(job.source))
         todo = [block for block in blocks if not job.done(block).is_file()]
@@ -175,7 +197,7 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
     with tempfile.TemporaryDirectory() as elsewhere:
         for i in np.linspace(0, len(todo) - 1, SAMPLE).astype(int):
             candidates = job.candidates(todo[i])
-            pair = job.pair(todo[i].query, job.source.query.tokens(todo[i].query), candidates[len(candidates) // 2])
+            pair = job.pair(todo[i].query, job.posed.tokens(todo[i].query), candidates[len(candidates) // 2])
             job.write(Path(elsewhere) / str(i), pair)
             taken["rows"] += 2 * len(store.line(pair.row))  # in the query's folder and in pairs.jsonl
         for path in Path(elsewhere).iterdir():
@@ -194,16 +216,6 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
             )
 
 
-class _Aligned(NamedTuple):
-    """How two photographs lie on each other: correspondences in pixels of the originals, and what explains them."""
-
-    matches: Matches
-    xy_a: np.ndarray
-    xy_b: np.ndarray
-    geometry: Geometry
-    estimator: geometry.Estimator
-
-
 class _Match:
     """Matches a query with a block of its candidates; every worker process opens the stores for itself."""
 
@@ -217,8 +229,8 @@ class _Match:
         self.views = [views_by_id(side.folder) for side in both]
         self.roots = [side.linked("photographs") for side in both]
         self.weight = both[0].parameters["weight"]
+        self.posed = open_poses(both[0].folder, poses_of(self.step))
         parameters = self.step.parameters
-        self.matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
         self.sinks = [sinks.create(name) for name in parameters["outputs"]]
 
     def __getstate__(self) -> Step:
@@ -237,7 +249,7 @@ class _Match:
         return self.source.candidates(block.query)[block.first : block.end]
 
     def __call__(self, block: _Block) -> None:
-        a, rows = self.source.query.tokens(block.query), []
+        a, rows = self.posed.tokens(block.query), []
         for candidate in self.candidates(block):
             pair = self.pair(block.query, a, candidate)
             self.write(pair_path(self.step, pair.row), pair)
@@ -248,13 +260,16 @@ class _Match:
         for sink in self.sinks:
             sink(path, pair)
 
-    def pair(self, q: int, a: Tokens, candidate: Candidate) -> Pair:
+    def pair(self, q: int, seen: Sequence[tuple[Pose, Tokens]], candidate: Candidate) -> Pair:
         query, gallery = self.source.query, self.source.gallery
         meta_a, meta_b, b = query.rows[q], gallery.rows[candidate.row], gallery.tokens(candidate.row)
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
+        paths = self.roots[0] / meta_a["id"], self.roots[1] / meta_b["id"]
+        align = aligner(self.step.parameters, b)
         start = time.perf_counter()
-        found = self._align(a, b, sizes)
+        found = _aligned(align, seen, b, sizes, paths)
         ms = 1000 * (time.perf_counter() - start)
+        a = dict(seen)[found.pose]
         view_a, view_b = (views.get(meta["id"]) for views, meta in zip(self.views, (meta_a, meta_b), strict=True))
         same = query.shows[q] == gallery.shows[candidate.row]
         truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
@@ -268,13 +283,16 @@ class _Match:
             "accepted": candidate.accepted,
             **self.source.about(q),
             "descriptors": [len(a.descriptors), len(b.descriptors)],
+            **dataclasses.asdict(found.pose),
+            "threshold": align.estimator.threshold,
             **_judged(found, sizes[0], truth),
         }
-        paths = self.roots[0] / meta_a["id"], self.roots[1] / meta_b["id"]
         settings = {
             "matcher": self.step.parameters["matcher"],
-            "matcher_options": dataclasses.asdict(self.matcher),  # type: ignore[call-overload]
-            "geometry": dataclasses.asdict(found.estimator),
+            "matcher_options": dataclasses.asdict(align.matcher),  # type: ignore[call-overload]
+            "refine": align.refinement,
+            "poses": self.step.parameters["poses"],
+            "geometry": dataclasses.asdict(align.estimator),
         }
         return Pair(
             row,
@@ -290,15 +308,56 @@ class _Match:
             time_ms=round(ms, 3),
         )
 
-    def _align(self, a: Tokens, b: Tokens, sizes: tuple[tuple[int, int], tuple[int, int]]) -> _Aligned:
-        """The one place where the tokens of two photographs become correspondences and a geometry."""
-        matches = self.matcher(a, b)
-        xy_a, xy_b = a.xy[matches.index_a], b.xy[matches.index_b]
-        estimator = _estimator(self.step.parameters["geometry"], None if b.grid is None else max(b.spacing))
-        return _Aligned(matches, xy_a, xy_b, estimator(xy_a, xy_b, *sizes), estimator)
+
+def poses_of(step: Step) -> list[Pose]:
+    """The poses in which a 04_match shows its queries."""
+    return [Pose(**pose) for pose in step.parameters["poses"]]
 
 
-def _judged(found: _Aligned, size: tuple[int, int], truth: np.ndarray | None) -> Row:
+def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
+    """What a 04_match with such parameters aligns a pair with; what was left at 0 is chosen for keypoints or a grid.
+
+    Args:
+        parameters: of the step.
+        b: tokens of the right photograph; None stands for keypoints.
+    """
+    chosen, refinement = parameters["geometry"], parameters["refine"]
+    patch = 0.0 if b is None or b.grid is None else max(b.spacing)
+    coarse = max(3.0, patch / 2)
+    fine = not patch or refinement == "pixel"
+    threshold = chosen["threshold"] or (3.0 if fine else coarse)
+    share = chosen["min_share"] or (0.1 if fine else 0.3)
+    estimator = geometry.Estimator(**{**chosen, "threshold": threshold, "min_share": share})
+    search = dataclasses.replace(estimator, model="similarity", method="auto", threshold=max(threshold, coarse))
+    matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
+    return Aligner(matcher, search, estimator, refinement)
+
+
+def _aligned(
+    align: Aligner,
+    seen: Sequence[tuple[Pose, Tokens]],
+    b: Tokens,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    paths: tuple[Path, Path],
+) -> Alignment[Pose]:
+    """One pair. A photograph that is gone or broken by now must not end a run: its pixels are not compared, and the
+    pair is not verified."""
+    try:
+        return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])))
+    except PhotographError as error:
+        found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes)
+        reason = f"the photographs cannot be compared: {error}"
+        unsure = dataclasses.replace(found.geometry, verified=False, reason=reason)
+        return dataclasses.replace(found, geometry=unsure)
+
+
+@lru_cache(maxsize=2)
+def _pixels(path: Path) -> np.ndarray:
+    """A photograph in full; a query, which is asked for again and again, stays."""
+    return images.decode(path).pixels
+
+
+def _judged(found: Alignment[Pose], size: tuple[int, int], truth: np.ndarray | None) -> Row:
     """What was found, and how far it is from the true matrix where that is known: the geometric part of a row."""
     explained, wanted = found.geometry, None if truth is None else geometry.rotation_scale(truth, size)
     turned, scaled = (None, None)
@@ -309,7 +368,6 @@ def _judged(found: _Aligned, size: tuple[int, int], truth: np.ndarray | None) ->
         "inliers": int(explained.inliers.sum()),
         "verified": explained.verified,
         "reason": explained.reason,
-        "threshold": found.estimator.threshold,
         "matrix": None if explained.matrix is None else explained.matrix.tolist(),
         "rotation": turned,
         "scale": scaled,
@@ -331,13 +389,6 @@ def _judged(found: _Aligned, size: tuple[int, int], truth: np.ndarray | None) ->
         row["rotation_error"] = geometry.turned_apart(turned, wanted[0])
         row["scale_error"] = max(scaled / wanted[1], wanted[1] / scaled) - 1
     return row
-
-
-def _estimator(chosen: Mapping[str, Any], patch: float | None) -> geometry.Estimator:
-    """The geometry's estimator; what was left at 0 is chosen for keypoints (patch None) or for a grid."""
-    threshold = chosen["threshold"] or (3.0 if patch is None else max(3.0, patch / 2))
-    share = chosen["min_share"] or (0.1 if patch is None else 0.3)
-    return geometry.Estimator(**{**chosen, "threshold": threshold, "min_share": share})
 
 
 def _truth(a: Row | None, b: Row | None) -> np.ndarray:

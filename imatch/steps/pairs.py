@@ -77,8 +77,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a 04_match writes and what its pairs were made from; for `runs.start`."""
+    """Where a 04_match writes and what its pairs were made from, for `runs.start`; and the step of its queries."""
 
+    query: Step
     folder: Path
     parameters: dict[str, Any]
     upstream: dict[str, str]
@@ -117,7 +118,7 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
         name = f"csv-{path.stem}"
     exports, dataset = run_and_dataset(query)
     folder = exports / "04_match" / dataset / Path(*query.folder.parts[-2:]) / f"pairs-{name}{kind}"
-    return Plan(folder, parameters, upstream, links)
+    return Plan(query, folder, parameters, upstream, links)
 
 
 def _plan_of_index(index: Step, candidates: int) -> Plan:
@@ -125,7 +126,8 @@ def _plan_of_index(index: Step, candidates: int) -> Plan:
         raise ImatchError(f"candidates is {candidates}: match at least 1")
     within = index.folder.relative_to(index.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
     folder = index.folder.parents[4] / "04_match" / within
-    return Plan(folder, {"candidates": candidates}, {"index": str(index.fingerprint)}, {"index": index.folder})
+    query, upstream = runs.read(index.linked("query")), {"index": str(index.fingerprint)}
+    return Plan(query, folder, {"candidates": candidates}, upstream, {"index": index.folder})
 
 
 def source(step: Step) -> Source:

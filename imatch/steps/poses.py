@@ -45,21 +45,30 @@ def embed_poses(
         StepError: photographs were changed since the upright ones were embedded; or the step was imported.
         ImatchError: a zoom that gives sides which are no multiple of the patch.
     """
-    source = runs.read(folder)
-    if source.parameters.get("imported"):
+    source, turned = runs.read(folder), [pose for pose in poses if pose != UPRIGHT]
+    if turned and source.parameters.get("imported"):
         raise StepError(f"{folder} was imported, and its photographs are not known to be there: run 01_embed")
-    upright, posed = Embeddings(folder), {}
-    for pose in (pose for pose in poses if pose != UPRIGHT):
+    for pose in turned:
         step = _start(source, pose, on_change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
-            posed[pose] = embed(step, devices=devices, workers=workers, max_skipped=1.0)
-        finish_embed(step, posed[pose])
-    return Posed(upright, posed)
+            embeddings = embed(step, devices=devices, workers=workers, max_skipped=1.0)
+        finish_embed(step, embeddings)
+    return open_poses(folder, poses)
+
+
+def open_poses(folder: Path, poses: Sequence[Pose]) -> Posed:
+    """Open what `embed_poses` made."""
+    posed = {pose: Embeddings(_beside(folder, pose)) for pose in poses if pose != UPRIGHT}
+    return Posed(Embeddings(folder), posed)
+
+
+def _beside(folder: Path, pose: Pose) -> Path:
+    return folder.with_name(f"{folder.name}_{pose}")
 
 
 def _start(source: Step, pose: Pose, on_change: str) -> Step:
-    folder = source.folder.with_name(f"{source.folder.name}_{pose}")
+    folder = _beside(source.folder, pose)
     parameters = {**source.parameters, "pose": asdict(pose)}
     links = {name: source.linked(name) for name in source.links}
     return runs.start(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)

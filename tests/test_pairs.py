@@ -324,6 +324,12 @@ def test_colmap_has_a_known_point_where_it_lies(few_photographs, tmp_path):
     assert np.linalg.norm(one - (first + 0.5), axis=1).min() < 1e-3
 
 
+def test_colmap_has_no_pair_of_a_photograph_with_itself(data, tmp_path):
+    step, (row,), _ = listed(data, write_list(tmp_path, ("b.png", "b.png"), name="self.csv"), outputs=["colmap"])
+    assert row["verified"]
+    assert read_matches(step.folder / "colmap" / "matches.txt") == {}
+
+
 def test_colmap_wants_one_folder(data, tmp_path):
     twice = tmp_path / "other"
     shutil.copytree(data.linked("photographs"), twice)

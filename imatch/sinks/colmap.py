@@ -64,7 +64,7 @@ class Colmap(Sink):
             names = (row["query"], row["candidate"])
             spaced = {name for name in names if any(c.isspace() for c in name)}
             left_out |= spaced
-            if not spaced and names[::-1] not in tables:  # COLMAP has one entry for both orders
+            if not spaced and names[0] != names[1] and names[::-1] not in tables:  # COLMAP has one for both orders
                 tables[names] = path.with_name(path.name + ".colmap"), row["verified"]
         if left_out:
             warnings.warn(

@@ -10,7 +10,18 @@ import imatch
 PACKAGE = Path(imatch.__file__).parent
 FLOORS = [
     {"registry", "datasets", "records", "plugins"},
-    {"images", "store", "pooling", "geometry", "intervals", "calibrate", "positions", "rerank"},
+    {
+        "devices",
+        "images",
+        "store",
+        "pooling",
+        "geometry",
+        "neighbours",
+        "intervals",
+        "calibrate",
+        "positions",
+        "rerank",
+    },
     {"runs"},
     {"backbones", "references", "indexes", "matching", "sinks"},
     {"searcher"},

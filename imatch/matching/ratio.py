@@ -23,7 +23,8 @@ class Ratio:
     the rival is looked for outside a circle around the best; Lowe, too, takes the second neighbour from another object.
     The circle's radius is `apart` times the spacing of that photograph's positions: the median distance from a position
     to its nearest other one, which is the side of a cell on a grid (turned or not), and for keypoints how densely they
-    lie. Where nothing lies outside the circle nothing speaks against the pair.
+    lie. An unrelated descriptor, at 90 degrees, is always
+    among the rivals, so that there is one where nothing lies outside the circle.
 
     Source: Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 2004, section 7.1; angles in place
     of distances as in his published program, nearly the same where angles are small.
@@ -84,14 +85,14 @@ def spacing(xy: np.ndarray) -> float:
 
 
 def _rival(directions: Tensor, other: Side, partners: Tensor, radius: float) -> Tensor:
-    """(m,) float32: each direction's best cosine with the other side, outside the circle around its partner there."""
+    """(m,) float32: each direction's best cosine outside the circle around its partner, or 0."""
     found, first = [directions.new_empty(0, dtype=torch.float32)], 0
     xy = torch.from_numpy(other.xy.astype(np.float64)).to(directions.device)
     for tile in neighbours.tiles(directions, other.directions) if len(partners) else ():
         centres = xy[partners[first : first + len(tile)]]
         first += len(tile)
         away = torch.cdist(centres, xy, compute_mode="donot_use_mm_for_euclid_dist")
-        found.append(tile.masked_fill_(away <= radius, -1.0).amax(dim=1))
+        found.append(tile.masked_fill_(away <= radius, 0.0).amax(dim=1))
     return torch.cat(found)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from imatch.records import ImatchError, Matches, Tokens
 
-TILE = 2**22
-"""How many similarities are in memory at once: 32 MB, and as much again for copies of them."""
+TILE = 2**21
+"""How many similarities are in memory at once: 16 MB in float64, and a few copies of them."""
 GRAIN = 2.0**-26
 """Directions are rounded to multiples of this."""
 

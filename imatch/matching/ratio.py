@@ -23,8 +23,7 @@ class Ratio:
     the rival is looked for outside a circle around the best; Lowe, too, takes the second neighbour from another object.
     The circle's radius is `apart` times the spacing of that photograph's positions: the median distance from a position
     to its nearest other one, which is the side of a cell on a grid (turned or not), and for keypoints how densely they
-    lie. An unrelated descriptor, at 90 degrees, is always
-    among the rivals, so that there is one where nothing lies outside the circle.
+    lie. An unrelated descriptor, at 90 degrees, is always among the rivals, for where nothing lies outside the circle.
 
     Source: Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 2004, section 7.1; angles in place
     of distances as in his published program, nearly the same where angles are small.

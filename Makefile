@@ -53,6 +53,8 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_redis.py
 	$(BIN)/python tests/benchmarks/bench_search.py
 	$(BIN)/python tests/benchmarks/bench_search.py --memory
+	$(BIN)/python tests/benchmarks/bench_match.py
+	$(BIN)/python tests/benchmarks/bench_match.py --memory
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from imatch import images, registry
+from imatch import devices, images, registry
 from imatch.backbones import dinov3, dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
@@ -251,7 +251,7 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     lines = [f"{'data set':14} {'photographs':>11}  where"]
     for key, dataset in sorted(known.datasets.items()):
         lines.append(f"{key:14} {_photographs(dataset):>11}  {dataset.root}")
-    device = dinov3.resolved("auto")
+    device = devices.resolved("auto")
     precision = "bf16" if dinov3.computes_in_bf16(device) else "fp32"
     free = free_memory(device)
     lines += [

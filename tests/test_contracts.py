@@ -357,38 +357,92 @@ def matcher(request):
     return request.param
 
 
-def tokens(descriptors):
-    return Tokens(np.ones(1, np.float32), descriptors, np.zeros((len(descriptors), 2), np.float32))
+def tokens(descriptors, grid=None):
+    """Descriptors at places 16 pixels apart, row by row of a grid or, without one, of a square."""
+    n = len(descriptors)
+    columns = grid[1] if grid else max(1, round(n**0.5))
+    xy = 16 * np.column_stack(np.divmod(np.arange(n), columns)[::-1]) + 7.5
+    return Tokens(np.ones(1, np.float32), descriptors, xy.astype(np.float32), grid)
 
 
-def test_matcher_agrees_with_brute_force(matcher):
+def pairs(matches):
+    return list(zip(matches.index_a.tolist(), matches.index_b.tolist(), strict=True))
+
+
+def photographs_tokens():
+    """Sixty descriptors of A, of which forty recur in B, a little changed and in another order, among thirty others."""
     rng = np.random.default_rng(3)
-    a = unit(60, d=8, seed=1)
-    b = normalise(np.concatenate([a[rng.permutation(60)[:40]] + rng.normal(0, 0.1, (40, 8)), unit(30, d=8, seed=2)]))
-    b = b.astype(np.float32)
-    similarity = a @ b.T
-    brute = [
-        (float(similarity[i, j]), i, int(j))
-        for i, j in enumerate(similarity.argmax(axis=1))
-        if similarity[:, j].argmax() == i and similarity[i, j] >= 0.7
-    ]
-    brute.sort(key=lambda pair: (-pair[0], pair[1]))
-    matches = matching.create(matcher, {"min_similarity": 0.7})(tokens(a), tokens(b))
-    assert list(zip(matches.index_a.tolist(), matches.index_b.tolist(), strict=True)) == [(i, j) for _, i, j in brute]
-    assert len({*matches.index_a.tolist()}) == len({*matches.index_b.tolist()}) == len(matches)
-    fewer = matching.create(matcher, {"min_similarity": 0.7, "max_matches": 5})(tokens(a), tokens(b))
-    assert fewer.index_a.tolist() == matches.index_a[:5].tolist()
+    a, order = unit(60, d=64, seed=1), rng.permutation(60)[:40]
+    b = np.concatenate([a[order] + rng.normal(0, 0.02, (40, 64)), unit(30, d=64, seed=2)])
+    return tokens(a), tokens(normalise(b).astype(np.float32)), {(int(i), j) for j, i in enumerate(order)}
+
+
+def test_matcher_finds_what_recurs(matcher):
+    a, b, truth = photographs_tokens()
+    matches = matching.create(matcher)(a, b)
+    assert set(pairs(matches)[: len(truth)]) == truth
+    assert (matches.index_a.dtype, matches.index_b.dtype, matches.similarity.dtype) == (np.int64, np.int64, np.float32)
+    cosine = (a.descriptors[matches.index_a] * b.descriptors[matches.index_b]).sum(axis=1)
+    assert np.allclose(matches.similarity, cosine, rtol=0, atol=1e-6)
+    assert (np.diff(matches.similarity) <= 0).all()
+    fewer = matching.create(matcher, {"max_matches": 5})(a, b)
+    assert pairs(fewer) == pairs(matches)[:5]
+
+
+def test_matcher_treats_both_sides_alike(matcher):
+    a, b, _ = photographs_tokens()
+    there, back = matching.create(matcher)(a, b), matching.create(matcher)(b, a)
+    assert pairs(there) == [(i, j) for j, i in pairs(back)]
+
+
+def test_matcher_takes_grids_keypoints_half_floats_and_any_length(matcher):
+    a, b, truth = photographs_tokens()
+    grids = tokens(7 * a.descriptors.astype(np.float16), (6, 10)), tokens(b.descriptors.astype(np.float64), (7, 10))
+    for one, other in (grids, (grids[0], b), (a, grids[1])):
+        assert set(pairs(matching.create(matcher)(one, other))[: len(truth)]) == truth
 
 
 def test_matcher_has_an_answer_without_descriptors(matcher):
     none = tokens(np.zeros((0, 8), np.float32))
     for a, b in ((none, tokens(unit(3, d=8))), (tokens(unit(3, d=8)), none), (none, none)):
-        assert len(matching.create(matcher)(a, b)) == 0
+        matches = matching.create(matcher)(a, b)
+        assert len(matches) == len(matches.index_a) == len(matches.index_b) == 0
+        assert matches.index_a.dtype == np.int64
+
+
+def test_matcher_has_an_answer_for_one_descriptor_and_for_what_differs(matcher):
+    one = tokens(unit(1, d=8), (1, 1))
+    assert pairs(matching.create(matcher)(one, one)) == [(0, 0)]
+    many = tokens(np.concatenate([unit(5, d=8, seed=4), one.descriptors]))
+    assert pairs(matching.create(matcher)(one, many)) == [(0, 5)]
+    eye = np.eye(8, dtype=np.float32)
+    apart = matching.create(matcher)(tokens(eye[:4]), tokens(eye[4:]))
+    assert len(apart) == 0
+
+
+def test_matcher_never_matches_nothing(matcher):
+    """Where a photograph is even, dense SIFT's descriptors are zeros."""
+    nothing = tokens(np.zeros((1, 8), np.float32), (1, 1))
+    some = tokens(np.concatenate([np.zeros((3, 8), np.float32), unit(2, d=8)]))
+    assert len(matching.create(matcher)(nothing, nothing)) == 0
+    assert pairs(matching.create(matcher)(some, some)) == [(3, 3), (4, 4)]
 
 
 def test_matcher_refuses_two_kinds_of_descriptors(matcher):
     with pytest.raises(ImatchError, match="same backbone"):
         matching.create(matcher)(tokens(unit(3, d=8)), tokens(unit(3, d=4)))
+
+
+def test_matcher_refuses_a_device_that_is_not_there(matcher):
+    for device in ("cuda:99", "tpu", ""):
+        with pytest.raises(ImatchError, match="use auto"):
+            matching.create(matcher, {"device": device})
+    assert matching.create(matcher, {"device": "cpu"}) == matching.create(matcher)
+
+
+def test_matcher_refuses_fewer_than_no_matches(matcher):
+    with pytest.raises(ImatchError, match="max_matches -1"):
+        matching.create(matcher, {"max_matches": -1})
 
 
 # --- sinks

@@ -11,11 +11,13 @@ PACKAGE = Path(imatch.__file__).parent
 FLOORS = [
     {"registry", "datasets", "records", "plugins"},
     {
+        "devices",
         "images",
         "store",
         "pooling",
         "geometry",
         "refine",
+        "neighbours",
         "intervals",
         "calibrate",
         "positions",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imatch import pooling, store
+from imatch import devices, pooling, store
 from imatch.backbones import dinov3_weights
 from imatch.plugins import unknown
 from imatch.records import ImatchError, Tokens
@@ -84,7 +84,7 @@ class Dinov3:
             if name not in known:
                 raise ImatchError(unknown(what, name, known))
         # "auto" becomes what this machine does, so that the step records what was done
-        object.__setattr__(self, "device", resolved(self.device))
+        object.__setattr__(self, "device", devices.resolved(self.device))
         if self.precision == "auto":
             object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
 
@@ -196,28 +196,6 @@ def computes_in_bf16(device: str) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def resolved(device: str) -> str:
-    """A device by name: "auto" is the GPU, if there is one.
-
-    Raises:
-        ImatchError: it is not there, or no device that imatch knows.
-
-    >>> resolved("cpu")
-    'cpu'
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device or "none")
-    except RuntimeError as error:
-        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1") from error
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise ImatchError(f"device {device} is not there, torch sees {torch.cuda.device_count()} GPUs: use auto or cpu")
-    if kind.type not in ("cpu", "cuda") or device.startswith("cpu:"):
-        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
-    return device
 
 
 def _compiled(model: Any) -> nn.Module:

@@ -8,14 +8,29 @@ from typing import Any, Protocol
 from imatch import plugins
 from imatch.records import Matches, Tokens
 
-MATCHERS = {"mutual": "imatch.matching.mutual:Mutual"}
+MATCHERS = {
+    "mutual": "imatch.matching.mutual:Mutual",
+    "ratio": "imatch.matching.ratio:Ratio",
+    "dual_softmax": "imatch.matching.dual_softmax:DualSoftmax",
+}
 
 
 class Matcher(Protocol):
-    """What imatch asks of a matcher; its options are the fields of its frozen dataclass."""
+    """What imatch asks of a matcher. Its options are the fields of its frozen dataclass; those with compare=False say
+    where it is worked out."""
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
-        """Correspondences between A's and B's local descriptors, strongest first, one to one."""
+        """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
+
+        Any local descriptors with positions will do, on a grid or not; those of norm 0 are never matched. The roles
+        are equal: exchanging A and B exchanges the two sides of the answer, but where pairs are equally strong.
+
+        Returns:
+            strongest first, equally strong ones in the order of A; none where a side has no descriptors.
+
+        Raises:
+            ImatchError: the two sides' descriptors are not of one kind.
+        """
 
 
 def create(matcher: str, options: Mapping[str, Any] | None = None) -> Matcher:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-
+from imatch import devices, neighbours
 from imatch.records import ImatchError, Matches, Tokens
-
-TILE = 2**26
-"""How many similarities are in memory at once (256 MB)."""
 
 
 @dataclass(frozen=True)
 class Mutual:
-    """Pairs in which each side is the other's nearest neighbour by cosine, above a similarity.
+    """Pairs in which each side is among the other's nearest neighbours by cosine.
 
     Attributes:
+        k: among how many nearest neighbours. 1 is strict; with more, repeated things get a second chance, and
+            `one_to_one` chooses.
         min_similarity: cosine below which a pair is dropped.
-        max_matches: how many of the strongest are kept; 0 keeps all.
+        min_relative: the share of the strongest pair's cosine, 0 to 1, below which a pair is dropped; 0 drops none.
+        min_norm: the share of its photograph's largest norm, 0 to 1, below which a descriptor is left out. The norms
+            of DINOv3's tokens differ, SIFT's are 1.
+        one_to_one: whether a descriptor takes part in one pair only, the strongest whose other side is free.
+        max_matches: how many of the strongest pairs are kept; 0 keeps all.
+        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1". It changes no number.
 
+    Raises:
+        ImatchError: a number out of its range, or a missing device.
+
+    >>> import numpy as np
     >>> eye = np.eye(3, dtype=np.float32)
     >>> a, b = (Tokens(eye[0], d, np.zeros((3, 2), np.float32)) for d in (eye, eye[::-1]))
     >>> matches = Mutual(min_similarity=0.5)(a, b)
@@ -28,34 +34,31 @@ class Mutual:
     ([0, 1, 2], [2, 1, 0])
     """
 
+    k: int = 1
     min_similarity: float = 0.8
+    min_relative: float = 0.0
+    min_norm: float = 0.0
+    one_to_one: bool = True
     max_matches: int = 2000
+    device: str = field(default="auto", compare=False)
+
+    def __post_init__(self) -> None:
+        shares = 0 <= self.min_relative <= 1 and 0 <= self.min_norm <= 1
+        if not (shares and -1 <= self.min_similarity <= 1 and self.k >= 1 and self.max_matches >= 0):
+            raise ImatchError(
+                f"min_relative {self.min_relative} and min_norm {self.min_norm} must be from 0 to 1, min_similarity "
+                f"{self.min_similarity} from -1 to 1, k {self.k} at least 1, max_matches {self.max_matches} at least 0"
+            )
+        object.__setattr__(self, "device", devices.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
-        """See `Matcher`; equally strong pairs come in the order of A.
-
-        Raises:
-            ImatchError: the two sides' descriptors are not of one kind.
-        """
-        if a.descriptors.shape[1] != b.descriptors.shape[1]:
-            raise ImatchError(
-                f"descriptors of {a.descriptors.shape[1]} and {b.descriptors.shape[1]} numbers cannot be compared: "
-                "embed both sides with the same backbone"
-            )
-        if not len(a.descriptors) or not len(b.descriptors):
-            none = np.zeros(0, np.int64)
-            return Matches(none, none, np.zeros(0, np.float32))
-        of_a, of_b = (
-            torch.nn.functional.normalize(torch.from_numpy(tokens.descriptors.astype(np.float32))) for tokens in (a, b)
+        """See `Matcher`."""
+        of_a, of_b = neighbours.sides(a, b, self.device, self.min_norm)
+        nearest = neighbours.nearest(neighbours.tiles(of_a.directions, of_b.directions), self.k)
+        i, j, similarity = neighbours.mutual(*nearest)
+        kept = similarity >= self.min_similarity
+        if self.min_relative and len(similarity):
+            kept &= similarity >= self.min_relative * similarity.max()
+        return neighbours.correspondences(
+            of_a, of_b, i[kept], j[kept], similarity[kept], self.max_matches, self.one_to_one
         )
-        best, in_b = _nearest(of_a, of_b)
-        _, in_a = _nearest(of_b, of_a)
-        kept = torch.nonzero((in_a[in_b] == torch.arange(len(in_b))) & (best >= self.min_similarity)).ravel()
-        order = kept[torch.argsort(-best[kept], stable=True)][: self.max_matches or None]
-        return Matches(order.numpy(), in_b[order].numpy(), best[order].numpy())
-
-
-def _nearest(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of a the best cosine with a row of b, and which."""
-    tiles = [(tile @ b.T).max(dim=1) for tile in a.split(max(1, TILE // len(b)))]
-    return torch.cat([tile.values for tile in tiles]), torch.cat([tile.indices for tile in tiles])

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import imatch
-from imatch import backbones, checks, demo, images, registry
+from imatch import backbones, checks, demo, devices, images, registry
 from imatch.backbones import dinov3
 from tests import random_weights
 
@@ -59,7 +59,7 @@ def main() -> None:
             "imatch.embed": lambda to: embed(photographs, data_key, to, "auto"),
             "imatch fp32": lambda to: embed(photographs, data_key, to, "fp32"),
         }
-        precision = "bf16" if dinov3.computes_in_bf16(dinov3.resolved("auto")) else "fp32"
+        precision = "bf16" if dinov3.computes_in_bf16(devices.resolved("auto")) else "fp32"
         if precision == "fp32":
             del sides["imatch fp32"]  # that is what auto means here
         best = dict.fromkeys(sides, float("inf"))

@@ -1,0 +1,76 @@
+"""Dual softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from imatch import devices, neighbours
+from imatch.records import ImatchError, Matches, Tokens
+
+
+@dataclass(frozen=True)
+class DualSoftmax:
+    """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
+
+    The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor
+    that resembles many has none that is likely.
+
+    Source: Sun et al., "LoFTR: Detector-free local feature matching with transformers", CVPR 2021, equation 3.
+
+    Attributes:
+        temperature: what cosines are divided by before the softmax, from 0.001 on; smaller is sharper. LoFTR's 0.1 is
+            for features of its own, which are not of norm 1; among 1,000 SIFT 0.02 finds what the ratio test does.
+        min_probability: 0 to 1; a pair below it is dropped. 0.2 is LoFTR's.
+        max_matches: how many of the strongest (by cosine) are kept; 0 keeps all.
+        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ImatchError: a number out of its range, or a missing device.
+
+    >>> import numpy as np
+    >>> tokens = Tokens(np.ones(1), np.eye(3)[[0, 1, 2, 2]], np.zeros((4, 2), np.float32))
+    >>> DualSoftmax(min_probability=0.5)(tokens, tokens).index_a.tolist()
+    [0, 1]
+    """
+
+    temperature: float = 0.02
+    min_probability: float = 0.2
+    max_matches: int = 2000
+    device: str = field(default="auto", compare=False)
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0.001 and 0 <= self.min_probability <= 1 and self.max_matches >= 0):
+            raise ImatchError(
+                f"temperature {self.temperature} must be at least 0.001, min_probability {self.min_probability} from "
+                f"0 to 1, max_matches {self.max_matches} at least 0"
+            )
+        object.__setattr__(self, "device", devices.resolved(self.device))
+
+    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+        """See `Matcher`."""
+        of_a, of_b = neighbours.sides(a, b, self.device)
+        scores = _log_probabilities(of_a.directions, of_b.directions, self.temperature)
+        i, j, score = neighbours.mutual(*neighbours.nearest(scores, 1))
+        kept = score.exp() >= self.min_probability
+        i, j = i[kept], j[kept]
+        cosine = (of_a.directions[i] * of_b.directions[j]).sum(dim=1).float()
+        return neighbours.correspondences(of_a, of_b, i, j, cosine, self.max_matches)
+
+
+def _log_probabilities(a: Tensor, b: Tensor, temperature: float) -> Iterator[Tensor]:
+    """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one.
+
+    Sums of exponentials are rounded by how they are tiled, in the last digits of float64; float32 hides that.
+    """
+    of_rows, of_columns = [], a.new_full((len(b),), -math.inf)
+    for tile in neighbours.tiles(a, b):
+        scaled = tile.double() / temperature
+        of_rows.append(scaled.logsumexp(dim=1, keepdim=True))
+        of_columns = torch.logaddexp(of_columns, scaled.logsumexp(dim=0))
+    for tile, of_row in zip(neighbours.tiles(a, b), of_rows, strict=True):
+        yield (tile.double() * (2 / temperature) - of_row - of_columns).float()

@@ -1,0 +1,206 @@
+"""Nearest neighbours between the local descriptors of two photographs, by tiles and to the bit.
+
+A matcher is a few lines on top of this: `sides` prepares the two photographs, `tiles` compares them a few rows at a
+time, `nearest` keeps the best of each row and column, `mutual` those that chose each other, and `correspondences` makes
+the answer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imatch.records import ImatchError, Matches, Tokens
+
+TILE = 2**21
+"""How many similarities are in memory at once: 16 MB in float64, and a few copies of them."""
+GRAIN = 2.0**-26
+"""Directions are rounded to multiples of this."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The descriptors of a photograph that take part in matching.
+
+    Attributes:
+        rows: (n,) int64, which rows of the Tokens they are, rising.
+        directions: (n, d) float64 on the device, of norm 1 and made of multiples of `GRAIN`.
+        xy: (n, 2) float32, their positions in pixels.
+    """
+
+    rows: np.ndarray
+    directions: Tensor
+    xy: np.ndarray
+
+
+class Nearest(NamedTuple):
+    """The k best partners of each of n rows, best first; of equally good ones the one with the smaller index.
+
+    Attributes:
+        score: (n, k) float32.
+        index: (n, k) int64.
+    """
+
+    score: Tensor
+    index: Tensor
+
+
+def sides(a: Tokens, b: Tokens, device: str, min_norm: float = 0.0) -> tuple[Side, Side]:
+    """Both photographs, ready to be compared. Descriptors of norm 0 point nowhere and are left out.
+
+    Args:
+        a, b: their tokens.
+        device: where to compute, a name that torch knows.
+        min_norm: the share of its photograph's largest norm, 0 to 1, below which a descriptor is left out.
+
+    Raises:
+        ImatchError: the two sides' descriptors are not of one kind.
+
+    >>> xy = np.zeros((3, 2), np.float32)
+    >>> tokens = Tokens(np.ones(1), np.array([[3.0, 4], [0, 0], [0.5, 0]]), xy)
+    >>> [side.rows.tolist() for side in (*sides(tokens, tokens, "cpu"), *sides(tokens, tokens, "cpu", 0.2))]
+    [[0, 2], [0, 2], [0], [0]]
+    """
+    if a.descriptors.shape[1] != b.descriptors.shape[1]:
+        raise ImatchError(
+            f"descriptors of {a.descriptors.shape[1]} and {b.descriptors.shape[1]} numbers cannot be compared: "
+            "embed both sides with the same backbone"
+        )
+    return _side(a, device, min_norm), _side(b, device, min_norm)
+
+
+def _side(tokens: Tokens, device: str, min_norm: float) -> Side:
+    descriptors = tokens.descriptors.astype(np.float64)
+    norms = np.linalg.norm(descriptors, axis=1)
+    rows = np.flatnonzero((norms > 0) & (norms >= min_norm * norms.max(initial=0)))
+    # on the CPU always, so that every device compares the same numbers
+    directions = np.round(descriptors[rows] / (norms[rows, None] * GRAIN)) * GRAIN
+    return Side(rows, torch.from_numpy(directions).to(device), tokens.xy[rows])
+
+
+def tiles(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """The cosines of A's and B's directions, some rows of A at a time: `TILE` numbers, or one row.
+
+    They are the same to the bit in every tiling, on every device and with every number of threads: products of two
+    multiples of 2^-26 are multiples of 2^-52, all sums of them that occur are below 2, and float64 holds such
+    numbers exactly, so that no order of summation can round. Only the end is rounded, once, to float32. What the
+    rounding of the directions costs, some 1e-8 in the cosine, is less than a product of float32 loses.
+
+    Args:
+        a, b: (n_a, d) and (n_b, d) float64, `Side.directions`.
+
+    Yields:
+        (t, n_b) float32; one of (0, n_b) when A is empty.
+
+    >>> a = torch.eye(3, dtype=torch.float64)
+    >>> torch.cat([*tiles(a, a.flip(0))]).tolist()
+    [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+    for rows in a.split(max(1, TILE // max(1, len(b)))):
+        yield (rows @ b.T).float()
+
+
+def nearest(scores: Iterable[Tensor], k: int) -> tuple[Nearest, Nearest]:
+    """The k best columns of each row, and the k best rows of each column, from one pass.
+
+    Args:
+        scores: (t, n_b) float tiles that follow each other downwards, at least one; they are overwritten.
+        k: how many; where there are fewer, all.
+
+    Returns:
+        for A's rows (n_a, min(k, n_b)), and for B's columns (n_b, min(k, n_a)).
+
+    >>> of_rows, of_columns = nearest([torch.tensor([[0.1, 0.9], [0.3, 0.9]])], 1)
+    >>> of_rows.index.tolist(), of_columns.index.tolist()
+    ([[1], [1]], [[1], [0]])
+    """
+    of_rows: list[Nearest] = []
+    of_columns, n = None, 0
+    for tile in scores:
+        below = _largest(tile.T.clone(memory_format=torch.contiguous_format), k)  # rows are read faster
+        below.index.add_(n)
+        if of_columns is not None:  # those of earlier tiles stand first, so that the smaller index wins
+            both = Nearest(*(torch.cat(pair, dim=1) for pair in zip(of_columns, below, strict=True)))
+            best = _largest(both.score, k)
+            below = Nearest(best.score, both.index.gather(1, best.index))
+        of_columns, n = below, n + len(tile)
+        of_rows.append(_largest(tile, k))
+    assert of_columns is not None, "there is always a tile, if an empty one"
+    return Nearest(*map(torch.cat, zip(*of_rows, strict=True))), of_columns
+
+
+def _largest(scores: Tensor, k: int) -> Nearest:
+    """The k largest of each row of (n, m), which is overwritten."""
+    n, m = scores.shape
+    found = Nearest(scores.new_empty(n, min(k, m)), torch.empty(n, min(k, m), dtype=torch.int64, device=scores.device))
+    for place in range(min(k, m)):  # max promises the first of equals, torch.topk does not
+        score, index = scores.max(dim=1, keepdim=True)
+        found.score[:, place], found.index[:, place] = score[:, 0], index[:, 0]
+        scores.scatter_(1, index, -torch.inf)
+    return found
+
+
+def mutual(of_a: Nearest, of_b: Nearest) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs in which each is among the other's nearest.
+
+    Args:
+        of_a: for n_a rows, indices below n_b.
+        of_b: for n_b rows, indices below n_a.
+
+    Returns:
+        (m,) int64 rows of A, (m,) int64 rows of B and (m,) float32 scores, by the rows of A.
+
+    >>> a, b = torch.tensor([[0.9, 0.8], [0.7, 0.6]]), torch.tensor([[0.9, 0.7]])
+    >>> of_a, of_b = Nearest(a, torch.tensor([[0, 1], [0, 1]])), Nearest(a.T, torch.tensor([[0, 1], [0, 1]]))
+    >>> [found.tolist() for found in mutual(of_a, of_b)[:2]]
+    [[0, 0, 1, 1], [0, 1, 0, 1]]
+    """
+    i = torch.arange(len(of_a.index), device=of_a.index.device)[:, None].expand_as(of_a.index)
+    chosen = (of_b.index[of_a.index] == i[..., None]).any(dim=2)
+    return i[chosen], of_a.index[chosen], of_a.score[chosen]
+
+
+def correspondences(
+    a: Side, b: Side, index_a: Tensor, index_b: Tensor, similarity: Tensor, max_matches: int, one_to_one: bool = True
+) -> Matches:
+    """The answer of a matcher from the pairs that it found: strongest first, equally strong ones by the rows of A.
+
+    Args:
+        a, b: the two sides.
+        index_a, index_b: (m,) int64, their rows.
+        similarity: (m,) float32, cosine.
+        max_matches: how many of the strongest are kept; 0 keeps all.
+        one_to_one: keep a pair only if neither of its two is in a stronger pair that was kept.
+
+    >>> tokens = Tokens(np.ones(1), np.eye(3), np.zeros((3, 2), np.float32))
+    >>> pairs, similarity = torch.tensor([[0, 0, 1], [2, 1, 1]]), torch.tensor([0.7, 0.9, 0.8])
+    >>> found = correspondences(*sides(tokens, tokens, "cpu"), *pairs, similarity, 0)
+    >>> found.index_a.tolist(), found.index_b.tolist()
+    ([0], [1])
+    """
+    i, j, strength = (found.cpu().numpy() for found in (index_a, index_b, similarity))
+    order = np.lexsort((j, i, -strength))
+    if one_to_one:
+        order = order[_greedy(i[order], j[order])]
+    order = order[: max_matches or None]
+    return Matches(a.rows[i[order]], b.rows[j[order]], strength[order])
+
+
+def _greedy(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Which of the pairs, strongest first, are kept one after the other where neither side is taken: (m,) bool.
+
+    A pair that is the first of both its sides is kept whatever happens to the others, so that all such go at once.
+    """
+    kept = np.zeros(len(i), bool)
+    left = np.arange(len(i))
+    while len(left):
+        firsts = np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (i, j)))
+        taken = left[firsts]
+        kept[taken] = True
+        left = left[~(np.isin(i[left], i[taken]) | np.isin(j[left], j[taken]))]
+    return kept

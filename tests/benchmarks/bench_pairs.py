@@ -149,7 +149,7 @@ def shown(sees: backbones.Backbone, path: Path, pose: poses.Pose) -> Tokens:
     """A photograph's tokens in a pose, xy in pixels of the upright one, as 01_embed makes them."""
     upright = images.decode(path, images.Resize(), sees.patch)
     decoded = poses.turned(upright, pose.turn, sees.patch) if pose.turn else upright
-    (tokens,) = sees(decoded.pixels[None])
+    (tokens,) = sees(np.stack([decoded.pixels]))
     if pose.turn:
         return poses.placed(tokens, decoded)
     return Tokens(tokens.vector, tokens.descriptors, decoded.to_original(tokens.xy), tokens.grid)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import cv2
 import matplotlib
 import numpy as np
 from matplotlib.backend_bases import MouseButton, MouseEvent, RendererBase
@@ -46,12 +47,12 @@ class PairCanvas:
     """
 
     def __init__(self, clicked: Callable[[int, tuple[float, float]], None]) -> None:
-        figure = Figure(figsize=(9.6, 4.6), dpi=100, facecolor="#181818")
-        self.widget = _ipympl_canvas(figure)
+        figure = Figure(figsize=(9.6, 4.8), dpi=100, facecolor="#181818")
         self.sides = [_Side(figure.add_axes((left, 0.01, 0.49, 0.98))) for left in (0.005, 0.505)]
         self._lines = _Lines(self.sides[0].axes, self.sides[1].axes)
         figure.add_artist(self._lines)
         self._clicked = clicked
+        self.widget = _ipympl_canvas(figure)  # last, for from here on JupyterLab may draw it, in a thread of its own
         self.widget.mpl_connect("button_press_event", self._pressed)
 
     def show(self, photographs: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
@@ -129,7 +130,7 @@ class _Side:
 
     def show(self, pixels: np.ndarray, size: tuple[int, int]) -> None:
         self.size = h, w = size
-        self.photograph.set_data(pixels)
+        self.photograph.set_data(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA))  # without alpha it is drawn in float, slowly
         self.photograph.set_extent((-0.5, w - 0.5, h - 0.5, -0.5))
         self.axes.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
         self.outline.set_data([], [])
@@ -182,14 +183,16 @@ class _Lines(LineCollection):
 
 
 def _ipympl_canvas(figure: Figure) -> Canvas:
-    backend: Any = matplotlib.get_backend()
+    backend = matplotlib.get_backend()
     from ipympl.backend_nbagg import Canvas, FigureManager
 
     matplotlib.use(backend)  # importing ipympl makes it the backend of every later figure
     canvas = Canvas(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Passing unrecognized arguments", DeprecationWarning)  # by ipympl's toolbar
-        FigureManager(canvas, 0)
+        manager = FigureManager(canvas, 0)
+    canvas.syncing_data_url = False  # the front end keeps the picture; to send it twice would take twice the time
+    manager.resize(*figure.bbox.size)  # again, for JupyterLab may have asked before there was a manager
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
     canvas.toolbar_position = "top"
     canvas.toolbar_visible = "visible"

@@ -33,13 +33,15 @@ UNCLEAR = "unclear"
 """What a pair without a label is."""
 
 
-def browse(step: Step | Mapping[str, Step]) -> Explorer:
+def browse(step: Step | Mapping[str, Step]) -> Explorer | widgets.HTML:
     """Explore the matches of a finished 04_match, or of several by name.
 
     Returns:
-        The widget, for a notebook to show. It needs no model; with the weights of the step's 01_embed it also matches
-        two photographs that are uploaded.
+        The widget, for a notebook to show; of no step, a line that says so. It needs no model; with the weights of the
+        step's 01_embed it also matches two photographs that are uploaded.
     """
+    if not step:
+        return widgets.HTML("Nothing was matched 1:1, so there is nothing to explore: run 04_match.")
     return Explorer({step.folder.name: step} if isinstance(step, Step) else step)
 
 
@@ -243,7 +245,6 @@ class Explorer(widgets.VBox):
         self.match.on_click(self._reacting(self._match))
         self.export.on_click(self._reacting(self._export))
         self._choose_weight()
-        self.canvas.widget.draw()  # so that there is a picture where there is no kernel
 
     # --- choosing ------------------------------------------------------------------------------------------
 

@@ -165,7 +165,7 @@ class _Lines(LineCollection):
     """Lines from points of one axes to points of another, wherever these lie when they are drawn."""
 
     def __init__(self, *axes: Axes) -> None:
-        super().__init__([], transform=IdentityTransform(), linewidths=1.2, zorder=3)
+        super().__init__([], transform=IdentityTransform(), linewidths=0.9, zorder=3)
         self._pair = axes
         self.join(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros((0, 4)))
 
@@ -194,6 +194,6 @@ def _ipympl_canvas(figure: Figure) -> Canvas:
     canvas.syncing_data_url = False  # the front end keeps the picture; to send it twice would take twice the time
     manager.resize(*figure.bbox.size)  # again, for JupyterLab may have asked before there was a manager
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
-    canvas.toolbar_position = "top"
-    canvas.toolbar_visible = "visible"
+    canvas.toolbar_position, canvas.toolbar_visible = "right", "visible"
+    canvas.layout.width = f"{figure.bbox.width + 48:.0f}px"  # room for the toolbar beside the picture
     return canvas

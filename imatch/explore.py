@@ -459,7 +459,7 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     told = [f"{'verified' if found.verified else 'not verified'}: {found.reason}"]
     if found.matrix is not None and found.verified:
         turned, scaled = geometry.rotation_scale(found.matrix, pair.sizes[0])
-        told.append(f"turn the query by {turned:.1f}° and scale it by {scaled:.2f}")
+        told.append(f"turn the query by {turned:z.1f}° and scale it by {scaled:.2f}")
     if found.matrix is not None and row.get("true_matrix") is not None:
         error = geometry.corner_error(found.matrix, np.array(row["true_matrix"]), pair.sizes[0])
         told.append(f"corners {error:.2f} px from where they truly are")
@@ -467,7 +467,7 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     return (
         f"{names[0]} → {names[1]}, cosine of the global vectors {row['score']:.3f}<br>"
         f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{"; ".join(told)}</span><br>'
-        f"{int(found.inliers.sum())} inliers of {alike} correspondences, {drawn} drawn"
+        f"{drawn} of {alike} correspondences drawn"
     )
 
 

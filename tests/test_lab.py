@@ -99,7 +99,7 @@ def page(chromium, lab):
     """04_match, run from the top, at its explorer."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page = chromium.new_page(viewport={"width": 1440, "height": 1000})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(20_000)
     try:
         page.goto(lab)
         idle = page.get_by_text("Python 3 (ipykernel) | Idle")
@@ -149,8 +149,37 @@ def click(page, side, x, y):
 def test_a_slider_redraws_the_lines(page):
     before = pixels(page)
     shot(page, "explorer")
-    slide(page, "similarity", "ArrowRight", 96)
-    page.get_by_text(re.compile("^0.96$")).wait_for()
+    slide(page, "most lines", "ArrowLeft", 15)
+    page.get_by_text("50 of 543 correspondences drawn").wait_for()
     after = pixels(page)
-    shot(page, "similarity")
-    assert (before != after).any()
+    shot(page, "fewer_lines")
+    assert (before != after).any(axis=2).mean() > 0.01
+
+
+def test_a_click_shows_what_a_patch_resembles(page):
+    before = pixels(page)
+    click(page, 0, 0.6, 0.55)
+    page.get_by_text(re.compile(r"best 0\.\d+ at .* second best 0\.\d+ at")).wait_for()
+    after = pixels(page)
+    shot(page, "click")
+    middle = before.shape[1] // 2
+    changed = (before != after).any(axis=2)
+    assert changed[:, middle:].mean() > 0.5  # the similarity covers the other photograph
+    assert changed[:, :middle].mean() < 0.2  # and not the one that was clicked
+
+
+def test_another_angle_is_another_query(page):
+    before = pixels(page)
+    slide(page, "angle", "ArrowRight", 1)
+    page.get_by_text("astronaut_rot015_crop75.jpg").first.wait_for()
+    assert (before != pixels(page)).any(axis=2).mean() > 0.1
+    shot(page, "angle")
+
+
+def test_a_label_is_written(page, workspace):
+    page.get_by_role("button", name="accept").click()
+    page.get_by_text("1 of 27 pairs have a label").wait_for()
+    shot(page, "label")
+    (step,) = (runs.read(path.parent) for path in (workspace / "exports" / "demo" / "04_match").rglob("step.json"))
+    query = "references_demo/Rdemo/astronaut_rot015_crop75.jpg"
+    assert labels.read(labels.path(step)) == {(query, "astronaut.png"): "accept"}

@@ -81,8 +81,8 @@ class Saved:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        index = runs.read(step.linked("index"))
-        self._embeddings = query_and_gallery(index)
+        # a list of pairs goes on from no 03_index: it links its two sides itself
+        self._embeddings = query_and_gallery(runs.read(step.linked("index")) if "index" in step.links else step)
         self._rows = [{id: row for row, id in enumerate(side.ids)} for side in self._embeddings]
         self._roots = [runs.read(side.folder).linked("photographs") for side in self._embeddings]
         self._matcher = matching.create(step.parameters["matcher"], step.parameters["matcher_options"])
@@ -156,7 +156,7 @@ class Saved:
             decoded = images.decode(file, Resize(**made_by["resize"]), backbone.patch)
         except PhotographError as error:
             raise PhotographError(f"{name}: {error}") from None
-        (seen,) = backbone(decoded.pixels[None])
+        (seen,) = backbone(np.stack([decoded.pixels]))
         tokens = store.settled(replace(seen, xy=decoded.to_original(seen.xy)), decoded.size)
         stride = 1 if made_by["variant"] == "raw" else int(made_by["variant"].removeprefix("sub"))
         return Photograph(file, decoded.size, tokens if stride == 1 else tokens.thinned(stride))

@@ -1,82 +1,22 @@
 """DenseFT: what a grid of tokens says, as a picture. The first three principal components become red, green, blue.
 
-One basis serves a whole data set, so that one colour means one thing in all of its photographs. Tokens enter by
-their direction alone (L2-normalised), as matching compares them; their norm only weights the brightness, if asked.
-Source of the idea: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, figure 1.
+One basis (`components.Basis`) serves a whole data set, so that one colour means one thing in all of its photographs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from imatch import pooling, runs
+from imatch import components, runs
+from imatch.components import Basis, gridless
 from imatch.records import ImatchError, Tokens
 from imatch.store import Embeddings
 
 BLOCK = 4096
 """Tokens a matrix product."""
-FLAT = 1e-5
-"""A component whose colours lie closer than this shows nothing but rounding, and is shown as half."""
-
-
-@dataclass(frozen=True)
-class Basis:
-    """From tokens to colours, the same for every photograph.
-
-    Attributes:
-        mean: (d,) float64, the mean direction.
-        axes: (3, d) float64, the principal components, strongest first, of norm 1; the entry of largest magnitude
-            of each is positive, for a component has no sign of its own.
-        low, high: (3,) float64, the projections that become 0 and 1 (1st and 99th percentile of the sample).
-        norm: the 99th percentile of the tokens' norms.
-
-    >>> basis = Basis(np.zeros(3), np.eye(3), np.zeros(3), np.ones(3), norm=2.0)
-    >>> tokens = Tokens(np.ones(1), np.array([[1.0, 0, 0], [0, 5, 0]]), np.zeros((2, 2)), grid=(1, 2))
-    >>> basis(tokens).tolist()
-    [[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]
-    >>> basis(tokens, weighted=True).tolist()
-    [[[0.5, 0.0, 0.0], [0.0, 1.0, 0.0]]]
-    """
-
-    mean: np.ndarray
-    axes: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    norm: float
-
-    def __call__(self, tokens: Tokens, weighted: bool = False) -> np.ndarray:
-        """The colours of one photograph's grid.
-
-        Args:
-            tokens: on a grid (h, w), of the dimension that the basis has.
-            weighted: multiply each colour by min(1, norm of its token / `norm`), so that weak tokens darken.
-
-        Returns:
-            (h, w, 3) float32 in [0, 1].
-
-        Raises:
-            ImatchError: the tokens lie on no grid, or have another dimension.
-        """
-        if tokens.grid is None:
-            raise ImatchError(_gridless("these tokens"))
-        values = tokens.descriptors.astype(np.float64)
-        if values.shape[1] != len(self.mean):
-            raise ImatchError(
-                f"tokens of {values.shape[1]} numbers do not fit a DenseFT basis of {len(self.mean)}: "
-                "fit one on embeddings of the same backbone"
-            )
-        span = self.high - self.low
-        flat = span < FLAT
-        projected = (pooling.normalise(values) - self.mean) @ self.axes.T
-        colours = np.clip((projected - self.low) / np.where(flat, 1, span), 0, 1)
-        colours[:, flat] = 0.5
-        if weighted:
-            colours *= np.minimum(1, np.linalg.norm(values, axis=1, keepdims=True) / (self.norm or 1))
-        return colours.reshape(*tokens.grid, 3).astype(np.float32)
 
 
 def fit(embeddings: Embeddings, sample: int = 100_000) -> Basis:
@@ -105,28 +45,14 @@ def fit(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     """
     without = next((row["id"] for row in embeddings.rows if row["grid"] is None), None)
     if without is not None:
-        raise ImatchError(_gridless(f"the local descriptors of {without} in {embeddings.folder}"))
+        raise ImatchError(gridless(f"the local descriptors of {without} in {embeddings.folder}"))
     total, d = sum(row["n"] for row in embeddings.rows), embeddings.tokens(0).descriptors.shape[1]
     if sample < 4 or total < 4 or d < 3:
         raise ImatchError(
             f"DenseFT's three components need at least 4 tokens of 3 numbers; {embeddings.folder} has {total} of {d} "
             f"and the sample is {sample}: use larger photographs, more of them, or a larger sample"
         )
-    count, first, second = 0, np.zeros(d), np.zeros((d, d))
-    for block in _blocks(embeddings, sample, "DenseFT basis"):
-        directions = pooling.normalise(block)
-        count += len(block)
-        first += directions.sum(axis=0)
-        second += directions.T @ directions
-    mean = first / count
-    axes = np.linalg.eigh(second / count - np.outer(mean, mean))[1][:, :-4:-1].T
-    axes *= np.sign(axes[np.arange(3), np.abs(axes).argmax(axis=1)])[:, None]
-    projected, norms = [], []
-    for block in _blocks(embeddings, sample, "DenseFT range"):
-        projected.append((pooling.normalise(block) - mean) @ axes.T)
-        norms.append(np.linalg.norm(block, axis=1))
-    low, high = np.percentile(np.concatenate(projected), (1, 99), axis=0)
-    return Basis(mean, axes, low, high, float(np.percentile(np.concatenate(norms), 99)))
+    return components.fit(lambda what: _blocks(embeddings, sample, f"DenseFT {what}"))
 
 
 def _blocks(embeddings: Embeddings, sample: int, what: str) -> Iterator[np.ndarray]:
@@ -159,7 +85,7 @@ def covered(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float]:
     (32.0, 48.0)
     """
     if tokens.grid is None:
-        raise ImatchError(_gridless("these tokens"))
+        raise ImatchError(gridless("these tokens"))
     (h, w), (dx, dy) = tokens.grid, tokens.xy[-1].astype(float) - tokens.xy[0]
     return float(dy / (h - 1) * h if h > 1 else size[0]), float(dx / (w - 1) * w if w > 1 else size[1])
 
@@ -179,10 +105,3 @@ def picture(colours: np.ndarray, size: tuple[float, float], long_side: int = 512
     h, w = (max(1, round(side * long_side / max(size))) for side in size)
     blocks = Image.fromarray(np.round(np.asarray(colours) * 255).astype(np.uint8))
     return blocks.resize((w, h), Image.Resampling.NEAREST)
-
-
-def _gridless(what: str) -> str:
-    return (
-        f"{what} lie on no grid, and DenseFT colours the cells of one: leave DenseFT out for keypoints, "
-        "or use a backbone with a grid (DINOv3, dsift)"
-    )

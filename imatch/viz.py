@@ -1,8 +1,9 @@
-"""Figures for the notebooks: every function returns a matplotlib Figure, and `show` puts it beside the step."""
+"""Figures for the notebooks, and what is read for them; `show` puts a matplotlib Figure beside the step."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from imatch import evaluate, geometry, images, references, store
+from imatch import evaluate, geometry, images, pictures, references, runs, store
 from imatch.denseft import covered, fit, picture
-from imatch.records import ImatchError, Ranking
+from imatch.records import Geometry, ImatchError, Matches, Pair, Ranking, StepError, Tokens
 from imatch.runs import Step
+from imatch.steps.shared import flat_name, query_and_gallery, views_by_id
 from imatch.store import Embeddings, Row
 
 KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
@@ -56,9 +58,7 @@ def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: boo
         basis = fit(embeddings)
     except ImatchError:
         why = "keypoints lie on no grid" if embeddings.rows[0]["grid"] is None else "there are too few tokens"
-        figure = Figure(figsize=(6, 1), layout="constrained")
-        figure.text(0.02, 0.5, f"No DenseFT: {why}.", fontsize=9, va="center")
-        return figure
+        return _words(f"No DenseFT: {why}.")
     shown = np.unique(np.linspace(0, len(embeddings) - 1, max(1, min(n, len(embeddings)))).astype(int)).tolist()
     columns = min(3, len(shown))
     figure, axes = _sheet(-(-len(shown) // columns), 2 * columns)
@@ -151,27 +151,78 @@ def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def hits_shown(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int, k: int) -> list[Row]:
+    """n queries of a 03_index, evenly spread, with their best k hits: what contact sheets show.
+
+    Returns:
+        A row a query: id, path, size, angle (by which a reference is turned; None of a photograph) and hits, a row
+        each: rank from 0, id, path, size, score, right and metres (None where not known).
+    """
+    from_query, from_gallery = (runs.read(step.linked(side)).linked("photographs") for side in ("query", "gallery"))
+    views = views_by_id(step.linked("query"))
+
+    def hit(q: int, rank: int) -> Row:
+        row = gallery.rows[ranking.rows[q, rank]]
+        metres = np.nan if ranking.metres is None else float(ranking.metres[q, rank])
+        return {
+            "rank": rank,
+            "id": row["id"],
+            "path": from_gallery / row["id"],
+            "size": tuple(row["size"]),
+            "score": float(ranking.scores[q, rank]),
+            "right": bool(ranking.right[q, rank]),
+            "metres": None if np.isnan(metres) else metres,
+        }
+
+    shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int)).tolist()
+    return [
+        {
+            "id": id,
+            "path": from_query / id,
+            "size": tuple(query.rows[q]["size"]),
+            "angle": views.get(id, {}).get("angle"),
+            "hits": [hit(q, rank) for rank in range(int((ranking.rows[q, :k] >= 0).sum()))],
+        }
+        for q, id in ((q, query.ids[q]) for q in shown)
+    ]
+
+
 def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int = 6, k: int = 5) -> Figure:
-    """n queries, evenly spread, and their best k hits: framed green where right, red where wrong."""
-    shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int))
-    k = min(k, ranking.rows.shape[1])
-    from_query, from_gallery = (_photographs(step.linked(side)) for side in ("query", "gallery"))
-    figure, axes = _sheet(len(shown), k + 1, side=1.5)
-    for i, q in enumerate(shown):
-        axes[i, 0].imshow(images.thumbnail(from_query / query.ids[q], query.rows[q]["size"], 200))
-        axes[i, 0].set_title(f"query\n{_short(query.ids[q])}", fontsize=6)
-        for rank in range(k):
-            row, axis = ranking.rows[q, rank], axes[i, rank + 1]
-            if row < 0:
-                continue
-            picture = images.thumbnail(from_gallery / gallery.ids[row], gallery.rows[row]["size"], 200)
+    """The contact sheet: n queries, evenly spread, down, and across their best k hits: framed green where right, red
+    where wrong, with the cosine and, where it is known, the distance in metres."""
+    shown, k = hits_shown(step, query, gallery, ranking, n, k), min(k, ranking.rows.shape[1])
+    wide, side = 1.5, 1.6  # a query is so much wider than a hit, which is so many inches wide
+    sizes = [[row["size"], *(hit["size"] for hit in row["hits"])] for row in shown]
+    tall = [max(h / w * (wide if i == 0 else 1) for i, (h, w) in enumerate(of_row)) for of_row in sizes]
+    heights = [0.5 + side * min(ratio, 2.0) for ratio in tall]
+    figure = Figure(figsize=(side * (wide + k), sum(heights) + 0.3), layout="constrained")
+    axes = figure.subplots(len(shown), k + 1, squeeze=False, width_ratios=[wide, *[1] * k], height_ratios=heights)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (first, *others) in zip(shown, axes, strict=True):
+        first.imshow(images.thumbnail(row["path"], row["size"], 320))
+        turned = "" if row["angle"] is None else f", turned by {row['angle']:g} deg"
+        first.set_title(f"query{turned}\n{_short(row['id'])}", fontsize=8, fontweight="bold")
+        for hit, axis in zip(row["hits"], others, strict=False):  # a small gallery has fewer hits than places
+            picture = images.thumbnail(hit["path"], hit["size"], 240)
             axis.imshow(picture)
-            axis.set_title(f"{rank + 1}: {ranking.scores[q, rank]:.3f}\n{_short(gallery.ids[row])}", fontsize=6)
+            metres = "" if hit["metres"] is None else f", {metres_said(hit['metres'])}"
+            verdict, colour = ("right", RIGHT) if hit["right"] else ("wrong", WRONG)
+            said = f"{hit['rank'] + 1}: {hit['score']:.3f}{metres}, {verdict}\n{_short(hit['id'])}"
+            axis.set_title(said, fontsize=7, color=colour)
             size = (picture.shape[1], picture.shape[0])
-            colour = RIGHT if ranking.right[q, rank] else WRONG
-            axis.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=colour, linewidth=3))
-    figure.suptitle("queries, and their best hits with cosine: green frames are right, red ones wrong", fontsize=8)
+            axis.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=colour, linewidth=4, clip_on=False))
+    figure.suptitle("queries, and their best hits with cosine: green frames are right, red ones wrong", fontsize=9)
     return figure
+
+
+def metres_said(metres: float) -> str:
+    """A distance for people.
+
+    >>> metres_said(3.14159), metres_said(271.8), metres_said(12345.6)
+    ('3.1 m', '272 m', '12.3 km')
+    """
+    return f"{metres / 1000:.1f} km" if metres >= 10_000 else f"{metres:.0f} m" if metres >= 100 else f"{metres:.1f} m"
 
 
 def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
@@ -216,10 +267,127 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
     return figure
 
 
+def pair_views(step: Step, row: Row) -> Figure:
+    """One pair of a 04_match in all views: lines, A warped onto B as a checkerboard and as a blend, how similar the
+    patch of its strongest correspondence is to all of B, and the principal components of both. Where there can be no
+    picture, words say why.
+
+    Args:
+        step: a 04_match.
+        row: of its pairs.
+    """
+    if row["candidate"] is None:
+        return _words(f"{store.printable(row['query'])}: {row['reason']}.")
+    try:
+        pair, a, b = load_pair(step, row)
+    except StepError as error:
+        return _words(str(error))
+    style = pictures.Style(side=480, alpha=0.8)
+    doubt = "" if pair.geometry.verified else " (not verified)"
+    drawn = (
+        "A, the query, and B: lines join the most similar inliers, brighter is more similar;\n"
+        "the frame is A's outline where it was found in B",
+        pictures.lines(pair, style),
+    )
+    checkerboard = (
+        f"A warped onto B{doubt}, in every other square:\nedges run on where it fits",
+        pictures.checkerboard(pair, style),
+    )
+    blend = (
+        f"A warped onto B{doubt}, half transparent:\nwhat does not fit is seen twice",
+        pictures.blend(pair, style),
+    )
+    return _rows_of([[drawn], [checkerboard, blend], _patch_views(pair, a, b, style), [_principal(pair, a, b, style)]])
+
+
+Titled = tuple[str, np.ndarray | None]
+"""A title and its picture, or words alone."""
+
+
+def _patch_views(pair: Pair, a: Tokens, b: Tokens, style: pictures.Style) -> list[Titled]:
+    """The strongest correspondence's patch in A, an inlier if there is one, and how similar all of B is to it."""
+    if not len(pair.matches):
+        return [("No correspondence, so no patch to follow.", None)]
+    patch = int(pair.matches.index_a[pair.geometry.inliers.argmax()])
+    similarity = pictures.similarities(a, b, [patch])[0]
+    best, rival = pictures.best_two(similarity, b)
+    what = "keypoint" if b.grid is None else "patch"
+    against = "" if rival is None else f", rival (2) {similarity[rival]:.2f}"
+    return [
+        (
+            f"one {what} of A (ring),\nthat of the strongest correspondence",
+            pictures.marked(a.xy[patch], pair.paths[0], pair.sizes[0], style),
+        ),
+        (
+            f"its similarity to every {what} of B:\nbest (1) {similarity[best]:.2f}{against}",
+            pictures.heat(a, b, patch, pair.paths[1], pair.sizes[1], style),
+        ),
+    ]
+
+
+def _principal(pair: Pair, a: Tokens, b: Tokens, style: pictures.Style) -> Titled:
+    try:
+        picture = pictures.principal(a, b, pair.sizes, style)
+    except ImatchError:
+        why = "keypoints lie on no grid" if None in (a.grid, b.grid) else "there are too few patches"
+        return f"No principal components: {why}.", None
+    said = "patches of A and of B in the colours of their common principal components:\nequal colours are equal patches"
+    return said, picture
+
+
+def _rows_of(rows: Sequence[Sequence[Titled]], width: float = 8) -> Figure:
+    """Rows of one or two titled pictures, each as wide as the figure has room for."""
+    heights = [
+        0.5 + max(0 if shown is None else shown.shape[0] / shown.shape[1] * width / len(row) for _, shown in row)
+        for row in rows
+    ]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), 2, height_ratios=heights)
+    for i, row in enumerate(rows):
+        for j, (title, shown) in enumerate(row):
+            axis = figure.add_subplot(grid[i, j if len(row) > 1 else slice(None)])
+            axis.axis("off")
+            axis.set_title(title, fontsize=8)
+            if shown is not None:
+                axis.imshow(shown)
+    return figure
+
+
+def load_pair(step: Step, row: Row) -> tuple[Pair, Tokens, Tokens]:
+    """A pair that 04_match saved (its outputs must have "npy"), and the tokens of A and of B.
+
+    Raises:
+        StepError: the correspondences were not saved.
+    """
+    path = pair_path(step, row).with_suffix(".npy")
+    if not path.is_file():
+        raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
+    table, index = np.load(path), runs.read(step.linked("index"))
+    sides = query_and_gallery(index)
+    rows = [side.ids.index(id) for side, id in zip(sides, (row["query"], row["candidate"]), strict=True)]
+    of_a, of_b = (side.rows[place] for side, place in zip(sides, rows, strict=True))
+    a, b = (side.tokens(place) for side, place in zip(sides, rows, strict=True))
+    from_a, from_b = (runs.read(side.folder).linked("photographs") for side in sides)
+    pair = Pair(
+        row,
+        (from_a / of_a["id"], from_b / of_b["id"]),
+        (tuple(of_a["size"]), tuple(of_b["size"])),
+        table["xy_a"],
+        table["xy_b"],
+        Matches(table["index_a"], table["index_b"], table["similarity"]),
+        Geometry(
+            None if row["matrix"] is None else np.array(row["matrix"]),
+            table["inlier"],
+            _number(row["reprojection_error"]),
+            row["verified"],
+            row["reason"],
+        ),
+    )
+    return pair, a, b
+
+
 def pair_path(step: Step, row: Row) -> Path:
     """Where 04_match put a pair, without the suffix of the sink."""
-    from imatch.steps.shared import flat_name
-
     name = "source" if row["rank"] is None else f"{row['rank']:02d}"
     return step.folder / "pairs" / flat_name(row["query"]) / name
 
@@ -240,10 +408,11 @@ def _sheet(rows: int, columns: int, side: float = 2.2) -> tuple[Figure, np.ndarr
     return figure, axes
 
 
-def _photographs(folder: Path) -> Path:
-    from imatch import runs
-
-    return runs.read(folder).linked("photographs")
+def _words(said: str) -> Figure:
+    """A figure that says why there is none."""
+    figure = Figure(figsize=(8, 1), layout="constrained")
+    figure.text(0.02, 0.5, textwrap.fill(said, 100).replace("$", r"\$"), fontsize=9, va="center")
+    return figure
 
 
 def _short(id: str) -> str:

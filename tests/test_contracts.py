@@ -427,10 +427,10 @@ def test_sink_writes_the_same_bytes_twice(sink, pair, tmp_path):
 def test_picture_shows_what_was_matched(pair):
     from dataclasses import replace
 
-    from imatch.sinks.png import draw
+    from imatch.pictures import lines
 
-    drawn, empty = draw(pair), draw(pair, shown=np.zeros(30, bool))
+    drawn, empty = lines(pair), lines(pair, shown=np.zeros(30, bool))
     assert drawn.shape == empty.shape
     assert (drawn != empty).any(axis=2).sum() > 500
-    nothing = draw(replace(pair, geometry=replace(pair.geometry, matrix=None)), shown=np.zeros(30, bool))
+    nothing = lines(replace(pair, geometry=replace(pair.geometry, matrix=None)), shown=np.zeros(30, bool))
     assert (nothing != empty).any()

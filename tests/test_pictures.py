@@ -1,0 +1,296 @@
+"""Pictures of a pair whose truth was planted: what is warped fits, what is hot is the true patch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from imatch import components, geometry, pictures, sinks, store, viz
+from imatch.records import Geometry, ImatchError, Matches, Pair, Tokens
+from imatch.steps.index import read_ranking
+from imatch.steps.shared import query_and_gallery
+from tests.test_steps import embedded, matched, referenced, searched
+
+TURN = np.array([[0.8, -0.6, 70.0], [0.6, 0.8, -20.0], [0, 0, 1]])
+"""A -> B: what is planted."""
+HOMOGRAPHY = TURN + np.array([[0, 0, 0], [0, 0, 0], [3e-4, 2e-4, 0]])
+
+
+def planted(folder: Path, matrix: np.ndarray, size=(160, 200)) -> Pair:
+    """A smooth photograph A, and B, which is A seen through the matrix."""
+    noise = np.random.default_rng(0).uniform(0, 255, (*size, 3)).astype(np.float32)
+    a = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    b = cv2.warpPerspective(a, matrix, size[::-1], flags=cv2.INTER_CUBIC)
+    paths = folder / "a.png", folder / "b.png"
+    for path, pixels in zip(paths, (a, b), strict=True):
+        Image.fromarray(pixels).save(path)
+    xy = np.random.default_rng(1).uniform(60, 110, (20, 2)).astype(np.float32)
+    found = Geometry(matrix, np.ones(20, bool), 0.0, True, "planted")
+    matches = Matches(np.arange(20), np.arange(20), np.linspace(1, 0.7, 20, dtype=np.float32))
+    row = {
+        "query": "a.png",
+        "candidate": "b.png",
+        "verified": True,
+        "reason": "planted",
+        "rotation": None,
+        "inliers": 20,
+        "matches": 20,
+        "scale": None,
+        "corner_error": None,
+    }
+    return Pair(row, paths, (size, size), xy, geometry.transform(matrix, xy).astype(np.float32), matches, found)
+
+
+def on_grid(descriptors: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> Tokens:
+    return Tokens(np.ones(1, np.float32), descriptors, store.grid_xy(grid, size), grid)
+
+
+def inside(pair: Pair, margin: int = 6) -> np.ndarray:
+    """Where A lies on B, without its rim."""
+    seen = cv2.warpPerspective(np.ones(pair.sizes[0], np.uint8), pair.geometry.matrix, pair.sizes[1][::-1])
+    return cv2.erode(seen, np.ones((margin, margin), np.uint8), borderValue=0) > 0
+
+
+def photograph(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("matrix", [TURN, HOMOGRAPHY], ids=["similarity", "homography"])
+@pytest.mark.parametrize("draw", [pictures.checkerboard, pictures.blend])
+def test_what_is_warped_by_the_truth_fits(tmp_path, matrix, draw):
+    pair = planted(tmp_path, matrix)
+    b, part = photograph(pair.paths[1]), inside(pair)
+    assert part.mean() > 0.3
+    assert np.abs(draw(pair) - b)[part].mean() < 2
+    shift = np.array([[1, 0, 4.0], [0, 1, 0], [0, 0, 1]])
+    wrong = replace(pair, geometry=replace(pair.geometry, matrix=shift @ matrix))
+    assert np.abs(draw(wrong) - b)[part].mean() > 5
+
+
+def test_a_photograph_that_shrinks_lies_on_its_centres(tmp_path):
+    """A is decoded a quarter as large, so its centres lie elsewhere: forgetting that shifts it by 3/8 of a pixel."""
+    pair = planted(tmp_path, np.array([[0.25, 0, 60], [0, 0.25, 50], [0, 0, 1]]))
+    b, part = photograph(pair.paths[1]), inside(pair)
+    assert part.sum() > 1000
+    assert np.abs(pictures.checkerboard(pair) - b)[part].mean() < 2
+
+
+def test_a_checkerboard_alternates_and_shows_b_where_a_does_not_reach(tmp_path):
+    pair = planted(tmp_path, np.diag([0.5, 0.5, 1]))
+    for path, colour in zip(pair.paths, ((255, 0, 0), (0, 0, 255)), strict=True):
+        Image.new("RGB", (200, 160), colour).save(path)
+    drawn = pictures.checkerboard(pair)
+    red, blue = ((drawn == colour).all(axis=2) for colour in ((255, 0, 0), (0, 0, 255)))
+    assert red[5, 5]
+    assert blue[5, 25]
+    assert blue[25, 5]
+    assert red[25, 25]
+    assert blue[85:, :].all()
+    assert blue[:, 105:].all()
+    mixed = pictures.blend(pair)
+    assert np.abs(mixed[20, 20] - np.array([127, 0, 127])).max() <= 1
+    assert mixed[150, 150].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("draw", [pictures.lines, pictures.checkerboard, pictures.blend])
+def test_the_outline_is_where_the_truth_puts_it(tmp_path, draw):
+    pair = planted(tmp_path, np.array([[0.5, 0, 40], [0, 0.5, 30], [0, 0, 1]]))
+    shown = np.zeros(20, bool)
+    drawn = pictures.lines(pair, shown=shown)[pictures.BAR :, 208:] if draw is pictures.lines else draw(pair)
+    doubted = replace(pair, geometry=replace(pair.geometry, verified=False))
+    red = pictures.lines(doubted, shown=shown)[pictures.BAR :, 208:] if draw is pictures.lines else draw(doubted)
+    changed = (drawn.astype(int) != red).any(axis=2)
+    x, y = np.flatnonzero(changed.any(axis=0)), np.flatnonzero(changed.any(axis=1))
+    corners = geometry.transform(pair.geometry.matrix, geometry.corners(pair.sizes[0]))
+    assert np.abs([x[0] - corners[0, 0], y[0] - corners[0, 1]]).max() <= 2
+    assert np.abs([x[-1] - corners[2, 0], y[-1] - corners[2, 1]]).max() <= 3
+    assert not changed[40:100, 50:130].any()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "reason"), [(None, "3 correspondences are too few"), (np.diag([-1.0, 1, 1]), "mirrored")]
+)
+def test_words_stand_where_nothing_can_be_warped(tmp_path, matrix, reason):
+    pair = planted(tmp_path, TURN)
+    pair = replace(pair, geometry=replace(pair.geometry, matrix=matrix, verified=False, reason=reason))
+    for draw in (pictures.checkerboard, pictures.blend):
+        drawn = draw(pair)
+        assert drawn.shape == (160, 200, 3)
+        assert set(np.unique(drawn[120:])) == {24}
+        assert (drawn[:120] > 200).sum() > 100
+
+
+def test_style_is_what_is_drawn(tmp_path):
+    pair = planted(tmp_path, TURN)
+    empty = pictures.lines(pair, shown=np.zeros(20, bool)).astype(int)
+
+    def drawn(**given):
+        return np.abs(pictures.lines(pair, pictures.Style(**given)) - empty).max(axis=2)
+
+    assert (drawn(max_lines=0) == 0).all()
+    assert (drawn(max_lines=1) > 0).sum() < (drawn() > 0).sum() / 5
+    assert (drawn(width=3) > 0).sum() > 1.2 * (drawn() > 0).sum()
+    assert (drawn(radius=6) > 0).sum() > (drawn() > 0).sum()
+    assert 0 < drawn(alpha=0.25).max() < 0.3 * 255
+    assert (drawn(low=0.0) != drawn()).any()
+    assert pictures.lines(pair, pictures.Style(side=100)).shape == (80 + pictures.BAR, 208, 3)
+    for wrong in ({"side": 0}, {"width": 0}, {"radius": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"low": 1.0}):
+        with pytest.raises(ImatchError, match="must be"):
+            pictures.Style(**wrong)
+
+
+def test_heat_is_hottest_at_the_true_patch(tmp_path):
+    """B's grid holds A's descriptors in another order, with noise: each patch of A is hottest where its own went,
+    and its rival is no neighbour of that."""
+    pair = planted(tmp_path, TURN)
+    random = np.random.default_rng(0)
+    values = random.normal(size=(80, 16)).astype(np.float32)
+    order = random.permutation(80)
+    a = on_grid(values, (8, 10), pair.sizes[0])
+    moved = 3 * values[order] + random.normal(0, 0.1, (80, 16)).astype(np.float32)
+    for patch in (0, 37, 79):
+        true = int(np.flatnonzero(order == patch)[0])
+        around = moved.copy()
+        around[true + (1 if true % 10 < 9 else -1)] += 9 * values[patch]  # its neighbour sees much the same
+        b = on_grid(around, (8, 10), pair.sizes[1])
+        similarity = pictures.similarities(a, b, [patch])[0]
+        best, rival = pictures.best_two(similarity, b)
+        assert best == true
+        assert np.argsort(-similarity)[1] == true + (1 if true % 10 < 9 else -1)
+        apart = np.abs(np.subtract(divmod(best, 10), divmod(rival, 10))).max()
+        assert apart > 1
+        assert similarity[rival] == max(
+            s for i, s in enumerate(similarity) if np.abs(np.subtract(divmod(best, 10), divmod(i, 10))).max() > 1
+        )
+        drawn = pictures.heat(a, b, patch, pair.paths[1], pair.sizes[1]).astype(int)
+        yellow = np.minimum(drawn[..., 0], drawn[..., 1]) - drawn[..., 2]
+        y, x = divmod(true, 10)
+        cell = (slice(20 * y + 8, 20 * y + 12), slice(20 * x + 8, 20 * x + 12))  # within the ring
+        assert yellow[cell].min() > 80
+
+
+def test_heat_of_keypoints_is_dots_where_they_lie(tmp_path):
+    pair = planted(tmp_path, TURN)
+    xy = np.array([[30.0, 30], [31, 31], [100, 80], [170, 130]], np.float32)
+    b = Tokens(np.ones(1), np.array([[1.0, 0], [0.99, 0.1], [0.7, 0.7], [0, 1]]), xy)
+    assert pictures.best_two(pictures.similarities(b, b, [0])[0], b) == (0, 2)
+    drawn = pictures.heat(b, b, 0, pair.paths[1], pair.sizes[1])
+    grey = cv2.cvtColor(np.asarray(Image.open(pair.paths[1])), cv2.COLOR_RGB2GRAY)
+    assert drawn[130, 170].tolist() == pictures.COLOURS[0].tolist()
+    assert drawn[30, 30].tolist() == pictures.COLOURS[255].tolist()
+    assert (drawn[60, 20] == grey[60, 20]).all()
+    lone = Tokens(np.ones(1), np.ones((2, 2)), xy[:2] * 0)
+    assert pictures.best_two(np.array([0.2, 0.5]), lone) == (1, None)
+
+
+def test_equal_patches_have_equal_colours_in_both_photographs():
+    kinds = np.random.default_rng(0).normal(size=(4, 12)).astype(np.float32)
+    left = on_grid(kinds[[0, 1, 2, 3, 0, 1]], (2, 3), (40, 60))
+    right = on_grid(5 * kinds[[3, 2, 1, 0]], (2, 2), (40, 40))
+    drawn = pictures.principal(left, right, ((40, 60), (40, 40)))
+    assert drawn.shape == (40, 60 + pictures.GAP + 40, 3)
+    at = 60 + pictures.GAP
+    assert drawn[10, 10].tolist() == drawn[30, 30].tolist() == drawn[30, at + 30].tolist()
+    assert drawn[10, 50].tolist() == drawn[10, at + 30].tolist()
+    assert len(np.unique(drawn[:, :60].reshape(-1, 3), axis=0)) == 4
+    with pytest.raises(ImatchError, match="no grid"):
+        pictures.principal(replace(left, grid=None), right, ((40, 60), (40, 40)))
+    with pytest.raises(ImatchError, match="at least 4 tokens of 3 numbers, not 2 of 12"):
+        components.fit(lambda _: [kinds[:2]])
+
+
+def test_a_grid_of_the_middle_leaves_the_rest_dark():
+    """A photograph embedded as a crop has tokens in its middle only."""
+    xy = store.grid_xy((4, 4), (40, 40)) + np.array([20, 0], np.float32)
+    tokens = Tokens(np.ones(1), np.random.default_rng(0).normal(size=(16, 8)), xy, (4, 4))
+    drawn = pictures.principal(tokens, tokens, ((40, 80), (40, 80)))[:, :80]
+    assert set(np.unique(drawn[:, :20])) == set(np.unique(drawn[:, 60:])) == {24}
+    assert (drawn[:, 20:60] != 24).any(axis=2).all()
+
+
+def test_the_same_pictures_twice_and_grey_for_lost_photographs(tmp_path):
+    pair = planted(tmp_path, TURN)
+    tokens = on_grid(np.random.default_rng(0).normal(size=(80, 16)), (8, 10), pair.sizes[0])
+
+    def drawn():
+        pictures._thumbnail.cache_clear()
+        yield from (draw(pair) for draw in (pictures.lines, pictures.checkerboard, pictures.blend))
+        yield pictures.heat(tokens, tokens, 3, pair.paths[1], pair.sizes[1])
+        yield pictures.marked(pair.xy_a[0], pair.paths[0], pair.sizes[0])
+        yield pictures.principal(tokens, tokens, pair.sizes)
+
+    first, again = [*drawn()], [*drawn()]
+    for one, two in zip(first, again, strict=True):
+        assert one.dtype == np.uint8
+        assert pictures.encode(one) == pictures.encode(two)
+    for path in pair.paths:
+        path.unlink()
+    lost = [*drawn()]
+    assert [one.shape for one in lost] == [one.shape for one in first]
+    assert lost[2][80, 100].tolist() == [160, 160, 160]
+
+
+def test_the_sink_writes_the_lines(tmp_path):
+    pair = planted(tmp_path, TURN)
+    sinks.create("png")(tmp_path / "pair", pair)
+    assert (tmp_path / "pair.png").read_bytes() == pictures.encode(pictures.lines(pair))
+
+
+# --- figures of steps -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sift", "dsift"])
+def steps(request, few_photographs, tmp_path_factory):
+    """A finished 03_index and the 04_match after it."""
+    data = embedded(few_photographs, tmp_path_factory.mktemp("exports"), weight=request.param)
+    _, references = referenced(data, kind="isometric", angles=(0, 90), crops=(0.8,))
+    index, *_ = searched(data, references, "reference-data", k=5)
+    step, pairs, _ = matched(index, candidates=1, outputs=["npy"])
+    return index, step, pairs
+
+
+def test_a_pair_is_seen_in_all_views(steps):
+    _, step, pairs = steps
+    row = max(pairs, key=lambda row: row["inliers"])
+    figure = viz.pair_views(step, row)
+    titles = [axis.get_title() for axis in figure.axes]
+    said = ("A's outline", "every other square", "half transparent", "(ring)", "best (1)", "rincipal components")
+    assert len(titles) == 6
+    for title, words in zip(titles, said, strict=True):
+        assert words in title
+    pair, a, b = viz.load_pair(step, row)
+    assert [len(axis.images) for axis in figure.axes] == [1] * 5 + [int(a.grid is not None)]
+    assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
+    assert np.array_equal(pair.xy_b, b.xy[pair.matches.index_b])
+    assert photograph(pair.paths[0]).shape[:2] == pair.sizes[0]
+
+
+def test_words_stand_where_a_pair_cannot_be_shown(steps):
+    _, step, pairs = steps
+    nothing = viz.pair_views(step, {**pairs[0], "candidate": None, "reason": "the backbone found nothing"})
+    unsaved = viz.pair_views(step, {**pairs[0], "rank": 77})
+    for figure, words in ((nothing, "found nothing"), (unsaved, "outputs that have 'npy'")):
+        assert not figure.axes
+        assert words in figure.texts[0].get_text().replace("\n", " ")
+
+
+def test_the_contact_sheet_says_angle_score_and_metres(steps):
+    index, *_ = steps
+    query, gallery = query_and_gallery(index)
+    ranking = read_ranking(index)
+    metres = np.full(ranking.rows.shape, 1234.5)
+    metres[:, 1] = np.nan
+    figure = viz.hit_sheet(index, query, gallery, replace(ranking, metres=metres), n=2, k=3)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 8
+    assert titles[0].startswith("query, turned by 0 deg\n")
+    assert titles[4].startswith("query, turned by 90 deg\n")
+    assert titles[1].startswith(f"1: {ranking.scores[0, 0]:.3f}, 1234 m, right\n")
+    assert "m," not in titles[2]
+    frames = [axis.patches[0].get_edgecolor() for axis in figure.axes[1:4]]
+    assert len({*frames}) == 2
+    widths = figure.axes[0].get_subplotspec().get_gridspec().get_width_ratios()
+    assert widths[0] > max(widths[1:])

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backend_bases import MouseButton, MouseEvent, RendererBase
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
@@ -89,7 +90,7 @@ class PairCanvas:
         self.sides[1].outline.set_color(FOUND if verified else NOT_FOUND)
         self.widget.draw_idle()
 
-    def similar(self, side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray) -> None:
+    def similar(self, side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> None:
         """Show how similar a token of one side is to every token of the other one, in place of the lines.
 
         Args:
@@ -97,16 +98,17 @@ class PairCanvas:
             xy: (2,) its pixel.
             other: the tokens of the other side; cells when they lie on a grid, else dots.
             similarity: (n,) cosine with each of them.
+            best: which of them is the most similar and, if there is one, the second best (`pictures.best_two`).
         """
-        best = other.xy[np.argsort(-similarity, kind="stable")[:2]]
+        ends, colours = other.xy[list(best)], [BEST, SECOND][: len(best)]
         here, there = self.sides[side], self.sides[1 - side]
         here.forget()
         here.mark(xy[None], [CHOSEN])
         there.colour(other, similarity)
-        there.mark(best, [BEST, SECOND][: len(best)])
-        from_here = np.repeat(xy[None], len(best), axis=0)
-        ends = (from_here, best) if side == 0 else (best, from_here)
-        self._lines.join(*ends, matplotlib.colors.to_rgba_array([BEST, SECOND][: len(best)]))
+        there.mark(ends, colours)
+        starts = np.repeat(xy[None], len(ends), axis=0)
+        a, b = (starts, ends) if side == 0 else (ends, starts)
+        self._lines.join(a, b, to_rgba_array(colours))
         self.widget.draw_idle()
 
     def _pressed(self, event: MouseEvent) -> None:

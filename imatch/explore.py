@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from imatch import backbones, geometry, images, labels, matching, runs, store, viz
+from imatch import backbones, geometry, images, labels, matching, pictures, runs, store, viz
 from imatch.backbones import Backbone
 from imatch.canvas import BEST, CHOSEN, FOUND, NOT_FOUND, SECOND, PairCanvas
 from imatch.geometry import Estimator
@@ -340,9 +340,10 @@ class Explorer(widgets.VBox):
             self._draw()
             return
         self._clicked = (side, nearest)
-        similarity = _cosine(tokens.descriptors[nearest], other.descriptors)
-        self.canvas.similar(side, tokens.xy[nearest], other, similarity)
-        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity)
+        (similarity,) = pictures.similarities(tokens, other, [nearest])
+        best = [row for row in pictures.best_two(similarity, other) if row is not None]
+        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best)
+        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best)
 
     def _say(self, said: str) -> None:
         self.said.value, self.patch.value = said, "Click a patch to see what it resembles in the other photograph."
@@ -445,13 +446,6 @@ def _candidate(row: Row) -> str:
     return f"{place}: {store.printable(row['candidate'])} ({row['inliers']} inliers)"
 
 
-def _cosine(one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n,) cosine of a descriptor (d,) with others (n, d)."""
-    one, others = one.astype(np.float32), others.astype(np.float32)
-    norms = np.linalg.norm(one) * np.linalg.norm(others, axis=1)
-    return others @ one / np.maximum(norms, np.finfo(np.float32).tiny)
-
-
 def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     """What a pair's geometry says, as HTML."""
     row = pair.row
@@ -471,12 +465,11 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     )
 
 
-def _similar(side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray) -> str:
+def _similar(side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> str:
     """What a patch resembles in the other photograph, as HTML."""
-    order = np.argsort(-similarity, kind="stable")[:2]
     told = [
         f'<span style="color: {colour}">●</span> {name} {similarity[i]:.3f} at {_at(other.xy[i])}'
-        for i, name, colour in zip(order, ("best", "second best"), (BEST, SECOND), strict=False)
+        for i, name, colour in zip(best, ("best", "second best"), (BEST, SECOND), strict=False)
     ]
     return (
         f'<span style="color: {CHOSEN}">●</span> the patch at {_at(xy)} of the '

@@ -4,14 +4,13 @@ import datetime
 import subprocess
 import sys
 
-import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backend_bases import MouseEvent
 from PIL import Image
 
 import imatch
-from imatch import evaluate, labels, runs, store
+from imatch import evaluate, labels, pictures, runs, store
 from imatch.records import ImatchError, ImatchWarning
 from tests.test_steps import embedded, matched, referenced, searched
 
@@ -57,7 +56,7 @@ def click(explorer, side, xy):
     MouseEvent("button_press_event", explorer.canvas.widget, x, y, 1)._process()
 
 
-def test_a_pair_opens_as_it_was_saved(exports, explorer):
+def test_a_pair_opens_as_it_was_saved(explorer):
     for query in explorer.query.options:
         explorer.query.value = query
         for angle in (0.0, 90.0):
@@ -70,7 +69,7 @@ def test_a_pair_opens_as_it_was_saved(exports, explorer):
                 assert f"corners {row['corner_error']:.2f} px" in explorer.said.value
 
 
-def test_the_backend_of_other_figures_stays(exports, explorer):
+def test_the_backend_of_other_figures_stays():
     code = "import matplotlib; from imatch.canvas import PairCanvas; matplotlib.use('svg'); PairCanvas(print)"
     code += "; print(matplotlib.get_backend())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -113,7 +112,8 @@ def test_a_click_shows_the_similarity_of_the_nearest_token(exports, weight, side
     vector = tokens.descriptors[one].astype(float)
     rows = other.descriptors.astype(float)
     cosine = rows @ vector / np.linalg.norm(rows, axis=1) / np.linalg.norm(vector)
-    best, second = np.argsort(-cosine)[:2]
+    best, second = pictures.best_two(cosine, other)
+    assert best == cosine.argmax()
     before = picture(explorer)
     click(explorer, side, tokens.xy[one] + 0.1)
     for i in (best, second):
@@ -174,7 +174,7 @@ def test_labels_are_written_changed_and_withdrawn(exports, explorer):
     assert imatch.browse(step).saved.step.finished
 
 
-def test_the_evaluation_reads_the_labels(exports, explorer):
+def test_the_evaluation_reads_the_labels(exports):
     step = step_of(exports)
     pairs = store.read_rows(step.folder / "pairs.jsonl")
     assert evaluate.label_metrics(pairs, {}) is None
@@ -296,5 +296,8 @@ def test_another_weight_keeps_the_query(exports):
     assert "run 04_match" in imatch.browse({}).value
 
 
-def test_importing_the_explorer_leaves_matplotlib_alone():
-    assert matplotlib.get_backend() != "module://ipympl.backend_nbagg"
+def test_a_pair_is_saved_as_a_page(exports, explorer):
+    explorer.export.click()
+    (page,) = (exports / "r" / "pages").rglob("*.html")
+    assert str(page) in explorer.progress.value
+    assert explorer.row["candidate"] in page.read_text()

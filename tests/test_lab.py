@@ -98,7 +98,7 @@ def _wait_for(server, address, log):
 def page(chromium, lab):
     """04_match, run from the top, at its explorer."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page = chromium.new_page(viewport={"width": 1440, "height": 1000})
+    page = chromium.new_page(viewport={"width": 1440, "height": 1100})
     page.set_default_timeout(120_000)
     try:
         page.goto(lab)

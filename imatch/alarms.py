@@ -11,13 +11,13 @@ from typing import Any
 import faiss
 import numpy as np
 
-from imatch import backbones, images, runs
+from imatch import backbones, runs
 from imatch.backbones import Backbone
-from imatch.images import Resize
 from imatch.records import ImatchError, ImatchWarning, StepError
 from imatch.runs import Step
+from imatch.steps.embed import embed_one
 from imatch.steps.shared import source_rows
-from imatch.store import Embeddings
+from imatch.store import Embeddings, Row
 
 SAME = 0.9999
 """Cosine that a photograph embedded again has with its stored vector at least: rounding on another device costs a third
@@ -78,20 +78,19 @@ def _embedded_again(sides: Mapping[str, Embeddings], n: int) -> list[str]:
         backbone = backbones.create(first["weight"], first["backbone"])
     except ImatchError as error:
         return [*said, f"nothing could be embedded again to compare: {error}"]
-    resize = Resize(**first["resize"])
     for name, embeddings in there.items():
         for row in np.unique(np.linspace(0, len(embeddings) - 1, n).round().astype(int)):
-            said += _compared(embeddings, int(row), steps[name].linked("photographs"), backbone, resize)
+            said += _compared(embeddings, int(row), steps[name].linked("photographs"), backbone, first)
     return said
 
 
-def _compared(embeddings: Embeddings, row: int, root: Path, backbone: Backbone, resize: Resize) -> list[str]:
+def _compared(embeddings: Embeddings, row: int, root: Path, backbone: Backbone, made_by: Row) -> list[str]:
     id = embeddings.ids[row]
     try:
-        photograph = images.decode(root / id, resize, backbone.patch)
+        photograph = embed_one(root / id, backbone, made_by)
         if photograph.sha256 != embeddings.rows[row]["sha256"]:
             return [f"{id} has changed since it was embedded: run its notebook again"]
-        again = backbone(np.stack([photograph.pixels]))[0].vector
+        again = photograph.tokens.vector
     except ImatchError as error:
         return [f"{id} could not be embedded again to compare: {error}"]
     stored = embeddings.vectors[row]

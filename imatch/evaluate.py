@@ -485,6 +485,36 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
     }
 
 
+def label_metrics(pairs: Iterable[Row], labels: Mapping[tuple[str, str], str]) -> dict[str, Any] | None:
+    """How well `verified` agrees with what people say of pairs.
+
+    Args:
+        pairs: rows of pairs.jsonl.
+        labels: (query, candidate) -> "accept" or "reject", such as `labels.read` gives them.
+
+    Returns:
+        labelled (how many of the pairs have a label), accepted and rejected of them; precision: the share of verified
+        ones that people accept; recall: the share of those accepted that are verified. Shares are None where nothing
+        could be counted. None when no pair has a label.
+
+    >>> pairs = [{"query": "q", "candidate": c, "verified": c != "c"} for c in "abc"]
+    >>> label_metrics(pairs, {("q", "a"): "accept", ("q", "b"): "reject"})
+    {'labelled': 2, 'accepted': 1, 'rejected': 1, 'precision': 0.5, 'recall': 1.0}
+    """
+    named = [(row["verified"], (row["query"], row["candidate"])) for row in pairs]
+    said = [(verified, labels[pair] == "accept") for verified, pair in named if pair in labels]
+    if not said:
+        return None
+    accepted = sum(accept for _, accept in said)
+    return {
+        "labelled": len(said),
+        "accepted": accepted,
+        "rejected": len(said) - accepted,
+        "precision": _mean(accept for verified, accept in said if verified),
+        "recall": _mean(verified for verified, accept in said if accept),
+    }
+
+
 def corner_errors(pairs: Iterable[Row]) -> list[float]:
     """The corner errors of pairs in pixels, infinite where no geometry was found."""
     return [_or_inf(row["corner_error"]) for row in pairs]
@@ -508,7 +538,7 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics of 04_match as a table for a terminal: Hit@1 by crop and angle with its interval, then pixels.
 
     Args:
-        finished: name of a configuration -> its metrics.
+        finished: name of a configuration -> its metrics, and under "labels" what `label_metrics` says, if it does.
     """
     shown = {name: metrics for name, metrics in finished.items() if metrics["by_view"]}
     angles = sorted({view["angle"] for metrics in shown.values() for view in metrics["by_view"]})
@@ -535,6 +565,11 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(
                 f"  of all {metrics['true_pairs']} pairs of a reference and its source: median corner error "
                 f"{_cell(metrics['true_corner_error_median'])} px, within 8 px {_cell(metrics['true_within_8px'])}"
+            )
+        if said := metrics.get("labels"):
+            lines.append(
+                f"  labelled by hand: {said['labelled']} pairs, {said['accepted']} accepted; of the verified ones "
+                f"{_cell(said['precision'])} are accepted, of the accepted ones {_cell(said['recall'])} are verified"
             )
         if metrics.get("queries_skipped"):
             lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be decoded")

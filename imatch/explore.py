@@ -1,96 +1,458 @@
-"""Widgets over saved steps: they need no model."""
+"""The explorer: saved matches, and pairs of your own, to look at, to click and to label in JupyterLab."""
 
 from __future__ import annotations
 
+import html
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
 
-from imatch import store, viz
-from imatch.records import Geometry, Matches, Pair, StepError
+from imatch import backbones, geometry, images, labels, pictures, runs, store
+from imatch.backbones import Backbone
+from imatch.canvas import BEST, CHOSEN, FOUND, NOT_FOUND, SECOND, PairCanvas
+from imatch.geometry import Estimator
+from imatch.poses import UPRIGHT, Pose
+from imatch.records import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
 from imatch.runs import Step
-from imatch.sinks import png
-from imatch.steps.shared import sides
+from imatch.steps.embed import Embedded, embed_one
+from imatch.steps.match import Matched, aligned, aligner, poses_of
+from imatch.steps.shared import flat_name, run_and_dataset, views_by_id
 from imatch.store import Row
 
-
-def load_pair(step: Step, row: Row) -> Pair:
-    """Read a pair that 04_match saved (its outputs must have "npy").
-
-    Raises:
-        StepError: the correspondences were not saved.
-    """
-    path = viz.pair_path(step, row).with_suffix(".npy")
-    if not path.is_file():
-        raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-    table = np.load(path)
-    both = list(zip(sides(step), (row["query"], row["candidate"]), strict=True))
-    paths = [side.linked("photographs") / id for side, id in both]
-    sizes = [_size(side.folder, id) for side, id in both]
-    matrix = None if row["matrix"] is None else np.array(row["matrix"])
-    error = np.nan if row["reprojection_error"] is None else row["reprojection_error"]
-    return Pair(
-        row,
-        (paths[0], paths[1]),
-        (sizes[0], sizes[1]),
-        table["xy_a"],
-        table["xy_b"],
-        Matches(table["index_a"], table["index_b"], table["similarity"]),
-        Geometry(matrix, table["inlier"], error, row["verified"], row["reason"]),
-    )
+SIDE = 960
+"""The longer side of a photograph on the canvas in pixels: enough to zoom in, little enough to redraw at once."""
+UNCLEAR = "unclear"
+"""What a pair without a label is."""
 
 
-def browse(step: Step) -> widgets.VBox:
-    """A browser over the saved matches of a 04_match step: choose a query, a rank and a similarity.
+def browse(step: Step | Mapping[str, Step]) -> Explorer | widgets.HTML:
+    """Explore the matches of a finished 04_match, or of several by name.
 
     Returns:
-        The widget. Its children are the controls (query, rank, threshold, what to draw), the picture and a line
-        of text that says what was found.
+        The widget, for a notebook to show; of no step, a line that says so. It needs no model; with the weights of the
+        step's 01_embed it also matches two photographs that are uploaded.
     """
-    pairs: dict[str, list[Row]] = {}
-    for row in (row for row in store.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None):
-        pairs.setdefault(row["query"], []).append(row)
-    names = [(store.printable(id), id) for id in sorted(pairs)]
-    query = widgets.Dropdown(options=names, description="query", layout={"width": "480px"})
-    rank = widgets.Dropdown(description="rank")
-    threshold = widgets.FloatSlider(0.8, min=0, max=1, step=0.01, description="similarity", continuous_update=False)
-    inliers = widgets.Checkbox(True, description="inliers only")
-    picture, text = widgets.Image(format="png"), widgets.HTML()
+    if not step:
+        return widgets.HTML("Nothing was matched 1:1, so there is nothing to explore: run 04_match.")
+    return Explorer({step.folder.name: step} if isinstance(step, Step) else step)
 
-    def show(*_: object) -> None:
-        if rank.value is None:
-            return
+
+@dataclass(frozen=True)
+class Opened:
+    """A pair as the explorer shows it.
+
+    Attributes:
+        pair: as it was saved, or has just been matched.
+        tokens: of A and of B.
+        estimator: what finds its geometry.
+    """
+
+    pair: Pair
+    tokens: tuple[Tokens, Tokens]
+    estimator: Estimator
+
+
+class Saved:
+    """A finished 04_match and what it was made from, opened once; the tokens are memory-mapped.
+
+    Attributes:
+        step: the 04_match.
+        photographs: what the queries show (their id; of references that of their source) -> (crop, angle) -> query; a
+            photograph itself has crop 1 and angle 0.
+        candidates: query -> its rows of pairs.jsonl, by rank; none where nothing was found.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step, self._matched = step, Matched(step)
+        views = views_by_id(self._matched.query.folder)
+        self.photographs: dict[str, dict[tuple[float, float], str]] = {}
+        self.candidates: dict[str, list[Row]] = {}
+        for row in store.read_rows(step.folder / "pairs.jsonl"):
+            query = row["query"]
+            shown = views[query]["source"] if query in views else query
+            self.photographs.setdefault(shown, {})[row["crop"] or 1.0, row["angle"] or 0.0] = query
+            self.candidates.setdefault(query, []).extend([row] if row["candidate"] is not None else [])
+
+    def open(self, row: Row) -> Opened:
+        """A pair of pairs.jsonl; it is matched again where the outputs had no "npy"."""
+        a, b = self._matched.tokens(row)
         try:
-            pair = load_pair(step, rank.value)
-        except StepError as error:
-            picture.value, text.value = b"", str(error)
-            return
-        shown = pair.matches.similarity >= threshold.value
-        shown &= pair.geometry.inliers | (not inliers.value)
-        picture.value = png.encode(png.draw(pair, 300, shown))
-        row = pair.row
-        text.value = (
-            f"{int(shown.sum())} of {row['matches']} correspondences shown; cosine of the global vectors "
-            f"{row['score']:.3f}; {row['reason']}"
+            pair = self._matched.pair(row)
+        except StepError:
+            return self._match(row, *self._matched.files(row), [(Pose(row["turn"], row["zoom"]), a)], b)
+        return Opened(pair, (a, b), aligner(self.step.parameters, b).estimator)
+
+    def match(self, names: tuple[str, str], files: tuple[Path, Path]) -> Opened:
+        """Embed two photographs as 01_embed did and match them as 04_match did.
+
+        Args:
+            names: what they are called.
+            files: where they are.
+
+        Raises:
+            ImatchError: a photograph cannot be decoded, or the weights are not there or have changed.
+        """
+        seen = [(pose, self._embed(names[0], files[0], pose)) for pose in poses_of(self.step)]
+        a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT)
+        row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
+        return self._match(row, files, (a.size, b.size), [(pose, one.tokens) for pose, one in seen], b.tokens)
+
+    def _match(
+        self,
+        row: Row,
+        files: tuple[Path, Path],
+        sizes: tuple[tuple[int, int], tuple[int, int]],
+        seen: Sequence[tuple[Pose, Tokens]],
+        b: Tokens,
+    ) -> Opened:
+        align = aligner(self.step.parameters, b)
+        found = aligned(align, seen, b, sizes, files)
+        pair = Pair(row, files, sizes, found.xy_a, found.xy_b, found.matches, found.geometry)
+        return Opened(pair, (dict(seen)[found.pose], b), align.estimator)
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        made_by = self._embed_parameters
+        backbone = backbones.create(made_by["weight"], made_by["backbone"])
+        if backbone.digest != made_by["weights_digest"]:
+            raise StepError(f"the weights of {made_by['weight']} have changed since 01_embed: run it again")
+        return backbone
+
+    @property
+    def _embed_parameters(self) -> dict[str, Any]:
+        return runs.read(self._matched.gallery.folder).parameters
+
+    def _embed(self, name: str, file: Path, pose: Pose) -> Embedded:
+        try:
+            return embed_one(file, self._backbone, self._embed_parameters, pose)
+        except PhotographError as error:
+            raise PhotographError(f"{name}: {error}") from None
+
+
+class Explorer(widgets.VBox):
+    """Choose a pair, move the sliders, click a patch, say whether the pair is right.
+
+    Every pair opens with the geometry that 04_match gave it. The similarity and the RANSAC of the sliders then find it
+    anew from the saved correspondences. A click on one photograph shows how similar that patch is to all of the other.
+
+    Args:
+        steps: finished 04_match steps by name.
+
+    Attributes:
+        weight, query, crop, angle, rank: what pair is shown.
+        similarity, model, threshold: what its geometry is found from.
+        most, inliers: which lines are drawn.
+        label: accept, reject or unclear (which takes the label back).
+        uploads, match: two photographs from the reader's disk.
+        export: writes the pair as a page that opens without a kernel.
+        canvas: the picture.
+        said, patch, progress: what was found, what was clicked, and how many pairs have a label.
+    """
+
+    def __init__(self, steps: Mapping[str, Step]) -> None:
+        self._steps = dict(steps)
+        self._read: dict[str, Saved] = {}
+        self._opened: Opened | None = None
+        self._clicked: tuple[int, int] | None = None
+        self._filling = False
+
+        wide, style = {"width": "480px"}, {"description_width": "80px"}
+        self.weight = widgets.Dropdown(options=list(steps), description="weight", layout=wide, style=style)
+        self.query = widgets.Combobox(
+            description="query", ensure_option=True, placeholder="type to search", layout=wide, style=style
         )
+        self.crop = widgets.SelectionSlider(options=[1.0], description="crop", style=style)
+        self.angle = widgets.SelectionSlider(options=[0.0], description="angle", style=style)
+        self.rank = widgets.Dropdown(description="candidate", layout=wide, style=style)
+        self.similarity = widgets.FloatSlider(0, min=0, max=1, step=0.01, description="similarity", style=style)
+        self.most = widgets.IntSlider(200, min=0, max=2000, step=10, description="most lines", style=style)
+        self.inliers = widgets.Checkbox(True, description="inliers only", indent=False)
+        self.model = widgets.Dropdown(options=list(geometry.MODELS), description="geometry", style=style)
+        self.threshold = widgets.FloatLogSlider(
+            3, min=-1, max=2.5, step=0.02, readout_format=".1f", description="within px", style=style
+        )
+        self.label = widgets.ToggleButtons(
+            options=[*labels.LABELS, UNCLEAR], value=UNCLEAR, style={"button_width": "80px"}
+        )
+        self.export = widgets.Button(description="save as HTML", icon="save")
+        kinds = ",".join(sorted(images.SUFFIXES))
+        self.uploads = [widgets.FileUpload(accept=kinds, description=side) for side in ("query", "candidate")]
+        self.match = widgets.Button(description="match", icon="link")
+        self.canvas = PairCanvas(self._click)
+        self.said, self.patch, self.progress = widgets.HTML(), widgets.HTML(), widgets.HTML()
 
-    def choose(*_: object) -> None:
-        rank.options = [(_label(row), row) for row in pairs.get(query.value, [])]
-        rank.index = 0 if rank.options else None
+        own = widgets.HBox([widgets.HTML("two photographs of your own:"), *self.uploads, self.match])
+        super().__init__(
+            [
+                widgets.HBox([self.weight], layout={"display": "" if len(steps) > 1 else "none"}),
+                widgets.HBox([self.query, self.crop, self.angle]),
+                widgets.HBox([self.rank, self.label, self.progress]),
+                widgets.HBox([self.similarity, self.most, self.inliers]),
+                widgets.HBox([self.threshold, self.model, self.export]),
+                self.canvas.widget,
+                self.said,
+                self.patch,
+                own,
+            ]
+        )
+        for control, reaction in (
+            (self.weight, self._choose_weight),
+            (self.query, self._choose_query),
+            (self.crop, self._choose_view),
+            (self.angle, self._choose_view),
+            (self.rank, self._choose_rank),
+            (self.similarity, self._draw),
+            (self.most, self._draw),
+            (self.inliers, self._draw),
+            (self.model, self._draw),
+            (self.threshold, self._draw),
+            (self.label, self._label),
+        ):
+            control.observe(self._reacting(reaction), names="value")
+        self.match.on_click(self._reacting(self._match))
+        self.export.on_click(self._reacting(self._export))
+        self._choose_weight()
 
-    for control, reaction in ((query, choose), (rank, show), (threshold, show), (inliers, show)):
-        control.observe(reaction, names="value")
-    choose()
-    show()
-    return widgets.VBox([widgets.HBox([query, rank]), widgets.HBox([threshold, inliers]), picture, text])
+    # --- choosing ------------------------------------------------------------------------------------------
+
+    @property
+    def saved(self) -> Saved:
+        """The 04_match that is shown."""
+        name = self.weight.value
+        if name not in self._read:
+            self._read[name] = Saved(self._steps[name])
+        return self._read[name]
+
+    @property
+    def row(self) -> Row | None:
+        """The row of pairs.jsonl that is chosen; None where nothing was found."""
+        return None if self.rank.value is None else self._candidates()[self.rank.value]
+
+    def _candidates(self) -> list[Row]:
+        query = self._views().get((self.crop.value, self.angle.value))
+        return [] if query is None else self.saved.candidates[query]
+
+    def _views(self) -> dict[tuple[float, float], str]:
+        return self.saved.photographs[self._named[self.query.value]]
+
+    def _choose_weight(self) -> None:
+        self._named = _names(sorted(self.saved.photographs))
+        with self._fill():
+            wanted = self.query.value
+            self.query.options = list(self._named)
+            self.query.value = wanted if wanted in self._named else next(iter(self._named), "")
+        self._choose_query()
+
+    def _choose_query(self) -> None:
+        crops, angles = (sorted({view[i] for view in self._views()}) for i in (0, 1))
+        with self._fill():
+            for control, values in ((self.crop, crops), (self.angle, angles)):
+                _offer(control, [(f"{value:g}", value) for value in values])
+                control.layout.display = "" if len(values) > 1 else "none"
+        self._choose_view()
+
+    def _choose_view(self) -> None:
+        with self._fill():
+            _offer(self.rank, [(_candidate(row), i) for i, row in enumerate(self._candidates())])
+        self._choose_rank()
+
+    def _choose_rank(self) -> None:
+        row = self.row
+        if row is None:
+            self._nothing()
+        else:
+            self._show(self.saved.open(row))
+        self._show_label()
+
+    # --- showing -------------------------------------------------------------------------------------------
+
+    def _show(self, opened: Opened) -> None:
+        self._opened = opened
+        with self._fill():
+            self.model.value, self.threshold.value = opened.estimator.model, opened.estimator.threshold
+        pair = opened.pair
+        thumbnails = [_thumbnail(path, size) for path, size in zip(pair.paths, pair.sizes, strict=True)]
+        self.canvas.show(thumbnails, pair.sizes)
+        self._draw()
+
+    def _nothing(self) -> None:
+        self._opened = None
+        self.canvas.show([np.zeros((1, 1, 3), np.uint8)] * 2, [(1, 1)] * 2)
+        self._say("The backbone found nothing in this query, so nothing was matched.")
+
+    def _draw(self) -> None:
+        """Find the geometry anew from the saved correspondences, as the sliders say, and draw it."""
+        if self._opened is None:
+            return
+        pair, self._clicked = self._opened.pair, None
+        alike = np.flatnonzero(pair.matches.similarity >= self.similarity.value)
+        estimator = replace(self._opened.estimator, model=self.model.value, threshold=self.threshold.value)
+        found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes)
+        shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
+        lines = alike[shown]
+        self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
+        corners = None if found.matrix is None else geometry.transform(found.matrix, geometry.corners(pair.sizes[0]))
+        self.canvas.outline(corners if corners is not None and np.isfinite(corners).all() else None, found.verified)
+        self._say(_found(pair, found, len(alike), len(lines)))
+
+    def _click(self, side: int, xy: tuple[float, float]) -> None:
+        """Show how similar the nearest token of one side is to all of the other; a second click ends that."""
+        if self._opened is None:
+            return
+        tokens, other = self._opened.tokens[side], self._opened.tokens[1 - side]
+        if not len(tokens.xy) or not len(other.xy):
+            return
+        nearest = int(np.linalg.norm(tokens.xy - xy, axis=1).argmin())
+        if self._clicked == (side, nearest):
+            self._draw()
+            return
+        self._clicked = (side, nearest)
+        (similarity,) = pictures.similarities(tokens, other, [nearest])
+        best = [row for row in pictures.best_two(similarity, other) if row is not None]
+        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best)
+        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best)
+
+    def _say(self, said: str) -> None:
+        self.said.value, self.patch.value = said, "Click a patch to see what it resembles in the other photograph."
+
+    # --- labels, uploads, pages ------------------------------------------------------------------------------
+
+    def _label(self) -> None:
+        row, file = self.row, labels.path(self.saved.step)
+        if row is None:
+            return
+        said = labels.read(file)  # anew, for another notebook may have written it
+        said.pop((row["query"], row["candidate"]), None)
+        if self.label.value != UNCLEAR:
+            said[row["query"], row["candidate"]] = self.label.value
+        labels.write(file, said)
+        self._count(said)
+
+    def _show_label(self) -> None:
+        row, said = self.row, labels.read(labels.path(self.saved.step))
+        with self._fill():
+            known = None if row is None else said.get((row["query"], row["candidate"]))
+            self.label.value, self.label.disabled = known or UNCLEAR, row is None
+        self._count(said)
+
+    def _count(self, said: labels.Labels) -> None:
+        pairs = [(row["query"], row["candidate"]) for rows in self.saved.candidates.values() for row in rows]
+        self.progress.value = f"{sum(pair in said for pair in pairs)} of {len(pairs)} pairs have a label"
+
+    def _match(self) -> None:
+        given = [upload.value for upload in self.uploads]
+        if not all(given):
+            raise ImatchError("give two photographs: the buttons query and candidate upload them")
+        folder = Path(tempfile.mkdtemp(prefix="imatch-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        files = [folder / str(number) for number in range(2)]
+        for file, (upload,) in zip(files, given, strict=True):
+            file.write_bytes(upload["content"])
+        opened = self.saved.match((given[0][0]["name"], given[1][0]["name"]), (files[0], files[1]))
+        with self._fill():
+            self.label.value, self.label.disabled = UNCLEAR, True  # labels are of the step's own pairs
+        self._show(opened)
+
+    def _export(self) -> None:
+        from imatch.page import pair_page
+
+        if self._opened is None:
+            raise ImatchError("there is no pair to save: choose a query that found something")
+        pair, step = self._opened.pair, self.saved.step
+        run, _ = run_and_dataset(step)
+        names = [flat_name(pair.row[side]) for side in ("query", "candidate")]
+        path = run / "pages" / step.folder.relative_to(run / step.name) / names[0] / f"{names[1]}.html"
+        pair_page(pair, *self._opened.tokens, path)
+        self.progress.value = f"saved: {html.escape(store.printable(str(path)))}"
+
+    # --- reacting ------------------------------------------------------------------------------------------
+
+    def _reacting(self, reaction: Callable[[], None]) -> Callable[[object], None]:
+        """A handler that runs unless the explorer itself is filling its controls, and tells what goes wrong."""
+
+        def react(_: object) -> None:
+            if self._filling:
+                return
+            try:
+                reaction()
+            except ImatchError as error:  # for a person to read, so not a traceback in the log
+                self._say(f"<b>{html.escape(store.printable(str(error)))}</b>")
+
+        return react
+
+    @contextmanager
+    def _fill(self) -> Iterator[None]:
+        self._filling = True
+        try:
+            yield
+        finally:
+            self._filling = False
 
 
-def _label(row: Row) -> str:
-    place = "own source" if row["rank"] is None else f"{row['rank'] + 1}, re-ranked {row['reranked'] + 1}"
+_thumbnail = lru_cache(maxsize=32)(lambda path, size: images.thumbnail(path, size, min(SIDE, max(size))))
+
+
+def _offer(control: widgets.Dropdown | widgets.SelectionSlider, options: Sequence[tuple[str, Any]]) -> None:
+    """Offer other options; what was chosen stays, where it is among them."""
+    wanted, values = control.value, [value for _, value in options]
+    control.options = options
+    control.value = wanted if wanted in values else values[0] if values else None
+
+
+def _names(ids: Iterable[str]) -> dict[str, str]:
+    """Names that people can read and type -> ids; two that look alike are numbered."""
+    named: dict[str, str] = {}
+    for id in ids:
+        name = store.printable(id)
+        named[name if name not in named else f"{name} ({len(named)})"] = id
+    return named
+
+
+def _candidate(row: Row) -> str:
+    place = "own photograph" if row["rank"] is None else f"{row['rank'] + 1}, re-ranked {row['reranked'] + 1}"
     return f"{place}: {store.printable(row['candidate'])} ({row['inliers']} inliers)"
 
 
-def _size(folder: Path, id: str) -> tuple[int, int]:
-    h, w = next(row["size"] for row in store.read_rows(folder / "images.jsonl") if row["id"] == id)
-    return h, w
+def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
+    """What a pair's geometry says, as HTML."""
+    row = pair.row
+    names = [f"<b>{html.escape(store.printable(row[side]))}</b>" for side in ("query", "candidate")]
+    told = [f"{'verified' if found.verified else 'not verified'}: {found.reason}"]
+    if found.matrix is not None and found.verified:
+        turned, scaled = geometry.rotation_scale(found.matrix, pair.sizes[0])
+        told.append(f"turn the query by {turned:z.1f}° and scale it by {scaled:.2f}")
+    if found.matrix is not None and row.get("true_matrix") is not None:
+        error = geometry.corner_error(found.matrix, np.array(row["true_matrix"]), pair.sizes[0])
+        told.append(f"corners {error:.2f} px from where they truly are")
+    colour = FOUND if found.verified else NOT_FOUND
+    return (
+        f"{names[0]} → {names[1]}, cosine of the global vectors {row['score']:.3f}<br>"
+        f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{"; ".join(told)}</span><br>'
+        f"{drawn} of {alike} correspondences drawn"
+    )
+
+
+def _similar(side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> str:
+    """What a patch resembles in the other photograph, as HTML."""
+    told = [
+        f'<span style="color: {colour}">●</span> {name} {similarity[i]:.3f} at {_at(other.xy[i])}'
+        for i, name, colour in zip(best, ("best", "second best"), (BEST, SECOND), strict=False)
+    ]
+    return (
+        f'<span style="color: {CHOSEN}">●</span> the patch at {_at(xy)} of the '
+        f"{('query', 'candidate')[side]}: {', '.join(told)}; all others from {similarity.min():.3f} (dark) on. "
+        "Click it again for the lines."
+    )
+
+
+def _at(xy: np.ndarray) -> str:
+    return f"({xy[0]:.0f}, {xy[1]:.0f})"

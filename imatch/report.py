@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from imatch import intervals, registry, runs, store
+from imatch import evaluate, intervals, labels, registry, runs, store
 from imatch.calibrate import Threshold
 from imatch.records import ImatchError, StepError
 from imatch.runs import Step
@@ -44,6 +44,9 @@ COLUMNS = {
     "held_out_precision": "right of them",
     "ms": "ms",
     "megabytes": "MB",
+    "labelled": "labelled",
+    "label_precision": "accepted of verified",
+    "label_recall": "verified of accepted",
     "alarms": "alarms",
 }
 """Columns of the table and what they are called."""
@@ -66,6 +69,9 @@ HELP = {
     "right of them": "precision on photographs that the threshold was not calibrated on",
     "ms": "milliseconds a photograph from file to stored tokens, on the device named below",
     "MB": "megabytes a photograph on disk",
+    "labelled": "pairs that people accepted or rejected in the explorer",
+    "accepted of verified": "share of labelled pairs that geometry verifies which people accept",
+    "verified of accepted": "share of pairs that people accept which geometry verifies",
 }
 
 
@@ -117,8 +123,16 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
 
 
 def _measured(step: Step) -> list[Any]:
-    """What a report shows of a step and its fingerprint does not hold: times, the device, alarms."""
-    return [step.work, step.device, step.metrics]
+    """What a report shows of a step and its fingerprint does not hold: times, the device, alarms, labels."""
+    return [step.work, step.device, step.metrics, _said(step)]
+
+
+def _said(step: Step) -> dict[str, Any] | None:
+    """What people's labels say of a 04_match."""
+    if step.name != "04_match":
+        return None
+    pairs = store.read_rows(step.folder / "pairs.jsonl")
+    return evaluate.label_metrics(pairs, labels.read(labels.path(step)))
 
 
 def _finished(folder: Path) -> list[Step]:
@@ -202,6 +216,7 @@ def _row(name: str, steps: Mapping[str, Step]) -> Row:
     embed, index = steps["01_embed"], steps["03_index"]
     found, parameters, asked = index.metrics, embed.parameters, index.parameters
     matched = steps["04_match"].metrics if "04_match" in steps else {}
+    said = (_said(steps["04_match"]) if "04_match" in steps else None) or {}
     vectors = embed.metrics["global_dimension"] * 4 / 2**20
     work, k = embed.work, asked["k"]
     run, _, dataset, weight, _, last = name.split("/")
@@ -232,6 +247,9 @@ def _row(name: str, steps: Mapping[str, Step]) -> Row:
         "ms": 1000 * work["seconds"] / work["photographs"] if work else None,
         "megabytes": embed.metrics["local_megabytes"] / embed.metrics["photographs"] + vectors,
         "device": embed.device,
+        "labelled": said.get("labelled"),
+        "label_precision": said.get("precision"),
+        "label_recall": said.get("recall"),
         "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked `imatch.audit`
         "said": found.get("alarms", []),
         "fingerprints": {of: str(steps[of].fingerprint) for of in sorted(steps)},
@@ -318,6 +336,17 @@ def gather(step: Step, rows: Sequence[Row]) -> Found:
         },
         min(row["k"] for row in rows),
     )
+
+
+def matched(step: Step, rows: Sequence[Row]) -> dict[str, Step]:
+    """The 04_match steps of a report by the short names of their configurations, for `explore.browse`.
+
+    Args:
+        step: a started 05_report.
+        rows: of `tabulate`.
+    """
+    read = {row["label"]: runs.read(step.linked(row["name"])) for row in rows}
+    return {name: one for name, one in read.items() if one.name == "04_match"}
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:

@@ -17,9 +17,10 @@ from matplotlib.patches import Rectangle
 
 from imatch import evaluate, geometry, images, pictures, references, runs, store
 from imatch.denseft import covered, fit, picture
-from imatch.records import Geometry, ImatchError, Matches, Pair, Ranking, StepError, Tokens
+from imatch.records import ImatchError, Pair, Ranking, StepError, Tokens
 from imatch.runs import Step
-from imatch.steps.shared import pair_path, query_and_gallery, sides, views_by_id
+from imatch.steps.match import Matched
+from imatch.steps.shared import pair_path, views_by_id
 from imatch.store import Embeddings, Row
 
 KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
@@ -286,7 +287,8 @@ def pair_views(step: Step, row: Row) -> Figure:
     if row["candidate"] is None:
         return _words(f"{store.printable(row['query'])}: {row['reason']}.")
     try:
-        pair, a, b = load_pair(step, row)
+        matched = Matched(step)
+        pair, (a, b) = matched.pair(row), matched.tokens(row)
     except StepError as error:
         return _words(str(error))
     style = pictures.Style(side=480, alpha=0.8)
@@ -304,7 +306,14 @@ def pair_views(step: Step, row: Row) -> Figure:
         f"A warped onto B{doubt}, half transparent:\nwhat does not fit is seen twice",
         pictures.blend(pair, style),
     )
-    return _rows_of([[drawn], [checkerboard, blend], _patch_views(pair, a, b, style), [_principal(pair, a, b, style)]])
+    return _rows_of(
+        [
+            [drawn],
+            [checkerboard, blend],
+            _patch_views(pair, a, b, style),
+            [_principal(pair, matched.upright(row), b, style)],
+        ]
+    )
 
 
 Titled = tuple[str, np.ndarray | None]
@@ -358,38 +367,6 @@ def _rows_of(rows: Sequence[Sequence[Titled]], width: float = 8) -> Figure:
             if shown is not None:
                 axis.imshow(shown)
     return figure
-
-
-def load_pair(step: Step, row: Row) -> tuple[Pair, Tokens, Tokens]:
-    """A pair that 04_match saved (its outputs must have "npy"), and the tokens of A and of B.
-
-    Raises:
-        StepError: the correspondences were not saved.
-    """
-    path = pair_path(step, row).with_suffix(".npy")
-    if not path.is_file():
-        raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-    table, stores = np.load(path), query_and_gallery(step)
-    rows = [side.ids.index(id) for side, id in zip(stores, (row["query"], row["candidate"]), strict=True)]
-    of_a, of_b = (side.rows[place] for side, place in zip(stores, rows, strict=True))
-    a, b = (side.tokens(place) for side, place in zip(stores, rows, strict=True))
-    from_a, from_b = (side.linked("photographs") for side in sides(step))
-    pair = Pair(
-        row,
-        (from_a / of_a["id"], from_b / of_b["id"]),
-        (tuple(of_a["size"]), tuple(of_b["size"])),
-        table["xy_a"],
-        table["xy_b"],
-        Matches(table["index_a"], table["index_b"], table["similarity"]),
-        Geometry(
-            None if row["matrix"] is None else np.array(row["matrix"]),
-            table["inlier"],
-            _number(row["reprojection_error"]),
-            row["verified"],
-            row["reason"],
-        ),
-    )
-    return pair, a, b
 
 
 def show(figure: Figure, path: Path) -> DisplayImage:

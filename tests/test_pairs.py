@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import explore, report, runs, store, viz
+from imatch import report, runs, store, viz
 from imatch.records import ImatchError, ImatchWarning, StepError
 from imatch.steps import match as matching_step
+from imatch.steps.match import Matched
 from imatch.steps.shared import flat_name
 from tests.test_resume import assert_same
 from tests.test_steps import embedded, matched, referenced
@@ -133,7 +134,7 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
     figure = viz.match_summary(rows, metrics)
     assert "nobody knows whether right (6)" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert viz.pair_sheet(step, rows).axes[0].images
-    loaded = explore.load_pair(step, rows[0])
+    loaded = Matched(step).pair(rows[0])
     assert len(loaded.matches) == rows[0]["matches"]
     assert [path.name for path in loaded.paths] == [Path(id).name for id in named(rows)[0]]
     with pytest.raises(StepError, match="matched a list"):

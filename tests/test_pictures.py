@@ -11,6 +11,7 @@ from PIL import Image
 from imatch import components, geometry, pictures, sinks, store, viz
 from imatch.records import Geometry, ImatchError, Matches, Pair, Tokens
 from imatch.steps.index import read_ranking
+from imatch.steps.match import Matched
 from imatch.steps.shared import query_and_gallery
 from tests.test_steps import embedded, matched, referenced, searched
 
@@ -261,7 +262,7 @@ def test_a_pair_is_seen_in_all_views(steps):
     assert len(titles) == 6
     for title, words in zip(titles, said, strict=True):
         assert words in title
-    pair, a, b = viz.load_pair(step, row)
+    pair, (a, b) = Matched(step).pair(row), Matched(step).tokens(row)
     assert [len(axis.images) for axis in figure.axes] == [1] * 5 + [int(a.grid is not None)]
     assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
     assert np.array_equal(pair.xy_b, b.xy[pair.matches.index_b])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import curves, report, runs, store, viz
+from imatch import curves, labels, report, runs, store, viz
 from imatch.backbones.sift_vocabulary import dead_leaves
 from imatch.records import ImatchError, StepError
 from tests.test_steps import embedded, matched, referenced, searched
@@ -81,6 +81,26 @@ def test_the_comparison_is_of_the_same_queries(exports):
     assert (best["apart"], best["apart_low"], best["apart_high"]) == pytest.approx(
         (apart, -other["apart_high"], -other["apart_low"])
     )
+
+
+def test_labels_enter_the_table_and_the_explorer_has_its_names(exports):
+    step = reported(exports)
+    rows = report.tabulate(step)
+    assert {row["labelled"] for row in rows} == {None}
+    found = report.matched(step, rows)
+    assert set(found) == {"sift raw", "dsift raw"}
+    file = labels.path(found["sift raw"])
+    pairs = store.read_rows(found["sift raw"].folder / "pairs.jsonl")[:3]
+    labels.write(file, {(row["query"], row["candidate"]): "accept" for row in pairs})
+    try:
+        again = reported(exports)  # labels are no part of a fingerprint, but what the report shows
+        assert not again.finished
+        sift = next(row for row in report.tabulate(again) if row["label"] == "sift raw")
+    finally:
+        file.unlink()
+    assert (sift["labelled"], sift["label_precision"]) == (3, 1.0)
+    assert sift["label_recall"] == pytest.approx(np.mean([row["verified"] for row in pairs]))
+    assert "accepted of verified" in report.html([sift])
 
 
 def rows_of(*values):

@@ -20,7 +20,7 @@ import numpy as np
 from imatch import backbones, images, poses, registry, runs, store
 from imatch.backbones import Backbone
 from imatch.images import Decoded, Resize
-from imatch.poses import Pose
+from imatch.poses import UPRIGHT, Pose
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.runs import Step
 from imatch.steps.shared import decodable, named, run_and_dataset, tagged, view_rows
@@ -222,6 +222,29 @@ def _decode(path: Path, resize: Resize, patch: int, degrees: float) -> Decoded |
         return poses.turned(decoded, degrees, patch) if degrees else decoded
     except PhotographError as error:
         return error
+
+
+def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pose: Pose = UPRIGHT) -> Embedded:
+    """One photograph as a step with such parameters sees it; nothing is written.
+
+    Raises:
+        PhotographError: it cannot be decoded.
+    """
+    resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
+    decoded = _decode(path, resize, backbone.patch, pose.turn)
+    if isinstance(decoded, PhotographError):
+        raise decoded
+    (tokens,) = backbone(decoded.pixels[None])
+    return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, _stride(parameters["variant"])))
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A photograph's (h, w) in pixels, the SHA-256 of its file, and its tokens."""
+
+    size: tuple[int, int]
+    sha256: str
+    tokens: Tokens
 
 
 def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> list[int]:

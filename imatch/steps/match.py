@@ -20,12 +20,12 @@ import psutil
 from imatch import evaluate, geometry, images, matching, poses, runs, sinks, store
 from imatch.aligning import Aligner, Alignment
 from imatch.poses import Pose
-from imatch.records import ImatchError, Pair, PhotographError, Tokens
+from imatch.records import Geometry, ImatchError, Matches, Pair, PhotographError, StepError, Tokens
 from imatch.runs import Step
 from imatch.steps import pairs as sources
 from imatch.steps.pairs import Candidate, Source
 from imatch.steps.poses import embed_poses, open_poses, tried
-from imatch.steps.shared import flat_name, pair_path, sides, tagged, views_by_id
+from imatch.steps.shared import flat_name, pair_path, query_and_gallery, sides, tagged, views_by_id
 from imatch.store import Row
 
 BLOCK = 64
@@ -267,7 +267,7 @@ class _Match:
         paths = self.roots[0] / meta_a["id"], self.roots[1] / meta_b["id"]
         align = aligner(self.step.parameters, b)
         start = time.perf_counter()
-        found = _aligned(align, seen, b, sizes, paths)
+        found = aligned(align, seen, b, sizes, paths)
         ms = 1000 * (time.perf_counter() - start)
         a = dict(seen)[found.pose]
         view_a, view_b = (views.get(meta["id"]) for views, meta in zip(self.views, (meta_a, meta_b), strict=True))
@@ -309,6 +309,56 @@ class _Match:
         )
 
 
+class Matched:
+    """A 04_match and what it was made from, opened once; tokens are memory-mapped.
+
+    Args:
+        step: of `start_match`.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.query, self.gallery = query_and_gallery(step)
+        both = sides(step)
+        self.posed = open_poses(both[0].folder, poses_of(step))
+        self._roots = [side.linked("photographs") for side in both]
+        self._places = [{id: place for place, id in enumerate(side.ids)} for side in (self.query, self.gallery)]
+
+    def tokens(self, row: Row) -> tuple[Tokens, Tokens]:
+        """The tokens of a row of pairs.jsonl: A's in the pose that it was matched in, and B's."""
+        a, b = self._where(row)
+        return dict(self.posed.tokens(a))[Pose(row["turn"], row["zoom"])], self.gallery.tokens(b)
+
+    def upright(self, row: Row) -> Tokens:
+        """A's tokens of a row of pairs.jsonl as 01_embed left them."""
+        return self.query.tokens(self._where(row)[0])
+
+    def files(self, row: Row) -> tuple[tuple[Path, Path], tuple[tuple[int, int], tuple[int, int]]]:
+        """The photographs of a row of pairs.jsonl: where they lie, and their (h, w)."""
+        a, b = self._where(row)
+        paths = self._roots[0] / row["query"], self._roots[1] / row["candidate"]
+        return paths, (tuple(self.query.rows[a]["size"]), tuple(self.gallery.rows[b]["size"]))
+
+    def pair(self, row: Row) -> Pair:
+        """A row of pairs.jsonl with its correspondences.
+
+        Raises:
+            StepError: these were not saved: the outputs had no "npy".
+        """
+        path = pair_path(self.step, row).with_suffix(".npy")
+        if not path.is_file():
+            raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
+        table = np.load(path)
+        error = math.nan if row["reprojection_error"] is None else row["reprojection_error"]
+        matrix = None if row["matrix"] is None else np.array(row["matrix"])
+        found = Geometry(matrix, table["inlier"], error, row["verified"], row["reason"])
+        matches = Matches(table["index_a"], table["index_b"], table["similarity"])
+        return Pair(row, *self.files(row), table["xy_a"], table["xy_b"], matches, found)
+
+    def _where(self, row: Row) -> tuple[int, int]:
+        return self._places[0][row["query"]], self._places[1][row["candidate"]]
+
+
 def poses_of(step: Step) -> list[Pose]:
     """The poses in which a 04_match shows its queries."""
     return [Pose(**pose) for pose in step.parameters["poses"]]
@@ -333,7 +383,7 @@ def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
     return Aligner(matcher, search, estimator, refinement)
 
 
-def _aligned(
+def aligned(
     align: Aligner,
     seen: Sequence[tuple[Pose, Tokens]],
     b: Tokens,

@@ -1,0 +1,77 @@
+"""What people say of matched pairs: accept or reject, one CSV for a data set (not the positions that 03_index reads).
+
+A label is about two photographs, so it holds whatever backbone or matcher found the pair. The file lies beside the
+steps, not in one of them: it is a person's work, and a step's folder goes when the step is computed anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from imatch import store
+from imatch.records import ImatchError
+from imatch.runs import Step
+from imatch.steps.shared import run_and_dataset
+
+COLUMNS = ("query", "candidate", "label")
+LABELS = ("accept", "reject")
+Labels = dict[tuple[str, str], str]
+"""(query, candidate) -> accept or reject."""
+
+
+def path(step: Step) -> Path:
+    """Where the labels of a 04_match step are, or will be: <exports>/<run>/labels/<dataset>.csv.
+
+    >>> step = Step(Path("/e/demo/04_match/beach/sift/scale1_raw/data-data"), "04_match", {}, {})
+    >>> path(step).as_posix()
+    '/e/demo/labels/beach.csv'
+    """
+    run, dataset = run_and_dataset(step)
+    return run / "labels" / f"{dataset}.csv"
+
+
+def read(file: Path) -> Labels:
+    """Read a CSV of labels: the columns query, candidate and label (accept or reject), in any order.
+
+    Args:
+        file: where it is; none yet is no labels.
+
+    Raises:
+        ImatchError: a column is missing, a label is unknown, or a pair has two labels; the message names the line.
+
+    >>> read(Path("none.csv"))
+    {}
+    """
+    if not file.is_file():
+        return {}
+    lines = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig", errors="surrogateescape"), newline=""))
+    if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
+        raise ImatchError(f"{file} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)}")
+    labels: Labels = {}
+    for row in lines:
+        where = f"{file}, line {lines.line_num}"
+        pair, label = (row["query"], row["candidate"]), row["label"]
+        if label not in LABELS:
+            raise ImatchError(f"{where}: label {label!r} is not known: use {' or '.join(LABELS)}, or remove the line")
+        if labels.setdefault(pair, label) != label:
+            raise ImatchError(f"{where}: {store.printable(pair[0])} and {store.printable(pair[1])} have both labels")
+    return labels
+
+
+def write(file: Path, labels: Mapping[tuple[str, str], str]) -> None:
+    """Write the labels, sorted and atomically.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(Path(folder) / "a.csv", {("b", "x"): "reject", ("a", "x"): "accept"})
+    ...     list(read(Path(folder) / "a.csv").items())
+    [(('a', 'x'), 'accept'), (('b', 'x'), 'reject')]
+    """
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    table.writerows((*pair, labels[pair]) for pair in sorted(labels))
+    store.write_bytes(file, text.getvalue().encode(errors="surrogateescape"))

@@ -1,0 +1,303 @@
+"""The explorer, driven in process: sliders, clicks, labels and uploads over small finished runs."""
+
+import datetime
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.backend_bases import MouseEvent
+from PIL import Image
+
+import imatch
+from imatch import evaluate, labels, pictures, runs, store
+from imatch.records import ImatchError, ImatchWarning
+from tests.test_steps import embedded, matched, referenced, searched
+
+
+@pytest.fixture(scope="module")
+def exports(few_photographs, tmp_path_factory):
+    """Finished runs of references against photographs: sift, and dsift whose tokens lie on a grid."""
+    folder = tmp_path_factory.mktemp("exports")
+    for weight in ("sift", "dsift"):
+        data = embedded(few_photographs, folder, weight=weight)
+        _, tokens = referenced(data, angles=(0, 90))
+        matched(searched(data, tokens, "reference-data", tag="")[0], outputs=["npy"])
+    return folder
+
+
+def step_of(exports, weight="sift"):
+    (path,) = (exports / "r" / "04_match").glob(f"*/{weight}/*/reference-data_isometric/metrics.json")
+    return runs.read(path.parent)
+
+
+@pytest.fixture
+def explorer(exports):
+    found = imatch.browse(step_of(exports))
+    yield found
+    labels.path(step_of(exports)).unlink(missing_ok=True)
+
+
+def picture(explorer):
+    explorer.canvas.widget.draw()
+    return np.array(explorer.canvas.widget.buffer_rgba())
+
+
+def drawn(explorer):
+    """How many lines are drawn."""
+    picture(explorer)
+    return len(explorer.canvas._lines.get_segments())
+
+
+def click(explorer, side, xy):
+    """Press the mouse where pixel xy of a photograph is on the canvas."""
+    picture(explorer)
+    x, y = explorer.canvas.sides[side].axes.transData.transform(xy)
+    MouseEvent("button_press_event", explorer.canvas.widget, x, y, 1)._process()
+
+
+def test_a_pair_opens_as_it_was_saved(explorer):
+    for query in explorer.query.options:
+        explorer.query.value = query
+        for angle in (0.0, 90.0):
+            explorer.angle.value = angle
+            row = explorer.row
+            assert (row["angle"], row["rank"]) == (angle, 0)
+            assert row["reason"] in explorer.said.value
+            assert drawn(explorer) == min(row["inliers"], explorer.most.value)
+            if row["corner_error"] is not None:
+                assert f"corners {row['corner_error']:.2f} px" in explorer.said.value
+
+
+def test_the_backend_of_other_figures_stays():
+    code = "import matplotlib; from imatch.canvas import PairCanvas; matplotlib.use('svg'); PairCanvas(print)"
+    code += "; print(matplotlib.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["svg"]
+
+
+def test_sliders_choose_the_lines(explorer):
+    pair, before = explorer._opened.pair, picture(explorer)
+    explorer.most.value = 10
+    assert drawn(explorer) == 10
+    assert (picture(explorer) != before).any()
+    explorer.most.value = explorer.most.max
+    explorer.inliers.value = False
+    assert drawn(explorer) == len(pair.matches)
+    explorer.similarity.value = 0.95
+    assert drawn(explorer) == (pair.matches.similarity >= 0.95).sum()
+    explorer.model.value = "off"
+    assert "geometry is off" in explorer.said.value
+
+
+def test_ransac_is_computed_anew(explorer):
+    explorer.most.value = explorer.most.max
+    counts = []
+    for threshold in (0.2, 3.0):
+        explorer.threshold.value = threshold
+        counts.append(drawn(explorer))
+    assert counts[0] < counts[1]
+    explorer.model.value = "similarity"
+    assert "turn the query by 0.0° and scale it by 1.00" in explorer.said.value
+    explorer.angle.value = 90.0  # another pair: with its own geometry again
+    assert (explorer.model.value, explorer.threshold.value) == ("homography", 3.0)
+
+
+@pytest.mark.parametrize("weight", ["sift", "dsift"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_click_shows_the_similarity_of_the_nearest_token(exports, weight, side):
+    explorer = imatch.browse(step_of(exports, weight))
+    tokens, other = explorer._opened.tokens[side], explorer._opened.tokens[1 - side]
+    one = len(tokens.xy) // 2
+    vector = tokens.descriptors[one].astype(float)
+    rows = other.descriptors.astype(float)
+    cosine = rows @ vector / np.linalg.norm(rows, axis=1) / np.linalg.norm(vector)
+    best, second = pictures.best_two(cosine, other)
+    assert best == cosine.argmax()
+    before = picture(explorer)
+    click(explorer, side, tokens.xy[one] + 0.1)
+    for i in (best, second):
+        assert f"best {cosine[i]:.3f} at ({other.xy[i][0]:.0f}, {other.xy[i][1]:.0f})" in explorer.patch.value
+    there = explorer.canvas.sides[1 - side]
+    shown = there.dots if weight == "sift" else there.cells
+    assert shown.get_visible()
+    np.testing.assert_allclose(np.sort(np.ravel(shown.get_array())), np.sort(cosine), atol=1e-3)
+    np.testing.assert_allclose(there.marks.get_offsets(), other.xy[[best, second]])
+    after = picture(explorer)
+    half = before.shape[1] // 2
+    far = slice(half, None) if side == 0 else slice(0, half)
+    assert (before[:, far] != after[:, far]).any()
+    click(explorer, side, tokens.xy[one] + 0.1)  # again: the lines are back
+    np.testing.assert_array_equal(picture(explorer), before)
+
+
+def test_cells_lie_where_their_patches_are(exports):
+    explorer = imatch.browse(step_of(exports, "dsift"))
+    click(explorer, 0, explorer._opened.tokens[0].xy[0])
+    left, right, bottom, top = explorer.canvas.sides[1].cells.get_extent()
+    h, w = explorer._opened.pair.sizes[1]
+    assert (left, right, bottom, top) == pytest.approx((-0.5, w - 0.5, h - 0.5, -0.5))
+
+
+def test_while_zooming_a_click_is_the_toolbar_s(explorer):
+    explorer.canvas.widget.toolbar.zoom()
+    click(explorer, 0, (50, 50))
+    assert "Click a patch" in explorer.patch.value
+
+
+def test_zoomed_lines_end_inside(explorer):
+    everything = drawn(explorer)
+    explorer.canvas.sides[0].axes.set(xlim=(0, 40), ylim=(40, 0))
+    picture(explorer)
+    seen = [segment for segment in explorer.canvas._lines.get_segments() if len(segment) == 2]
+    assert 0 < len(seen) < everything
+
+
+def test_labels_are_written_changed_and_withdrawn(exports, explorer):
+    step, file = step_of(exports), labels.path(step_of(exports))
+    first = (explorer.row["query"], explorer.row["candidate"])
+    explorer.label.value = "accept"
+    assert labels.read(file) == {first: "accept"}
+    assert "1 of 16 pairs" in explorer.progress.value
+    explorer.rank.value = 1
+    assert explorer.label.value == "unclear"
+    second = (explorer.row["query"], explorer.row["candidate"])
+    explorer.label.value = "reject"
+    assert labels.read(file) == {first: "accept", second: "reject"}
+    explorer.rank.value = 0
+    assert explorer.label.value == "accept"
+    explorer.label.value = "reject"
+    assert labels.read(file)[first] == "reject"
+    explorer.label.value = "unclear"
+    assert labels.read(file) == {second: "reject"}
+    assert not file.is_relative_to(step.folder)  # which goes when the step is computed anew
+    assert imatch.browse(step).saved.step.finished
+
+
+def test_the_evaluation_reads_the_labels(exports):
+    step = step_of(exports)
+    pairs = store.read_rows(step.folder / "pairs.jsonl")
+    assert evaluate.label_metrics(pairs, {}) is None
+    assert evaluate.label_metrics(pairs, {("no such query", "a.png"): "accept"}) is None
+    right = {(row["query"], row["candidate"]): "accept" if row["right"] else "reject" for row in pairs}
+    said = evaluate.label_metrics(pairs, right)
+    verified = [row for row in pairs if row["verified"]]
+    assert said["precision"] == pytest.approx(np.mean([row["right"] for row in verified]))
+    assert said["recall"] == pytest.approx(np.mean([row["verified"] for row in pairs if row["right"]]))
+    assert said["accepted"] + said["rejected"] == said["labelled"] == len(pairs)
+    table = evaluate.summary_table({"sift": {**step.metrics, "labels": said}})
+    assert f"labelled by hand: {len(pairs)} pairs" in table
+    assert "labelled" not in evaluate.summary_table({"sift": {**step.metrics, "labels": None}})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("query,label\na,accept\n", "no column candidate"),
+        ("query,candidate,label\na,b,maybe\n", "line 2: label 'maybe' is not known"),
+        ("query,candidate,label\na,b,accept\na,b,reject\n", "line 3: a and b have both labels"),
+        ("", "no column query, candidate, label"),
+    ],
+)
+def test_a_bad_csv_says_what_is_wrong(tmp_path, text, said):
+    file = tmp_path / "labels.csv"
+    file.write_text(text)
+    with pytest.raises(ImatchError, match=said):
+        labels.read(file)
+
+
+def test_labels_of_names_that_are_no_text(tmp_path):
+    said = {('caf\udce9, "1".jpg', "b\nc.png"): "accept"}
+    labels.write(tmp_path / "labels.csv", said)
+    assert labels.read(tmp_path / "labels.csv") == said
+
+
+def uploaded(path):
+    about = {"type": "image/png", "last_modified": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)}
+    data = path.read_bytes()
+    return ({"name": path.name, "size": len(data), "content": memoryview(data), **about},)
+
+
+def test_two_photographs_of_one_s_own(explorer, few_photographs, tmp_path):
+    with Image.open(few_photographs / "a.png") as photograph:
+        photograph.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png")
+    explorer.match.click()
+    assert "give two photographs" in explorer.said.value
+    explorer.uploads[0].value = uploaded(tmp_path / "turned.png")
+    explorer.uploads[1].value = uploaded(few_photographs / "a.png")
+    explorer.match.click()
+    assert "<b>turned.png</b> → <b>a.png</b>" in explorer.said.value
+    assert "turn the query by -90.0° and scale it by 1.00" in explorer.said.value
+    assert drawn(explorer) > 20
+    assert explorer.label.disabled
+    click(explorer, 0, (40, 40))
+    assert "second best" in explorer.patch.value
+
+
+def test_an_upload_that_is_no_photograph(explorer, few_photographs, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no photograph")
+    explorer.uploads[0].value = uploaded(few_photographs / "a.png")
+    explorer.uploads[1].value = uploaded(tmp_path / "broken.png")
+    explorer.match.click()
+    assert "broken.png: not a photograph" in explorer.said.value
+
+
+def test_weights_that_are_gone_are_said_in_the_widget(few_photographs, weights, tmp_path):
+    data = embedded(few_photographs, tmp_path, weight="vits16", data_key=str(weights / "data_key.json"))
+    step, *_ = matched(searched(data, None, "data-data", tag="")[0], outputs=["npy"])
+    explorer = imatch.browse(step)
+    for path in weights.glob("*.pth"):
+        path.rename(path.with_suffix(".away"))
+    try:
+        for upload in explorer.uploads:
+            upload.value = uploaded(few_photographs / "a.png")
+        explorer.match.click()
+    finally:
+        for path in weights.glob("*.away"):
+            path.rename(path.with_suffix(".pth"))
+    assert "dinov3_vits16" in explorer.said.value
+    explorer.match.click()
+    assert "<b>a.png</b> → <b>a.png</b>" in explorer.said.value
+
+
+def test_without_saved_correspondences_a_pair_is_matched_again(exports):
+    index = runs.read(step_of(exports).linked("index"))
+    step, *_ = matched(index, outputs=["json"], tag="json")
+    again, saved = imatch.browse(step)._opened.pair, imatch.browse(step_of(exports))._opened.pair
+    np.testing.assert_array_equal(again.xy_b, saved.xy_b)
+    np.testing.assert_array_equal(again.geometry.inliers, saved.geometry.inliers)
+
+
+def test_a_query_in_which_nothing_was_found(few_photographs, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes((few_photographs / name).read_bytes())
+    Image.new("RGB", (90, 90), "white").save(folder / "white.png")
+    with pytest.warns(ImatchWarning, match="white"):
+        data = embedded(folder, tmp_path, max_skipped=1.0)
+    step, *_ = matched(searched(data, None, "data-data", tag="")[0], outputs=["npy"])
+    explorer = imatch.browse(step)
+    explorer.query.value = "white.png"
+    assert "found nothing in this query" in explorer.said.value
+    assert explorer.label.disabled
+    click(explorer, 0, (0, 0))
+    explorer.most.value = 10
+    explorer.query.value = "a.png"
+    assert drawn(explorer) > 0
+
+
+def test_another_weight_keeps_the_query(exports):
+    explorer = imatch.browse({weight: step_of(exports, weight) for weight in ("sift", "dsift")})
+    explorer.query.value, explorer.angle.value = "c.jpg", 90.0
+    explorer.weight.value = "dsift"
+    assert explorer.row["query"].endswith("c_rot090_crop100.jpg")
+    assert explorer._opened.tokens[0].grid is not None
+    assert "run 04_match" in imatch.browse({}).value
+
+
+def test_a_pair_is_saved_as_a_page(exports, explorer):
+    explorer.export.click()
+    (page,) = (exports / "r" / "pages").rglob("*.html")
+    assert str(page) in explorer.progress.value
+    assert explorer.row["candidate"] in page.read_text()

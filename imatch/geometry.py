@@ -27,7 +27,7 @@ class Estimator:
         model: "off", "similarity" (4 degrees of freedom), "affine" (6) or "homography" (8).
         method: "accurate" (USAC_ACCURATE: LO-RANSAC with graph cut; Ivashechkin, Barath and Matas, "USACv20", 2021),
             "magsac" (Barath et al., "MAGSAC++", CVPR 2020) or "ransac" (Fischler and Bolles, CACM 1981; with local
-            refinement; many times slower where most correspondences are wrong). "auto" becomes accurate, but ransac
+            refinement; many times slower where most correspondences are wrong). "auto" is accurate, but ransac
             for a similarity, for which OpenCV has no other.
         threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0.
         confidence: wanted probability that the best sample was found, in (0, 1).
@@ -58,11 +58,9 @@ class Estimator:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
-        if self.method == "auto":
-            object.__setattr__(self, "method", "ransac" if self.model == "similarity" else "accurate")
-        if self.method not in METHODS:
+        if self.method not in ("auto", *METHODS):
             raise ImatchError(f"method {self.method!r} is not known: use auto, {', '.join(METHODS)}")
-        if self.model == "similarity" and self.method != "ransac":
+        if self.model == "similarity" and self.method not in ("auto", "ransac"):
             raise ImatchError(
                 f"OpenCV estimates a similarity by ransac, not by {self.method}: use method auto, or another model"
             )
@@ -110,6 +108,13 @@ class Estimator:
             matrix, inliers, error, n > needed, f"{said}, {'more' if n > needed else 'not more'} than {needed:.1f}"
         )
 
+    @property
+    def _robust(self) -> str:
+        """The method that "auto" stands for."""
+        if self.method != "auto":
+            return self.method
+        return "ransac" if self.model == "similarity" else "accurate"
+
     def _estimate(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         estimate = {
             "similarity": cv2.estimateAffinePartial2D,
@@ -119,7 +124,7 @@ class Estimator:
         found, mask = estimate(
             a,
             b,
-            method=METHODS[self.method],
+            method=METHODS[self._robust],
             ransacReprojThreshold=self.threshold,
             maxIters=self.iterations,
             confidence=self.confidence,

@@ -17,7 +17,7 @@ from PIL import Image
 from imatch import geometry, images, pictures, store, viz
 from imatch.records import Pair, Tokens
 from imatch.runs import Step
-from imatch.steps.index import read_ranking
+from imatch.steps.search import read_ranking
 from imatch.steps.shared import query_and_gallery
 from imatch.store import Row
 

@@ -145,9 +145,16 @@ def test_equal_input_gives_equal_bytes_whatever_was_drawn_before(model, method):
     assert second.error == first.error
 
 
-def test_auto_says_which_method_it_became():
-    assert geometry.Estimator("similarity").method == "ransac"
-    assert geometry.Estimator("homography").method == "accurate"
+@pytest.mark.parametrize(
+    ("model", "method"), [("similarity", "ransac"), ("affine", "accurate"), ("homography", "accurate")]
+)
+def test_auto_is_the_best_method_that_a_model_has(model, method):
+    rng = np.random.default_rng(4)
+    a = rng.uniform(0, 200, (60, 2))
+    b = np.where(np.arange(60)[:, None] % 3, a + 7 + rng.normal(0, 0.5, a.shape), rng.uniform(0, 200, a.shape))
+    auto, named = (geometry.Estimator(model, method=name)(a, b, (200, 200), (220, 220)) for name in ("auto", method))
+    assert auto.matrix.tobytes() == named.matrix.tobytes()
+    assert auto.inliers.sum() >= 40
 
 
 @pytest.mark.parametrize("wrong", [{"method": "lmeds"}, {"model": "similarity", "method": "magsac"}], ids=str)

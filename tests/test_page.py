@@ -9,7 +9,7 @@ import pytest
 
 from imatch import page, pictures, store
 from imatch.records import Geometry, Matches, Tokens
-from imatch.steps.index import read_ranking
+from imatch.steps.search import read_ranking
 from imatch.steps.shared import query_and_gallery
 from tests.test_pictures import TURN, on_grid, planted
 from tests.test_steps import embedded, referenced, searched

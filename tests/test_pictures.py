@@ -10,8 +10,8 @@ from PIL import Image
 
 from imatch import components, geometry, pictures, sinks, store, viz
 from imatch.records import Geometry, ImatchError, Matches, Pair, Tokens
-from imatch.steps.index import read_ranking
 from imatch.steps.match import Matched
+from imatch.steps.search import read_ranking
 from imatch.steps.shared import query_and_gallery
 from tests.test_steps import embedded, matched, referenced, searched
 

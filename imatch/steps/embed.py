@@ -234,7 +234,7 @@ def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pos
     decoded = _decode(path, resize, backbone.patch, pose.turn)
     if isinstance(decoded, PhotographError):
         raise decoded
-    (tokens,) = backbone(decoded.pixels[None])
+    (tokens,) = backbone(np.stack([decoded.pixels]))  # a copy, for torch wants to be allowed to write
     return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, _stride(parameters["variant"])))
 
 

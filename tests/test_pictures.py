@@ -265,7 +265,8 @@ def test_a_pair_is_seen_in_all_views(steps):
     pair, (a, b) = Matched(step).pair(row), Matched(step).tokens(row)
     assert [len(axis.images) for axis in figure.axes] == [1] * 5 + [int(a.grid is not None)]
     assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
-    assert np.array_equal(pair.xy_b, b.xy[pair.matches.index_b])
+    moved = np.abs(pair.xy_b - b.xy[pair.matches.index_b])  # by refinement, less than a patch
+    assert moved.max() < max(b.spacing) if b.grid else not moved.any()
     assert photograph(pair.paths[0]).shape[:2] == pair.sizes[0]
 
 

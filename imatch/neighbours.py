@@ -95,14 +95,17 @@ def tiles(a: Tensor, b: Tensor) -> Iterator[Tensor]:
         a, b: (n_a, d) and (n_b, d) float64, `Side.directions`.
 
     Yields:
-        (t, n_b) float32; one of (0, n_b) when A is empty.
+        (t, n_b) float32, in the memory of the one before; one of (0, n_b) when A is empty.
 
     >>> a = torch.eye(3, dtype=torch.float64)
-    >>> torch.cat([*tiles(a, a.flip(0))]).tolist()
+    >>> next(tiles(a, a.flip(0))).tolist()
     [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    for rows in a.split(max(1, TILE // max(1, len(b)))):
-        yield (rows @ b.T).float()
+    n = min(max(1, len(a)), max(1, TILE // max(1, len(b))))
+    product = a.new_empty(n, len(b))  # used again and again: the C library's memory would come to lie in pieces
+    cosines = product.new_empty(n, len(b), dtype=torch.float32)
+    for rows in a.split(n):
+        yield cosines[: len(rows)].copy_(torch.mm(rows, b.T, out=product[: len(rows)]))
 
 
 def nearest(scores: Iterable[Tensor], k: int) -> tuple[Nearest, Nearest]:

@@ -67,10 +67,16 @@ def _log_probabilities(a: Tensor, b: Tensor, temperature: float) -> Iterator[Ten
 
     Sums of exponentials are rounded by how they are tiled, in the last digits of float64; float32 hides that.
     """
-    of_rows, of_columns = [], a.new_full((len(b),), -math.inf)
+    of_rows, of_columns = a.new_empty(len(a), 1), a.new_full((len(b),), -math.inf)
+    scaled, n = a.new_empty(0), 0  # what is used again and again keeps its memory, as in neighbours.tiles
     for tile in neighbours.tiles(a, b):
-        scaled = tile.double() / temperature
-        of_rows.append(scaled.logsumexp(dim=1, keepdim=True))
-        of_columns = torch.logaddexp(of_columns, scaled.logsumexp(dim=0))
-    for tile, of_row in zip(neighbours.tiles(a, b), of_rows, strict=True):
-        yield (tile.double() * (2 / temperature) - of_row - of_columns).float()
+        scaled.resize_(tile.shape).copy_(tile).div_(temperature)
+        of_rows[n : n + len(tile)] = scaled.logsumexp(dim=1, keepdim=True)
+        torch.logaddexp(of_columns, scaled.logsumexp(dim=0), out=of_columns)
+        n += len(tile)
+    n = 0
+    for tile in neighbours.tiles(a, b):
+        scaled.resize_(tile.shape).copy_(tile).mul_(2 / temperature)
+        scaled.sub_(of_rows[n : n + len(tile)]).sub_(of_columns)
+        n += len(tile)
+        yield tile.copy_(scaled)

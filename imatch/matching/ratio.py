@@ -85,14 +85,15 @@ def spacing(xy: np.ndarray) -> float:
 
 def _rival(directions: Tensor, other: Side, partners: Tensor, radius: float) -> Tensor:
     """(m,) float32: each direction's best cosine outside the circle around its partner, or 0."""
-    found, first = [directions.new_empty(0, dtype=torch.float32)], 0
+    found = directions.new_empty(len(directions), dtype=torch.float32)  # at once, as in neighbours.tiles
     xy = torch.from_numpy(other.xy.astype(np.float64)).to(directions.device)
+    n = 0
     for tile in neighbours.tiles(directions, other.directions) if len(partners) else ():
-        centres = xy[partners[first : first + len(tile)]]
-        first += len(tile)
-        away = torch.cdist(centres, xy, compute_mode="donot_use_mm_for_euclid_dist")
-        found.append(tile.masked_fill_(away <= radius, 0.0).amax(dim=1))
-    return torch.cat(found)
+        rows = slice(n, n + len(tile))
+        away = torch.cdist(xy[partners[rows]], xy, compute_mode="donot_use_mm_for_euclid_dist")
+        torch.amax(tile.masked_fill_(away <= radius, 0.0), dim=1, out=found[rows])
+        n += len(tile)
+    return found
 
 
 def _angle(cosine: Tensor) -> Tensor:

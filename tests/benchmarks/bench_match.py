@@ -9,6 +9,7 @@ Ratios are measured in one run, sides in turn, and the matches compared. No netw
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import sys
 import time
@@ -63,14 +64,21 @@ def speed(side: int, turns: int) -> None:
 
 
 def memory() -> None:
-    """The peak of this process after each matcher."""
-    a, b = photographs(LARGE)
+    """The peak of a process that makes the tokens and matches them, for each matcher one of its own."""
     print(f"{LARGE**2:,} x {LARGE**2:,} tokens of {D}; the matrix alone would be {4 * LARGE**4 / 2**30:.2f} GB")
     for name in matching.MATCHERS:
-        started = time.perf_counter()
-        n = len(matching.create(name)(a, b))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{name:<14}{n:>6} matches, {time.perf_counter() - started:5.1f} s, peak so far {peak:.2f} GB (bar 1)")
+        process = multiprocessing.get_context("spawn").Process(target=peak, args=(name,))
+        process.start()
+        process.join()
+
+
+def peak(name: str) -> None:
+    """Match once, and print what it took."""
+    a, b = photographs(LARGE)
+    started = time.perf_counter()
+    n = len(matching.create(name)(a, b))
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{name:<14}{n:>6} matches, {time.perf_counter() - started:5.1f} s, peak {gigabytes:.2f} GB (bar 1)")
 
 
 def loops(a: np.ndarray, b: np.ndarray, k: int, tuned: bool) -> Pairs:

@@ -1,8 +1,8 @@
 """Nearest neighbours between the local descriptors of two photographs, by tiles and to the bit.
 
-A matcher is a few lines on top of this: `sides` prepares the two photographs, `tiles` compares them a few rows at a
-time, `nearest` keeps the best of each row and column, `mutual` those that chose each other, and `correspondences` makes
-the answer of them.
+A matcher is a few lines on top of this: `sides` prepares the two photographs, `nearest` finds the best of each
+descriptor (`tiles` and `largest` of any other score), `mutual` keeps those that chose each other, and
+`correspondences` makes the answer of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from imatch.records import ImatchError, Matches, Tokens
 
 TILE = 2**21
 """How many similarities are in memory at once: 16 MB in float64, and a few copies of them."""
+FEW = 4
+"""So many candidates a row are compared one by one; of more, all are compared at once."""
+PART = 128
+"""Pairs that are compared exactly at once: their descriptors stay in the processor's cache."""
 GRAIN = 2.0**-26
 """Directions are rounded to multiples of this."""
 
@@ -108,8 +112,40 @@ def tiles(a: Tensor, b: Tensor) -> Iterator[Tensor]:
         yield cosines[: len(rows)].copy_(torch.mm(rows, b.T, out=product[: len(rows)]))
 
 
-def nearest(scores: Iterable[Tensor], k: int) -> tuple[Nearest, Nearest]:
-    """The k best columns of each row, and the k best rows of each column, from one pass.
+def nearest(a: Tensor, b: Tensor, k: int) -> tuple[Nearest, Nearest]:
+    """The k nearest of B for each direction of A, and the k nearest of A for each of B, from one pass.
+
+    They are those of the exact cosines of `tiles`. For k = 1, products in float32, which are much faster, say which few
+    pairs can be nearest at all, and only these are compared exactly.
+
+    Args:
+        a, b: (n_a, d) and (n_b, d) float64, `Side.directions`.
+        k: how many; where there are fewer, all.
+
+    Returns:
+        for A's rows (n_a, min(k, n_b)), and for B's rows (n_b, min(k, n_a)).
+
+    >>> a = torch.eye(2, dtype=torch.float64)
+    >>> of_a, of_b = nearest(a, a.flip(0), 1)
+    >>> of_a.index.tolist(), of_b.index.tolist()
+    ([[1], [0]], [[1], [0]])
+    """
+    if k > 1:
+        return largest(tiles(a, b), k)
+    n = min(max(1, len(a)), max(1, TILE // max(1, len(b))))
+    rough_b = b.float()
+    product = rough_b.new_empty(n, len(b))  # used again and again, as in tiles
+
+    def found() -> Iterator[tuple[Nearest, Nearest]]:
+        for rows in a.split(n):
+            rough = torch.mm(rows.float(), rough_b.T, out=product[: len(rows)])
+            yield _nearest(rows, b, rough), _nearest(b, rows, rough.T)
+
+    return _joined(found(), k)
+
+
+def largest(scores: Iterable[Tensor], k: int) -> tuple[Nearest, Nearest]:
+    """The k largest scores of each row, and of each column, from one pass.
 
     Args:
         scores: (t, n_b) float tiles that follow each other downwards, at least one; they are overwritten.
@@ -118,27 +154,55 @@ def nearest(scores: Iterable[Tensor], k: int) -> tuple[Nearest, Nearest]:
     Returns:
         for A's rows (n_a, min(k, n_b)), and for B's columns (n_b, min(k, n_a)).
 
-    >>> of_rows, of_columns = nearest([torch.tensor([[0.1, 0.9], [0.3, 0.9]])], 1)
+    >>> of_rows, of_columns = largest([torch.tensor([[0.1, 0.9], [0.3, 0.9]])], 1)
     >>> of_rows.index.tolist(), of_columns.index.tolist()
     ([[1], [1]], [[1], [0]])
     """
+
+    def found() -> Iterator[tuple[Nearest, Nearest]]:
+        for tile in scores:
+            across = _largest(tile.T.clone(memory_format=torch.contiguous_format), k)  # rows are read faster
+            yield _largest(tile, k), across
+
+    return _joined(found(), k)
+
+
+def _joined(tiles: Iterable[tuple[Nearest, Nearest]], k: int) -> tuple[Nearest, Nearest]:
+    """The answers for tiles that follow each other downwards as one."""
     of_rows: list[Nearest] = []
-    of_columns, n = None, 0
-    for tile in scores:
-        below = _largest(tile.T.clone(memory_format=torch.contiguous_format), k)  # rows are read faster
-        below.index.add_(n)
+    of_columns, first = None, 0
+    for rows, below in tiles:
+        below.index.add_(first)
         if of_columns is not None:  # those of earlier tiles stand first, so that the smaller index wins
             both = Nearest(*(torch.cat(pair, dim=1) for pair in zip(of_columns, below, strict=True)))
             best = _largest(both.score, k)
             below = Nearest(best.score, both.index.gather(1, best.index))
-        of_columns, n = below, n + len(tile)
-        of_rows.append(_largest(tile, k))
+        of_columns, first = below, first + len(rows.index)
+        of_rows.append(rows)
     assert of_columns is not None, "there is always a tile, if an empty one"
     return Nearest(*map(torch.cat, zip(*of_rows, strict=True))), of_columns
 
 
+def _nearest(rows: Tensor, others: Tensor, rough: Tensor) -> Nearest:
+    """The exactly nearest of (m, d) others for each of (n, d) rows, from their rough cosines (n, m) in float32."""
+    n, m, d = *rough.shape, rows.shape[1]
+    if not n or not m:
+        return Nearest(rough.new_empty(n, min(1, m)), torch.empty(n, min(1, m), dtype=torch.int64, device=rough.device))
+    # a product of float32 is off by (d + 2) 2^-24 at most, since norms are 1; twice that, and the rounding of the end
+    slack = (d + 2) * 2.0**-23 + 2.0**-22
+    i, j = torch.nonzero(rough >= rough.amax(dim=1, keepdim=True) - slack, as_tuple=True)
+    if len(i) > FEW * n:  # many descriptors are equal
+        return _largest((rows @ others.T).float(), 1)
+    exact = [torch.linalg.vecdot(rows[p], others[q]) for p, q in zip(i.split(PART), j.split(PART), strict=True)]
+    score = torch.cat(exact).float()
+    order = torch.argsort(score, descending=True, stable=True)
+    order = order[torch.argsort(i[order], stable=True)]  # by row, best first; of equal ones the smaller index
+    first = order[torch.searchsorted(i, torch.arange(n, device=i.device))]
+    return Nearest(score[first, None], j[first, None])
+
+
 def _largest(scores: Tensor, k: int) -> Nearest:
-    """The k largest of each row of (n, m), which is overwritten."""
+    """The k largest of each row of (n, m), which is overwritten; of equal ones the first."""
     n, m = scores.shape
     found = Nearest(scores.new_empty(n, min(k, m)), torch.empty(n, min(k, m), dtype=torch.int64, device=scores.device))
     for place in range(min(k, m)):  # max promises the first of equals, torch.topk does not

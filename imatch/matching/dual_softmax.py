@@ -55,7 +55,7 @@ class DualSoftmax:
         """See `Matcher`."""
         of_a, of_b = neighbours.sides(a, b, self.device)
         scores = _log_probabilities(of_a.directions, of_b.directions, self.temperature)
-        i, j, score = neighbours.mutual(*neighbours.nearest(scores, 1))
+        i, j, score = neighbours.mutual(*neighbours.largest(scores, 1))
         kept = score.exp() >= self.min_probability
         i, j = i[kept], j[kept]
         cosine = (of_a.directions[i] * of_b.directions[j]).sum(dim=1).float()

@@ -54,7 +54,7 @@ class Mutual:
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
         of_a, of_b = neighbours.sides(a, b, self.device, self.min_norm)
-        nearest = neighbours.nearest(neighbours.tiles(of_a.directions, of_b.directions), self.k)
+        nearest = neighbours.nearest(of_a.directions, of_b.directions, self.k)
         i, j, similarity = neighbours.mutual(*nearest)
         kept = similarity >= self.min_similarity
         if self.min_relative and len(similarity):

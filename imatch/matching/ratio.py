@@ -60,7 +60,7 @@ class Ratio:
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
         of_a, of_b = neighbours.sides(a, b, self.device)
-        nearest = neighbours.nearest(neighbours.tiles(of_a.directions, of_b.directions), 1)
+        nearest = neighbours.nearest(of_a.directions, of_b.directions, 1)
         i, j, similarity = neighbours.mutual(*nearest)
         rival = torch.maximum(
             _rival(of_a.directions[i], of_b, j, self.apart * spacing(b.xy)),

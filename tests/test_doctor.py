@@ -42,12 +42,7 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def no_nvidia_smi(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-
-@pytest.fixture
-def mount(tmp_path):
+def mount():
     """Mounts a tmpfs, which is read only or small: permission bits do not stop root, mounts do."""
     made = []
 
@@ -96,7 +91,8 @@ def test_a_healthy_driver(nvidia_smi):
     assert doctor.gpu_memory() == "22.5 GB free"
 
 
-def test_no_driver(no_nvidia_smi):
+def test_no_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert "install NVIDIA's driver" in fault(doctor.driver)
     assert "the line of the driver" in fault(doctor.gpu_memory)
 

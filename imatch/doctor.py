@@ -29,6 +29,7 @@ from imatch.records import ImatchError
 ENOUGH = 2.0
 """GB of memory, of a GPU's memory and of disk that a small run needs: the demo takes 1 and leaves 0.8 on the disk."""
 Check = tuple[str, Callable[[], str]]
+"""A subject, and the function that returns what is to be said of it, or raises an ImatchError that says what to do."""
 
 
 class NotThereError(ImatchError):

@@ -38,7 +38,6 @@ REPLACED = {  # variables of older containers -> what stands for them
     "MATCH_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), whose <run>/04_match it is",
     "VIS_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), for pictures lie beside what they show",
     "VIS_*": "parameters of the notebooks, such as -p outputs '[json, png]'",
-    "BLOCK_NETWORK": "nothing: imatch downloads nothing, and connects to nothing but REDIS_URL",
 }
 FAMILIES = {"LVD": "lvd1689m", "SAT": "sat493m"}
 """What weights were trained on, which decides how photographs are normalised -> how their files are called."""

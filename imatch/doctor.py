@@ -210,7 +210,7 @@ def readable(variable: str, host: str, needed_for: str) -> str:
             "sharing), or set HOST_UID to who owns it (id -u)"
         ) from error
     if not count:
-        raise NotThereError(f"{folder} is empty: needed for {needed_for}; {said}, and share it with Docker")
+        raise NotThereError(f"{folder} is empty: needed for {needed_for}; {said}")
     return f"{folder}, {count} inside"
 
 

@@ -89,6 +89,9 @@ code=0
 inside doctor || code=$?
 [ "$code" -eq 3 ] || fail "its exit code is $code"
 
+say "photographs and weights are read only"
+inside shell -c '! touch /opt/datasets/x && ! touch /workspace/weights/x && touch /exports/x && rm /exports/x'
+
 say "JupyterLab opens without a GPU; a token is made, and asked for"
 lab
 cat "$run/lab"

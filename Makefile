@@ -5,11 +5,11 @@ FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test redis-server chromium lint lab bench lock vocabulary clean
+.PHONY: help setup demo test redis-server chromium buildah debootstrap lint lab image-check bench lock vocabulary clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */:/' | awk -F: '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */:/' | awk -F: '{printf "make %-12s %s\n", $$1, $$2}'
 
 READY := .venv/ready-$(FAISS)
 
@@ -33,7 +33,7 @@ test: $(READY) redis-server chromium  ## every test
 # Debian's, for the tests, which start their own: no service stays on (the variables are for SysV and for systemd)
 APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 SYSTEMD_OFFLINE=1 apt-get -qq
 
-redis-server chromium:
+redis-server chromium buildah debootstrap:
 	@command -v $@ > /dev/null || \
 	{ $(APT) update; $(APT) install --yes --no-install-recommends $@; } > /dev/null 2>&1 || \
 	echo "no $@, and apt-get cannot install it here: the tests that need it will be skipped"
@@ -45,6 +45,9 @@ lint: $(READY)  ## format and check
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/jupyter lab notebooks
+
+image-check: buildah debootstrap  ## build the container's image without Docker, and use it (minutes; FAISS=cpu for that one)
+	tests/image_check.sh
 
 bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_embed.py
@@ -59,6 +62,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy
 
+# with FAISS=gpu, for faiss-gpu brings CUDA packages that must be pinned, too
 lock: $(READY)  ## write constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | grep -v '^faiss' > constraints.txt
 

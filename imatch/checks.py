@@ -264,7 +264,7 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     for weight in known.weights:
         one = cost(weight.hub_entry, (side, side), precision)
         needed = one.weights + batch_size * one.working
-        there, size, said = _file(weight.filename)
+        there, size, said = weight_file(weight.filename)
         said = said if needed <= free else f"{said}; does not fit into memory"
         pace = SHARE[precision] * rate(device, precision) / one.flop
         lines.append(
@@ -283,8 +283,15 @@ def _photographs(dataset: registry.Dataset) -> str:
         return str(error)
 
 
-def _file(filename: str) -> tuple[str, str, str]:
-    """Found or missing, megabytes, and what is to be said of the checksum."""
+def weight_file(filename: str) -> tuple[str, str, str]:
+    """Looks for a weight file.
+
+    Returns:
+        "found", "missing" or "WRONG", megabytes, and what is to be said of its checksum or its absence.
+
+    >>> weight_file("no-such-file.pth")
+    ('missing', '', 'no-such-file.pth')
+    """
     try:
         path = dinov3_weights.find(filename)
     except ImatchError as error:

@@ -30,6 +30,15 @@ ROOTS = {  # variable -> its default in the container, if that is there, and in 
     "DINOV3_REPO": ("/workspace/dinov3", "dinov3"),
     "EXPORT_ROOT": ("/exports", "exports"),
 }
+REPLACED = {  # variables of older containers -> what stands for them
+    "REPO_DIR": "DINOV3_REPO (CODE_HOST in docker/.env)",
+    "IMG_ROOT": "DATASET_ROOT (DATASET_HOST in docker/.env)",
+    "EMBED_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), whose <run>/01_embed it is",
+    "REFERENCE_EMBED_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), whose <run>/02_references it is",
+    "MATCH_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), whose <run>/04_match it is",
+    "VIS_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), for pictures lie beside what they show",
+    "VIS_*": "parameters of the notebooks, such as -p outputs '[json, png]'",
+}
 FAMILIES = {"LVD": "lvd1689m", "SAT": "sat493m"}
 """What weights were trained on, which decides how photographs are normalised -> how their files are called."""
 
@@ -104,6 +113,36 @@ def redis_url() -> str:
             "(rediss:// for TLS)"
         )
     return url
+
+
+def jupyter_port() -> int:
+    """JUPYTER_PORT: the port that JupyterLab listens on; 8888 where it is not set, as Jupyter itself has it.
+
+    Raises:
+        ImatchError: it is no port.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, JUPYTER_PORT="8890"):
+    ...     jupyter_port()
+    8890
+    """
+    text = os.environ.get("JUPYTER_PORT") or "8888"
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise ImatchError(f"JUPYTER_PORT is {text!r}: set it to a port, such as 8888")
+    return int(text)
+
+
+def replaced() -> dict[str, str]:
+    """Variables of older containers that are set, and that nothing reads any more -> what stands for them.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, IMG_ROOT="/photographs"):
+    ...     replaced()["IMG_ROOT"]
+    'DATASET_ROOT (DATASET_HOST in docker/.env)'
+    """
+    named = {name: REPLACED.get(name) for name, value in sorted(os.environ.items()) if value}
+    others = {name: REPLACED["VIS_*"] for name in named if name.startswith("VIS_")}
+    return others | {name: said for name, said in named.items() if said}
 
 
 def cores() -> int:

@@ -236,9 +236,9 @@ def index(few_photographs, tmp_path_factory):
     ranking = read_ranking(step)
     metres = np.full(ranking.rows.shape, 42.25)
     metres[0, 1] = np.nan
-    saved = {name: getattr(ranking, name) for name in ranking.__dataclass_fields__ if name != "metres"}
+    saved = {name: values for name, values in vars(ranking).items() if values is not None}
     with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **saved, metres=metres)
+        np.savez(file, **{**saved, "metres": metres})
     return step
 
 

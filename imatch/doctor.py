@@ -200,9 +200,9 @@ def readable(variable: str, host: str, needed_for: str) -> str:
     """
     folder = registry.root(variable)
     said = f"set {host} in docker/.env, or {variable}, to the folder that has it"
-    if not folder.exists():
-        raise NotThereError(f"no folder {folder}: needed for {needed_for}; {said}")
     try:
+        if not folder.exists():
+            raise NotThereError(f"no folder {folder}: needed for {needed_for}; {said}")
         count = len([path for path in folder.iterdir() if not path.name.startswith(".")])
     except OSError as error:
         raise ImatchError(

@@ -250,7 +250,10 @@ class Explorer(widgets.VBox):
             wanted = self.query.value
             self.query.options = list(self._named)
             self.query.value = wanted if wanted in self._named else next(iter(self._named), "")
-        self._choose_query()
+        if self._named:
+            self._choose_query()
+        else:
+            self._nothing("Nothing was matched: there was no pair.")
 
     def _choose_query(self) -> None:
         crops, angles = (sorted({view[i] for view in self._views()}) for i in (0, 1))
@@ -268,7 +271,7 @@ class Explorer(widgets.VBox):
     def _choose_rank(self) -> None:
         row = self.row
         if row is None:
-            self._nothing()
+            self._nothing("The backbone found nothing in this query, so nothing was matched.")
         else:
             self._show(self.saved.open(row))
         self._show_label()
@@ -284,10 +287,10 @@ class Explorer(widgets.VBox):
         self.canvas.show(thumbnails, pair.sizes)
         self._draw()
 
-    def _nothing(self) -> None:
+    def _nothing(self, said: str) -> None:
         self._opened = None
         self.canvas.show([np.zeros((1, 1, 3), np.uint8)] * 2, [(1, 1)] * 2)
-        self._say("The backbone found nothing in this query, so nothing was matched.")
+        self._say(said)
 
     def _draw(self) -> None:
         """Find the geometry anew from the saved correspondences, as the sliders say, and draw it."""

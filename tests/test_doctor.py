@@ -210,18 +210,20 @@ def test_a_folder_that_is_absent_empty_or_closed(subject, tmp_path, monkeypatch)
 def test_a_folder_of_somebody_else(tmp_path):
     if os.geteuid() or not shutil.which("setpriv"):
         pytest.skip("not root, or no setpriv: nobody else to be")
-    (tmp_path / "closed").mkdir(mode=0o700)
+    (tmp_path / "closed" / "inside").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
     code = "from imatch import doctor; print(doctor.examine(dict(doctor.ALWAYS)['data sets']))"
     other = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", code]
     tmp_path.chmod(0o755)
     for above in tmp_path.parents[:2]:
         above.chmod(0o755)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DATASET_ROOT": str(tmp_path / "closed"), "HOME": "/"}
-    done = subprocess.run(other, env=environment, cwd="/", capture_output=True, text=True, check=False)
-    if "Permission denied" in done.stderr and "imatch" not in done.stdout:
-        pytest.skip("somebody else cannot run this Python")
-    assert "('FIX', " in done.stdout, done.stderr
-    assert "cannot be read (Permission denied)" in done.stdout
+    for folder in ("closed", "closed/inside"):  # which cannot be listed; which cannot even be looked at
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DATASET_ROOT": str(tmp_path / folder), "HOME": "/"}
+        done = subprocess.run(other, env=environment, cwd="/", capture_output=True, text=True, check=False)
+        if "Permission denied" in done.stderr and "imatch" not in done.stdout:
+            pytest.skip("somebody else cannot run this Python")
+        assert "('FIX', " in done.stdout, done.stderr
+        assert "cannot be read (Permission denied)" in done.stdout
 
 
 def test_exports_that_cannot_be_written_to(tmp_path, monkeypatch, mount):

@@ -548,28 +548,6 @@ def test_peak_memory_does_not_grow_with_the_number_of_photographs(tmp_path, few_
     assert peaks[1] - peaks[0] < 0.25 * stored, peaks
 
 
-def test_browser_redraws(house):
-    data, _, references = house
-    index, *_ = searched(data, references, "reference-data")
-    step, pairs, _ = matched(index)
-    box = imatch.browse(step)
-    (query, rank), (threshold, inliers) = (row.children for row in box.children[:2])
-    picture, text = box.children[2:]
-    first = bytes(picture.value)
-    assert first.startswith(b"\x89PNG")
-    threshold.value = 0.999
-    stricter = bytes(picture.value)
-    assert stricter != first
-    rank.index = 1
-    assert bytes(picture.value) != stricter
-    threshold.value = 0.0
-    inliers.value = False
-    assert f"of {rank.value['matches']} correspondences shown" in text.value
-    assert text.value.startswith(f"{rank.value['matches']} of")
-    query.value = pairs[-1]["query"]
-    assert rank.value["query"] == pairs[-1]["query"]
-
-
 # --- rotation -----------------------------------------------------------------------------------------------
 
 

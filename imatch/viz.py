@@ -275,15 +275,18 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
     return figure
 
 
-def pair_views(step: Step, row: Row) -> Figure:
-    """One pair of a 04_match in all views: lines, A warped onto B as a checkerboard and as a blend, how similar the
-    patch of its strongest correspondence is to all of B, and the principal components of both. Where there can be no
-    picture, words say why.
+def pair_views(step: Step, pairs: Sequence[Row]) -> Figure:
+    """The pair with the most inliers in all views: lines, A warped onto B as a checkerboard and as a blend, how similar
+    the patch of its strongest correspondence is to all of B, and the principal components of both. Where there can be
+    no picture, words say why.
 
     Args:
         step: a 04_match.
-        row: of its pairs.
+        pairs: its rows.
     """
+    row = max(pairs, key=lambda row: row["inliers"], default=None)
+    if row is None:
+        return _words("Nothing was matched: there was no pair.")
     if row["candidate"] is None:
         return _words(f"{store.printable(row['query'])}: {row['reason']}.")
     try:

@@ -256,7 +256,7 @@ def steps(request, few_photographs, tmp_path_factory):
 def test_a_pair_is_seen_in_all_views(steps):
     _, step, pairs = steps
     row = max(pairs, key=lambda row: row["inliers"])
-    figure = viz.pair_views(step, row)
+    figure = viz.pair_views(step, pairs)
     titles = [axis.get_title() for axis in figure.axes]
     said = ("A's outline", "every other square", "half transparent", "(ring)", "best (1)", "rincipal components")
     assert len(titles) == 6
@@ -272,9 +272,14 @@ def test_a_pair_is_seen_in_all_views(steps):
 
 def test_words_stand_where_a_pair_cannot_be_shown(steps):
     _, step, pairs = steps
-    nothing = viz.pair_views(step, {**pairs[0], "candidate": None, "reason": "the backbone found nothing"})
-    unsaved = viz.pair_views(step, {**pairs[0], "rank": 77})
-    for figure, words in ((nothing, "found nothing"), (unsaved, "outputs that have 'npy'")):
+    nothing = viz.pair_views(step, [{**pairs[0], "candidate": None, "reason": "the backbone found nothing"}])
+    unsaved = viz.pair_views(step, [{**pairs[0], "rank": 77}])
+    none = viz.pair_views(step, [])
+    for figure, words in (
+        (nothing, "found nothing"),
+        (unsaved, "outputs that have 'npy'"),
+        (none, "there was no pair"),
+    ):
         assert not figure.axes
         assert words in figure.texts[0].get_text().replace("\n", " ")
 

@@ -58,6 +58,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_search.py --memory
 	$(BIN)/python tests/benchmarks/bench_match.py
 	$(BIN)/python tests/benchmarks/bench_match.py --memory
+	$(BIN)/python tests/benchmarks/bench_pairs.py --every 4
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy

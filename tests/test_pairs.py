@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import imatch
-from imatch import report, runs, store, viz
+from imatch import images, report, runs, store, viz
 from imatch.records import ImatchError, ImatchWarning, StepError
 from imatch.steps import match as matching_step
 from imatch.steps.match import Matched
 from imatch.steps.shared import flat_name
+from tests.benchmarks.bench_pairs import shared_ground
 from tests.test_resume import assert_same
 from tests.test_steps import embedded, matched, referenced
 
@@ -139,6 +141,23 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
     assert [path.name for path in loaded.paths] == [Path(id).name for id in named(rows)[0]]
     with pytest.raises(StepError, match="matched a list"):
         report.chain(step)
+
+
+def test_drone_frames_that_overlap_verify_and_others_do_not(brighton_beach, tmp_path):
+    """Real parallax, no known matrix: who overlaps is told by GPS. The settings are those of params/overlap.yaml."""
+    given = yaml.safe_load((ROOT / "params" / "overlap.yaml").read_text())["parameters"]
+    data = embedded(brighton_beach, tmp_path, backbone_options=given["backbone_options"])
+    chosen = {name: given[name] for name in ("matcher", "matcher_options", "threshold")}
+    _, rows, _ = listed(data, given["pairs"], outputs=[], **chosen)
+    verified = {(row["query"], row["candidate"]): row["verified"] for row in rows}
+    names = sorted(path.name for path in brighton_beach.glob("*.jpg"))
+    overlap = shared_ground([images.decode(brighton_beach / name) for name in names])
+    pairs = dict(zip(itertools.combinations(names, 2), overlap[np.triu_indices(len(names), 1)], strict=True))
+    neighbours = [verified[pair] for pair in itertools.pairwise(names) if pairs[pair] >= 0.3]
+    apart = [verified[pair] for pair, share in pairs.items() if share == 0]
+    assert (len(neighbours), len(apart)) == (17, 54)
+    assert sum(neighbours) >= 0.9 * len(neighbours)
+    assert sum(apart) <= 0.05 * len(apart)
 
 
 # --- what is refused --------------------------------------------------------------------------------------

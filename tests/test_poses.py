@@ -12,8 +12,9 @@ from imatch.backbones.sift_vocabulary import dead_leaves
 from imatch.images import Decoded
 from imatch.poses import Pose
 from imatch.records import ImatchError, StepError
+from imatch.steps.match import Matched
 from imatch.steps.poses import embed_poses, tried
-from tests.test_steps import embedded, indexed, judged, referenced, searched, with_toys, write_leaves
+from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
 
 
 def photograph(h, w):
@@ -109,6 +110,109 @@ def test_a_backbone_that_turns_needs_no_poses(few_photographs, tmp_path, capsys)
     data, references = step, referenced(step)[1]
     started = indexed(data, references, "reference-data", rotations=8)
     assert started.parameters["rotations"] == 1
+
+
+# --- 1:1 matching of turned queries
+
+
+@pytest.fixture(scope="module")
+def large_photographs(tmp_path_factory):
+    """Four procedural photographs of some 500 patches."""
+    folder = tmp_path_factory.mktemp("photographs") / "large"
+    folder.mkdir()
+    for seed, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
+        leaves = dead_leaves(np.random.default_rng(seed), side=416)[: 320 + 16 * seed]
+        images.Image.fromarray(leaves).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def turned_queries(large_photographs, tmp_path_factory):
+    """References at angles that dense SIFT does not bear, retrieved from their photographs."""
+    data = embedded(large_photographs, tmp_path_factory.mktemp("exports"), weight="dsift")
+    _, references = referenced(data, angles=(0, 30, 90, 200), file_type="png")
+    return searched(data, references, "reference-data", k=4)[0]
+
+
+def own(rows):
+    """The rows of references with their own photographs."""
+    return [row for row in rows if row["has_truth"]]
+
+
+def test_turned_queries_are_matched_in_the_pose_that_fits(turned_queries):
+    upright, turned = (
+        own(matched(turned_queries, rotations=n, refine="pixel", candidates=4, outputs=["npy"], tag=f"r{n}")[1])
+        for n in (1, 8)
+    )
+    assert len(upright) == len(turned) == 16
+    assert {row["turn"] for row in upright} == {0.0}
+    missed = [row["corner_error"] is None or row["corner_error"] > 1 for row in turned]
+    assert sum(missed) <= 1
+    assert sum(row["corner_error"] is not None and row["corner_error"] <= 1 for row in upright) <= 8  # 0 and 30 degrees
+    for row, fails in zip(turned, missed, strict=True):
+        if not fails:
+            off = (row["turn"] + row["angle"] + 180) % 360 - 180  # turned back, to the nearest eighth of the circle
+            assert abs(off) <= 22.5
+            assert row["rotation"] is None or (row["rotation"] + row["angle"] + 180) % 360 - 180 == pytest.approx(
+                0, abs=1
+            )
+
+
+def test_a_saved_pair_is_read_in_its_pose(turned_queries):
+    step, rows, _ = matched(turned_queries, rotations=4, candidates=1, outputs=["npy"], tag="read")
+    matches = Matched(step)
+    for row in rows:
+        pair, (a, b) = matches.pair(row), matches.tokens(row)
+        assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
+        assert (a.grid is None) == (row["turn"] != 0)
+        assert len(matches.upright(row).xy) >= len(b.xy) / 4
+    again, *_ = matched(turned_queries, rotations=4, candidates=1, outputs=["npy"], tag="again")
+    assert (step.folder / "pairs.jsonl").read_bytes() == (again.folder / "pairs.jsonl").read_bytes()
+
+
+def test_a_photograph_that_is_gone_ends_no_run(large_photographs, tmp_path):
+    folder = tmp_path / "photographs"
+    shutil.copytree(large_photographs, folder)
+    data = embedded(folder, tmp_path / "exports", weight="dsift")
+    index = searched(data, referenced(data)[1], "reference-data", k=4)[0]
+    (folder / "a.png").unlink()
+    rows = matched(index, refine="pixel", candidates=4, outputs=["npy"])[1]
+    gone = [row for row in rows if row["candidate"] == "a.png"]
+    assert {row["verified"] for row in gone} == {False}
+    assert any("the photographs cannot be compared: No such file" in row["reason"] for row in gone)
+    assert any(row["verified"] for row in rows if row["candidate"] != "a.png")
+
+
+def test_an_enlarged_query_finds_a_larger_place(large_photographs, tmp_path):
+    """Queries of half the size: zoomed by 2 they look like their photographs."""
+    small = tmp_path / "small"
+    small.mkdir()
+    for path in large_photographs.glob("*.png"):
+        picture = images.Image.open(path)
+        half = picture.resize((picture.width // 2, picture.height // 2), images.Image.Resampling.BOX)
+        half.save(small / path.name)
+    data = embedded(large_photographs, tmp_path / "exports", weight="dsift")
+    queries = embedded(small, tmp_path / "exports", weight="dsift", tag="query")
+    index = searched(data, queries, "reference-data", k=4)[0]
+    given = {"candidates": 4, "outputs": ["npy"], "zooms": [1.0, 2.0], "refine": "pixel"}
+    rows = matched(index, **given)[1]
+    same = [row for row in rows if row["query"] == row["candidate"]]
+    assert len(same) == 4
+    assert [row["zoom"] for row in same] == [2.0] * 4
+    assert all(row["verified"] and row["scale"] == pytest.approx(2, rel=0.05) for row in same)
+
+
+def test_what_cannot_be_matched_so_is_refused(turned_queries):
+    for given, said in (
+        ({"rotations": 3}, "rotations is 3"),
+        ({"zooms": [-1.0]}, "zooms"),
+        ({"refine": "pixels"}, "did you mean 'pixel'"),
+        ({"refine": "pixel", "model": "off"}, "starts from a geometry"),
+        ({"model": "similarity", "method": "magsac"}, "ransac"),
+    ):
+        with pytest.raises(ImatchError, match=said):
+            matched(turned_queries, tag="never", **given)
+    assert not list(turned_queries.folder.parents[5].rglob("*_never"))
 
 
 # --- a better search, or a worse one

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from imatch import backbones, demo, evaluate, geometry, images, matching, poses, references
 from imatch.aligning import REFINEMENTS, Aligner, Alignment

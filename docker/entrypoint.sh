@@ -10,6 +10,10 @@ if ! [ -f imatch/__init__.py ]; then
     exit 1
 fi
 
+demo() {
+    python -m imatch.demo data/demo || echo "no demo photographs: data/ cannot be written to"
+}
+
 case "$verb" in
 lab)
     # what it finds is said, and JupyterLab opens all the same: on the CPU, if torch cannot use a GPU (3)
@@ -17,11 +21,14 @@ lab)
         3) export CUDA_VISIBLE_DEVICES='' && echo 'JupyterLab opens all the same, on the CPU.' ;;
         *) echo 'JupyterLab opens all the same.' ;;
     esac
-    python -m imatch.demo data/demo || echo "no demo photographs: data/ cannot be written to"
+    demo
     # without a JUPYTER_TOKEN Jupyter makes one and prints the link with it
     exec jupyter lab --ip=0.0.0.0 --no-browser --ServerApp.port_retries=0
     ;;
-batch) exec python -m imatch.batch "$@" ;;
+batch)
+    demo
+    exec python -m imatch.batch "$@"
+    ;;
 doctor) exec python -m imatch.doctor "$@" ;;
 shell) exec bash "$@" ;;
 *)

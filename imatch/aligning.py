@@ -102,8 +102,11 @@ class Aligner:
         first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
         tried = [self._tried(pose, a, b, size_a, size_b, first) for pose, a in poses]
         best = max(tried, key=lambda alignment: alignment.geometry.inliers.sum())  # the first of equal ones
-        if self.refinement == "pixel" and photographs is not None and _usable(best.geometry, size_a):
-            return self._compared(best, size_a, size_b, *photographs())
+        if self.refinement == "pixel" and photographs is not None:
+            if _usable(best.geometry, size_a):
+                return self._compared(best, size_a, size_b, *photographs())
+            reason = f"no first geometry to compare the photographs from: {best.geometry.reason}"
+            return replace(best, geometry=replace(best.geometry, verified=False, reason=reason))
         if first is self.estimator:
             return best
         return replace(best, geometry=self.estimator(best.xy_a, best.xy_b, size_a, size_b))

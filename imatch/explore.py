@@ -152,7 +152,7 @@ class Explorer(widgets.VBox):
         similarity, model, threshold: what its geometry is found from.
         most, inliers: which lines are drawn.
         label: accept, reject or unclear (which takes the label back).
-        uploads, match: two photographs from the reader's disk.
+        uploads, match, back: two photographs from the reader's disk, and the way back to the chosen pair.
         export: writes the pair as a page that opens without a kernel.
         canvas: the picture.
         said, patch, progress: what was found, what was clicked, and how many pairs have a label.
@@ -187,10 +187,11 @@ class Explorer(widgets.VBox):
         kinds = ",".join(sorted(images.SUFFIXES))
         self.uploads = [widgets.FileUpload(accept=kinds, description=side) for side in ("query", "candidate")]
         self.match = widgets.Button(description="match", icon="link")
+        self.back = widgets.Button(description="back to the pair above", icon="undo")
         self.canvas = PairCanvas(self._click)
         self.said, self.patch, self.progress = widgets.HTML(), widgets.HTML(), widgets.HTML()
 
-        own = widgets.HBox([widgets.HTML("two photographs of your own:"), *self.uploads, self.match])
+        own = widgets.HBox([widgets.HTML("two photographs of your own:"), *self.uploads, self.match, self.back])
         super().__init__(
             [
                 widgets.HBox([self.weight], layout={"display": "" if len(steps) > 1 else "none"}),
@@ -219,6 +220,7 @@ class Explorer(widgets.VBox):
         ):
             control.observe(self._reacting(reaction), names="value")
         self.match.on_click(self._reacting(self._match))
+        self.back.on_click(self._reacting(self._choose_rank))
         self.export.on_click(self._reacting(self._export))
         self._choose_weight()
 
@@ -270,9 +272,10 @@ class Explorer(widgets.VBox):
 
     def _choose_rank(self) -> None:
         row = self.row
-        if row is None:
-            self._nothing("The backbone found nothing in this query, so nothing was matched.")
-        else:
+        self._nothing("The backbone found nothing in this query, so nothing was matched.")
+        with self._fill():
+            self.label.value, self.label.disabled = UNCLEAR, True  # until the pair that it is of can be seen
+        if row is not None:
             self._show(self.saved.open(row))
         self._show_label()
 
@@ -282,6 +285,8 @@ class Explorer(widgets.VBox):
         self._opened = opened
         with self._fill():
             self.model.value, self.threshold.value = opened.estimator.model, opened.estimator.threshold
+            self.similarity.value = 0.0
+        self._as_opened = self._found_from()
         pair = opened.pair
         thumbnails = [_thumbnail(path, size) for path, size in zip(pair.paths, pair.sizes, strict=True)]
         self.canvas.show(thumbnails, pair.sizes)
@@ -292,14 +297,21 @@ class Explorer(widgets.VBox):
         self.canvas.show([np.zeros((1, 1, 3), np.uint8)] * 2, [(1, 1)] * 2)
         self._say(said)
 
+    def _found_from(self) -> tuple[float, str, float]:
+        """What the sliders say the geometry is found from."""
+        return self.similarity.value, self.model.value, self.threshold.value
+
     def _draw(self) -> None:
-        """Find the geometry anew from the saved correspondences, as the sliders say, and draw it."""
+        """Draw the pair: as it was opened or, once a slider says otherwise, with a geometry that is found anew from the
+        saved correspondences."""
         if self._opened is None:
             return
         pair, self._clicked = self._opened.pair, None
         alike = np.flatnonzero(pair.matches.similarity >= self.similarity.value)
-        estimator = replace(self._opened.estimator, model=self.model.value, threshold=self.threshold.value)
-        found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes)
+        found = pair.geometry
+        if self._found_from() != self._as_opened:
+            estimator = replace(self._opened.estimator, model=self.model.value, threshold=self.threshold.value)
+            found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes)
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
         lines = alike[shown]
         self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
@@ -337,7 +349,11 @@ class Explorer(widgets.VBox):
         said.pop((row["query"], row["candidate"]), None)
         if self.label.value != UNCLEAR:
             said[row["query"], row["candidate"]] = self.label.value
-        labels.write(file, said)
+        try:
+            labels.write(file, said)
+        except (ImatchError, OSError):
+            self._show_label()  # what is on the disk, not what was wanted
+            raise
         self._count(said)
 
     def _show_label(self) -> None:
@@ -387,7 +403,7 @@ class Explorer(widgets.VBox):
                 return
             try:
                 reaction()
-            except ImatchError as error:  # for a person to read, so not a traceback in the log
+            except (ImatchError, OSError, ValueError, KeyError) as error:  # to be read, not a traceback in a log
                 self._say(f"<b>{html.escape(store.printable(str(error)))}</b>")
 
         return react

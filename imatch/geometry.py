@@ -64,10 +64,12 @@ class Estimator:
             raise ImatchError(
                 f"OpenCV estimates a similarity by ransac, not by {self.method}: use method auto, or another model"
             )
-        if not (self.threshold > 0 and 0 < self.confidence < 1 and self.iterations > 0 and 0 <= self.min_share < 1):
+        least = self.iterations > 0 and self.min_inliers >= 0
+        if not (self.threshold > 0 and 0 < self.confidence < 1 and least and 0 <= self.min_share < 1):
             raise ImatchError(
                 f"threshold {self.threshold} must be above 0, confidence {self.confidence} between 0 and 1, "
-                f"iterations {self.iterations} at least 1, min_share {self.min_share} from 0 to below 1"
+                f"iterations {self.iterations} at least 1, min_inliers {self.min_inliers} at least 0, min_share "
+                f"{self.min_share} from 0 to below 1"
             )
 
     def __call__(

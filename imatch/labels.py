@@ -1,7 +1,8 @@
 """What people say of matched pairs: accept or reject, one CSV for a data set (not the positions that 03_index reads).
 
-A label is about two photographs, so it holds whatever backbone or matcher found the pair. The file lies beside the
-steps, not in one of them: it is a person's work, and a step's folder goes when the step is computed anew.
+A label is about two photographs, so it holds whatever backbone or matcher found the pair. References of another kind
+are other photographs and have a file of their own. The file lies beside the steps, not in one of them: it is a person's
+work, and a step's folder goes when the step is computed anew.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from imatch import store
 from imatch.records import ImatchError
 from imatch.runs import Step
-from imatch.steps.shared import run_and_dataset
+from imatch.steps.shared import run_and_dataset, sides
 
 COLUMNS = ("query", "candidate", "label")
 LABELS = ("accept", "reject")
@@ -23,14 +24,11 @@ Labels = dict[tuple[str, str], str]
 
 
 def path(step: Step) -> Path:
-    """Where the labels of a 04_match step are, or will be: <exports>/<run>/labels/<dataset>.csv.
-
-    >>> step = Step(Path("/e/demo/04_match/beach/sift/scale1_raw/data-data"), "04_match", {}, {})
-    >>> path(step).as_posix()
-    '/e/demo/labels/beach.csv'
-    """
+    """Where the labels of a 04_match step are, or will be: <exports>/<run>/labels/<dataset>.csv, of references with
+    their kind, such as <dataset>_isometric.csv."""
     run, dataset = run_and_dataset(step)
-    return run / "labels" / f"{dataset}.csv"
+    kinds = sorted({side.folder.parents[1].name for side in sides(step) if side.name == "02_references"})
+    return run / "labels" / f"{'_'.join([dataset, *kinds])}.csv"
 
 
 def read(file: Path) -> Labels:

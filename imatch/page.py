@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from imatch import geometry, images, pictures, store, viz
-from imatch.records import Pair, Tokens
+from imatch.records import ImatchError, Pair, Tokens
 from imatch.runs import Step
 from imatch.steps.search import read_ranking
 from imatch.steps.shared import query_and_gallery
@@ -168,6 +168,8 @@ def _correspondences(pair: Pair) -> dict[str, Any]:
 
 def _heat(a: Tokens, b: Tokens) -> dict[str, Any]:
     """The similarities of all of A to all of B, a byte each from `low` to `high`, and the best two of each of A."""
+    if not len(a.xy) or not len(b.xy):
+        raise ImatchError("a photograph has no descriptors, so there is nothing to point at: choose another pair")
     similarity = pictures.similarities(a, b, slice(None))
     low, high = float(similarity.min()), float(similarity.max())
     levels = np.round((similarity - low) / max(high - low, 1e-6) * 255).astype(np.uint8)

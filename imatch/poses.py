@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+from imatch import plugins
 from imatch.images import Decoded
 from imatch.records import ImatchError, Tokens
 from imatch.references import shift, turn
@@ -54,7 +55,7 @@ def poses(rotations: int, zooms: Sequence[float] = (1.0,)) -> list[Pose]:
     """
     if rotations not in ROTATIONS:
         raise ImatchError(f"rotations is {rotations}: use 1 (upright alone), 4 or 8")
-    if not all(0 < zoom < math.inf for zoom in zooms):
+    if not all(plugins.fits(zoom, float) and 0 < zoom < math.inf for zoom in zooms):
         raise ImatchError(f"zooms {list(zooms)} must be factors above 0")
     turns = [360.0 * i / rotations for i in range(rotations)]
     return [Pose(turn, zoom) for zoom in [1.0, *sorted({*map(float, zooms)} - {1.0})] for turn in turns]

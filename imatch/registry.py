@@ -65,6 +65,17 @@ def resolve(path: str | Path) -> Path:
     return Path(os.path.normpath(workspace() / Path(path).expanduser()))
 
 
+def step_folder(path: str | Path) -> Path:
+    """The folder of a step, or a folder that holds some: what begins with `exports/` lies in EXPORT_ROOT, wherever that
+    is (in the container it is a mount of its own).
+
+    >>> step_folder("exports/demo") == root("EXPORT_ROOT") / "demo"
+    True
+    """
+    first, *below = Path(path).parts or ("",)
+    return resolve(Path(root("EXPORT_ROOT"), *below) if first == ROOTS["EXPORT_ROOT"][1] else path)
+
+
 def root(name: str) -> Path:
     """The folder that the variable `name` stands for: what it is set to, else its default.
 

@@ -105,7 +105,7 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
         raise ImatchError("run is empty: name this piece of work (-p run NAME)")
     found: dict[str, Step] = {}
     for given in steps:
-        folder = registry.resolve(given)
+        folder = registry.step_folder(given)
         inside = _finished(folder)
         if not inside:
             raise ImatchError(f"no finished 04_match or 03_index in {folder}: run them first, or correct the path")

@@ -1,6 +1,7 @@
 """The explorer, driven in process: sliders, clicks, labels and uploads over small finished runs."""
 
 import datetime
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from matplotlib.backend_bases import MouseEvent
 from PIL import Image
 
 import imatch
-from imatch import evaluate, labels, pictures, runs, store
+from imatch import evaluate, labels, pictures, runs, store, viz
 from imatch.records import ImatchError, ImatchWarning
 from tests.test_steps import embedded, matched, referenced, searched
 
@@ -285,6 +286,58 @@ def test_a_query_in_which_nothing_was_found(few_photographs, tmp_path):
     explorer.most.value = 10
     explorer.query.value = "a.png"
     assert drawn(explorer) > 0
+
+
+def test_a_pair_that_the_pixels_did_not_confirm_opens_unverified(few_photographs, tmp_path):
+    """What 04_match said stands until a slider asks for something else."""
+    folder = tmp_path / "photographs"
+    shutil.copytree(few_photographs, folder)
+    data = embedded(folder, tmp_path / "exports")
+    index = searched(data, referenced(data, angles=(0,))[1], "reference-data", tag="")[0]
+    (folder / "a.png").unlink()
+    step, *_ = matched(index, outputs=["npy"], refine="pixel", candidates=4)
+    explorer = imatch.browse(step)
+    explorer.query.value = "a.png"
+    explorer.rank.value = [row["candidate"] for row in explorer._candidates()].index("a.png")
+    assert "not verified: the photographs cannot be compared" in explorer.said.value
+    explorer.threshold.value = 10**0.9
+    assert "not verified" not in explorer.said.value
+
+
+def test_a_pair_that_cannot_be_opened_takes_no_label(exports, explorer):
+    path = viz.pair_path(step_of(exports), explorer._candidates()[1]).with_suffix(".npy")
+    explorer.label.value = "accept"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    try:
+        explorer.rank.value = 1
+        assert explorer.label.disabled
+        assert explorer.label.value == "unclear"
+        assert "<b>" in explorer.said.value
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_label_that_could_not_be_written_is_not_shown(explorer, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "write", full)
+        explorer.label.value = "accept"
+    assert explorer.label.value == "unclear"
+    assert "No space left" in explorer.said.value
+
+
+def test_the_way_back_from_an_upload(explorer, few_photographs):
+    before = explorer.said.value
+    for upload in explorer.uploads:
+        upload.value = uploaded(few_photographs / "a.png")
+    explorer.match.click()
+    assert explorer.said.value != before
+    explorer.back.click()
+    assert explorer.said.value == before
+    assert not explorer.label.disabled
 
 
 def test_another_weight_keeps_the_query(exports):

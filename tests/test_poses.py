@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import evaluate, images, poses, rerank, runs, store
+from imatch import evaluate, images, poses, rerank, store
 from imatch.backbones.sift import keypoints
 from imatch.backbones.sift_vocabulary import dead_leaves
 from imatch.images import Decoded
@@ -101,6 +101,25 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
         embed_poses(step.folder, wanted, workers=0)
     with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
         embed_poses(step.folder, [poses.UPRIGHT, Pose(45.0)], workers=0)
+
+
+def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_photographs, tmp_path):
+    folder = tmp_path / "photographs"
+    shutil.copytree(few_photographs, folder)
+    step = embedded(folder, tmp_path / "exports", weight="dsift")
+    (folder / "b.png").unlink()
+    with pytest.raises(StepError, match=r"1 photographs of .* cannot be read any more, such as b\.png"):
+        embed_poses(step.folder, poses.poses(4), workers=0)
+
+
+def test_a_zoom_that_fits_no_patch_is_said_before_anything_is_written(few_photographs, tmp_path):
+    long_side = imatch.Resize("long_side", long_side=96)
+    step = embedded(few_photographs, tmp_path, weight="dsift", resize=long_side)
+    with pytest.raises(ImatchError, match=r"zoom 1\.25: long_side 120 is not a multiple of patch 16"):
+        embed_poses(step.folder, poses.poses(1, [1.25]), workers=0)
+    assert [path.name for path in step.folder.parent.iterdir()] == [step.folder.name]
+    with pytest.raises(ImatchError, match="zooms"):
+        poses.poses(1, ["a"])
 
 
 def test_a_backbone_that_turns_needs_no_poses(few_photographs, tmp_path, capsys):
@@ -291,6 +310,32 @@ def test_the_first_score_without_an_answer_is_of_the_first_wrong_hit(drawn):
         assert row["score_without"] == pytest.approx(ranking.scores[q, wrong[0]])
 
 
+def test_what_is_found_without_the_answers_is_not_led_by_them(drawn):
+    """Queries are expanded anew without their right answers: as if these were not in the gallery at all."""
+    step = indexed(*drawn, "data-reference", expand=3, k=3, tag="without")
+    query, gallery, ranking, _, _ = judged(step)
+    q, g = np.asarray(query.vectors, float), np.asarray(gallery.vectors, float)
+    for row, shown in enumerate(query.shows):
+        others = g[[i for i, of in enumerate(gallery.shows) if of != shown]]
+        scores = others @ q[row]
+        near = np.argsort(-scores, kind="stable")[:3]
+        expanded = q[row] + (scores[near].clip(0)[:, None] ** 3 * others[near]).sum(axis=0)
+        assert ranking.without[row] == pytest.approx((others @ expanded).max() / np.linalg.norm(expanded), abs=1e-5)
+
+
+def test_a_query_that_finds_nothing_is_ranked_and_counted(few_photographs, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    shutil.copy(few_photographs / "a.png", folder)
+    data = embedded(folder, tmp_path / "exports")
+    step = indexed(data, None, "data-data", rerank=5, expand=2, tag="alone")
+    _, _, ranking, _, metrics = judged(step)
+    step.finish(metrics)
+    assert ranking.rows[0].tolist() == [-1] * 5
+    (row,) = matched(step)[1]
+    assert (row["candidate"], row["reason"]) == (None, "nothing was found")
+
+
 def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
     given = {"whiten": 4, "rotations": 4, "expand": 1, "rerank": 3}
     whole = indexed(*drawn, "reference-data", tag="whole", **given)
@@ -321,7 +366,5 @@ def test_bad_options_are_refused_before_anything_is_written(drawn):
     ):
         with pytest.raises(ImatchError, match=said):
             indexed(*drawn, "reference-data", tag="never", **given)
-    step = indexed(*drawn, "reference-data", whiten=12, tag="wide")
     with pytest.raises(ImatchError, match="at most 11 axes"):
-        judged(step)
-    assert not runs.read(step.folder, finished=False).finished
+        indexed(*drawn, "reference-data", whiten=12, tag="wide")

@@ -384,7 +384,7 @@ def test_one_photograph_has_no_neighbour(tmp_path, few_photographs):
     step, _, _, hits = searched(data, None, "data-data")
     assert (hits.rows == -1).all()
     _, pairs, metrics = matched(step)
-    assert pairs == []
+    assert [(row["candidate"], row["reason"]) for row in pairs] == [(None, "nothing was found")]
     assert metrics["hit_at_1"] is None
 
 
@@ -546,6 +546,16 @@ def test_peak_memory_does_not_grow_with_the_number_of_photographs(tmp_path, few_
     stored = sum(path.stat().st_size for path in tmp_path.rglob("of 400/**/*.npy")) / 2**20
     assert stored > 35  # megabytes: kept in memory, they would show
     assert peaks[1] - peaks[0] < 0.25 * stored, peaks
+
+
+def test_steps_are_found_where_exports_are(few_photographs, tmp_path, monkeypatch):
+    """In the container EXPORT_ROOT is a mount of its own, and the notebooks' defaults begin with exports/."""
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "elsewhere"))
+    step = embedded(few_photographs, "", run="demo")
+    assert step.folder.is_relative_to(tmp_path / "elsewhere" / "demo")
+    step.folder = "exports" / step.folder.relative_to(tmp_path / "elsewhere")
+    views, _ = referenced(step, angles=(0,))
+    assert views.folder.is_relative_to(tmp_path / "elsewhere" / "demo")
 
 
 # --- rotation -----------------------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ class Matcher(Protocol):
     """What imatch asks of a matcher. Its options are the fields of its frozen dataclass; those with compare=False say
     where it is worked out."""
 
+    @property
+    def device(self) -> str:
+        """Where it works: "cpu", "cuda" or "cuda:1"."""
+
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
 

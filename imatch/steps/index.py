@@ -121,15 +121,22 @@ def start_index(
     if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):
         raise ImatchError(f"recall {recall} must be above 0 and up to 1, memory_gb {memory_gb} 0 or more")
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
-    found = {"data": runs.read(registry.resolve(embed_step))}
+    found = {"data": runs.read(registry.step_folder(embed_step))}
     kind = ""
     if "reference" in sides.values():
         if not references_step:
             raise ImatchError(
                 f"direction {direction} needs references: give references_step, the folder of 02_references"
             )
-        found["reference"] = runs.read(registry.resolve(references_step))
+        found["reference"] = runs.read(registry.step_folder(references_step))
         kind = kind_of_reference(found["reference"], found["data"])
+    of_gallery = found[sides["gallery"]].metrics
+    most = min(of_gallery["global_dimension"], of_gallery["photographs"] - 1)
+    if whiten > most:
+        raise ImatchError(
+            f"whiten {whiten}: {of_gallery['photographs']} vectors of {of_gallery['global_dimension']} numbers give at "
+            f"most {most} axes"
+        )
     tries = tried(found[sides["query"]], poses.poses(rotations))
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]

@@ -102,7 +102,7 @@ def start_match(
     parameters = {
         **planned.parameters,
         "matcher": matcher,
-        "matcher_options": dict(matcher_options),
+        "matcher_options": {name: value for name, value in matcher_options.items() if name != "device"},
         "refine": refine,
         "geometry": chosen,
         "outputs": sorted(outputs),
@@ -136,7 +136,10 @@ def match(step: Step, *, devices: str = "auto", workers: int = -1) -> list[Row]:
     """
     if not step.finished:
         folder, on_change = sides(step)[0].folder, step.on_change
+        _check_memory(step)
         embed_poses(folder, poses_of(step), devices=devices, workers=workers, on_change=on_change)
+        if aligner(step.parameters, None).matcher.device.startswith("cuda"):
+            workers = 0  # a forked process cannot use a GPU that this one may have used
         job = _Match(step)
         blocks = list(_blocks(job.source))
         todo = [block for block in blocks if not job.done(block).is_file()]
@@ -183,6 +186,17 @@ def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[Row]:
             row["reranked"] = place
         yield from rows
     yield from job.source.unmatched
+
+
+def _check_memory(step: Step) -> None:
+    """Refuse more pairs than rows fit into memory, before anything is computed."""
+    source = sources.source(step)
+    pairs = sum(source.count(q) for q in range(len(source.query)))
+    wanted, free = ROW * pairs / 2**30, psutil.virtual_memory().available / 2**30
+    if wanted > free:
+        raise ImatchError(
+            f"{pairs} pairs take about {wanted:.1f} GB of memory, and {free:.1f} GB are free: give a CSV of fewer pairs"
+        )
 
 
 def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
@@ -289,7 +303,7 @@ class _Match:
         }
         settings = {
             "matcher": self.step.parameters["matcher"],
-            "matcher_options": dataclasses.asdict(align.matcher),  # type: ignore[call-overload]
+            "matcher_options": _options(align.matcher),
             "refine": align.refinement,
             "poses": self.step.parameters["poses"],
             "geometry": dataclasses.asdict(align.estimator),
@@ -357,6 +371,12 @@ class Matched:
 
     def _where(self, row: Row) -> tuple[int, int]:
         return self._places[0][row["query"]], self._places[1][row["candidate"]]
+
+
+def _options(matcher: matching.Matcher) -> dict[str, Any]:
+    """The options of a matcher that its answers depend on."""
+    fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
+    return {field.name: getattr(matcher, field.name) for field in fields if field.compare}
 
 
 def poses_of(step: Step) -> list[Pose]:

@@ -95,9 +95,9 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
     if one and pairs != "one":
         raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: give -p pairs one, too")
     if not pairs:
-        return _plan_of_index(runs.read(registry.resolve(index_step)), candidates)
-    query = runs.read(registry.resolve(embed_step))
-    gallery = runs.read(registry.resolve(gallery_step)) if gallery_step else query
+        return _plan_of_index(runs.read(registry.step_folder(index_step)), candidates)
+    query = runs.read(registry.step_folder(embed_step))
+    gallery = runs.read(registry.step_folder(gallery_step)) if gallery_step else query
     kind = "" if gallery.folder == query.folder else kind_of_reference(gallery, query)
     parameters: dict[str, Any] = {"pairs": pairs if pairs in LISTS else "listed"}
     upstream = {"query": str(query.fingerprint), "gallery": str(gallery.fingerprint)}
@@ -242,10 +242,11 @@ class Retrieved:
 
     @cached_property
     def unmatched(self) -> list[Row]:
-        """Rows of the queries in which the backbone found nothing: they find nothing."""
-        shown = {*self.gallery.shows}
+        """Rows of the queries that have no hit: nothing else is there, or the backbone found nothing in them."""
+        shown, found = {*self.gallery.shows}, self._ranking.rows[:, 0] >= 0
         views = {row["id"] for row in missed(self.query) if not self._same and row.get("source_sha256") in shown}
-        return [_unmatched(row, row["query"] in views) for row in self._judged if not row["embedded"]]
+        lost = (row for row, any_hit in zip(self._judged, found, strict=True) if not any_hit)
+        return [_unmatched(row, row["query"] in views) for row in lost]
 
 
 class Listed:
@@ -314,7 +315,7 @@ def _about(judged: Row) -> Row:
 
 
 def _unmatched(judged: Row, has_truth: bool) -> Row:
-    """The row of a query that was not embedded and so finds nothing."""
+    """The row of a query that found nothing."""
     unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
     return {
         **dict.fromkeys([*unknown.split(), "rotation_error", "scale_error"]),
@@ -327,6 +328,6 @@ def _unmatched(judged: Row, has_truth: bool) -> Row:
         "descriptors": [0, 0],
         "matches": 0,
         "inliers": 0,
-        "reason": "the backbone found nothing in the query",
+        "reason": "nothing was found" if judged["embedded"] else "the backbone found nothing in the query",
         "has_truth": has_truth,
     }

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from imatch import backbones, runs, store
+from imatch.images import Resize
 from imatch.poses import UPRIGHT, Pose
-from imatch.records import ImatchWarning, StepError, Tokens
+from imatch.records import ImatchError, ImatchWarning, StepError, Tokens
 from imatch.runs import Step
 from imatch.steps.embed import embed, finish_embed
 from imatch.store import Embeddings
@@ -20,8 +21,14 @@ from imatch.store import Embeddings
 
 def tried(step: Step, poses: Sequence[Pose]) -> list[Pose]:
     """The poses that are worth trying with a step's backbone: the upright one alone, which is said, if it turns and
-    zooms with its photographs."""
+    zooms with its photographs.
+
+    Raises:
+        StepError: the step was imported, without its photographs.
+    """
     weight = step.parameters["weight"]
+    if len(poses) > 1 and step.parameters.get("imported"):
+        raise StepError(f"{step.folder} was imported, and its photographs are not known to be there: run 01_embed")
     if len(poses) > 1 and weight in backbones.INVARIANT:
         print(f"{weight} turns and zooms with its photographs: only the upright ones are used")
         return [UPRIGHT]
@@ -45,16 +52,39 @@ def embed_poses(
         StepError: photographs were changed since the upright ones were embedded; or the step was imported.
         ImatchError: a zoom that gives sides which are no multiple of the patch.
     """
-    source, turned = runs.read(folder), [pose for pose in poses if pose != UPRIGHT]
-    if turned and source.parameters.get("imported"):
-        raise StepError(f"{folder} was imported, and its photographs are not known to be there: run 01_embed")
-    for pose in turned:
+    source, upright = runs.read(folder), Embeddings(folder)
+    for pose in (pose for pose in poses if pose != UPRIGHT):
+        _check_zoom(source, pose)
         step = _start(source, pose, on_change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
             embeddings = embed(step, devices=devices, workers=workers, max_skipped=1.0)
+        _check_whole(upright, embeddings)
         finish_embed(step, embeddings)
     return open_poses(folder, poses)
+
+
+def _check_zoom(source: Step, pose: Pose) -> None:
+    """Raise ImatchError, before anything is written, when a zoom gives sides that are no multiple of the patch."""
+    if pose.zoom == 1 or (_beside(source.folder, pose) / "metrics.json").is_file():
+        return
+    backbone = backbones.create(source.parameters["weight"], source.parameters["backbone"])
+    try:
+        Resize(**source.parameters["resize"]).zoomed(pose.zoom).check(backbone.patch)
+    except ImatchError as error:
+        raise ImatchError(f"zoom {pose.zoom:g}: {error}") from None
+
+
+def _check_whole(upright: Embeddings, embeddings: Embeddings) -> None:
+    """Raise StepError when a photograph could be decoded for 01_embed, but not any more."""
+    skipped = store.read_rows(embeddings.folder / "skipped.jsonl")
+    seen = {*embeddings.ids, *(row["id"] for row in skipped if "size" in row)}
+    gone = [id for id in upright.ids if id not in seen]
+    if gone:
+        raise StepError(
+            f"{len(gone)} photographs of {upright.folder} cannot be read any more, such as {store.printable(gone[0])}: "
+            f"bring them back, delete {embeddings.folder} and run again"
+        )
 
 
 def open_poses(folder: Path, poses: Sequence[Pose]) -> Posed:

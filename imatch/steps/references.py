@@ -52,7 +52,7 @@ def start_references(
     Raises:
         ImatchError: an unknown kind or file type, or a number out of its range; see also `runs.start`.
     """
-    source = runs.read(registry.resolve(embed_step))
+    source = runs.read(registry.step_folder(embed_step))
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.create(kind, {"resize_to_original": resize_to_original})

@@ -6,7 +6,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from imatch.steps.shared import clusters, missed, photographs_root, source_rows,
 from imatch.store import Embeddings, Row
 
 BLOCK = 2**24
-"""Hits that one call of an index may return."""
+"""Hits, or numbers of vectors, that are held at once."""
 PART = 1000
 """Photographs of which aggregated tokens share a file."""
 Own = tuple[np.ndarray, np.ndarray] | None
@@ -63,30 +64,29 @@ def search(
     here, there = _places(step, about, gallery.rows)
     truth = _truth(step, shows, gallery.shows, here, there, own)
     kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
-    depth = max(k, int(truth.count.max()) + 1, asked["expand"], asked["rerank"])
+    depth = max(k, int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
+    depth = max(k, min(depth, len(gallery)))
     ways = _Ways(step, index, query, gallery, depth, own, int(kin.max()), devices, workers)
     stages = ways.stages()
-    block = max(1, BLOCK // ((depth + int(kin.max())) * asked["rotations"]))
-    parts = []
+    hits, numbers = depth + int(kin.max()), query.vectors.shape[1]
+    block = max(1, BLOCK // max(hits * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
+    parts, without = [], []
     for first in runs.progress(range(0, len(query), block), "search"):
-        part, found = slice(first, min(first + block, len(query))), None
-        for stage in stages:
-            found = stage(part, found, truth)
-        if found is not None:
-            parts.append(found)
-    last = _joined(parts, len(lost), depth)
-    right = truth.right(last.rows)
-    rows, scores = last.rows[:, :k], last.scores[:, :k]
-    metres = here.metres(there, rows) if here and there and here.system == there.system else None
+        part = slice(first, min(first + block, len(query)))
+        found, alone = _found(stages, part, truth)
+        parts.append(found.cut(k))
+        without.append(alone)
+    last = _joined(parts, len(lost), k)
+    metres = here.metres(there, last.rows) if here and there and here.system == there.system else None
     found = {
-        "rows": rows,
-        "scores": scores,
-        "right": right[:, :k],
+        "rows": last.rows,
+        "scores": last.scores,
+        "right": truth.right(last.rows),
         "answers": truth.count,
         "candidates": len(gallery) - kin,
-        "without": _first_wrong(last, right),
+        "without": np.concatenate([*without, np.full(len(lost), -np.inf, np.float32)]),
         "metres": metres,
-        "turn": last.turn[:, :k] if asked["rotations"] > 1 else None,
+        "turn": last.turn if asked["rotations"] > 1 else None,
     }
     with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **{name: values for name, values in found.items() if values is not None})
@@ -114,14 +114,25 @@ class _Found:
     scores: np.ndarray
     turn: np.ndarray
 
+    def cut(self, k: int) -> _Found:
+        """The first k."""
+        return _Found(*(np.ascontiguousarray(values[:, :k]) for values in (self.rows, self.scores, self.turn)))
+
+    def but(self, gone: np.ndarray) -> _Found:
+        """Without some of them, (q, depth) bool; the others move up."""
+        order = np.argsort(gone, axis=1, kind="stable")
+        filled = ((self.rows, -1), (self.scores, -np.inf), (self.turn, np.nan))
+        return _Found(*(np.take_along_axis(np.where(gone, empty, values), order, 1) for values, empty in filled))
+
 
 @dataclass
 class _Stage:
-    """One way to search, what of it was right, and how long it took."""
+    """One way to search, what of it was right, and how long it took. Some ask anew by what was found before."""
 
     name: str
     way: Callable[[slice, _Found | None], _Found]
     k: int
+    asks_anew: bool = False
     seconds: float = 0.0
     right: list[np.ndarray] = field(default_factory=list)
 
@@ -184,8 +195,9 @@ class _Ways:
             turning = sum(runs.read(one.folder).work.get("seconds", 0.0) for one in self.posed.posed.values())
             found.append(_Stage(f"{asked['rotations']} rotations", self.turned, k, turning))
         if asked["expand"]:
-            found.append(_Stage(f"expanded by {asked['expand']}", self.expanded, k))
+            found.append(_Stage(f"expanded by {asked['expand']}", self.expanded, k, asks_anew=True))
         if asked["rerank"]:
+            self._aggregate()
             found.append(_Stage(f"{asked['rerank']} by {asked['tokens']} tokens", self.by_tokens, k))
         return found
 
@@ -228,6 +240,8 @@ class _Ways:
         _, degrees = self._as_turned(part, before)
         for i, row in enumerate(range(*part.indices(len(self.query)))):
             there = before.rows[i, :m] >= 0
+            if not there.any():
+                continue
             own = rerank.aggregate(self._local(row, degrees[i]), count)
             better[i, there] = rerank.token_score(own, self._tokens(before.rows[i, :m][there]))
         rows, scores, order = rerank.reorder(before.rows, before.scores, better)
@@ -254,15 +268,10 @@ class _Ways:
         gone = hits.rows < 0
         if self.own:
             gone |= self.own[0][part][:, None] == np.append(self.own[1], -1)[hits.rows]
-        order = np.argsort(gone, axis=1, kind="stable")[:, : self.depth]
-        pad = ((0, 0), (0, self.depth - order.shape[1]))
-        filled = ((hits.rows, -1), (hits.scores.astype(np.float32), -np.inf), (degrees, np.nan))
-        return _Found(
-            *(
-                np.pad(np.take_along_axis(np.where(gone, empty, values), order, 1), pad, constant_values=empty)
-                for values, empty in filled
-            )
-        )
+        kept = _Found(hits.rows, hits.scores.astype(np.float32), degrees).but(gone).cut(self.depth)
+        pad = ((0, 0), (0, self.depth - kept.rows.shape[1]))
+        filled = ((kept.rows, -1), (kept.scores, -np.inf), (kept.turn, np.nan))
+        return _Found(*(np.pad(values, pad, constant_values=empty) for values, empty in filled))
 
     def _whitened_space(self) -> _Space:
         """The gallery whitened, by what it has in common itself, and an index of that."""
@@ -295,24 +304,46 @@ class _Ways:
 
     def _tokens(self, rows: np.ndarray) -> np.ndarray:
         """(m, K, d) float32, aggregated tokens of some photographs of the gallery."""
-        return np.stack([self._aggregated[row // PART][row % PART] for row in rows.tolist()]).astype(np.float32)
+        parts = [_mapped(self._part(row // PART))[row % PART] for row in rows.tolist()]
+        return np.stack(parts).astype(np.float32)
 
-    @cached_property
-    def _aggregated(self) -> list[np.ndarray]:
-        """The gallery's aggregated tokens, `PART` photographs a file, made where they are missing."""
+    def _part(self, i: int) -> Path:
+        return self.step.folder / "tokens" / f"{i:05d}.npy"
+
+    def _aggregate(self) -> None:
+        """Write the gallery's aggregated tokens, `PART` photographs a file, where they are missing."""
         n, count = len(self.gallery), self.asked["tokens"]
-        paths = [self.step.folder / "tokens" / f"{i:05d}.npy" for i in range(-(-n // PART))]
-        todo = [i for i, path in enumerate(paths) if not path.is_file()]
+        todo = [i for i in range(-(-n // PART)) if not self._part(i).is_file()]
         for i in runs.progress(todo, "aggregate tokens"):
             part = range(i * PART, min(n, (i + 1) * PART))
             made = [rerank.aggregate(self.gallery.tokens(row).descriptors, count) for row in part]
-            store.write_array(paths[i], np.stack(made).astype(np.float16))
-        return [np.load(path, mmap_mode="r") for path in paths]
+            store.write_array(self._part(i), np.stack(made).astype(np.float16))
 
 
-def _joined(parts: Sequence[_Found], lost: int, depth: int) -> _Found:
+@lru_cache(store.MAPS)
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+def _found(stages: Sequence[_Stage], part: slice, truth: Truth) -> tuple[_Found, np.ndarray]:
+    """What some queries find, and (q,) float32 the score of the first hit when their right answers are not there."""
+    found, anew = None, None
+    for i, stage in enumerate(stages):
+        if stage.asks_anew:
+            anew = i, found
+        found = stage(part, found, truth)
+    assert found is not None
+    alone = found
+    if anew and anew[1] is not None:  # a query must not be expanded by answers that are not there
+        alone = anew[1].but(truth.right(anew[1].rows, part))
+        for stage in stages[anew[0] :]:
+            alone = stage.way(part, alone)
+    return found, _first_wrong(alone, truth.right(alone.rows, part))
+
+
+def _joined(parts: Sequence[_Found], lost: int, k: int) -> _Found:
     """All queries in order, then those that were not embedded, which find nothing."""
-    shape = (lost, depth)
+    shape = (lost, k)
     nothing = _Found(np.full(shape, -1), np.full(shape, -np.inf, np.float32), np.full(shape, np.nan))
     names = ("rows", "scores", "turn")
     return _Found(*(np.concatenate([getattr(part, name) for part in [*parts, nothing]]) for name in names))

@@ -28,7 +28,7 @@ class Alignment(Generic[P]):
         pose: the pose of A that was best.
         matches: between A's tokens in that pose and B's, (m).
         xy_a: (m, 2) float32 pixels of the upright A.
-        xy_b: (m, 2) float32 pixels of B, refined as far as was asked and as they were found.
+        xy_b: (m, 2) float32 pixels of B, refined as far as was asked, and where they were found.
         geometry: A -> B.
     """
 

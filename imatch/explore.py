@@ -173,7 +173,7 @@ class Explorer(widgets.VBox):
         self.crop = widgets.SelectionSlider(options=[1.0], description="crop", style=style)
         self.angle = widgets.SelectionSlider(options=[0.0], description="angle", style=style)
         self.rank = widgets.Dropdown(description="candidate", layout=wide, style=style)
-        self.similarity = widgets.FloatSlider(0, min=0, max=1, step=0.01, description="similarity", style=style)
+        self.similarity = widgets.FloatSlider(-1, min=-1, max=1, step=0.01, description="similarity", style=style)
         self.most = widgets.IntSlider(200, min=0, max=2000, step=10, description="most lines", style=style)
         self.inliers = widgets.Checkbox(True, description="inliers only", indent=False)
         self.model = widgets.Dropdown(options=list(geometry.MODELS), description="geometry", style=style)
@@ -285,7 +285,7 @@ class Explorer(widgets.VBox):
         self._opened = opened
         with self._fill():
             self.model.value, self.threshold.value = opened.estimator.model, opened.estimator.threshold
-            self.similarity.value = 0.0
+            self.similarity.value = -1.0
         self._as_opened = self._found_from()
         pair = opened.pair
         thumbnails = [_thumbnail(path, size) for path, size in zip(pair.paths, pair.sizes, strict=True)]
@@ -307,9 +307,9 @@ class Explorer(widgets.VBox):
         if self._opened is None:
             return
         pair, self._clicked = self._opened.pair, None
-        alike = np.flatnonzero(pair.matches.similarity >= self.similarity.value)
-        found = pair.geometry
+        alike, found = np.arange(len(pair.matches)), pair.geometry
         if self._found_from() != self._as_opened:
+            alike = np.flatnonzero(pair.matches.similarity >= self.similarity.value)
             estimator = replace(self._opened.estimator, model=self.model.value, threshold=self.threshold.value)
             found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes)
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]

@@ -151,7 +151,7 @@ def test_one_photograph_with_nothing_to_match_goes_through_every_notebook(tmp_pa
     options = ["-p", "direction", "data-data", "-p", "outputs", "[json]", "-p", "angles", "[0]"]
     done = run("params/folder.yaml", "-p", "dataset", tmp_path / "one", "--exports", tmp_path / "exports", *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "run: 0 queries" in done.stdout
+    assert "run: 1 queries" in done.stdout
 
 
 def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs):

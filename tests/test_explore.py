@@ -329,6 +329,21 @@ def test_a_label_that_could_not_be_written_is_not_shown(explorer, monkeypatch):
     assert "No space left" in explorer.said.value
 
 
+def test_correspondences_that_are_unlike_are_drawn_too(few_photographs, tmp_path):
+    data = embedded(few_photographs, tmp_path / "exports")
+    index = searched(data, referenced(data, angles=(0,))[1], "reference-data", tag="")[0]
+    step, *_ = matched(index, outputs=["npy"], matcher_options={"min_similarity": -1.0})
+    path = viz.pair_path(step, store.read_rows(step.folder / "pairs.jsonl")[0]).with_suffix(".npy")
+    table = np.load(path)
+    table["similarity"][-5:] = -0.5  # descriptors of a network can point away from each other
+    np.save(path, table)
+    explorer = imatch.browse(step)
+    explorer.inliers.value, explorer.most.value = False, 2000
+    assert drawn(explorer) == len(table)
+    explorer.similarity.value = 0.0
+    assert drawn(explorer) == len(table) - 5
+
+
 def test_the_way_back_from_an_upload(explorer, few_photographs):
     before = explorer.said.value
     for upload in explorer.uploads:

@@ -13,7 +13,7 @@ from imatch.images import Decoded
 from imatch.poses import Pose
 from imatch.records import ImatchError, StepError
 from imatch.steps.match import Matched
-from imatch.steps.poses import embed_poses, tried
+from imatch.steps.poses import embed_poses, worth_trying
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
 
 
@@ -124,7 +124,7 @@ def test_a_zoom_that_fits_no_patch_is_said_before_anything_is_written(few_photog
 
 def test_a_backbone_that_turns_needs_no_poses(few_photographs, tmp_path, capsys):
     step = embedded(few_photographs, tmp_path)
-    assert tried(step, poses.poses(8)) == [poses.UPRIGHT]
+    assert worth_trying(step, poses.poses(8)) == [poses.UPRIGHT]
     assert "sift turns and zooms with its photographs" in capsys.readouterr().out
     data, references = step, referenced(step)[1]
     started = indexed(data, references, "reference-data", rotations=8)

@@ -17,7 +17,7 @@ from imatch.calibrate import Threshold
 from imatch.records import ImatchError, ImatchWarning, Ranking, StepError
 from imatch.runs import Step
 from imatch.searcher import Searcher
-from imatch.steps.poses import tried
+from imatch.steps.poses import worth_trying
 from imatch.steps.search import search_stages
 from imatch.steps.send import sink_of
 from imatch.steps.shared import (
@@ -137,7 +137,7 @@ def start_index(
             f"whiten {whiten}: {of_gallery['photographs']} vectors of {of_gallery['global_dimension']} numbers give at "
             f"most {most} axes"
         )
-    tries = tried(found[sides["query"]], poses.poses(rotations))
+    tries = worth_trying(found[sides["query"]], poses.poses(rotations))
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
     folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{tagged(tag)}"

@@ -24,7 +24,7 @@ from imatch.records import Geometry, ImatchError, Matches, Pair, PhotographError
 from imatch.runs import Step
 from imatch.steps import pairs as sources
 from imatch.steps.pairs import Candidate, Source
-from imatch.steps.poses import embed_poses, open_poses, tried
+from imatch.steps.poses import embed_poses, open_poses, worth_trying
 from imatch.steps.shared import flat_name, pair_path, query_and_gallery, sides, tagged, views_by_id
 from imatch.store import Row
 
@@ -108,13 +108,13 @@ def start_match(
         "outputs": sorted(outputs),
     }
     aligner(parameters, None)  # refuses bad values before anything is written
-    tries = tried(planned.query, poses.poses(rotations, zooms))
+    tries = worth_trying(planned.query, poses.poses(rotations, zooms))
     parameters["poses"] = [dataclasses.asdict(pose) for pose in tries]
     folder = planned.folder.with_name(f"{planned.folder.name}{tagged(tag)}")
     return runs.start(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
 
 
-def match(step: Step, *, devices: str = "auto", workers: int = -1) -> list[Row]:
+def match(step: Step, *, devices: str = "auto", workers: int = -1, batch_size: int = 8) -> list[Row]:
     """Match every query with its candidates, those that are missing.
 
     Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
@@ -122,7 +122,7 @@ def match(step: Step, *, devices: str = "auto", workers: int = -1) -> list[Row]:
 
     Args:
         step: of `start_match`.
-        devices: where a network embeds queries in other poses, as in `embed`.
+        devices, batch_size: as in `embed`, for queries in other poses.
         workers: processes; -1 is one a core, 0 none.
 
     Returns:
@@ -135,9 +135,15 @@ def match(step: Step, *, devices: str = "auto", workers: int = -1) -> list[Row]:
         ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
     """
     if not step.finished:
-        folder, on_change = sides(step)[0].folder, step.on_change
         _check_memory(step)
-        embed_poses(folder, poses_of(step), devices=devices, workers=workers, on_change=on_change)
+        embed_poses(
+            sides(step)[0].folder,
+            poses_of(step),
+            devices=devices,
+            workers=workers,
+            batch_size=batch_size,
+            on_change=step.on_change,
+        )
         if aligner(step.parameters, None).matcher.device.startswith("cuda"):
             workers = 0  # a forked process cannot use a GPU that this one may have used
         job = _Match(step)
@@ -201,7 +207,7 @@ def _check_memory(step: Step) -> None:
 
 def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
     """Say how many pairs there are. Of many, match some, evenly spread, to see what one takes, and refuse what cannot
-    fit onto the disk or into memory."""
+    fit onto the disk."""
     pairs, folder = sum(block.end - block.first for block in todo), job.step.folder
     print("\n".join([*job.source.said, f"{pairs} pairs to match"]))
     if pairs < MANY:
@@ -218,16 +224,14 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
             taken[path.suffix[1:]] += path.stat().st_size
     hours = (time.perf_counter() - start) / SAMPLE * pairs / 3600
     gb = {name: size / SAMPLE * pairs / 2**30 for name, size in sorted(taken.items())}
-    needs = {"disk": sum(gb.values()), "memory": ROW * pairs / 2**30}
-    free = {"disk": shutil.disk_usage(folder).free / 2**30, "memory": psutil.virtual_memory().available / 2**30}
-    by_output = ", ".join(f"{name} {size:.1f}" for name, size in gb.items())
-    print(f"about {needs['disk']:.1f} GB ({by_output}), {needs['memory']:.1f} GB of memory, {hours:.1f} h on one core")
-    for what, wanted in needs.items():
-        if wanted > free[what]:
-            raise ImatchError(
-                f"{pairs} pairs take about {wanted:.1f} GB of {what}, and {free[what]:.1f} GB are free for {folder}: "
-                "give a CSV of fewer pairs, fewer outputs (-p outputs '[npy]'), or another disk with --exports"
-            )
+    wanted, free = sum(gb.values()), shutil.disk_usage(folder).free / 2**30
+    by_output, memory = ", ".join(f"{name} {size:.1f}" for name, size in gb.items()), ROW * pairs / 2**30
+    print(f"about {wanted:.1f} GB ({by_output}), {memory:.1f} GB of memory, {hours:.1f} h on one core")
+    if wanted > free:
+        raise ImatchError(
+            f"{pairs} pairs take about {wanted:.1f} GB of disk, and {free:.1f} GB are free for {folder}: "
+            "give a CSV of fewer pairs, fewer outputs (-p outputs '[npy]'), or another disk with --exports"
+        )
 
 
 class _Match:
@@ -411,7 +415,15 @@ def aligned(
     paths: tuple[Path, Path],
 ) -> Alignment[Pose]:
     """One pair. A photograph that is gone or broken by now must not end a run: its pixels are not compared, and the
-    pair is not verified."""
+    pair is not verified.
+
+    Args:
+        align: of `aligner`.
+        seen: A's tokens in each pose.
+        b: B's tokens.
+        sizes: (h, w) of A and of B, upright.
+        paths: of the two photographs.
+    """
     try:
         return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])))
     except PhotographError as error:

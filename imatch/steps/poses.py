@@ -19,7 +19,7 @@ from imatch.steps.embed import embed, finish_embed
 from imatch.store import Embeddings
 
 
-def tried(step: Step, poses: Sequence[Pose]) -> list[Pose]:
+def worth_trying(step: Step, poses: Sequence[Pose]) -> list[Pose]:
     """The poses that are worth trying with a step's backbone: the upright one alone, which is said, if it turns and
     zooms with its photographs.
 
@@ -36,7 +36,13 @@ def tried(step: Step, poses: Sequence[Pose]) -> list[Pose]:
 
 
 def embed_poses(
-    folder: Path, poses: Sequence[Pose], *, devices: str = "auto", workers: int = -1, on_change: str = "refuse"
+    folder: Path,
+    poses: Sequence[Pose],
+    *,
+    devices: str = "auto",
+    workers: int = -1,
+    batch_size: int = 8,
+    on_change: str = "refuse",
 ) -> Posed:
     """Embed the photographs of a finished step of embeddings in other poses, those that are missing.
 
@@ -45,7 +51,7 @@ def embed_poses(
     Args:
         folder: of the 01_embed or 02_references step.
         poses: of `poses.poses`.
-        devices, workers: as in `embed`.
+        devices, workers, batch_size: as in `embed`.
         on_change: as in `start_embed`.
 
     Raises:
@@ -58,7 +64,7 @@ def embed_poses(
         step = _start(source, pose, on_change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
-            embeddings = embed(step, devices=devices, workers=workers, max_skipped=1.0)
+            embeddings = embed(step, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0)
         _check_whole(upright, embeddings)
         finish_embed(step, embeddings)
     return open_poses(folder, poses)

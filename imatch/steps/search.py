@@ -6,12 +6,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from imatch import evaluate, intervals, poses, positions, rerank, runs, searcher, store
+from imatch.poses import Pose
 from imatch.positions import Places
 from imatch.records import Hits, ImatchError, ImatchWarning, Ranking, StepError, Truth
 from imatch.rerank import Whitening
@@ -37,6 +38,7 @@ def search(
     *,
     devices: str = "auto",
     workers: int = -1,
+    batch_size: int = 8,
 ) -> Ranking:
     """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
 
@@ -44,16 +46,18 @@ def search(
     asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
     before, and what each adds is measured on the same queries (`search_stages`).
 
-    Writes ranking.npz and stages.json.
+    Writes ranking.npz and stages.json; for whiten also whitening.npz, whitened.npy and index_whitened/, for rerank
+    tokens/, for rotations a step a turn beside that of the queries.
 
     Args:
         step: of `start_index`.
         index: of `build_index`.
         query, gallery: the two sides.
-        devices, workers: of `embed`, for queries that are turned.
+        devices, workers, batch_size: of `embed`, for queries that are turned.
 
     Raises:
-        ImatchError: truth by position, and no positions or headings are known; more dimensions than whitening can have.
+        ImatchError: truth by position, and no positions or headings are known.
+        StepError: of `embed_poses`.
     """
     if step.finished:
         return read_ranking(step)
@@ -66,10 +70,10 @@ def search(
     kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
     depth = max(k, int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
     depth = max(k, min(depth, len(gallery)))
-    ways = _Ways(step, index, query, gallery, depth, own, int(kin.max()), devices, workers)
-    stages = ways.stages()
-    hits, numbers = depth + int(kin.max()), query.vectors.shape[1]
-    block = max(1, BLOCK // max(hits * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
+    turn = partial(embed_poses, devices=devices, workers=workers, batch_size=batch_size, on_change=step.on_change)
+    ways = _Ways(step, index, query, gallery, depth, own, min(len(gallery), depth + int(kin.max())), turn)
+    stages, numbers = ways.stages(), query.vectors.shape[1]
+    block = max(1, BLOCK // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
     parts, without = [], []
     for first in runs.progress(range(0, len(query), block), "search"):
         part = slice(first, min(first + block, len(query)))
@@ -78,7 +82,7 @@ def search(
         without.append(alone)
     last = _joined(parts, len(lost), k)
     metres = here.metres(there, last.rows) if here and there and here.system == there.system else None
-    found = {
+    ranking = {
         "rows": last.rows,
         "scores": last.scores,
         "right": truth.right(last.rows),
@@ -89,15 +93,19 @@ def search(
         "turn": last.turn if asked["rotations"] > 1 else None,
     }
     with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: values for name, values in found.items() if values is not None})
+        np.savez(file, **{name: values for name, values in ranking.items() if values is not None})
     names = [row["id"] for row in about]
     store.write_json(step.folder / "stages.json", _added(stages, truth.count, names, clusters(step, about), asked))
-    return Ranking(**found)
+    return Ranking(**ranking)
 
 
 def search_stages(step: Step) -> list[Row]:
     """What each option of the search added: rows as `evaluate.stage_table` takes them, the plain search first."""
     return list(store.read_json(step.folder / "stages.json"))
+
+
+NOTHING = (-1, -np.inf, np.nan)
+"""Row, score and turn where there is no hit."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,22 @@ class _Found:
     def but(self, gone: np.ndarray) -> _Found:
         """Without some of them, (q, depth) bool; the others move up."""
         order = np.argsort(gone, axis=1, kind="stable")
-        filled = ((self.rows, -1), (self.scores, -np.inf), (self.turn, np.nan))
-        return _Found(*(np.take_along_axis(np.where(gone, empty, values), order, 1) for values, empty in filled))
+        return _Found(
+            *(
+                np.take_along_axis(np.where(gone, empty, values), order, 1)
+                for values, empty in zip((self.rows, self.scores, self.turn), NOTHING, strict=True)
+            )
+        )
+
+    def filled(self, depth: int) -> _Found:
+        """With nothing behind them, up to a depth."""
+        pad = ((0, 0), (0, depth - self.rows.shape[1]))
+        return _Found(
+            *(
+                np.pad(values, pad, constant_values=empty)
+                for values, empty in zip((self.rows, self.scores, self.turn), NOTHING, strict=True)
+            )
+        )
 
 
 @dataclass
@@ -165,7 +187,15 @@ class _Space:
 
 
 class _Ways:
-    """The ways to search that a step asks for, each on top of the one before."""
+    """The ways to search that a step asks for, each on top of the one before.
+
+    Args:
+        step, index, query, gallery: of `search`.
+        depth: hits that are kept a query.
+        own: what is left out.
+        deep: hits that are asked for a query, so that `depth` are left.
+        turn: embeds the queries of a folder in poses.
+    """
 
     def __init__(
         self,
@@ -175,13 +205,11 @@ class _Ways:
         gallery: Embeddings,
         depth: int,
         own: Own,
-        kin: int,
-        devices: str,
-        workers: int,
+        deep: int,
+        turn: Callable[[Path, Sequence[Pose]], Posed],
     ) -> None:
         self.step, self.asked, self.query, self.gallery = step, step.parameters, query, gallery
-        self.depth, self.own, self.devices, self.workers = depth, own, devices, workers
-        self.deep = min(len(gallery), depth + kin)
+        self.depth, self.own, self.deep, self.turn = depth, own, deep, turn
         self.space = self.plain_space = _Space(index)
 
     def stages(self) -> list[_Stage]:
@@ -203,9 +231,7 @@ class _Ways:
 
     @cached_property
     def posed(self) -> Posed:
-        turns = poses.poses(self.asked["rotations"])
-        on_change = self.step.on_change
-        return embed_poses(self.query.folder, turns, devices=self.devices, workers=self.workers, on_change=on_change)
+        return self.turn(self.query.folder, poses.poses(self.asked["rotations"]))
 
     def plain(self, part: slice, _: _Found | None) -> _Found:
         return self._kept(part, self.plain_space.search(self.query.vectors[part], self.deep))
@@ -268,10 +294,8 @@ class _Ways:
         gone = hits.rows < 0
         if self.own:
             gone |= self.own[0][part][:, None] == np.append(self.own[1], -1)[hits.rows]
-        kept = _Found(hits.rows, hits.scores.astype(np.float32), degrees).but(gone).cut(self.depth)
-        pad = ((0, 0), (0, self.depth - kept.rows.shape[1]))
-        filled = ((kept.rows, -1), (kept.scores, -np.inf), (kept.turn, np.nan))
-        return _Found(*(np.pad(values, pad, constant_values=empty) for values, empty in filled))
+        found = _Found(hits.rows, hits.scores.astype(np.float32), degrees)
+        return found.but(gone).cut(self.depth).filled(self.depth)
 
     def _whitened_space(self) -> _Space:
         """The gallery whitened, by what it has in common itself, and an index of that."""
@@ -343,8 +367,7 @@ def _found(stages: Sequence[_Stage], part: slice, truth: Truth) -> tuple[_Found,
 
 def _joined(parts: Sequence[_Found], lost: int, k: int) -> _Found:
     """All queries in order, then those that were not embedded, which find nothing."""
-    shape = (lost, k)
-    nothing = _Found(np.full(shape, -1), np.full(shape, -np.inf, np.float32), np.full(shape, np.nan))
+    nothing = _Found(np.zeros((lost, 0), int), np.zeros((lost, 0), np.float32), np.zeros((lost, 0))).filled(k)
     names = ("rows", "scores", "turn")
     return _Found(*(np.concatenate([getattr(part, name) for part in [*parts, nothing]]) for name in names))
 
@@ -397,9 +420,7 @@ def read_ranking(step: Step) -> Ranking:
         return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})
 
 
-def _left_out(
-    step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _left_out(step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]) -> Own:
     """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
     same, siblings = query.folder == gallery.folder, step.parameters["exclude_siblings"]
     if siblings and (same or step.parameters["truth"] != "photograph"):
@@ -422,7 +443,7 @@ def _truth(
     gallery_shows: Sequence[str],
     here: Places | None,
     there: Places | None,
-    own: tuple[np.ndarray, np.ndarray] | None,
+    own: Own,
 ) -> Truth:
     parameters = step.parameters
     if parameters["truth"] == "photograph":

@@ -7,7 +7,7 @@ of their pixels.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -148,35 +148,29 @@ def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
     >>> checkerboard(pair).shape
     (40, 60, 3)
     """
-    if flaw := _flaw(pair):
-        return _words(flaw, pair, style)
-    warped, covered, below = _warped(pair, style)
-    y, x = np.indices(covered.shape) * SQUARES // max(covered.shape)
-    picture = np.where((covered & ((x + y) % 2 == 0))[..., None], warped, below)
-    _outline(picture, pair, _Onto.of(pair.sizes[1], below), 1)
-    return picture
+
+    def squares(warped: np.ndarray, covered: np.ndarray, below: np.ndarray) -> np.ndarray:
+        y, x = np.indices(covered.shape) * SQUARES // max(covered.shape)
+        return np.where((covered & ((x + y) % 2 == 0))[..., None], warped, below)
+
+    return _laid_onto(pair, style, squares)
 
 
 def blend(pair: Pair, style: Style = PLAIN) -> np.ndarray:
-    """B, and half transparent on it A, warped: what does not fit is seen twice.
+    """B, and half transparent on it A, warped: what does not fit is seen twice. Otherwise as `checkerboard`."""
 
-    Where A does not reach, B is shown; where no matrix can warp it, words say so.
+    def halves(warped: np.ndarray, covered: np.ndarray, below: np.ndarray) -> np.ndarray:
+        return np.where(covered[..., None], cv2.addWeighted(warped, 0.5, below, 0.5, 0), below)
 
-    Args:
-        pair: what to draw.
-        style: how; its `side` counts.
+    return _laid_onto(pair, style, halves)
 
-    >>> from imatch.records import Geometry, Matches
-    >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
-    >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
-    >>> pair = Pair({}, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)
-    >>> blend(pair).shape
-    (40, 60, 3)
-    """
+
+def _laid_onto(pair: Pair, style: Style, mix: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """A picture mixed from A warped onto B, where it covers B, and B; with A's outline, or words why there is none."""
     if flaw := _flaw(pair):
         return _words(flaw, pair, style)
     warped, covered, below = _warped(pair, style)
-    picture = np.where(covered[..., None], cv2.addWeighted(warped, 0.5, below, 0.5, 0), below)
+    picture = mix(warped, covered, below)
     _outline(picture, pair, _Onto.of(pair.sizes[1], below), 1)
     return picture
 

@@ -1,5 +1,6 @@
 """What a person sees: a real JupyterLab in a headless Chromium runs 04_match and uses the explorer in it."""
 
+import inspect
 import io
 import json
 import os
@@ -44,7 +45,8 @@ def workspace(tmp_path_factory, demo_photographs):
     _, tokens = referenced(data, kind="legacy", angles=(0, 15, 90), crops=(0.75,))
     index, *_ = searched(data, tokens, "reference-data", tag="")
     asked = {name: parameter.default for name, parameter in batch.schema(ROOT / "notebooks" / "04_match.ipynb").items()}
-    matched(index, **{name: asked[name] for name in asked if name not in ("index_step", "workers")})
+    wanted = inspect.signature(imatch.start_match).parameters.keys() - {"index_step"}
+    matched(index, **{name: value for name, value in asked.items() if name in wanted})
     path = folder / "notebooks" / "04_match.ipynb"
     notebook = nbformat.read(path, 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

@@ -20,9 +20,10 @@ from imatch.records import ImatchError, Matches, Tokens
 TILE = 2**21
 """How many similarities are in memory at once: 16 MB in float64, and a few copies of them."""
 FEW = 4
-"""So many candidates a row are compared one by one; of more, all are compared at once."""
-PART = 128
-"""Pairs that are compared exactly at once: their descriptors stay in the processor's cache."""
+"""So many candidates a descriptor are compared one by one; of more, all are compared at once."""
+PART = 2**15
+"""So many numbers a side are compared exactly at once: they stay in the processor's cache, and torch takes them on one
+thread (up to its grain size of 32,768), as waking another costs more than the work."""
 GRAIN = 2.0**-26
 """Directions are rounded to multiples of this."""
 
@@ -139,7 +140,7 @@ def nearest(a: Tensor, b: Tensor, k: int) -> tuple[Nearest, Nearest]:
     def found() -> Iterator[tuple[Nearest, Nearest]]:
         for rows in a.split(n):
             rough = torch.mm(rows.float(), rough_b.T, out=product[: len(rows)])
-            yield _nearest(rows, b, rough), _nearest(b, rows, rough.T)
+            yield _nearest(rows, b, rough)
 
     return _joined(found(), k)
 
@@ -183,22 +184,30 @@ def _joined(tiles: Iterable[tuple[Nearest, Nearest]], k: int) -> tuple[Nearest, 
     return Nearest(*map(torch.cat, zip(*of_rows, strict=True))), of_columns
 
 
-def _nearest(rows: Tensor, others: Tensor, rough: Tensor) -> Nearest:
-    """The exactly nearest of (m, d) others for each of (n, d) rows, from their rough cosines (n, m) in float32."""
-    n, m, d = *rough.shape, rows.shape[1]
+def _nearest(a: Tensor, b: Tensor, rough: Tensor) -> tuple[Nearest, Nearest]:
+    """The exactly nearest of B (m, d) for each of A (n, d), and of A for each of B; rough is (n, m) float32 cosines."""
+    n, m, d = *rough.shape, a.shape[1]
     if not n or not m:
-        return Nearest(rough.new_empty(n, min(1, m)), torch.empty(n, min(1, m), dtype=torch.int64, device=rough.device))
+        return largest([rough], 1)
     # a product of float32 is off by (d + 2) 2^-24 at most, since norms are 1; twice that, and the rounding of the end
     slack = (d + 2) * 2.0**-23 + 2.0**-22
-    i, j = torch.nonzero(rough >= rough.amax(dim=1, keepdim=True) - slack, as_tuple=True)
-    if len(i) > FEW * n:  # many descriptors are equal
-        return _largest((rows @ others.T).float(), 1)
-    exact = [torch.linalg.vecdot(rows[p], others[q]) for p, q in zip(i.split(PART), j.split(PART), strict=True)]
+    likely = (rough >= rough.amax(dim=1, keepdim=True) - slack) | (rough >= rough.amax(dim=0) - slack)
+    i, j = torch.nonzero(likely, as_tuple=True)
+    if len(i) > FEW * (n + m):  # many descriptors are equal
+        return largest([(a @ b.T).float()], 1)
+    part = max(1, PART // d)
+    exact = [torch.linalg.vecdot(a[p], b[q]) for p, q in zip(i.split(part), j.split(part), strict=True)]
     score = torch.cat(exact).float()
-    order = torch.argsort(score, descending=True, stable=True)
-    order = order[torch.argsort(i[order], stable=True)]  # by row, best first; of equal ones the smaller index
-    first = order[torch.searchsorted(i, torch.arange(n, device=i.device))]
-    return Nearest(score[first, None], j[first, None])
+    return _best(i, j, score, n), _best(j, i, score, m)
+
+
+def _best(of: Tensor, other: Tensor, score: Tensor, n: int) -> Nearest:
+    """The best pair of each of n rows: `of` names the row of each pair, each at least once, `other` its partner."""
+    order = torch.argsort(other, stable=True)
+    order = order[torch.argsort(score[order], descending=True, stable=True)]
+    order = order[torch.argsort(of[order], stable=True)]  # by row, best first; of equal ones the smaller index
+    first = order[torch.searchsorted(of[order], torch.arange(n, device=of.device))]
+    return Nearest(score[first, None], other[first, None])
 
 
 def _largest(scores: Tensor, k: int) -> Nearest:

@@ -8,7 +8,9 @@ import platform
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -37,7 +39,9 @@ class Step:
         links: paths of the steps it reads, relative to `folder`.
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
-        work: for the record, too: {"photographs", "seconds"} of what was computed, over all runs that came to an end.
+        work: for the record, too, what was computed over all runs, that of several processes added up: {"photographs",
+            "seconds"} and, of embeddings, the seconds of them in "forward" passes, in "wait" for photographs, and in
+            "decode" and "write" beside those.
     """
 
     folder: Path
@@ -70,9 +74,9 @@ class Step:
         self.device = device
         self._write()
 
-    def did(self, photographs: int, seconds: float) -> None:
+    def did(self, work: Mapping[str, float]) -> None:
         """Add to the record of what an unfinished step has computed."""
-        for name, amount in (("photographs", photographs), ("seconds", seconds)):
+        for name, amount in work.items():
             self.work[name] = round(self.work.get(name, 0) + amount, 3)
         self._write()
 
@@ -268,6 +272,34 @@ def parallel(
             f"{what}: a worker process was killed ({error}), mostly for want of memory: use fewer (-p workers 1) "
             "and run the same command again, it goes on where it stopped"
         ) from error
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Iterator[R]:
+    """`function(item)` for every item, in order, computed by threads some items ahead.
+
+    Args:
+        function: releases Python's lock for most of its time, as decoders do; what it raises ends the loop.
+        items: may come one by one; they are taken in this thread.
+        workers: threads; 0 runs here.
+        depth: results that wait at most.
+
+    >>> list(ahead(abs, [-1, 2], workers=2, depth=4))
+    [1, 2]
+    """
+    if not workers:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, delay: float = 1) -> Iterator[T]:

@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -239,8 +240,22 @@ def shard_rows(folder: Path) -> dict[int, list[Row]]:
     return {int(path.stem): read_rows(path) for path in sorted((folder / "local").glob("*.jsonl"))}
 
 
-def merge(folder: Path) -> None:
-    """Gather the shards' vectors and rows: global.npy, skipped.jsonl and, last, images.jsonl."""
+def is_whole(folder: Path, shard: int) -> bool:
+    """Whether a shard is there in full."""
+    return (folder / "local" / f"{shard:05d}.jsonl").is_file()
+
+
+def write_work(folder: Path, shard: int, work: Mapping[str, float]) -> None:
+    """Put down what a shard took, until `merge` adds it up: processes that know nothing of each other write shards."""
+    write_json(folder / "local" / f"{shard:05d}.work.json", dict(work))
+
+
+def merge(folder: Path) -> dict[str, float]:
+    """Gather the shards' vectors and rows: global.npy, skipped.jsonl and, last, images.jsonl.
+
+    Returns:
+        What the shards took (`write_work`), added up.
+    """
     shards = shard_rows(folder)
     rows = [row for shard in sorted(shards) for row in shards[shard]]
     images = [row for row in rows if "skipped" not in row]
@@ -254,13 +269,17 @@ def merge(folder: Path) -> None:
         for part in parts:  # one at a time, so that memory does not grow with the number of photographs
             file.write(np.load(part).data.cast("B"))
     write_rows(folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
+    work: Counter[str] = Counter()
+    for path in (folder / "local").glob("*.work.json"):
+        work.update(read_json(path))
     write_rows(folder / "images.jsonl", images)
     remove_parts(folder)
+    return dict(work)
 
 
 def remove_parts(folder: Path) -> None:
     """Remove what merging has made needless."""
-    for pattern in ("*.jsonl", "*.global.npy"):
+    for pattern in ("*.jsonl", "*.global.npy", "*.work.json"):
         for path in (folder / "local").glob(pattern):
             path.unlink()
 
@@ -268,7 +287,7 @@ def remove_parts(folder: Path) -> None:
 def remove_shard(folder: Path, shard: int) -> None:
     """Remove a shard, its mark of being whole first."""
     base = folder / "local" / f"{shard:05d}"
-    for suffix in (".jsonl", ".npy", ".xy.npy", ".global.npy"):
+    for suffix in (".jsonl", ".npy", ".xy.npy", ".global.npy", ".work.json"):
         base.with_suffix(suffix).unlink(missing_ok=True)
 
 

@@ -26,7 +26,7 @@ FLOORS = [
         "pictures",
     },
     {"runs"},
-    {"backbones", "references", "indexes", "matching", "sinks"},
+    {"backbones", "references", "indexes", "matching", "sinks", "engines"},
     {"searcher", "poses", "aligning"},
     {"evaluate", "steps", "demo", "denseft"},
     {"labels"},

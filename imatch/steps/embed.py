@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import queue
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context, parent_process
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from imatch import backbones, images, poses, registry, runs, store
+from imatch import backbones, engines, images, poses, registry, runs, store
 from imatch.backbones import Backbone
+from imatch.engines import Engine, Place
+from imatch.engines.local import Local
+from imatch.engines.processes import Processes
 from imatch.images import Decoded, Resize
 from imatch.poses import UPRIGHT, Pose
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.runs import Step
-from imatch.steps.shared import decodable, named, run_and_dataset, tagged, view_rows
+from imatch.steps.shared import LOCAL, decodable, named, run_and_dataset, tagged, view_rows
 from imatch.store import Embeddings, Row
-
-if TYPE_CHECKING:
-    from multiprocessing.context import SpawnProcess
-    from multiprocessing.queues import Queue
 
 ON_ERROR = ("skip", "stop")
 HELD = 2**28
 """Bytes of decoded photographs that may wait for others of their shape."""
+GROUP = 4
+"""Cores of a CPU that work together on one forward pass, where several processes share it."""
+SEEN = "seen.jsonl"
+"""What is remembered of the photographs' files (`_Seen`)."""
 
 
 def start_embed(
@@ -133,6 +136,7 @@ def chosen(step: Step) -> dict[str, Row]:
 def embed(
     step: Step,
     *,
+    engine: Engine = LOCAL,
     devices: str = "auto",
     workers: int = -1,
     batch_size: int = 8,
@@ -141,14 +145,16 @@ def embed(
 ) -> Embeddings:
     """Compute the tokens of a step's photographs, those that are missing.
 
-    Headers are checked first; photographs are decoded in worker processes, go through the backbone in batches
-    of one shape, and a shard is written while the next is computed. What cannot be decoded goes to skipped.jsonl.
+    Headers are checked first; photographs are decoded by threads, go through the backbone in batches of one shape, and
+    a shard is written while the next is computed. What cannot be decoded goes to skipped.jsonl.
 
     Args:
         step: from `start_embed` or `start_reference_tokens`.
+        engine: of `engines.create`. The bytes are the same with all of them.
         devices: where a network runs: "auto" (all GPUs, else the CPU), "cpu", or several, such as "cuda:0,cuda:1".
-            Each of several gets a process and shards of its own; the bytes are those of one.
-        workers: processes that decode; -1 is one a core, 0 none.
+            Each of several gets a process of its own. On a CPU, "auto" with engine "processes" or "dask" is one process
+            for every four cores, and at least two.
+        workers: threads that decode; -1 is one a core, 0 none.
         batch_size: photographs a forward pass.
         on_error: "skip" leaves bad photographs out and says so; "stop" ends at the first.
         max_skipped: the share of bad photographs past which the run stops by itself (one alone never stops it).
@@ -157,13 +163,16 @@ def embed(
         PhotographError: the first bad photograph, with on_error="stop".
         StepError: photographs changed since the last run and the step may not recompute.
         ImatchError: no photographs, none that could be used, or too many bad ones. What was finished stays.
+        PartDoneError: see `engines.do`.
     """
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
+    if engine.shard and step.on_change == "recompute":
+        raise ImatchError("parts of a step cannot make it anew: run it once without a shard, or without on_change")
     root = step.linked("photographs")
     about = chosen(step)
     ids = sorted(about)
-    seen = _Seen(step.folder / "seen.jsonl", root)
+    seen = _Seen(step.folder / SEEN, root)
     bad = _Bad(len(ids), on_error, max_skipped, step)
     seen.check_headers(ids)
     for id in ids:
@@ -176,25 +185,23 @@ def embed(
     for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
     todo = _thin(step, plan, todo, seen, bad)
-    work = _Work(step, {shard: plan[shard] for shard in todo}, about, workers, batch_size, on_error, max_skipped)
-    if todo:
-        used = devices_of(step, devices)
+    jobs = [_Shard(number, [seen[id] for id in plan[number]], [about[id] for id in plan[number]]) for number in todo]
+    if not store.is_merged(step.folder):
+        used = devices_of(step, devices, several=engine != LOCAL)
         step.runs_on(",".join(used))
-        if len(used) == 1:
-            seconds = work(used[0], seen, bad)
-        else:
-            seen.save()
-            seconds = _on_each(work, used)
-            seen = _Seen(seen.path, root)
-            seen.check_headers(ids)
-            for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
-                bad.add(row["id"], row["skipped"])  # each part has counted its own
-        step.did(sum(len(plan[shard]) for shard in todo), seconds)
+        work = _Work(step, root, workers, batch_size, on_error)
+        one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
+        with closing(engines.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
+            for row in rows:
+                for id, reason in row["skipped"].items():
+                    bad.add(id, reason)
+        seen = _Seen(seen.path, root)  # with what was remembered of each photograph when its shard was written
+        seen.check_headers(ids)
     seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
             raise ImatchError(f"none of the {len(ids)} photographs in {root} could be used, the first: {bad.first}")
-        store.merge(step.folder)
+        step.did(store.merge(step.folder))
     bad.warn()
     return Embeddings(step.folder)
 
@@ -213,6 +220,12 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
         "photographs_digest": runs.digest([[row["id"], row["sha256"]] for row in decodable(step.folder)]),
     }
     return step.finish(metrics, contents)
+
+
+def _timed_decode(path: Path, resize: Resize, patch: int, degrees: float) -> tuple[Decoded | PhotographError, float]:
+    started = time.perf_counter()
+    decoded = _decode(path, resize, patch, degrees)
+    return decoded, time.perf_counter() - started
 
 
 def _decode(path: Path, resize: Resize, patch: int, degrees: float) -> Decoded | PhotographError:
@@ -259,9 +272,10 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         return list(todo)
     if runs.read(beside).parameters != {**parameters, "variant": "raw"}:
         return list(todo)
-    raw, shards = Embeddings(beside), store.shard_rows(beside)
+    raw, shards, whole = Embeddings(beside), store.shard_rows(beside), runs.read(beside).work
     place = {id: row for row, id in enumerate(raw.ids)}
     left = []
+    step.runs_on(runs.read(beside).device)  # a thinned photograph costs what its raw one did, and where it did
     for shard in runs.progress(todo, "thin"):
         rows = shards.get(shard, [])
         if [row["id"] for row in rows] != list(plan[shard]) or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
@@ -272,203 +286,173 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
                 bad.add(row["id"], row["skipped"])
         tokens = [raw.tokens(place[row["id"]]).thinned(stride) for row in rows if "skipped" not in row]
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
-        _write_shard(step.folder, shard, about, tokens, seen)
-    thinned = sum(len(plan[shard]) for shard in {*todo} - {*left})
-    whole = runs.read(beside)
-    if work := whole.work:  # a thinned photograph costs what its raw one did, and where it did
-        step.runs_on(whole.device)
-        step.did(thinned, thinned * work["seconds"] / work["photographs"])
+        row = {"shard": shard, "work": {name: n * len(rows) / whole["photographs"] for name, n in whole.items()}}
+        _write_shard(step.folder, row, about, tokens, [seen[id] for id in plan[shard]])
     return left
 
 
-def devices_of(step: Step, devices: str) -> list[str]:
-    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs.
+def devices_of(step: Step, devices: str, several: bool = False) -> list[str]:
+    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs, else the CPU: once, or as often as
+    `several` processes share it well.
 
     Raises:
         ImatchError: one that is not there.
     """
     weight, options = step.parameters["weight"], step.parameters["backbone"]
     used = [backbones.create(weight, options, device=name.strip()).device for name in devices.split(",")]
-    if devices != "auto" or used != ["cuda"]:
+    if devices != "auto":
         return used
+    if used == ["cpu"]:
+        return used * max(min(2, registry.cores()), registry.cores() // GROUP) if several else used
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
 @dataclass(frozen=True)
+class _Shard:
+    """A job: the photographs of one shard.
+
+    Attributes:
+        number: of the shard.
+        seen: what is known of each photograph's file (`_Seen`).
+        about: what the registry knows of each.
+    """
+
+    number: int
+    seen: Sequence[Row]
+    about: Sequence[Row]
+
+    @property
+    def readable(self) -> list[str]:
+        """The ids of those whose headers are good."""
+        return [row["id"] for row in self.seen if not row["problem"]]
+
+
+@dataclass(frozen=True)
 class _Work:
-    """The shards that are missing, and how to work through them."""
+    """Embeds shards, one after the other: photographs are decoded ahead, and a shard is written while the next is
+    computed. See `engines.Work`."""
 
     step: Step
-    shards: Mapping[int, Sequence[str]]
-    about: Mapping[str, Row]
+    root: Path
     workers: int
     batch_size: int
     on_error: str
-    max_skipped: float
 
-    def __call__(self, device: str, seen: _Seen, bad: _Bad, quiet: bool = False) -> float:
-        """Embed and write the shards on one device; a shard is written while the next one is computed.
-
-        Returns:
-            The seconds that it took once the backbone was loaded.
-        """
-        step, parameters = self.step, self.step.parameters
-        backbone = backbones.create(parameters["weight"], parameters["backbone"], device=device)
-        if backbone.digest != parameters["weights_digest"]:
-            raise StepError(
-                f"{step.name}: the weights of {parameters['weight']} have changed since 01_embed "
-                f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
-            )
-        begun = time.monotonic()
-        pose = Pose(**parameters.get("pose", {}))
-        resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
-        readable = [seen.root / id for ids in self.shards.values() for id in ids if not seen[id]["problem"]]
-        decode = partial(_decode, resize=resize, patch=backbone.patch, degrees=pose.turn)
-        decoded = runs.parallel(decode, readable, self.workers, step.name[3:], quiet)
-        stride = _stride(parameters["variant"])
+    def __call__(self, jobs: Iterable[_Shard], place: Place) -> Iterator[Row]:
+        step, backbone = self.step, self._backbone(place.device)
+        pose = Pose(**step.parameters.get("pose", {}))
+        resize = Resize(**step.parameters["resize"]).zoomed(pose.zoom)
+        decode = partial(_timed_decode, resize=resize, patch=backbone.patch, degrees=pose.turn)
+        shards, coming = itertools.tee(jobs)
+        paths = (self.root / id for shard in coming for id in shard.readable)
+        workers = place.workers(self.workers)
+        decoded = runs.ahead(decode, paths, workers, self.batch_size + 2 * workers)
+        if not place.quiet:
+            decoded = runs.progress(decoded, step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
+        pending: Future[Row] | None = None
+        begun = time.perf_counter()
         with ThreadPoolExecutor(1) as writer:
-            pending: Future[None] | None = None
-            for shard, ids in self.shards.items():
-                if (above := parent_process()) and not above.is_alive():
-                    break  # killed, so nobody waits for this part any more
-                rows, tokens = _embed_shard(ids, seen, decoded, backbone, self.batch_size, bad, self.about, stride)
+            for shard in shards:
+                row, rows, tokens = self._embed(shard, decoded, backbone)
+                row["work"]["seconds"], begun = time.perf_counter() - begun, time.perf_counter()
                 if pending:
-                    pending.result()
-                pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
+                    yield pending.result()
+                pending = writer.submit(_write_shard, step.folder, row, rows, tokens, shard.seen)
             if pending:
-                pending.result()
+                yield pending.result()
         next(decoded, None)  # lets the bar know that this was the last
-        return time.monotonic() - begun
 
-    def part(self, number: int, of: int) -> _Work:
-        """Every `of`-th shard from `number` on."""
-        shards = {shard: ids for i, (shard, ids) in enumerate(self.shards.items()) if i % of == number}
-        workers = registry.cores() if self.workers < 0 else self.workers
-        return replace(self, shards=shards, workers=-(-workers // of))
+    def done(self, shard: _Shard) -> bool:
+        """Whether a shard is on disk."""
+        return store.is_whole(self.step.folder, shard.number)
 
+    @cached_property
+    def _backbones(self) -> dict[str, Backbone]:
+        return {}
 
-def _on_each(work: _Work, devices: Sequence[str]) -> float:
-    """Work through the shards with one process a device, each with shards of its own. One that fails ends all.
-
-    Returns:
-        The seconds from start to end, loading included.
-    """
-    begun = time.monotonic()
-    context = get_context("spawn")
-    failures = context.Queue()
-    parts = [work.part(number, len(devices)) for number in range(len(devices))]
-    running = [
-        context.Process(target=_work_alone, args=(part, device, failures), name=device)
-        for part, device in zip(parts, devices, strict=True)
-    ]
-    try:
-        for process in running:
-            process.start()
-        for _ in runs.progress(_as_they_end(work, running), "shards", len(work.shards), delay=0):
-            pass
-        if ended := [process for process in running if process.exitcode]:
-            try:
-                raise failures.get(timeout=5)
-            except queue.Empty:
-                raise ImatchError(
-                    f"the process on {ended[0].name} was killed (exit code {ended[0].exitcode}), mostly for want of "
-                    "memory; run the same command again, it goes on where it stopped"
-                ) from None
-    finally:
-        for process in running:
-            process.terminate()
-            process.join()
-    return time.monotonic() - begun
-
-
-def _work_alone(work: _Work, device: str, failures: Queue[ImatchError]) -> None:
-    """In a process of its own: one device's part."""
-    seen = _Seen(work.step.folder / "seen.jsonl", work.step.linked("photographs"))
-    seen.check_headers([id for part in work.shards.values() for id in part])
-    try:
-        work(device, seen, _Bad(len(work.about), work.on_error, work.max_skipped, work.step), quiet=True)
-    except ImatchError as error:  # it is for the user, so it goes to the process that the user sees
-        failures.put(error)
-        raise SystemExit(1) from None
-
-
-def _as_they_end(work: _Work, running: Sequence[SpawnProcess]) -> Iterator[int]:
-    """The shards as they are written, until all processes have ended or one has failed."""
-    left = set(work.shards)
-    while True:
-        going = [process.exitcode is None for process in running]  # asked first, so that no last shard is missed
-        written = {shard for shard in left if (work.step.folder / "local" / f"{shard:05d}.jsonl").is_file()}
-        yield from sorted(written)
-        left -= written
-        if not any(going) or any(process.exitcode for process in running):
-            return
-        time.sleep(0.2)
-
-
-def _embed_shard(
-    ids: Sequence[str],
-    seen: _Seen,
-    decoded: Iterator[Decoded | PhotographError],
-    backbone: Backbone,
-    batch_size: int,
-    bad: _Bad,
-    about: Mapping[str, Row],
-    stride: int,
-) -> tuple[list[Row], list[Tokens]]:
-    """One shard's rows and tokens. Batches never reach over a shard, so it comes out the same on every run."""
-    rows: dict[str, Row] = {}
-    tokens: dict[str, Tokens] = {}
-    shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}
-
-    def flush(batch: list[tuple[str, Decoded]]) -> None:
-        for (id, photograph), one in zip(batch, backbone(np.stack([d.pixels for _, d in batch])), strict=True):
-            if not np.isfinite(one.vector).all():
-                raise ImatchError(
-                    f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
+    def _backbone(self, device: str) -> Backbone:
+        """The step's backbone, loaded once."""
+        if device not in self._backbones:
+            parameters = self.step.parameters
+            backbone = backbones.create(parameters["weight"], parameters["backbone"], device=device)
+            if backbone.digest != parameters["weights_digest"]:
+                raise StepError(
+                    f"{self.step.name}: the weights of {parameters['weight']} have changed since 01_embed "
+                    f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
                 )
-            if not one.vector.any():
-                h, w = photograph.size
-                rows[id]["skipped"] = f"nothing to describe: no texture was found in its {w} x {h} pixels"
-                bad.add(id, rows[id]["skipped"])
+            self._backbones[device] = backbone
+        return self._backbones[device]
+
+    def _embed(
+        self, shard: _Shard, decoded: Iterator[tuple[Decoded | PhotographError, float]], backbone: Backbone
+    ) -> tuple[Row, list[Row], list[Tokens]]:
+        """One shard: the row that the engine gets, the photographs' rows, and their tokens. Batches never reach over a
+        shard, so it comes out the same on every run."""
+        stride = _stride(self.step.parameters["variant"])
+        rows: dict[str, Row] = {}
+        tokens: dict[str, Tokens] = {}
+        shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}
+        took = dict.fromkeys(("decode", "wait", "forward"), 0.0)
+
+        def skip(row: Row, reason: str) -> Row:
+            if self.on_error == "stop":
+                raise PhotographError(f"{row['id']}: {reason} (on_error is stop; what was finished stays)")
+            return {**row, "skipped": reason}
+
+        def flush(batch: list[tuple[str, Decoded]]) -> None:
+            started = time.perf_counter()
+            seen = backbone(np.stack([photograph.pixels for _, photograph in batch]))
+            took["forward"] += time.perf_counter() - started
+            for (id, photograph), one in zip(batch, seen, strict=True):
+                if not np.isfinite(one.vector).all():
+                    raise ImatchError(
+                        f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
+                    )
+                if not one.vector.any():
+                    h, w = photograph.size
+                    rows[id] = skip(rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
+                    continue
+                tokens[id] = _placed(one, photograph, stride)
+            batch.clear()
+
+        for known, about in zip(shard.seen, shard.about, strict=True):
+            id = known["id"]
+            if known["problem"]:
+                rows[id] = {**skip({"id": id}, known["problem"]), "sha256": _digest(self.root, known)}
                 continue
-            tokens[id] = _placed(one, photograph, stride)
-        batch.clear()
-
-    def skip(id: str, reason: str, sha256: str | None) -> None:
-        bad.add(id, reason)
-        rows[id] = {"id": id, "skipped": reason, "sha256": sha256}
-
-    for id in ids:
-        if problem := seen[id]["problem"]:
-            rows[id] = {"id": id, "skipped": problem, "sha256": seen.digest(id)}
-            continue
-        photograph = next(decoded)
-        if isinstance(photograph, PhotographError):
-            skip(id, str(photograph), seen.digest(id))
-            continue
-        seen[id]["sha256"] = photograph.sha256
-        rows[id] = {
-            "id": id,
-            "size": photograph.size,
-            "sha256": photograph.sha256,
-            "position": photograph.position,
-            "look": photograph.look,
-            **about[id],
-        }
-        batch = shapes.setdefault(photograph.pixels.shape, [])
-        batch.append((id, photograph))
-        if len(batch) == batch_size:
-            flush(batch)
-        elif sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
-            for held in shapes.values():
-                if held:
-                    flush(held)
-    for batch in shapes.values():
-        if batch:
-            flush(batch)
-    return [rows[id] for id in ids], [tokens[id] for id in ids if id in tokens]
+            started = time.perf_counter()
+            photograph, seconds = next(decoded)
+            took["wait"] += time.perf_counter() - started
+            took["decode"] += seconds
+            if isinstance(photograph, PhotographError):
+                rows[id] = {**skip({"id": id}, str(photograph)), "sha256": _digest(self.root, known)}
+                continue
+            known["sha256"] = photograph.sha256
+            rows[id] = {
+                "id": id,
+                "size": photograph.size,
+                "sha256": photograph.sha256,
+                "position": photograph.position,
+                "look": photograph.look,
+                **about,
+            }
+            batch = shapes.setdefault(photograph.pixels.shape, [])
+            batch.append((id, photograph))
+            if len(batch) == self.batch_size:
+                flush(batch)
+            elif sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
+                for held in shapes.values():
+                    if held:
+                        flush(held)
+        for batch in shapes.values():
+            if batch:
+                flush(batch)
+        found = [rows[known["id"]] for known in shard.seen]
+        skipped = {row["id"]: row["skipped"] for row in found if "skipped" in row}
+        row = {"shard": shard.number, "skipped": skipped, "work": {"photographs": len(shard.readable), **took}}
+        return row, found, [tokens[row["id"]] for row in found if row["id"] in tokens]
 
 
 def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
@@ -479,9 +463,16 @@ def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
     return placed if stride == 1 else placed.thinned(stride)
 
 
-def _write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens], seen: _Seen) -> None:
-    store.write_shard(folder, shard, rows, tokens)
-    seen.append(row["id"] for row in rows)
+def _write_shard(folder: Path, row: Row, rows: Sequence[Row], tokens: Sequence[Tokens], seen: Sequence[Row]) -> Row:
+    """Write a shard, remember its photographs even if the run is killed now, and put down what the shard took."""
+    started = time.perf_counter()
+    store.write_shard(folder, row["shard"], rows, tokens)
+    lines = b"".join(store.line(known) for known in seen)
+    with store.writing(folder / SEEN), (folder / SEEN).open("ab", buffering=0) as file:
+        file.write(b"\n" + lines)  # a first end of line, for one that a kill left torn; at once, for others write, too
+    row["work"]["write"] = time.perf_counter() - started
+    store.write_work(folder, row["shard"], row["work"])
+    return row
 
 
 def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> list[int]:
@@ -542,19 +533,8 @@ class _Seen:
         self._known = {id: self._known[id] for id in ids}
 
     def digest(self, id: str) -> str | None:
-        """The SHA-256 of a file, read only if it is not remembered; None if it cannot be read."""
-        if self._known[id]["sha256"] is None:
-            try:
-                self._known[id]["sha256"] = images.file_digest(self.root / id)
-            except PhotographError:
-                return None
-        return str(self._known[id]["sha256"])
-
-    def append(self, ids: Iterator[str]) -> None:
-        """Remember these photographs even if the run is killed now."""
-        with store.writing(self.path), self.path.open("ab") as file:
-            file.write(b"\n")  # ends a line that a kill left torn
-            file.writelines(store.line(self._known[id]) for id in ids)
+        """See `_digest`."""
+        return _digest(self.root, self._known[id])
 
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""
@@ -577,6 +557,16 @@ class _Seen:
         except PhotographError as error:
             return str(error), os.access(self.root / id, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
         return None, True
+
+
+def _digest(root: Path, known: Row) -> str | None:
+    """The SHA-256 of a file, read only if it is not remembered; None if it cannot be read."""
+    if known["sha256"] is None:
+        try:
+            known["sha256"] = images.file_digest(root / known["id"])
+        except PhotographError:
+            return None
+    return str(known["sha256"])
 
 
 def _whole(line: bytes) -> Row | None:

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imatch import runs, store
+from imatch.engines.local import Local
 from imatch.records import ImatchError, StepError
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
+
+LOCAL = Local()
+"""The engine of a loop that nobody gave another one."""
 
 
 def flat_name(id: str) -> str:

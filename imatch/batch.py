@@ -31,6 +31,7 @@ import nbformat
 import yaml
 
 from imatch import evaluate, manifest, plugins, registry, runs, store
+from imatch.engines import PartDoneError
 from imatch.records import ImatchError
 
 NAMED = frozenset(
@@ -228,7 +229,7 @@ def run(
     """
     finished: dict[str, Path] = {}
     failures: list[str] = []
-    ran: dict[str, Path | str] = {}
+    ran: dict[str, Path | str | None] = {}
     exports = registry.exports_folder(recipe.parameters.get("exports", ""))
     together = [name for name in recipe.notebooks if "steps" in schemas[name]]
     each = [name for name in recipe.notebooks if name not in together]
@@ -241,10 +242,15 @@ def run(
         for name in each:
             values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
             key = json.dumps([name, values], sort_keys=True)
+            if recipe.parameters.get("shard") and "shard" not in schemas[name]:
+                print(f"== {label}: {name} has no parts, run it without --shard", flush=True)
+                break
             if key not in ran:
                 print(f"== {label}: {name}", flush=True)
                 ran[key] = execute(notebooks / f"{name}.ipynb", values, exports)
             result = ran[key]
+            if result is None:
+                break
             if isinstance(result, str):
                 failures.append(f"{label}: {name}: {result}")
                 print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
@@ -283,13 +289,13 @@ def _values(
     return values
 
 
-def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | str:
+def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | str | None:
     """Run one notebook by papermill and put it, executed, into its step's folder as notebook.ipynb.
 
     While it runs, and when it fails, it lies in <exports>/.running.
 
     Returns:
-        The step's folder, or what went wrong.
+        The step's folder; what went wrong; or None when it did its part (`engines.do`), and others are to do theirs.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -315,6 +321,10 @@ def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | 
     except (ImatchError, OSError) as error:
         return f"cannot write to {exports}: {error}; choose another folder with --exports"
     except PapermillExecutionError as error:
+        if error.ename == PartDoneError.__name__:
+            print(error.evalue, flush=True)
+            report.unlink()
+            return None
         return f"{error.ename}: {error.evalue}\n  see {report}"
     except DeadKernelError as error:
         said = "killed, or out of memory; run the same command again, it goes on where it stopped"
@@ -390,9 +400,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter (repeatable)"
     )
     parser.add_argument("--exports", help="where results go (default: EXPORT_ROOT, else exports/)")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="do only the I-th of N parts, such as 0/8 to 7/8 of an array of jobs"
+    )
     options = parser.parse_args(arguments)
     registry.share_cores()
-    overrides = [*map(tuple, options.p), *([("exports", options.exports)] if options.exports else [])]
+    given = {"exports": options.exports, "shard": options.shard}
+    overrides = [*map(tuple, options.p), *((name, value) for name, value in given.items() if value)]
     folder = registry.resolve("notebooks")
     try:
         recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ import faiss
 import numpy as np
 import psutil
 
-from imatch import indexes, runs, store
+from imatch import engines, indexes, registry, store
+from imatch.engines import Engine
+from imatch.engines.local import LOCAL
 from imatch.records import Hits, ImatchError, StepError
+from imatch.store import Row
 
 DEVICES = ("auto", "cpu", "cuda")
 SHARD = 2**30
@@ -98,6 +102,7 @@ def build(
     options: Mapping[str, Any] | None = None,
     memory: int = 0,
     shard_rows: int = 0,
+    engine: Engine = LOCAL,
 ) -> None:
     """Build the index of a gallery in a folder, or bring the one that is there up to date.
 
@@ -112,6 +117,7 @@ def build(
         options: fields of that kind.
         memory: bytes it may take; 0 is half of what is free.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
+        engine: of `engines.create`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory.
@@ -131,7 +137,7 @@ def build(
         store.write_json(folder / "index.json", plan)
     made = indexes.create(plan["kind"], plan["options"])
     started = time.perf_counter()
-    trained = _trained(folder, made, vectors, plan["learned_of"])
+    _trained(folder, made, vectors, plan["learned_of"])
     held = {name: np.load(folder / f"{name}.npy") for name in _whole(folder)}
     rows = _rows(list(held.values()), keys)
     stays = {name: part for name, part in zip(held, rows, strict=True) if (part >= 0).all()}
@@ -142,10 +148,10 @@ def build(
     free = (f"{i:05d}" for i in range(10**9) if f"{i:05d}" not in stays)
     names = list(stays)
     parts = [missing[first : first + size] for first in range(0, len(missing), size)]
-    for part in runs.progress(parts, "index"):
-        name = next(free)
-        _write_shard(folder, name, made, trained, vectors, part, keys)
-        names.append(name)
+    jobs = [_Shard(next(free), part, keys[part]) for part in parts]
+    work = engines.each(_Adding(folder, plan, vectors), 0, "index")
+    for row in engine(work, jobs, "index", ["cpu"] * registry.cores()):
+        names.append(row["shard"])
     took = 1000 * (time.perf_counter() - started)
     spent = round(plan["build_ms"] + (took if len(missing) or len(stays) < len(held) else 0), 3)
     effort = plan.get("effort") if lasts and not len(missing) and len(stays) == len(held) else None
@@ -205,22 +211,45 @@ def _trained(folder: Path, made: indexes.Kind, vectors: np.ndarray, n: int) -> f
     return index
 
 
-def _write_shard(
-    folder: Path,
-    name: str,
-    made: indexes.Kind,
-    trained: faiss.Index,
-    vectors: np.ndarray,
-    rows: np.ndarray,
-    keys: np.ndarray,
-) -> None:
-    index = faiss.clone_index(trained)
-    with _threads(1 if made.in_order else faiss.omp_get_max_threads()):
-        for part in _parts(rows, vectors.shape[1]):
-            index.add(store.take(vectors, part))
-    (folder / f"{name}.faiss").unlink(missing_ok=True)  # an older shard of that name must not pass for this one
-    store.write_array(folder / f"{name}.npy", keys[rows])
-    _write(folder / f"{name}.faiss", index)  # last: it says that the shard is whole
+@dataclass(frozen=True)
+class _Shard:
+    """A job: the rows of the gallery that become one shard, and their keys."""
+
+    name: str
+    rows: np.ndarray
+    keys: np.ndarray
+
+
+class _Adding:
+    """Makes shards; another process opens what was learned, and the vectors, for itself."""
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any], vectors: np.ndarray) -> None:
+        self.folder, self.plan, self.vectors = folder, plan, vectors
+
+    def __getstate__(self) -> dict[str, Any]:
+        vectors = self.vectors
+        return {**self.__dict__, "vectors": Path(vectors.filename) if isinstance(vectors, np.memmap) else vectors}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vectors = state["vectors"]
+        vectors = np.load(vectors, mmap_mode="r") if isinstance(vectors, Path) else vectors
+        self.__init__(state["folder"], state["plan"], vectors)
+
+    @cached_property
+    def trained(self) -> faiss.Index:
+        made = indexes.create(self.plan["kind"], self.plan["options"])
+        return _trained(self.folder, made, self.vectors, self.plan["learned_of"])
+
+    def __call__(self, shard: _Shard) -> Row:
+        index, made = faiss.clone_index(self.trained), indexes.create(self.plan["kind"], self.plan["options"])
+        with _threads(1 if made.in_order else faiss.omp_get_max_threads()):
+            for part in _parts(shard.rows, self.vectors.shape[1]):
+                index.add(store.take(self.vectors, part))
+        path = self.folder / f"{shard.name}.faiss"
+        path.unlink(missing_ok=True)  # an older shard of that name must not pass for this one
+        store.write_array(path.with_suffix(".npy"), shard.keys)
+        _write(path, index)  # last: it says that the shard is whole
+        return {"shard": shard.name, "vectors": len(shard.rows)}
 
 
 @contextmanager

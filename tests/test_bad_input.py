@@ -399,7 +399,7 @@ def test_past_five_percent_bad_pixels_stop_the_run_and_keep_what_was_finished(fo
         with pytest.raises(ImatchError, match=r"3 of 40 photographs cannot be used, more than max_skipped = 5%"):
             embedded(folder, tmp_path / "exports")
         local = start(folder, tmp_path / "exports").folder / "local"
-        assert [p.stem for p in sorted(local.glob("*.jsonl"))] == [f"{i:05d}" for i in range(8)]
+        assert [p.stem for p in sorted(local.glob("*.jsonl"))] == [f"{i:05d}" for i in range(9)]
     with pytest.warns(ImatchWarning, match="3 of 40 photographs were skipped"):
         _, embeddings, metrics = embedded(folder, tmp_path / "exports", max_skipped=0.1)
     assert (len(embeddings), metrics["skipped"]) == (37, 3)

@@ -20,13 +20,13 @@ import numpy as np
 from imatch import backbones, engines, images, poses, registry, runs, store
 from imatch.backbones import Backbone
 from imatch.engines import Engine, Place
-from imatch.engines.local import Local
+from imatch.engines.local import LOCAL, Local
 from imatch.engines.processes import Processes
 from imatch.images import Decoded, Resize
 from imatch.poses import UPRIGHT, Pose
 from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.runs import Step
-from imatch.steps.shared import LOCAL, decodable, named, run_and_dataset, tagged, view_rows
+from imatch.steps.shared import decodable, named, run_and_dataset, tagged, view_rows
 from imatch.store import Embeddings, Row
 
 ON_ERROR = ("skip", "stop")
@@ -184,12 +184,13 @@ def embed(
     todo = _missing_shards(step, plan, seen)
     for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    todo = _thin(step, plan, todo, seen, bad)
-    jobs = [_Shard(number, [seen[id] for id in plan[number]], [about[id] for id in plan[number]]) for number in todo]
+    _thin(step, plan, todo, seen, bad)
     if not store.is_merged(step.folder):
-        used = devices_of(step, devices, several=engine != LOCAL)
-        step.runs_on(",".join(used))
+        used = devices_of(step, devices, several=not isinstance(engine, Local))
         work = _Work(step, root, workers, batch_size, on_error)
+        jobs = [_Shard(n, [seen[id] for id in part], [about[id] for id in part]) for n, part in enumerate(plan)]
+        if not all(map(work.done, jobs)):
+            step.runs_on(",".join(used))
         one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
         with closing(engines.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
             for row in rows:
@@ -260,26 +261,24 @@ class Embedded:
     tokens: Tokens
 
 
-def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> list[int]:
+def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
     """Write the shards of a variant sub{s} that the finished raw variant beside it holds, without another forward
-    pass; returns those that are left to compute."""
+    pass."""
     parameters = step.parameters
     if "pose" in parameters:
-        return list(todo)
+        return
     stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{parameters['variant']}"
     beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
     if stride == 1 or not todo or not (beside / "metrics.json").is_file():
-        return list(todo)
+        return
     if runs.read(beside).parameters != {**parameters, "variant": "raw"}:
-        return list(todo)
+        return
     raw, shards, whole = Embeddings(beside), store.shard_rows(beside), runs.read(beside).work
     place = {id: row for row, id in enumerate(raw.ids)}
-    left = []
     step.runs_on(runs.read(beside).device)  # a thinned photograph costs what its raw one did, and where it did
     for shard in runs.progress(todo, "thin"):
         rows = shards.get(shard, [])
         if [row["id"] for row in rows] != list(plan[shard]) or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
-            left.append(shard)
             continue
         for row in rows:
             if "skipped" in row:
@@ -288,7 +287,6 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
         row = {"shard": shard, "work": {name: n * len(rows) / whole["photographs"] for name, n in whole.items()}}
         _write_shard(step.folder, row, about, tokens, [seen[id] for id in plan[shard]])
-    return left
 
 
 def devices_of(step: Step, devices: str, several: bool = False) -> list[str]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from imatch import calibrate, evaluate, images, indexes, plugins, poses, positions, registry, runs, searcher, store
 from imatch.calibrate import Threshold
+from imatch.engines import Engine
+from imatch.engines.local import LOCAL
 from imatch.records import ImatchError, ImatchWarning, Ranking, StepError
 from imatch.runs import Step
 from imatch.searcher import Searcher
@@ -190,7 +192,7 @@ def kind_of_reference(reference: Step, data: Step) -> str:
     return f"_{dataset}-{reference.folder.name}"
 
 
-def build_index(step: Step, gallery: Embeddings, *, device: str = "auto") -> Searcher:
+def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, device: str = "auto") -> Searcher:
     """Build the index of the gallery's global vectors, or bring the one that is there up to date, and open it.
 
     Prints which kind it is, and why.
@@ -198,6 +200,7 @@ def build_index(step: Step, gallery: Embeddings, *, device: str = "auto") -> Sea
     Args:
         step: of `start_index`.
         gallery: what is searched.
+        engine: of `engines.create`; what is learned is learned here, and the vectors are added shard by shard.
         device: "auto" (all GPUs, if FAISS sees some), "cpu", "cuda", or such as "cuda:0".
 
     Raises:
@@ -214,6 +217,7 @@ def build_index(step: Step, gallery: Embeddings, *, device: str = "auto") -> Sea
             kind=asked["index"],
             options=asked["index_options"],
             memory=round(asked["memory_gb"] * 2**30),
+            engine=engine,
         )
     index = Searcher(folder, gallery.vectors, keys, device=device, float16=asked["float16"])
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")

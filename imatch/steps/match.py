@@ -17,15 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from imatch import evaluate, geometry, images, matching, poses, runs, sinks, store
+from imatch import engines, evaluate, geometry, images, matching, poses, runs, sinks, store
 from imatch.aligning import Aligner, Alignment
+from imatch.engines import Engine
+from imatch.engines.local import LOCAL
 from imatch.poses import Pose
 from imatch.records import Geometry, ImatchError, Matches, Pair, PhotographError, StepError, Tokens
 from imatch.runs import Step
 from imatch.steps import pairs as sources
 from imatch.steps.pairs import Candidate, Source
 from imatch.steps.poses import embed_poses, open_poses, worth_trying
-from imatch.steps.shared import flat_name, pair_path, query_and_gallery, sides, tagged, views_by_id
+from imatch.steps.shared import core_each, flat_name, pair_path, query_and_gallery, sides, tagged, views_by_id
 from imatch.store import Row
 
 BLOCK = 64
@@ -114,7 +116,9 @@ def start_match(
     return runs.start(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
 
 
-def match(step: Step, *, devices: str = "auto", workers: int = -1, batch_size: int = 8) -> list[Row]:
+def match(
+    step: Step, *, engine: Engine = LOCAL, devices: str = "auto", workers: int = -1, batch_size: int = 8
+) -> list[Row]:
     """Match every query with its candidates, those that are missing.
 
     Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
@@ -122,6 +126,7 @@ def match(step: Step, *, devices: str = "auto", workers: int = -1, batch_size: i
 
     Args:
         step: of `start_match`.
+        engine: of `engines.create`.
         devices, batch_size: as in `embed`, for queries in other poses.
         workers: processes; -1 is one a core, 0 none.
 
@@ -133,12 +138,14 @@ def match(step: Step, *, devices: str = "auto", workers: int = -1, batch_size: i
 
     Raises:
         ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
+        PartDoneError: see `engines.do`.
     """
     if not step.finished:
         _check_memory(step)
         embed_poses(
             sides(step)[0].folder,
             poses_of(step),
+            engine=engine,
             devices=devices,
             workers=workers,
             batch_size=batch_size,
@@ -148,9 +155,8 @@ def match(step: Step, *, devices: str = "auto", workers: int = -1, batch_size: i
             workers = 0  # a forked process cannot use a GPU that this one may have used
         job = _Match(step)
         blocks = list(_blocks(job.source))
-        todo = [block for block in blocks if not job.done(block).is_file()]
-        _check_fits(job, todo)
-        for _ in runs.parallel(job, todo, workers, "match"):
+        _check_fits(job, [block for block in blocks if not job.is_done(block)])
+        for _ in engines.do(engine, engines.each(job, workers, "match"), blocks, "match", core_each(), job.is_done):
             pass
         store.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
         for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
@@ -263,16 +269,20 @@ class _Match:
         query = self.source.query.ids[block.query]
         return self.step.folder / "pairs" / flat_name(query) / f"{block.first:05d}.jsonl"
 
+    def is_done(self, block: _Block) -> bool:
+        return self.done(block).is_file()
+
     def candidates(self, block: _Block) -> list[Candidate]:
         return self.source.candidates(block.query)[block.first : block.end]
 
-    def __call__(self, block: _Block) -> None:
+    def __call__(self, block: _Block) -> Row:
         a, rows = self.posed.tokens(block.query), []
         for candidate in self.candidates(block):
             pair = self.pair(block.query, a, candidate)
             self.write(pair_path(self.step, pair.row), pair)
             rows.append(pair.row)
         store.write_rows(self.done(block), rows)
+        return {"pairs": len(rows)}
 
     def write(self, path: Path, pair: Pair) -> None:
         for sink in self.sinks:

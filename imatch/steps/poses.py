@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from imatch import backbones, runs, store
+from imatch.engines import Engine, PartDoneError
+from imatch.engines.local import LOCAL
 from imatch.images import Resize
 from imatch.poses import UPRIGHT, Pose
 from imatch.records import ImatchError, ImatchWarning, StepError, Tokens
@@ -39,6 +41,7 @@ def embed_poses(
     folder: Path,
     poses: Sequence[Pose],
     *,
+    engine: Engine = LOCAL,
     devices: str = "auto",
     workers: int = -1,
     batch_size: int = 8,
@@ -51,7 +54,7 @@ def embed_poses(
     Args:
         folder: of the 01_embed or 02_references step.
         poses: of `poses.poses`.
-        devices, workers, batch_size: as in `embed`.
+        engine, devices, workers, batch_size: as in `embed`.
         on_change: as in `start_embed`.
 
     Raises:
@@ -59,14 +62,23 @@ def embed_poses(
         ImatchError: a zoom that gives sides which are no multiple of the patch.
     """
     source, upright = runs.read(folder), Embeddings(folder)
+    unfinished: PartDoneError | None = None
     for pose in (pose for pose in poses if pose != UPRIGHT):
         _check_zoom(source, pose)
         step = _start(source, pose, on_change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
-            embeddings = embed(step, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0)
+            try:
+                embeddings = embed(
+                    step, engine=engine, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0
+                )
+            except PartDoneError as part:  # this part of the other poses can be done all the same
+                unfinished = part
+                continue
         _check_whole(upright, embeddings)
         finish_embed(step, embeddings)
+    if unfinished:
+        raise unfinished
     return open_poses(folder, poses)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imatch import images, plugins, references, registry, runs, store
+from imatch import engines, images, plugins, references, registry, runs, store
+from imatch.engines import Engine
+from imatch.engines.local import LOCAL
 from imatch.records import ImatchError, PhotographError, StepError
 from imatch.runs import Step
-from imatch.steps.shared import decodable, run_and_dataset, tagged
+from imatch.steps.shared import core_each, decodable, run_and_dataset, tagged
 from imatch.store import Row
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
@@ -85,11 +87,16 @@ def start_references(
     return runs.start(folder, "02_references", parameters, upstream, links, on_change)
 
 
-def make_references(step: Step, *, workers: int = -1) -> list[Row]:
+def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) -> list[Row]:
     """Make the views that are missing and finish the step of views.
 
     Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg (or a PNG, .png), with a PNG mask
     in masks/ when a corner is empty, and a row of references.jsonl.
+
+    Args:
+        step: of `start_references`.
+        engine: of `engines.create`.
+        workers: processes; -1 is one a core, 0 none.
 
     Returns:
         The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w),
@@ -97,14 +104,19 @@ def make_references(step: Step, *, workers: int = -1) -> list[Row]:
 
     Raises:
         ImatchError: a photograph changed since it was embedded, or cannot be read any more.
+        PartDoneError: see `engines.do`.
     """
     if not step.finished:
         source = decodable(step.linked("embed"))
         names = _reference_names([row["id"] for row in source], run_and_dataset(step)[1])
         make = partial(_make_views, step=step, root=step.linked("photographs"))
         jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
-        todo = [job for job in jobs if not (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()]
-        problems = [problem for problem in runs.parallel(make, todo, workers, "references") if problem]
+
+        def done(job: tuple[Row, str, int]) -> bool:
+            return (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()
+
+        made = engines.do(engine, engines.each(make, workers, "references"), jobs, "references", core_each(), done)
+        problems = [row["problem"] for row in made if row["problem"]]
         if problems:
             raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
         parts = (step.folder / "rows" / f"{number:08d}.jsonl" for _, _, number in jobs)
@@ -115,15 +127,15 @@ def make_references(step: Step, *, workers: int = -1) -> list[Row]:
     return store.read_rows(step.folder / "references.jsonl")
 
 
-def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None:
-    """All views of one photograph; its rows are written last. Returns what is wrong, None if nothing is."""
+def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> Row:
+    """All views of one photograph; its rows are written last. Returns the problem, None if there is none."""
     row, name, number = job
     try:
         photograph = images.decode(root / row["id"])
     except PhotographError as error:
-        return f"{row['id']}: {error}"
+        return {"problem": f"{row['id']}: {error}"}
     if photograph.sha256 != row["sha256"]:
-        return f"{row['id']} has changed since it was embedded"
+        return {"problem": f"{row['id']} has changed since it was embedded"}
     given = step.parameters
     make = references.create(given["kind"], {"resize_to_original": given["resize_to_original"]})
     lossy = {"quality": given["quality"], "subsampling": 0} if given["file_type"] == "jpg" else {}
@@ -158,7 +170,7 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> str | None
                 }
             )
     store.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
-    return None
+    return {"problem": None}
 
 
 def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:

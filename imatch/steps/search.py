@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from imatch import evaluate, intervals, poses, positions, rerank, runs, searcher, store
+from imatch.engines import Engine
+from imatch.engines.local import LOCAL
 from imatch.poses import Pose
 from imatch.positions import Places
 from imatch.records import Hits, ImatchError, ImatchWarning, Ranking, StepError, Truth
@@ -36,6 +38,7 @@ def search(
     query: Embeddings,
     gallery: Embeddings,
     *,
+    engine: Engine = LOCAL,
     devices: str = "auto",
     workers: int = -1,
     batch_size: int = 8,
@@ -70,7 +73,14 @@ def search(
     kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
     depth = max(k, int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
     depth = max(k, min(depth, len(gallery)))
-    turn = partial(embed_poses, devices=devices, workers=workers, batch_size=batch_size, on_change=step.on_change)
+    turn = partial(
+        embed_poses,
+        engine=engine,
+        devices=devices,
+        workers=workers,
+        batch_size=batch_size,
+        on_change=step.on_change,
+    )
     ways = _Ways(step, index, query, gallery, depth, own, min(len(gallery), depth + int(kin.max())), turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
     block = max(1, BLOCK // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))

@@ -7,14 +7,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from imatch import runs, store
-from imatch.engines.local import Local
+from imatch import registry, runs, store
 from imatch.records import ImatchError, StepError
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
 
-LOCAL = Local()
-"""The engine of a loop that nobody gave another one."""
+
+def core_each() -> list[str]:
+    """A device for each core: where loops that need no network run in several processes."""
+    return ["cpu"] * registry.cores()
 
 
 def flat_name(id: str) -> str:

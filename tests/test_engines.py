@@ -1,0 +1,353 @@
+"""The long loops by every engine: the same bytes, whoever is killed on the way. Real processes, a real Dask cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import imatch
+from imatch import engines, runs, searcher, store
+from imatch.engines import PartDoneError, Place
+from imatch.images import Resize
+from imatch.records import ImatchError
+from imatch.steps.embed import start_embed
+from tests.test_resume import House, assert_same, content, write_photographs
+
+pytest.importorskip("distributed", reason="Dask is not installed: make setup")
+ROOT = Path(__file__).parents[1]
+
+
+# --- toys: jobs that write a file each -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Writes the square of each job to a file; who did it goes to another one."""
+
+    folder: Path
+    seconds: float = 0.0
+    dies_at: int = -1
+    dies_once: bool = True
+
+    def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
+        for n in jobs:
+            if n == self.dies_at and not (self.dies_once and (self.folder / "died").exists()):
+                (self.folder / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(self.seconds)
+            store.write_bytes(self.folder / f"{n}.txt", str(n * n).encode())
+            store.write_bytes(self.folder / f"{n}.pid", str(os.getpid()).encode())
+            yield {"n": n}
+
+    def done(self, n: int) -> bool:
+        return (self.folder / f"{n}.txt").is_file()
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """Refuses its third job."""
+
+    def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
+        for n in jobs:
+            if n == 2:
+                raise ImatchError("job 2 is refused")
+            yield {"n": n}
+
+
+def squares(folder: Path, jobs: Iterable[int]) -> None:
+    assert {path.stem: path.read_text() for path in folder.glob("*.txt")} == {str(n): str(n * n) for n in jobs}
+
+
+def pids(folder: Path) -> set[str]:
+    return {path.read_text() for path in folder.glob("*.pid")}
+
+
+def all_rows(engine: engines.Engine, work: Squares | Refusing, jobs: range, devices: int = 2) -> list[int]:
+    done = getattr(work, "done", bool)
+    return sorted(row["n"] for row in engines.do(engine, work, jobs, "squares", ["cpu"] * devices, done))
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_every_job_gives_its_row(name, tmp_path):
+    assert all_rows(engines.create(name), Squares(tmp_path), range(7)) == [*range(7)]
+    squares(tmp_path, range(7))
+    assert (str(os.getpid()) in pids(tmp_path)) == (name == "local")
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_what_the_work_refuses_is_told(name):
+    with pytest.raises(ImatchError, match="job 2 is refused"):
+        all_rows(engines.create(name), Refusing(), range(5))
+
+
+def test_shards_are_the_jobs_once(tmp_path):
+    for i in (2, 0, 1):
+        with pytest.raises(PartDoneError, match=rf"part {i}/3 is done"):
+            all_rows(engines.create("local", shard=f"{i}/3"), Squares(tmp_path), range(8))
+        assert (tmp_path / f"{i}.txt").is_file()
+    squares(tmp_path, range(8))
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
+def test_a_shard_that_is_none_is_refused(shard):
+    with pytest.raises(ImatchError, match="is no i/n: use 0/"):
+        engines.create("local", shard=shard)
+
+
+def test_names_and_options():
+    with pytest.raises(ImatchError, match="unknown engine 'dusk': did you mean 'dask'"):
+        engines.create("dusk")
+    with pytest.raises(ImatchError, match="unknown option of engine local 'scheduler'"):
+        engines.create("local", scheduler="tcp://localhost:8786")
+
+
+def test_without_dask_the_remedy_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ImatchError, match=r"pip install 'imatch\[dask\]'"):
+        engines.create("dask")
+
+
+def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
+    assert all_rows(engines.create("processes"), Squares(tmp_path, dies_at=3), range(6)) == [*range(6)]
+    squares(tmp_path, range(6))
+    assert "was killed, a new one does its work" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+def test_a_job_that_kills_each_time_ends_the_run(name, tmp_path):
+    with pytest.raises(ImatchError, match=r"killed.* at the same .* goes on where it stopped"):
+        all_rows(engines.create(name), Squares(tmp_path, dies_at=1, dies_once=False), range(4))
+    assert (tmp_path / "0.txt").is_file()
+
+
+# --- a cluster of real processes -------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Cluster:
+    """A scheduler and workers, each a command of Dask's own, as a user starts them."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+        self.workers = [self.worker() for _ in range(3)]
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        started = subprocess.Popen(
+            [sys.executable, "-m", "dask", *command],
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.processes.append(started)
+        return started
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        return self.start("worker", self.address, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1")
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """The process, and with a worker's nanny its worker."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def restart_scheduler(self) -> None:
+        """As whoever looks after a cluster does: workers that saw their scheduler go are started anew, too."""
+        self.kill(self.scheduler)
+        time.sleep(1)
+        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+        for worker in self.workers:
+            if worker.poll() is None:
+                self.kill(worker)
+        self.workers = [self.worker() for _ in range(3)]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                self.kill(process)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@contextmanager
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Do something as soon as a condition holds, beside what is in the block; it must have held."""
+    acted, end = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not end.is_set():
+            if condition():
+                act()
+                acted.set()
+                return
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        end.set()
+        watcher.join()
+    assert acted.is_set()
+
+
+# --- the real loops --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    return write_photographs(tmp_path_factory.mktemp("photographs"), 24)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    from tests import random_weights
+
+    return random_weights.write(tmp_path_factory.mktemp("weights"), ["vits16"])
+
+
+@pytest.fixture
+def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., runs.Step]:
+    """Starts 01_embed with a DINOv3 of random weights, two photographs a shard."""
+    monkeypatch.setenv("WEIGHTS_ROOT", str(weights.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def started(name: str) -> runs.Step:
+        return start_embed(
+            str(photographs),
+            data_key=str(weights),
+            exports=str(tmp_path / name),
+            run="run",
+            weight="vits16",
+            backbone_options={"precision": "fp32"},
+            resize=Resize("long_side", long_side=64),
+            shard_size=2,
+            tag="",
+            on_change="refuse",
+        )
+
+    return started
+
+
+def embedded(step: runs.Step, **given) -> Path:
+    imatch.finish_embed(step, imatch.embed(step, **given))
+    return step.folder
+
+
+def stored(folder: Path) -> dict[str, object]:
+    """What lies in a step, without where and in what time it was computed."""
+    return {name: value for name, value in content(folder).items() if name != "step.json"}
+
+
+def test_every_engine_writes_the_same_bytes(start):
+    """Locally, by three processes, by three workers of Dask, by three parts that know nothing of each other."""
+    expected = stored(embedded(start("local")))
+    assert "global.npy" in expected
+    for name in ("processes", "dask"):
+        step = start(name)
+        assert stored(embedded(step, engine=engines.create(name), devices="cpu,cpu,cpu")) == expected
+        work = runs.read(step.folder).work
+        assert work["photographs"] == 24
+        assert min(work[part] for part in ("seconds", "decode", "wait", "forward", "write")) > 0
+    for shard in ("0/3", "2/3", "1/3"):
+        with pytest.raises(PartDoneError, match=f"part {shard} is done"):
+            imatch.embed(start("parts"), engine=engines.create("local", shard=shard))
+    step = start("parts")
+    assert stored(embedded(step)) == expected
+    assert runs.read(step.folder).work["photographs"] == 24
+
+
+def test_parts_that_do_nothing_more_read_no_photograph_again(start, photographs):
+    from tests.test_resume import opened
+
+    for shard in ("0/2", "1/2"):
+        with pytest.raises(PartDoneError):
+            imatch.embed(start("parts"), engine=engines.create("local", shard=shard))
+    with opened(photographs) as read:
+        embedded(start("parts"))
+    assert read == set()
+
+
+def test_parts_do_not_make_anew(start):
+    step = start("parts")
+    step.on_change = "recompute"
+    with pytest.raises(ImatchError, match="parts of a step cannot make it anew"):
+        imatch.embed(step, engine=engines.create("local", shard="0/2"))
+
+
+def test_a_worker_and_the_scheduler_are_killed(start, cluster, capsys):
+    """A worker by SIGKILL in the middle, then the scheduler, which comes back: nothing is lost, nothing double."""
+    expected = stored(embedded(start("local")))
+    step = start("killed")
+    written = lambda n: lambda: len([*(step.folder / "local").glob("*.jsonl")]) >= n  # noqa: E731
+    with when(written(2), lambda: cluster.kill(cluster.workers[0])), when(written(5), cluster.restart_scheduler):
+        folder = embedded(step, engine=engines.create("dask", scheduler=cluster.address))
+    assert stored(folder) == expected
+    assert "the scheduler is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+def test_views_and_pairs_by_every_engine(name, tmp_path):
+    """The references and the matches of the other notebooks."""
+    write_photographs(tmp_path / "photographs", 4)
+    houses = [House(tmp_path, exports) for exports in ("local", name)]
+    for house, engine in zip(houses, (engines.create("local"), engines.create(name)), strict=True):
+        house.embed()
+        imatch.make_references(house.start_views(), engine=engine, workers=0)
+        house.references()
+        house.index()
+        step = house.start_match()
+        step.finish(imatch.match_metrics(step, imatch.match(step, engine=engine, workers=0)))
+    for step in ("views", "04_match"):
+        assert_same(houses[1].folder(step), houses[0].folder(step))
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])
+def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2000, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store.write_array(tmp_path / "vectors.npy", vectors)
+    mapped, keys = np.load(tmp_path / "vectors.npy", mmap_mode="r"), searcher.digests(vectors)
+    answers = {}
+    for name, rows in (("whole", 0), ("local", 300), ("processes", 300)):
+        engine = engines.create("local" if name == "whole" else name)
+        searcher.build(tmp_path / name, mapped, keys, kind=kind, shard_rows=rows, engine=engine)
+        found = searcher.Searcher(tmp_path / name, mapped, keys, device="cpu")
+        effort = max(found.kind.efforts(len(vectors)), default=None)
+        answers[name] = found.search(vectors[::50], 10, effort=effort)
+    shards = sorted((tmp_path / "local").glob("0*.faiss"))
+    assert len(shards) == 7
+    for path in shards:
+        assert path.read_bytes() == (tmp_path / "processes" / path.name).read_bytes()
+    assert (answers["processes"].rows == answers["local"].rows).all()
+    assert (answers["processes"].scores == answers["local"].scores).all()
+    assert (answers["whole"].rows == answers["local"].rows).mean() > (0.99 if kind == "flat" else 0.9)

@@ -75,7 +75,7 @@ def pids(folder: Path) -> set[str]:
 
 
 def all_rows(engine: engines.Engine, work: Squares | Refusing, jobs: range, devices: int = 2) -> list[int]:
-    done = getattr(work, "done", bool)
+    done = getattr(work, "done", lambda _: False)
     return sorted(row["n"] for row in engines.do(engine, work, jobs, "squares", ["cpu"] * devices, done))
 
 

@@ -121,8 +121,8 @@ class House:
         step.finish(judged(step)[-1])
         return step
 
-    def match(self) -> Step:
-        step = imatch.start_match(
+    def start_match(self) -> Step:
+        return imatch.start_match(
             str(self.folder("03_index")),
             candidates=1,
             matcher="mutual",
@@ -137,6 +137,9 @@ class House:
             tag="",
             on_change=self.on_change,
         )
+
+    def match(self) -> Step:
+        step = self.start_match()
         step.finish(imatch.match_metrics(step, imatch.match(step, workers=self.workers)))
         return step
 

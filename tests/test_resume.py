@@ -398,13 +398,14 @@ EMBED_KILLS = [
     Kill("os.rename", "/00003.global.npy"),
     Kill("os.rename", "/00003.xy.npy"),
     Kill("os.rename", "/00003.jsonl"),
-    Kill("os.rename", "/step.json", 3),  # what was done
+    Kill("os.rename", "/00003.work.json"),
     Kill("os.rename", "/seen.jsonl"),
     Kill("os.rename", "/global.npy"),
     Kill("os.rename", "/skipped.jsonl"),
     Kill("os.rename", "/images.jsonl"),
     Kill("os.remove", "/00002.jsonl"),  # merged, and its parts half removed
     Kill("os.remove", "/00002.global.npy"),
+    Kill("os.rename", "/step.json", 3),  # what was done
     Kill("os.rename", "/step.json", 4),  # finishing: the fingerprint
     Kill("os.rename", "/metrics.json"),
 ]

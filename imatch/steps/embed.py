@@ -196,8 +196,7 @@ def embed(
             for row in rows:
                 for id, reason in row["skipped"].items():
                     bad.add(id, reason)
-        seen = _Seen(seen.path, root)  # with what was remembered of each photograph when its shard was written
-        seen.check_headers(ids)
+        seen.learn()
     seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
@@ -512,8 +511,7 @@ class _Seen:
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path, self.root = path, root
-        lines = path.read_bytes().split(b"\n") if path.is_file() else []
-        self._known: dict[str, Row] = {row["id"]: row for row in map(_whole, lines) if row}
+        self._known: dict[str, Row] = {row["id"]: row for row in self._remembered()}
 
     def __getitem__(self, id: str) -> Row:
         return self._known[id]
@@ -533,6 +531,17 @@ class _Seen:
     def digest(self, id: str) -> str | None:
         """See `_digest`."""
         return _digest(self.root, self._known[id])
+
+    def learn(self) -> None:
+        """Take over the hashes that were remembered when shards were written, here or by other processes."""
+        for row in self._remembered():
+            known = self._known.get(row["id"])
+            if known and row["sha256"] and row["stat"] == known["stat"]:
+                known["sha256"] = row["sha256"]
+
+    def _remembered(self) -> list[Row]:
+        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
+        return [row for row in map(_whole, lines) if row]
 
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""

@@ -351,3 +351,25 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     assert (answers["processes"].rows == answers["local"].rows).all()
     assert (answers["processes"].scores == answers["local"].scores).all()
     assert (answers["whole"].rows == answers["local"].rows).mean() > (0.99 if kind == "flat" else 0.9)
+
+
+def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
+    """--shard 0/2 and 1/2 embed, the run without a shard goes on from there, and a part of 03_index there is not."""
+    from imatch import batch
+
+    monkeypatch.chdir(ROOT)
+    recipe = tmp_path / "parts.yaml"
+    recipe.write_text("notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, shard_size: 4}\n")
+    command = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
+    for shard in ("0/2", "1/2"):
+        assert batch.main([*command, "--shard", shard]) == 0
+        assert f"embed: part {shard} is done" in capsys.readouterr().out
+    (local,) = (tmp_path / "exports").glob("demo/01_embed/*/sift/scale1_raw/local")
+    assert len([*local.glob("*.jsonl")]) == 6
+    parts = {path: path.stat().st_mtime_ns for path in local.glob("*.npy")}
+    assert batch.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
+    assert batch.main([*command, "--shard", "0/2"]) == 0
+    assert "03_index has no parts, run it without --shard" in capsys.readouterr().out
+    assert batch.main([*command, "--shard", "2/2"]) == 1
+    assert "shard '2/2' is no i/n" in capsys.readouterr().err

@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/benchmarks/bench_engines.py
 
-ViT-S/16 (random weights) at 256 px, 200 JPEGs of 1024 x 682. The scheduler and its worker run before the clock starts, as
-in a cluster; that a process has to be started, and the model loaded, is in every figure.
+ViT-S/16 (random weights) at 256 px, 200 JPEGs of 1024 x 682. The scheduler and its worker run before the clock starts,
+as in a cluster; that a process has to be started, and the model loaded, is in every figure.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def main() -> None:
                 for name, engine in sides.items():
                     best[name] = min(best[name], seconds(photographs, data_key, folder / f"{turn} {name}", engine))
         for name, took in best.items():
-            print(
-                f"{name:<18}{1000 * took / PHOTOGRAPHS:7.1f} ms a photograph{best['local'] / took:7.2f} of local's speed"
-            )
+            print(f"{name:<18}{1000 * took / PHOTOGRAPHS:7.1f} ms a photograph{best['local'] / took:7.2f} of local")
         print(f"{registry.cores()} cores, {Path(sys.executable).name} {' '.join(sys.argv)}")
 
 

@@ -44,6 +44,7 @@ NAMED = frozenset(
         "scale",
         "cfg",
         "variant",
+        "keep",
         "kind",
         "direction",
         "pairs",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imatch import backbones, images, poses, registry, runs, store
+from imatch import backbones, images, keeping, poses, registry, runs, store
 from imatch.backbones import Backbone
 from imatch.images import Decoded, Resize
 from imatch.poses import UPRIGHT, Pose
@@ -48,6 +48,7 @@ def start_embed(
     resize: Resize,
     cfg: str = "",
     variant: str = "raw",
+    keep: str = keeping.DEFAULT,
     shard_size: int,
     tag: str,
     on_change: str,
@@ -65,6 +66,8 @@ def start_embed(
         resize: how large the backbone sees the photographs.
         cfg: the name of this size in folders and files; "" takes one from `resize`.
         variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
+        keep: what is stored of the local descriptors, one of `keeping.KEEPS`: all in "float16" or "int8", or
+            "aggregated" tokens without positions, or "global": none.
         shard_size: photographs a shard, the unit of resuming.
         tag: appended to the folder's name, to keep two configurations apart.
         on_change: "refuse" or "recompute" what was made from something else.
@@ -90,8 +93,9 @@ def start_embed(
         "cfg": named("cfg", cfg) or str(resize),
         "variant": variant,
         "shard_size": shard_size,
+        **keeping.parameter(keep),
     }
-    name = f"{parameters['cfg']}_{variant}{tagged(tag)}"
+    name = f"{parameters['cfg']}_{keeping.variant(parameters)}{tagged(tag)}"
     folder = registry.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
     links = {"photographs": photographs.root}
     if photographs.registered:
@@ -248,16 +252,17 @@ class Embedded:
 
 
 def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> list[int]:
-    """Write the shards of a variant sub{s} that the finished raw variant beside it holds, without another forward
-    pass; returns those that are left to compute."""
+    """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it, which keeps
+    all, holds without another forward pass; returns those that are left to compute."""
     parameters = step.parameters
     if "pose" in parameters:
         return list(todo)
-    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{parameters['variant']}"
+    all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
+    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{keeping.variant(parameters)}"
     beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
-    if stride == 1 or not todo or not (beside / "metrics.json").is_file():
+    if parameters == all_of_it or not todo or not (beside / "metrics.json").is_file():
         return list(todo)
-    if runs.read(beside).parameters != {**parameters, "variant": "raw"}:
+    if runs.read(beside).parameters != all_of_it:
         return list(todo)
     raw, shards = Embeddings(beside), store.shard_rows(beside)
     place = {id: row for row, id in enumerate(raw.ids)}
@@ -270,9 +275,10 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         for row in rows:
             if "skipped" in row:
                 bad.add(row["id"], row["skipped"])
-        tokens = [raw.tokens(place[row["id"]]).thinned(stride) for row in rows if "skipped" not in row]
+        tokens = [raw.tokens(place[row["id"]]) for row in rows if "skipped" not in row]
+        tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
-        _write_shard(step.folder, shard, about, tokens, seen)
+        _write_shard(step, shard, about, tokens, seen)
     thinned = sum(len(plan[shard]) for shard in {*todo} - {*left})
     whole = runs.read(beside)
     if work := whole.work:  # a thinned photograph costs what its raw one did, and where it did
@@ -336,7 +342,7 @@ class _Work:
                 rows, tokens = _embed_shard(ids, seen, decoded, backbone, self.batch_size, bad, self.about, stride)
                 if pending:
                     pending.result()
-                pending = writer.submit(_write_shard, step.folder, shard, rows, tokens, seen)
+                pending = writer.submit(_write_shard, step, shard, rows, tokens, seen)
             if pending:
                 pending.result()
         next(decoded, None)  # lets the bar know that this was the last
@@ -479,8 +485,8 @@ def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
     return placed if stride == 1 else placed.thinned(stride)
 
 
-def _write_shard(folder: Path, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens], seen: _Seen) -> None:
-    store.write_shard(folder, shard, rows, tokens)
+def _write_shard(step: Step, shard: int, rows: Sequence[Row], tokens: Sequence[Tokens], seen: _Seen) -> None:
+    keeping.write_shard(step.folder, shard, rows, tokens, keeping.of(step.parameters))
     seen.append(row["id"] for row in rows)
 
 

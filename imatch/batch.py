@@ -45,6 +45,7 @@ NAMED = frozenset(
         "scale",
         "cfg",
         "variant",
+        "keep",
         "kind",
         "direction",
         "pairs",

@@ -5,6 +5,10 @@
 prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
 memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
 that cannot fit.
+
+    python -m imatch.registry --photographs 1000000 --weight vits16 --side 256 --tflops 400
+
+plans on paper, without photographs or weights: hours, disk and memory for so many photographs.
 """
 
 from __future__ import annotations
@@ -12,17 +16,20 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+from PIL import Image
 
-from imatch import devices, images, registry
+from imatch import devices, images, indexes, keeping, registry, searcher
 from imatch.backbones import dinov3, dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
@@ -33,6 +40,14 @@ SHARE = {"fp32": 0.6, "bf16": 0.35}
 """Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
 SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""
+WORKERS = (1, 8, 64)
+"""Machines, each like the one that is meant, that hours are told for."""
+LISTED, HELD = 600, 2700
+"""Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl), and of one in memory."""
+FORMULA = (
+    "hours = photographs x GFLOP / (share x GFLOP/s x workers x 3600); share of the matrix products: "
+    + ", ".join(f"{share} in {precision}" for precision, share in SHARE.items())
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,22 @@ class Cost:
     def stored(self) -> int:
         """Bytes of one photograph on disk: local descriptors in float16 and a global vector in float32."""
         return 2 * self.tokens * self.dimension + 4 * self.dimension
+
+
+def hours(photographs: int, flop: int, rate: float, precision: str, workers: int = 1) -> float:
+    """Hours of a network's forward passes, by the formula (`FORMULA`).
+
+    Args:
+        photographs: how many.
+        flop: of one of them.
+        rate: matrix products of one worker in FLOP/s.
+        precision: "fp32" or "bf16".
+        workers: how many.
+
+    >>> round(hours(1_000_000, 12_500_000_000, 57e9, "fp32"), 1)
+    101.5
+    """
+    return photographs * flop / (SHARE[precision] * rate * workers * 3600)
 
 
 @cache
@@ -161,17 +192,21 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
         patch = dinov3_weights.patch(parameters["backbone"]["hub_entry"])
         sizes = _sizes(root, ids, Resize(**parameters["resize"]), patch)
         size, together = _heaviest(sizes, len(ids), batch_size)
-        said, problems, stored = _model(parameters, size, used, together)
+        said, problems, one, network = _model(parameters, size, used, together)
         share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
-        free, wanted = _disk(step, round(stored * share * len(ids)))
+        stored = _stored(parameters, round(one.tokens * share), one.dimension)
+        free, wanted = _disk(step, stored * len(ids))
+        decoding = _decoding([root / id for id in ids[:: -(-len(ids) // 3)]], Resize(**parameters["resize"]), patch)
         lines += [
             *said,
-            f"disk         {stored * share / 2**20:.2f} MB a photograph, {_gb(wanted)} of {_gb(free)} free",
+            f"time         {_time(len(ids), network * share, decoding, used)}",
+            f"disk         {stored / 2**20:#.2g} MB a photograph, {_gb(wanted)} of {_gb(free)} free; stored is "
+            f"{keeping.KEEPS[keeping.of(parameters)]}",
         ]
         if wanted > free:
             problems.append(
                 f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk with "
-                "--exports, a smaller size, or a variant such as sub2"
+                "--exports, a smaller size, a variant such as sub2, or -p keep int8, aggregated or global"
             )
     print("\n".join(lines))
     if problems:
@@ -180,32 +215,83 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
 
 def _model(
     parameters: dict[str, Any], size: tuple[int, int], used: Sequence[str], batch_size: int
-) -> tuple[list[str], list[str], int]:
-    """Lines about the model, what does not fit, and bytes a photograph on disk."""
+) -> tuple[list[str], list[str], Cost, float]:
+    """Lines about the model, what does not fit, what a photograph costs, and the seconds that it takes."""
     options = parameters["backbone"]
     hub_entry, precision = options["hub_entry"], options["precision"]
     one = cost(hub_entry, size, precision)
     needed = one.weights + batch_size * one.working
     path = dinov3_weights.find(options["filename"])
     pace = sum(rate(device, precision) for device in used)
-    expected = SHARE[precision] * pace / one.flop
+    seconds = 3600 * hours(1, one.flop, pace, precision)
     free = min(free_memory(device) for device in used)
     h, w = size
-    stride = 1 if parameters["variant"] == "raw" else int(parameters["variant"][3:])
+    stride = _stride(parameters)
     kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
     lines = [
         f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}",
         f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}",
         f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens{kept}",
         f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})",
-        f"speed        about {expected:.1g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
+        f"speed        about {1 / seconds:.1g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
     ]
     problems = []
     if needed > free:
         fitting = int((free - one.weights) // one.working)
         remedy = f"-p batch_size {fitting}" if fitting > 0 else "a smaller model or size, or precision bf16"
         problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
-    return lines, problems, 2 * one.tokens * one.dimension // stride**2 + 4 * one.dimension
+    return lines, problems, one, seconds
+
+
+def _stored(parameters: dict[str, Any], tokens: int, dimension: int) -> int:
+    """Bytes of one photograph on disk: what is kept of its local descriptors, its global vector, its row."""
+    kept = keeping.size(keeping.of(parameters), tokens // _stride(parameters) ** 2, dimension)
+    return kept + 4 * dimension * len(parameters["backbone"]["pooling"].split("+")) + LISTED
+
+
+def _stride(parameters: dict[str, Any]) -> int:
+    return 1 if parameters["variant"] == "raw" else int(parameters["variant"][3:])
+
+
+def _time(photographs: int, network: float, decoding: float, used: Sequence[str]) -> str:
+    """Hours in all, here and by several such workers, of seconds a photograph: a GPU leaves the cores to the decoding,
+    without one both are done by them."""
+    cores = registry.cores()
+    each = max(network, decoding / cores) if used != ["cpu"] else network + decoding / cores
+    here, *others = (f"{_figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
+    parts = f"forward {_figure(1000 * network)} ms and decoding {_figure(1000 * decoding / cores)} ms a photograph"
+    more = ", ".join(f"{other} with {workers}" for other, workers in zip(others, WORKERS[1:], strict=True))
+    return f"about {here} here ({parts}), {more} such workers"
+
+
+def _decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
+    """Seconds of one core's work to decode a photograph, the mean of some (0 if none can be decoded); waiting for the
+    disk is not counted."""
+    taken = []
+    for path in paths:
+        begun = time.process_time()
+        try:
+            images.decode(path, resize, patch)
+        except PhotographError:  # it will be skipped and reported when its turn comes
+            continue
+        taken.append(time.process_time() - begun)
+    return sum(taken) / max(1, len(taken))
+
+
+def decoding(side: int) -> float:
+    """Seconds that one core takes to decode a JPEG of 12 megapixels for a square of `side` pixels, measured on one that
+    is drawn for it; the best of three.
+
+    >>> 0 < decoding(256) < 10
+    True
+    """
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (188, 250, 3), np.uint8)).resize((4000, 3000))
+    grain = random.normal(0, 6, (3000, 4000, 1)).astype(np.float32)
+    drawn = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+    with tempfile.TemporaryDirectory() as folder:
+        drawn.save(Path(folder) / "drawn.jpg", quality=92)
+        return min(_decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
 
 
 def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[tuple[int, int]]:
@@ -237,6 +323,94 @@ def _disk(step: Step, whole: int) -> tuple[int, int]:
 
 def _gb(amount: float) -> str:
     return f"{amount / 2**30:.2f} GB"
+
+
+def _figure(value: float) -> str:
+    """Two digits, or all before the point; what is next to nothing only so.
+
+    >>> _figure(0.01234), _figure(12345.6), _figure(1e-5)
+    ('0.012', '12,346', '< 0.01')
+    """
+    if value < 0.01:
+        return "< 0.01"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan asks of a machine.
+
+    Attributes:
+        name: what it is called, and whether its rate was measured.
+        precision: "fp32" or "bf16".
+        rate: matrix products in FLOP/s.
+    """
+
+    name: str
+    precision: str
+    rate: float
+
+
+def plan(
+    hub_entry: str, photographs: Sequence[int], side: int, machines: Sequence[Machine], decoded: float, memory: int
+) -> str:
+    """What so many photographs take: hours by machine and number of workers, disk by what is kept, memory by kind of
+    index. A table with a column a number of photographs, and the formula. Nothing of it needs a photograph or a weight.
+
+    Args:
+        hub_entry: such as "dinov3_vits16".
+        photographs: how many, each a column.
+        side: of the squares that the backbone sees, in pixels.
+        machines: that hours are told for.
+        decoded: seconds that one core takes to decode one (`decoding`).
+        memory: bytes that an index may take (`searcher.choose`).
+
+    Raises:
+        ImatchError: a number below 1, or a side that is no multiple of the patch.
+
+    >>> told = plan("dinov3_vits16", [10**6], 256, [Machine("a GPU", "bf16", 4e14)], 0.05, 2**36)
+    >>> " ".join(told.splitlines()[2].split())
+    'hours, a GPU, 1 worker 0.025'
+    """
+    if min(photographs) < 1 or side < 1 or any(not machine.rate > 0 for machine in machines):
+        raise ImatchError("numbers of photographs, the side and rates must be above 0")
+    Resize("stretch", side).check(dinov3_weights.patch(hub_entry))
+    one = cost(hub_entry, (side, side))
+    tokens, d = one.tokens, one.dimension
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(label: str, of: Callable[[int], float | str]) -> None:
+        values = [of(n) for n in photographs]
+        rows.append((label, [value if isinstance(value, str) else _figure(value) for value in values]))
+
+    for machine in machines:
+        for workers in WORKERS:
+            given = {"flop": one.flop, "rate": machine.rate, "precision": machine.precision, "workers": workers}
+            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(hours, **given))
+    add(f"core hours of decoding, {1000 * decoded:.0f} ms a photograph", lambda n: n * decoded / 3600)
+    for keep in keeping.KEEPS:
+        each = keeping.size(keep, tokens, d) + 4 * d + LISTED
+        add(f"GB on disk, keep {keep}, {each / 1000:.1f} kB a photograph", lambda n, each=each: n * each / 2**30)
+    add(f"GB of memory, list of photographs, {HELD / 1000:.1f} kB each", lambda n: n * HELD / 2**30)
+    for kind in (kind for kind in indexes.INDEXES if kind != "factory"):  # which has no layout of its own
+        made = indexes.create(kind)
+        add(f"GB of memory, index {kind}", lambda n, made=made: made.memory(n, d) / 2**30)
+    add(f"index that auto takes of {memory / 2**30:.0f} GB", lambda n: _kind(n, d, memory))
+    wide = max(len(label) for label, _ in rows)
+    lines = [
+        f"{hub_entry} at {side} x {side} px: {one.flop / 1e9:.1f} GFLOP a photograph, {tokens} tokens of {d} numbers",
+        f"{'photographs':{wide}} {''.join(f'{n:>13,}' for n in photographs)}",
+        *(f"{label:{wide}} {''.join(f'{value:>13}' for value in values)}" for label, values in rows),
+        FORMULA,
+    ]
+    return "\n".join(lines)
+
+
+def _kind(n: int, d: int, memory: int) -> str:
+    try:
+        return searcher.choose(n, d, memory)[0]
+    except ImatchError:  # said in the table in place of a kind
+        return "none fits"
 
 
 def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
@@ -304,15 +478,35 @@ def weight_file(filename: str) -> tuple[str, str, str]:
         return "WRONG", megabytes, str(error)
 
 
+def _planned(options: argparse.Namespace) -> str:
+    """The plan that the command line asks for, with what this machine measures."""
+    device = devices.resolved("auto")
+    precision = "bf16" if dinov3.computes_in_bf16(device) else "fp32"
+    here = rate(device, precision)
+    machines = [Machine(f"{device} in {precision} at {here / 1e9:.0f} GFLOP/s, measured here", precision, here)]
+    if options.tflops is not None:
+        computed = Machine(f"bf16 at {options.tflops:g} TFLOP/s, computed", "bf16", options.tflops * 1e12)
+        machines.append(computed)
+    memory = round(options.memory_gb * 2**30) or psutil.virtual_memory().available // 2
+    hub_entry = registry.load(options.data_key).weight(options.weight).hub_entry
+    return plan(hub_entry, options.photographs, options.side, machines, decoding(options.side), memory)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1 when a file is not what its name says, 2 for a bad request."""
     parser = argparse.ArgumentParser(prog="python -m imatch.registry", description="What is there, and will it fit?")
     parser.add_argument("--data-key", default=registry.DATA_KEY, help="registry of data sets and weights")
     parser.add_argument("--side", type=int, default=512, help="pixels of square photographs (default 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="photographs a forward pass (default 8)")
+    paper = parser.add_argument_group("a plan on paper, without photographs or weights")
+    paper.add_argument("--photographs", type=int, nargs="+", metavar="N", help="how many: hours, disk and memory")
+    paper.add_argument("--weight", default="vits16", help="a key of the registry (default vits16)")
+    paper.add_argument("--tflops", type=float, help="also for a machine with this rate of bf16 matrix products")
+    paper.add_argument("--memory-gb", type=float, default=0.0, help="for the index; 0 is half of what is free here")
     options = parser.parse_args(arguments)
     try:
-        text = table(options.data_key, options.side, options.batch_size)
+        planned = options.photographs is not None
+        text = _planned(options) if planned else table(options.data_key, options.side, options.batch_size)
     except ImatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from imatch import datasets, denseft, plugins, references, registry, runs, store
+from imatch import datasets, denseft, keeping, plugins, references, registry, runs, store
 from imatch.records import ImatchError, Tokens
 from imatch.runs import Step
 from imatch.store import Embeddings, Row
@@ -61,7 +61,8 @@ def export(step: Step, embeddings: Embeddings, outputs: Sequence[str], folder: P
 
     Raises:
         ImatchError: an unknown output, or one that needs a grid of a backbone without one; nothing is written.
-        StepError: files are there that were made differently, and `step.on_change` is "refuse".
+        StepError: an output needs local descriptors that were not kept; or files are there that were made differently,
+            and `step.on_change` is "refuse".
 
     >>> export(Step(Path("s"), "01_embed", {}, {}), None, ["globl.npy"])
     Traceback (most recent call last):
@@ -73,6 +74,8 @@ def export(step: Step, embeddings: Embeddings, outputs: Sequence[str], folder: P
             raise ImatchError(plugins.unknown("output", output, OUTPUTS))
         kind, _, suffix = output.partition(".")
         wanted.setdefault(kind, {"json"}).add(suffix)  # an array has a meta, always
+    if {*wanted} - {"global"}:
+        keeping.check(step.folder, step.parameters, "a file such as patch.npy")
     gridless = next((row["id"] for row in embeddings.rows if row["grid"] is None), None) if wanted else None
     if gridless is not None and {*wanted} - {"global"}:
         raise ImatchError(

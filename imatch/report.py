@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from imatch import evaluate, intervals, labels, registry, runs, store
+from imatch import evaluate, intervals, keeping, labels, registry, runs, store
 from imatch.calibrate import Threshold
 from imatch.records import ImatchError, StepError
 from imatch.runs import Step
@@ -225,7 +225,7 @@ def _row(name: str, steps: Mapping[str, Step]) -> Row:
         "weight": weight,
         "size": parameters["cfg"],
         "pooling": parameters["backbone"].get("pooling", "vlad"),
-        "variant": parameters["variant"],
+        "variant": keeping.variant(parameters),
     }
     truth = asked["truth"] + (f" of {asked['radius']:g} m" if asked["radius"] else "")
     return {

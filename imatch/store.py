@@ -180,7 +180,7 @@ def write_shard(
     shard: int,
     rows: Sequence[Row],
     tokens: Sequence[Tokens],
-    dtype: type[np.floating] | None = np.float16,
+    dtype: type[np.floating | np.int8] | None = np.float16,
 ) -> None:
     """Write the photographs of one shard; its `.jsonl`, written last, says that it is whole.
 
@@ -189,17 +189,20 @@ def write_shard(
         shard: its number.
         rows: one a photograph in order, skipped ones (with "skipped") included.
         tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs. Positions
-            are written unless they are those of grids that cover their photographs (`grid_xy`).
-        dtype: of the local descriptors on disk; None keeps theirs.
+            are written unless they are those of grids that cover their photographs (`grid_xy`), or NaN: nowhere.
+        dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale a descriptor beside it (`to_int8`).
     """
     base = folder / "local" / f"{shard:05d}"
     used = [row for row in rows if "skipped" not in row]
     placed_apart = any(
-        one.grid is None or not np.array_equal(one.xy, grid_xy(one.grid, row["size"]))
+        not _nowhere(one) and (one.grid is None or not np.array_equal(one.xy, grid_xy(one.grid, row["size"])))
         for row, one in zip(used, tokens, strict=True)
     )
     if tokens:
         local = np.concatenate([t.descriptors for t in tokens])
+        if dtype is np.int8:
+            local, scale = to_int8(local)
+            write_array(base.with_suffix(".scale.npy"), scale)
         write_array(base.with_suffix(".npy"), local.astype(dtype or local.dtype))
         write_array(base.with_suffix(".global.npy"), np.stack([t.vector for t in tokens]).astype(np.float32))
         if placed_apart:
@@ -213,6 +216,31 @@ def write_shard(
             first += len(one.descriptors)
         placed.append({**row, "shard": shard})
     write_rows(base.with_suffix(".jsonl"), placed)
+
+
+def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Descriptors as a byte a number: each is its whole numbers times its scale, and no number is off by more than half
+    a scale, max |x| / 254.
+
+    Args:
+        descriptors: (n, d) float.
+
+    Returns:
+        whole: (n, d) int8 in [-127, 127].
+        scale: (n,) float32, max |x| / 127 of each; in float16 it would lose digits where a descriptor is small.
+
+    >>> whole, scale = to_int8(np.array([[254.0, -127.5], [0.0, 0.0]]))
+    >>> whole.tolist(), scale.tolist()
+    ([[127, -64], [0, 0]], [2.0, 0.0])
+    """
+    scale = (np.abs(descriptors.astype(np.float32)).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
+    steps = descriptors / np.where(scale > 0, scale, 1)[:, None]
+    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
+
+
+def _nowhere(tokens: Tokens) -> bool:
+    """Whether descriptors have no positions: those of aggregated tokens are NaN."""
+    return bool(len(tokens.xy) and np.isnan(tokens.xy).all())
 
 
 def vector_digest(vector: np.ndarray) -> str:
@@ -287,7 +315,7 @@ def remove_parts(folder: Path) -> None:
 def remove_shard(folder: Path, shard: int) -> None:
     """Remove a shard, its mark of being whole first."""
     base = folder / "local" / f"{shard:05d}"
-    for suffix in (".jsonl", ".npy", ".xy.npy", ".global.npy", ".work.json"):
+    for suffix in (".jsonl", ".npy", ".scale.npy", ".xy.npy", ".global.npy", ".work.json"):
         base.with_suffix(suffix).unlink(missing_ok=True)
 
 
@@ -334,8 +362,11 @@ class Embeddings:
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
         apart = {row["shard"] for row in self.rows if _apart(row)}
         for shard, end in ends.items():
-            if (n := _shape(self._path(shard))[0]) != end:
+            (n, _), dtype = _header(self._path(shard))
+            if n != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
+            if dtype == np.int8 and (n := _shape(self._path(shard, ".scale.npy"))[0]) != end:
+                raise StepError(f"{self.folder}: shard {shard} holds {n} scales for {end} descriptors")
             if shard in apart and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
@@ -385,12 +416,28 @@ class Embeddings:
         return self._maps[path]
 
     def tokens(self, row: int) -> Tokens:
-        """The tokens of one photograph: descriptors (n, d) as stored, xy (n, 2) in pixels of the original."""
+        """The tokens of one photograph: descriptors (n, d) as stored, or float32 of what int8 and scale say; xy (n, 2)
+        in pixels of the original, NaN where they have no positions."""
         meta = self.rows[row]
         part = slice(meta["first"], meta["first"] + meta["n"])
         grid = None if meta["grid"] is None else tuple(meta["grid"])
-        xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part]) if _apart(meta) else grid_xy(grid, meta["size"])
-        return Tokens(np.asarray(self.vectors[row]), np.asarray(self._local(meta["shard"])[part]), xy, grid)
+        local = np.asarray(self._local(meta["shard"])[part])
+        if local.dtype == np.int8:
+            local = local * self._local(meta["shard"], ".scale.npy")[part, None]
+        if _apart(meta):
+            xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part])
+        else:
+            xy = np.full((meta["n"], 2), np.nan, np.float32) if grid is None else grid_xy(grid, meta["size"])
+        return Tokens(np.asarray(self.vectors[row]), local, xy, grid)
+
+    @property
+    def unplaced(self) -> str:
+        """Why local descriptors have no positions, in words for people; "" where they have."""
+        if not any(row["n"] for row in self.rows):
+            return "no local descriptors were kept"
+        if self.rows[0]["grid"] is None and not _apart(self.rows[0]):
+            return "only aggregated tokens were kept, which have no positions"
+        return ""
 
     def check_rows(self) -> None:
         """Compare every row of the list with its vector: a moment for 40,000 of them.
@@ -433,14 +480,18 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """The shape of a .npy file, from its header, if the file is as long as that says."""
+    return _header(path)[0]
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and type of a .npy file, from its header, if the file is as long as that says."""
     with _readable(path), path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         expected = file.tell() + math.prod(shape) * dtype.itemsize
         if path.stat().st_size != expected:
             raise ValueError(f"{path.stat().st_size} bytes, not {expected}")
-        return tuple(shape)
+        return tuple(shape), dtype
 
 
 @contextmanager

@@ -30,7 +30,9 @@ EMPTY = (255, 0, 255)
 
 
 def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int = 300) -> Figure:
-    """The first n photographs with the positions of their local descriptors."""
+    """The first n photographs with the positions of their local descriptors; where none were kept, that in words."""
+    if embeddings.unplaced:
+        return _words(f"No positions: {embeddings.unplaced}.")
     n = min(n, len(embeddings))
     figure, axes = _sheet(1, n)
     for row, axis in enumerate(axes.flat):
@@ -47,7 +49,7 @@ def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int =
 def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: bool = False) -> Figure:
     """n photographs, evenly spread, each beside its DenseFT: colours of one basis, so equal colours are equal tokens.
 
-    Where there can be none (keypoints lie on no grid), the figure says so in words.
+    Where there can be none (keypoints lie on no grid, or nothing was kept), the figure says so in words.
 
     Args:
         embeddings: of the photographs.
@@ -58,8 +60,8 @@ def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: boo
     try:
         basis = fit(embeddings)
     except ImatchError:
-        why = "keypoints lie on no grid" if embeddings.rows[0]["grid"] is None else "there are too few tokens"
-        return _words(f"No DenseFT: {why}.")
+        gridless = "keypoints lie on no grid" if embeddings.rows[0]["grid"] is None else "there are too few tokens"
+        return _words(f"No DenseFT: {embeddings.unplaced or gridless}.")
     shown = np.unique(np.linspace(0, len(embeddings) - 1, max(1, min(n, len(embeddings)))).astype(int)).tolist()
     columns = min(3, len(shown))
     figure, axes = _sheet(-(-len(shown) // columns), 2 * columns)

@@ -4,11 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from imatch import checks, registry
+from imatch import checks, keeping, registry, store
 from imatch.checks import cost
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,89 @@ def test_the_table_of_the_readme_is_what_is_counted():
         numbers = [f"{at[0].parameters / 1e6:,.0f}", *(f"{one.flop / 1e9:,.0f}" for one in at)]
         numbers += [f"{one.stored / 2**20:.2f}" for one in at]
         assert rows[weight.key].split(" | ") == [weight.family, *numbers]
+
+
+# --- the plan on paper
+
+
+def test_the_plan_of_the_readme_is_what_is_counted():
+    """All but two numbers that were measured, which it names."""
+    text = (ROOT / "README.md").read_text()
+    asked = re.search(
+        r"imatch.registry --photographs ([\d ]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
+    )
+    block = re.search(r"```\n(dinov3_vits16 at 256 x 256 px.*?)\n```", text, re.S).group(1)
+    measured = re.search(r"hours, (cpu in fp32 at (\d+) GFLOP/s, measured here), 1 worker", block)
+    decoded = re.search(r"core hours of decoding, (\d+) ms", block)
+    machines = [
+        checks.Machine(measured[1], "fp32", 1e9 * int(measured[2])),
+        checks.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
+    ]
+    counts = [int(count) for count in asked[1].split()]
+    assert counts == [10**4, 10**6, 10**8]
+    assert checks.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
+
+
+def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+    done = command(registry.DATA_KEY, "--photographs", "1000", "1000000", "--side", "64", "--tflops", "100")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("dinov3_vits16 at 64 x 64 px")
+    assert lines[-1] == checks.FORMULA
+    assert sum("measured here" in line for line in lines) == sum("computed" in line for line in lines) == 3
+    kinds = [line.split()[4] for line in lines if line.startswith("GB of memory, index")]
+    assert kinds == ["flat", "ivf_flat", "hnsw", "ivf_pq", "ivf_rabitq"]
+    kept = [line.split()[4].rstrip(",") for line in lines if line.startswith("GB on disk")]
+    assert kept == [*keeping.KEEPS]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--photographs", "0"], "must be above 0"),
+        (["--photographs", "10", "--tflops", "-1"], "must be above 0"),
+        (["--photographs", "10", "--side", "250"], "250 is not a multiple of patch 16: use 240 or 256"),
+        (["--photographs", "10", "--weight", "vits61"], "did you mean"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(options, said):
+    done = command(registry.DATA_KEY, *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
+
+
+def test_hours_by_the_formula():
+    one = cost("dinov3_vits16", (256, 256))
+    assert checks.hours(1000, one.flop, one.flop, "fp32") == pytest.approx(1000 / 0.6 / 3600)
+    assert checks.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.35 / 3600 / 8)
+
+
+def test_a_plan_says_when_no_index_fits():
+    told = checks.plan("dinov3_vits16", [10**4, 10**9], 256, [], 0.05, 2**30)
+    assert told.splitlines()[-2].split()[-3:] == ["flat", "none", "fits"]
+
+
+def test_rows_take_what_is_said_of_them(tmp_path):
+    """On disk, of a registered survey, and in memory."""
+    about = {"size": (3000, 4000), "look": "0" * 64, "capture": "flight01", "label": "80m", "frame": 1}
+    place = {"latitude": 51.123456789, "longitude": -0.123456789, "altitude": 82.123}
+    placed = {"grid": (16, 16), "xy": False, "shard": 12, "first": 12345, "n": 256, "vector": "0123456789abcdef"}
+    rows = [
+        {"id": f"flight01_80m/flight01_80m_{i:04d}.jpg", "sha256": f"{i:064x}", **about, "position": place, **placed}
+        for i in range(2000)
+    ]
+    seen = {"id": rows[0]["id"], "stat": [10**7, 10**18], "problem": None, "sha256": "0" * 64}
+    assert len(store.line(rows[0]) + store.line(seen)) == pytest.approx(checks.LISTED, rel=0.2)
+    store.write_rows(tmp_path / "images.jsonl", rows)
+    del rows
+    tracemalloc.start()
+    try:
+        held = store.read_rows(tmp_path / "images.jsonl")
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken / len(held) == pytest.approx(checks.HELD, rel=0.2)
 
 
 def test_parameters_are_those_that_meta_publishes():

@@ -1,5 +1,6 @@
 """Sizes, variants, devices and poolings through the steps: what is embedded, and what may be compared with what."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import checks, runs, store
+from imatch import checks, keeping, registry, runs, store
 from imatch.backbones.dinov3 import Dinov3
 from imatch.images import Resize
 from imatch.records import ImatchError, StepError
@@ -353,6 +354,30 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     capsys.readouterr()
     imatch.preflight(step, batch_size=8)
     assert "is there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", keeping.KEEPS)
+def test_preflight_tells_disk_by_what_is_kept_and_hours(dinov3, capsys, keep):
+    step = dinov3(keep=keep)
+    imatch.preflight(step, batch_size=8)
+    said = capsys.readouterr().out
+    assert re.search(r"time +about .* h here \(forward .* ms and decoding .* ms a photograph\), .* with 64 such", said)
+    assert f"stored is {keeping.KEEPS[keep]}\n" in said
+    promised = 2**20 * float(re.search(r"disk +([\d.]+) MB a photograph", said)[1])
+    embedded(step)
+    kept = [path for path in step.folder.rglob("*") if path.suffix in (".npy", ".jsonl")]
+    headers = 128 * sum(path.suffix == ".npy" for path in kept)
+    taken = (sum(path.stat().st_size for path in kept) - headers) / 4
+    assert taken == pytest.approx(promised, rel=0.1)
+
+
+def test_hours_here_are_of_the_network_and_of_the_decoding(monkeypatch):
+    """A GPU leaves the cores to the decoding; without one both are done by them."""
+    monkeypatch.setattr(registry, "cores", lambda: 2)
+    million = checks._time(1_000_000, 0.36, 0.072, ["cpu"])
+    assert million.startswith("about 110 h here (forward 360 ms and decoding 36 ms a photograph), 14 h with 8, ")
+    assert checks._time(1_000_000, 0.36, 0.072, ["cuda:0"]).startswith("about 100 h here")
+    assert checks._time(1_000_000, 0.001, 0.072, ["cuda:0"]).startswith("about 10 h here")
 
 
 @pytest.mark.parametrize(("key", "entry"), [("vits16", "dinov3_vits16"), ("cxTiny", "dinov3_convnext_tiny")])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from imatch import backbones, engines, images, poses, registry, runs, store
+from imatch import backbones, engines, images, keeping, poses, registry, runs, store
 from imatch.backbones import Backbone
 from imatch.engines import Engine, Place
 from imatch.engines.local import LOCAL, Local
@@ -51,6 +51,7 @@ def start_embed(
     resize: Resize,
     cfg: str = "",
     variant: str = "raw",
+    keep: str = keeping.DEFAULT,
     shard_size: int,
     tag: str,
     on_change: str,
@@ -68,6 +69,8 @@ def start_embed(
         resize: how large the backbone sees the photographs.
         cfg: the name of this size in folders and files; "" takes one from `resize`.
         variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
+        keep: what is stored of the local descriptors, one of `keeping.KEEPS`: all in "float16" or "int8", or
+            "aggregated" tokens without positions, or "global": none.
         shard_size: photographs a shard, the unit of resuming.
         tag: appended to the folder's name, to keep two configurations apart.
         on_change: "refuse" or "recompute" what was made from something else.
@@ -93,8 +96,9 @@ def start_embed(
         "cfg": named("cfg", cfg) or str(resize),
         "variant": variant,
         "shard_size": shard_size,
+        **keeping.parameter(keep),
     }
-    name = f"{parameters['cfg']}_{variant}{tagged(tag)}"
+    name = f"{parameters['cfg']}_{keeping.variant(parameters)}{tagged(tag)}"
     folder = registry.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
     links = {"photographs": photographs.root}
     if photographs.registered:
@@ -261,16 +265,17 @@ class Embedded:
 
 
 def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
-    """Write the shards of a variant sub{s} that the finished raw variant beside it holds, without another forward
-    pass."""
+    """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it, which keeps
+    all, holds without another forward pass."""
     parameters = step.parameters
     if "pose" in parameters:
         return
-    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{parameters['variant']}"
+    all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
+    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{keeping.variant(parameters)}"
     beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
-    if stride == 1 or not todo or not (beside / "metrics.json").is_file():
+    if parameters == all_of_it or not todo or not (beside / "metrics.json").is_file():
         return
-    if runs.read(beside).parameters != {**parameters, "variant": "raw"}:
+    if runs.read(beside).parameters != all_of_it:
         return
     raw, shards, whole = Embeddings(beside), store.shard_rows(beside), runs.read(beside).work
     place = {id: row for row, id in enumerate(raw.ids)}
@@ -282,10 +287,11 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         for row in rows:
             if "skipped" in row:
                 bad.add(row["id"], row["skipped"])
-        tokens = [raw.tokens(place[row["id"]]).thinned(stride) for row in rows if "skipped" not in row]
+        tokens = [raw.tokens(place[row["id"]]) for row in rows if "skipped" not in row]
+        tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
         row = {"shard": shard, "work": {name: n * len(rows) / whole["photographs"] for name, n in whole.items()}}
-        _write_shard(step.folder, row, about, tokens, [seen[id] for id in plan[shard]])
+        _write_shard(step, row, about, tokens, [seen[id] for id in plan[shard]])
 
 
 def devices_of(step: Step, devices: str, several: bool = False) -> list[str]:
@@ -356,7 +362,7 @@ class _Work:
                 row["work"]["seconds"], begun = time.perf_counter() - begun, time.perf_counter()
                 if pending:
                     yield pending.result()
-                pending = writer.submit(_write_shard, step.folder, row, rows, tokens, shard.seen)
+                pending = writer.submit(_write_shard, step, row, rows, tokens, shard.seen)
             if pending:
                 yield pending.result()
         next(decoded, None)  # lets the bar know that this was the last
@@ -460,10 +466,10 @@ def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
     return placed if stride == 1 else placed.thinned(stride)
 
 
-def _write_shard(folder: Path, row: Row, rows: Sequence[Row], tokens: Sequence[Tokens], seen: Sequence[Row]) -> Row:
+def _write_shard(step: Step, row: Row, rows: Sequence[Row], tokens: Sequence[Tokens], seen: Sequence[Row]) -> Row:
     """Write a shard, remember its photographs even if the run is killed now, and put down what the shard took."""
-    started = time.perf_counter()
-    store.write_shard(folder, row["shard"], rows, tokens)
+    started, folder = time.perf_counter(), step.folder
+    keeping.write_shard(folder, row["shard"], rows, tokens, keeping.of(step.parameters))
     lines = b"".join(store.line(known) for known in seen)
     with store.writing(folder / SEEN), (folder / SEEN).open("ab", buffering=0) as file:
         file.write(b"\n" + lines)  # a first end of line, for one that a kill left torn; at once, for others write, too

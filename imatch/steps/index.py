@@ -12,7 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from imatch import calibrate, evaluate, images, indexes, plugins, poses, positions, registry, runs, searcher, store
+from imatch import (
+    calibrate,
+    evaluate,
+    images,
+    indexes,
+    keeping,
+    plugins,
+    poses,
+    positions,
+    registry,
+    runs,
+    searcher,
+    store,
+)
 from imatch.calibrate import Threshold
 from imatch.engines import Engine
 from imatch.engines.local import LOCAL
@@ -97,7 +110,8 @@ def start_index(
         tag, on_change: as in `start_embed`.
 
     Raises:
-        StepError: the references were not made from that 01_embed, or differ in backbone, pooling, family or size.
+        StepError: the references were not made from that 01_embed, or differ in backbone, pooling, family or size; or
+            rerank, and a side kept too little for it.
         ImatchError: an unknown direction or index; see also `runs.start`.
     """
     if direction not in DIRECTIONS:
@@ -139,6 +153,8 @@ def start_index(
             f"whiten {whiten}: {of_gallery['photographs']} vectors of {of_gallery['global_dimension']} numbers give at "
             f"most {most} axes"
         )
+    if rerank:
+        _check_tokens([found[side] for side in sides.values()], tokens)
     tries = worth_trying(found[sides["query"]], poses.poses(rotations))
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
@@ -171,6 +187,17 @@ def start_index(
         upstream["labels"] = images.file_digest(links["labels"])
     # the index knows by itself what of it still holds
     return runs.start(folder, "03_index", parameters, upstream, links, on_change, keep=("index",))
+
+
+def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
+    """Raise StepError when a side of an index has not so many aggregated tokens to compare by."""
+    for side in sides:
+        keeping.check(side.folder, side.parameters, "rerank", keeping.LOCAL)
+        if keeping.of(side.parameters) == "aggregated" and tokens > keeping.TOKENS:
+            raise StepError(
+                f"tokens is {tokens}, and {side.folder} keeps {keeping.TOKENS} a photograph: use -p tokens "
+                f"{keeping.TOKENS}, or run 01_embed with -p keep {' or '.join(keeping.PLACED)}"
+            )
 
 
 def kind_of_reference(reference: Step, data: Step) -> str:

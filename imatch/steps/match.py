@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from imatch import engines, evaluate, geometry, images, matching, poses, runs, sinks, store
+from imatch import engines, evaluate, geometry, images, keeping, matching, poses, runs, sinks, store
 from imatch.aligning import Aligner, Alignment
 from imatch.engines import Engine
 from imatch.engines.local import LOCAL
@@ -86,9 +86,12 @@ def start_match(
         tag, on_change: as in `start_embed`.
 
     Raises:
+        StepError: a side kept no local descriptors, or no positions of them.
         ImatchError: an unknown name or photograph, or a number out of its range; see also `runs.start`.
     """
     planned = sources.plan(index_step, candidates, pairs, one, embed_step, gallery_step)
+    for side in (planned.query, planned.gallery):
+        keeping.check(side.folder, side.parameters, "04_match")
     matching.create(matcher, matcher_options)
     for output in outputs:
         sinks.create(output)

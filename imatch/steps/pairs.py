@@ -77,9 +77,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a 04_match writes and what its pairs were made from, for `runs.start`; and the step of its queries."""
+    """Where a 04_match writes and what its pairs were made from, for `runs.start`; and the steps of its two sides."""
 
     query: Step
+    gallery: Step
     folder: Path
     parameters: dict[str, Any]
     upstream: dict[str, str]
@@ -118,7 +119,7 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
         name = f"csv-{path.stem}"
     exports, dataset = run_and_dataset(query)
     folder = exports / "04_match" / dataset / Path(*query.folder.parts[-2:]) / f"pairs-{name}{kind}"
-    return Plan(query, folder, parameters, upstream, links)
+    return Plan(query, gallery, folder, parameters, upstream, links)
 
 
 def _plan_of_index(index: Step, candidates: int) -> Plan:
@@ -126,8 +127,8 @@ def _plan_of_index(index: Step, candidates: int) -> Plan:
         raise ImatchError(f"candidates is {candidates}: match at least 1")
     within = index.folder.relative_to(index.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
     folder = index.folder.parents[4] / "04_match" / within
-    query, upstream = runs.read(index.linked("query")), {"index": str(index.fingerprint)}
-    return Plan(query, folder, {"candidates": candidates}, upstream, {"index": index.folder})
+    upstream = {"index": str(index.fingerprint)}
+    return Plan(*sides(index), folder, {"candidates": candidates}, upstream, {"index": index.folder})
 
 
 def source(step: Step) -> Source:

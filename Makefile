@@ -53,6 +53,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_embed.py
 	$(BIN)/python tests/benchmarks/bench_dinov3.py
 	$(BIN)/python tests/benchmarks/bench_dinov3.py --memory
+	$(BIN)/python tests/benchmarks/bench_fast.py
 	$(BIN)/python tests/benchmarks/bench_redis.py
 	$(BIN)/python tests/benchmarks/bench_search.py
 	$(BIN)/python tests/benchmarks/bench_search.py --memory

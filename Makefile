@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "pip>=25.1" setuptools
 	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo,redis,dask]" --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo,redis,dask,openvino]" --group dev
 	rm -f .venv/ready-* && touch $@
 
 demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures
@@ -54,6 +54,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_dinov3.py
 	$(BIN)/python tests/benchmarks/bench_dinov3.py --memory
 	$(BIN)/python tests/benchmarks/bench_engines.py
+	$(BIN)/python tests/benchmarks/bench_fast.py
 	$(BIN)/python tests/benchmarks/bench_redis.py
 	$(BIN)/python tests/benchmarks/bench_search.py
 	$(BIN)/python tests/benchmarks/bench_search.py --memory

@@ -43,11 +43,17 @@ def weights_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    """Of all tests that use the random weights, for OpenVINO takes seconds to convert a model."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def weights(weights_folder, monkeypatch, tmp_path):
+def weights(weights_folder, monkeypatch, cache_folder):
     """WEIGHTS_ROOT is the folder of random weights; the registry that names them is weights / "data_key.json"."""
     monkeypatch.setenv("WEIGHTS_ROOT", str(weights_folder))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder))
     return weights_folder
 
 

@@ -29,7 +29,7 @@ def test_notebooks_are_stripped():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", ["faiss", "timm", "cv2", "matplotlib", "torch"])
+@pytest.mark.parametrize("module", ["faiss", "timm", "cv2", "matplotlib", "torch", "openvino"])
 def test_importing_imatch_is_light(module):
     tables = "imatch.backbones, imatch.indexes, imatch.matching, imatch.sinks, imatch.references"
     code = f"import imatch, {tables}, sys; sys.exit({module!r} in sys.modules)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from imatch import devices, pooling, store
-from imatch.backbones import dinov3_weights
+from imatch.backbones import dinov3_openvino, dinov3_weights
 from imatch.plugins import unknown
 from imatch.records import ImatchError, Tokens
 
@@ -24,6 +26,7 @@ MEAN_STD = {
 ImageNet) and satellite tiles (SAT-493M)."""
 SOURCES = ("timm", "hub")
 PRECISIONS = ("auto", "fp32", "bf16")
+ENGINES = ("auto", "torch", "openvino")
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,13 @@ class Dinov3:
         precision: "fp32", "bf16" (autocast), or "auto", which becomes bf16 where the device computes in it: GPUs since
             Ampere, CPUs with AMX or AVX512-BF16.
         compile: let torch.compile fuse the model; the first batch of a shape then takes a minute.
+        engine_forward: "torch", "openvino" (timm's model on the CPU; an extra of pip), or "auto", which becomes
+            openvino where it is there, faster, and gives torch's tokens (`imatch.backbones.dinov3_openvino.chosen`).
         device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1". It is no part of what is asked.
 
     Raises:
-        ImatchError: an unknown name, a missing device, or a weight file that is not what it should be.
+        ImatchError: an unknown name, a missing device, openvino where it cannot be, or a weight file that is not what
+            it should be.
     """
 
     hub_entry: str
@@ -71,6 +77,7 @@ class Dinov3:
     pooling: str = "cls"
     precision: str = "auto"
     compile: bool = False
+    engine_forward: str = "auto"
     device: str = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
@@ -80,13 +87,19 @@ class Dinov3:
             ("source", self.source, SOURCES),
             ("pooling", self.pooling, pooling.POOLINGS),
             ("precision", self.precision, PRECISIONS),
+            ("engine_forward", self.engine_forward, ENGINES),
         ):
             if name not in known:
                 raise ImatchError(unknown(what, name, known))
         # "auto" becomes what this machine does, so that the step records what was done
-        object.__setattr__(self, "device", devices.resolved(self.device))
+        cpu = self.device == "auto" and self.engine_forward == "openvino"
+        object.__setattr__(self, "device", "cpu" if cpu else devices.resolved(self.device))
         if self.precision == "auto":
             object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
+        if self.engine_forward == "openvino":
+            dinov3_openvino.check(self)
+        if self.engine_forward == "auto":
+            object.__setattr__(self, "engine_forward", dinov3_openvino.chosen(self))
 
     @property
     def patch(self) -> int:
@@ -120,6 +133,40 @@ class Dinov3:
         model = model.to(self.device)
         return _compiled(model) if self.compile else model
 
+    @cached_property
+    def openvino(self) -> dinov3_openvino.Forward:
+        """The forward pass by OpenVINO, for engine_forward "openvino".
+
+        Raises:
+            ImatchError: its tokens are not torch's, or the weight file is not what it should be.
+        """
+        return dinov3_openvino.checked(self)
+
+    def normalised(self, photographs: Tensor) -> Tensor:
+        """(B, h, w, 3) uint8 RGB photographs as the model wants them: (B, 3, h, w) float32 on the device."""
+        mean, std = (torch.tensor(values, device=self.device) * 255 for values in MEAN_STD[self.family])
+        return ((photographs.to(self.device) - mean) / std).permute(0, 3, 1, 2)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of timm's model, class token and registers first, before and after its last normalisation.
+
+        Args:
+            x: (B, 3, h, w) float32, from `normalised`.
+
+        Returns:
+            Two (B, m, D) float32 on the device; a ConvNeXt's have no class token before, and its pooled vector after.
+        """
+        if self.engine_forward == "openvino":
+            return self.openvino(x)
+        with self._torch():
+            return timm_tokens(self.model, x)
+
+    @contextmanager
+    def _torch(self) -> Iterator[None]:
+        device_type = torch.device(self.device).type
+        with torch.inference_mode(), torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
     def features(self, photographs: Tensor) -> Features:
         """The one forward pass.
 
@@ -129,21 +176,19 @@ class Dinov3:
         Returns:
             float32, on the device.
         """
-        mean, std = (torch.tensor(values, device=self.device) * 255 for values in MEAN_STD[self.family])
-        x = ((photographs.to(self.device) - mean) / std).permute(0, 3, 1, 2)
+        x = self.normalised(photographs)
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
-        device_type = torch.device(self.device).type
-        with torch.inference_mode(), torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"):
-            if self.source == "hub":
+        if self.source == "hub":
+            with self._torch():
                 seen = self.model.forward_features(x)
                 cls, registers, patches = (
                     seen[f"x_{name}"].float() for name in ("norm_clstoken", "storage_tokens", "norm_patchtokens")
                 )
                 before = seen["x_prenorm"].float()
-            else:
-                before, normalised = _timm_tokens(self.model, x)
-                cls, rest = normalised[:, 0], normalised[:, 1:]
-                registers, patches = rest[:, : -h * w], rest[:, -h * w :]
+        else:
+            before, normalised = self.tokens(x)
+            cls, rest = normalised[:, 0], normalised[:, 1:]
+            registers, patches = rest[:, : -h * w], rest[:, -h * w :]
         return Features(cls, registers, patches.unflatten(1, (h, w)), before)
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
@@ -168,7 +213,7 @@ class Dinov3:
         return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in zip(vectors, local, strict=True)]
 
 
-def _timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """All tokens of timm's model before and after its last normalisation: two (B, m, D) float32."""
     if hasattr(model, "num_prefix_tokens"):
         tokens = model.forward_features(x).float()

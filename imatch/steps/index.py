@@ -211,7 +211,7 @@ def kind_of_reference(reference: Step, data: Step) -> str:
         raise StepError(
             f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
             + "\n  ".join(differences)
-            + "\nEmbed both with the same weight, pooling, precision and size"
+            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
         )
     if reference.name == "02_references":
         return f"_{reference.folder.parent.parent.name}"

@@ -141,7 +141,7 @@ def transformers_pipeline(data_key: Path) -> Callable[[Path], object]:
     return run
 
 
-def embed(photographs: Path, data_key: Path, to: Path, precision: str, side: int = SIDE) -> None:
+def embed(photographs: Path, data_key: Path, to: Path, precision: str, side: int = SIDE, engine: str = "auto") -> None:
     """The notebook's calls."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,7 +151,7 @@ def embed(photographs: Path, data_key: Path, to: Path, precision: str, side: int
             exports=str(to),
             run="bench",
             weight="vits16",
-            backbone_options={"precision": precision},
+            backbone_options={"precision": precision, "engine_forward": engine},
             resize=images.Resize("stretch", long_side=side),
             shard_size=64,
             tag="",

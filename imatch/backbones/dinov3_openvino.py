@@ -1,0 +1,271 @@
+"""DINOv3's forward pass by OpenVINO on the CPU: timm's model, converted once, for batches of any size.
+
+One model with open batch, height and width is as fast as one for each shape, and is compiled in a second. Only the
+table of rotary angles differs between shapes; it goes in beside the photographs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imatch import registry, store
+from imatch.records import ImatchError
+
+if TYPE_CHECKING:
+    from imatch.backbones.dinov3 import Dinov3
+
+ENOUGH = 0.999
+"""From which lowest cosine on, over the tokens of `texture()`, OpenVINO's answer is taken for torch's in fp32."""
+KEPT = 2**31
+"""Bytes up to which a converted model is kept in the cache folder: larger ones are slow enough to convert each time."""
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A compiled forward pass.
+
+    Attributes:
+        compiled: OpenVINO's compiled model, photographs and rotary table -> tokens before and after the last norm.
+        periods: (p,) float32 periods of the position embedding; (0,) for a ConvNeXt, which has none.
+        patch: pixels.
+    """
+
+    compiled: Any
+    periods: np.ndarray
+    patch: int
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of (B, 3, h, w) float32 normalised pixels: (B, m, D) float32, before and after the last norm."""
+        given = [x.contiguous().numpy()]
+        if self.periods.size:
+            given.append(rotary(self.periods, x.shape[2] // self.patch, x.shape[3] // self.patch))
+        # a request of its own, for several threads may ask at once
+        before, normalised = self.compiled.create_infer_request().infer(given).to_tuple()
+        return torch.from_numpy(before), torch.from_numpy(normalised)
+
+
+def rotary(periods: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Sines, then cosines, of the angles that rotate the queries and keys of h x w patches, as timm lays them out.
+
+    Args:
+        periods: (p,) float32.
+        h, w: patches.
+
+    Returns:
+        (h * w, 8 p) float32. Source: Simeoni et al., "DINOv3", 2025 (axial angles of coordinates from -1 to 1).
+
+    >>> rotary(np.array([1.0, 10.0], np.float32), 2, 3).shape
+    (6, 16)
+    """
+    sides = [(np.arange(n, dtype=np.float32) + 0.5) / n * 2 - 1 for n in (h, w)]
+    places = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    angles = (2 * np.pi * places / periods).astype(np.float32).reshape(h * w, -1)
+    return np.concatenate([np.tile(np.sin(angles), 2), np.tile(np.cos(angles), 2)], axis=1)
+
+
+def texture(h: int = 64, w: int = 96) -> np.ndarray:
+    """A photograph with texture at every scale: (1, h, w, 3) uint8 RGB, always the same.
+
+    >>> texture().shape
+    (1, 64, 96, 3)
+    """
+    random = np.random.default_rng(0)
+    layers = [
+        np.kron(random.normal(size=(-(-h // side), -(-w // side), 3)), np.ones((side, side, 1)))[:h, :w]
+        for side in (1, 2, 4, 8, 16, 32)
+    ]
+    return np.clip(127 + 30 * sum(layers), 0, 255).astype(np.uint8)[None]
+
+
+def chosen(backbone: Dinov3) -> str:
+    """What engine_forward "auto" becomes: "openvino" where it is there, faster and gives torch's tokens, else "torch".
+
+    It is faster for ViTs in bf16 on the CPU; in fp32, and for ConvNeXts, both are alike. Whether the tokens are torch's
+    is looked at once for each weight file, version of OpenVINO and CPU, and remembered.
+
+    Raises:
+        ImatchError: the weight file is not what it should be. (Without one there is nothing to choose: "torch".)
+    """
+    fits = backbone.device == "cpu" and backbone.source == "timm" and not backbone.compile
+    faster = backbone.precision == "bf16" and "convnext" not in backbone.hub_entry
+    if not (fits and faster and installed() and (registry.root("WEIGHTS_ROOT") / backbone.filename).is_file()):
+        return "torch"
+    return "openvino" if agreement(backbone) >= ENOUGH else "torch"
+
+
+def installed() -> bool:
+    """Whether the package is there; it is not imported.
+
+    >>> isinstance(installed(), bool)
+    True
+    """
+    return importlib.util.find_spec("openvino") is not None
+
+
+def check(backbone: Dinov3) -> None:
+    """Refuse what OpenVINO cannot do.
+
+    Raises:
+        ImatchError: it is not installed, or a backbone on a GPU, of Meta's own code or of torch.compile.
+    """
+    for what, wanted, given in (
+        ("device", "cpu", backbone.device),
+        ("source", "timm", backbone.source),
+        ("compile", False, backbone.compile),
+    ):
+        if given != wanted:
+            raise ImatchError(
+                f"engine_forward openvino wants {what} {wanted}, got {given}: change it, or use engine_forward torch"
+            )
+    if not installed():
+        raise ImatchError(
+            "engine_forward openvino needs the package openvino, which is not installed: pip install -c "
+            "constraints.txt -e '.[openvino]' in imatch's folder, or use engine_forward torch"
+        )
+
+
+def checked(backbone: Dinov3) -> Forward:
+    """The forward pass of a backbone, if its tokens are torch's.
+
+    Raises:
+        ImatchError: they are not, or the weight file is not what it should be.
+    """
+    made = forward(backbone)
+    if (cosine := agreement(backbone, made)) < ENOUGH:
+        raise ImatchError(
+            f"OpenVINO's tokens of {backbone.filename} in {backbone.precision} are not torch's in fp32: their lowest "
+            f"cosine is {cosine:.4f}, less than {ENOUGH}: use engine_forward torch, or precision fp32"
+        )
+    return made
+
+
+def agreement(backbone: Dinov3, made: Forward | None = None) -> float:
+    """The lowest cosine between a normalised token of `texture()` by OpenVINO and by torch in fp32.
+
+    It is remembered beside the converted model, for each precision and CPU.
+
+    Args:
+        backbone: of timm's model on the CPU, with either engine.
+        made: its `forward`, where it is made already.
+    """
+    memory, key = _kept(backbone, ".json"), f"{backbone.precision} {_cpu()}"
+    known: dict[str, float] = {}
+    if memory.is_file():
+        try:
+            known = store.read_json(memory)
+        except ValueError:  # torn by something else: it is only measured once more
+            known = {}
+    if key not in known:
+        x = backbone.normalised(torch.from_numpy(texture()))
+        _, exact = _exact(backbone).tokens(x)
+        _, ours = (made or forward(backbone))(x)
+        known[key] = float(nn.functional.cosine_similarity(exact, ours, dim=-1).min())
+        _try_to_keep(lambda: store.write_json(memory, known))
+    return known[key]
+
+
+def forward(backbone: Dinov3) -> Forward:
+    """The compiled forward pass of a backbone, unchecked, on as many threads as torch has in this process."""
+    core = _openvino().Core()
+    kept = _kept(backbone) / "model.xml"
+    model = core.read_model(kept) if kept.is_file() else _converted(backbone)
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": PRECISIONS[backbone.precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,  # processes that share the cores would all take the first ones
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    periods = np.array(model.get_rt_info(["imatch", "periods"]).astype(str).split(), np.float32)
+    return Forward(compiled, periods, backbone.patch)
+
+
+class _Traced(nn.Module):
+    """timm's model with its rotary table as an input: timm works that out in Python, which no trace follows."""
+
+    def __init__(self, model: Any, tokens: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.tokens = model, tokens
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if table is not None:
+            self.model.rope.get_embed = lambda shape: table  # noqa: ARG005
+        return self.tokens(self.model, x)
+
+
+def _converted(backbone: Dinov3) -> Any:
+    """OpenVINO's model of a backbone, in fp32; kept in the cache folder if it is not too large."""
+    from imatch.backbones.dinov3 import timm_tokens
+
+    openvino, model = _openvino(), _exact(backbone).model
+    periods = model.rope.periods.numpy() if hasattr(model, "rope") else np.zeros(0, np.float32)
+    example = [torch.zeros(2, 3, 64, 96)]
+    if periods.size:
+        example.append(torch.from_numpy(rotary(periods, 64 // backbone.patch, 96 // backbone.patch)))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that tracing, which OpenVINO does, is deprecated
+        converted = openvino.convert_model(_Traced(model, timm_tokens).eval(), example_input=tuple(example))
+    converted.set_rt_info(" ".join(map(repr, periods.tolist())), ["imatch", "periods"])
+    if sum(parameter.nbytes for parameter in model.parameters()) <= KEPT:
+        _try_to_keep(lambda: _keep(converted, _kept(backbone)))
+    return converted
+
+
+def _keep(model: Any, folder: Path) -> None:
+    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        _openvino().save_model(model, Path(temporary, "new", "model.xml"), compress_to_fp16=False)
+        for old in folder.parent.glob(f"{folder.name.partition('@')[0]}@*"):
+            if old.is_dir() and old != folder:
+                shutil.rmtree(old)
+        if not folder.exists():
+            Path(temporary, "new").rename(folder)
+
+
+def _try_to_keep(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError:  # a home that cannot be written to, or another process was first: it is worked out again next time
+        return
+
+
+def _kept(backbone: Dinov3, suffix: str = "") -> Path:
+    """The folder of a converted model; the weights and the version of OpenVINO make its name."""
+    version = _openvino().__version__.partition("-")[0]
+    return registry.cache_folder() / "openvino" / f"{backbone.hub_entry}-{backbone.digest[:16]}@{version}{suffix}"
+
+
+def _exact(backbone: Dinov3) -> Dinov3:
+    return replace(backbone, engine_forward="torch", precision="fp32")
+
+
+def _cpu() -> str:
+    core = _openvino().Core()
+    return " ".join(
+        [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
+    )
+
+
+def _openvino() -> Any:
+    # its import and its conversion would send usage data to Intel, unasked; openvino goes on without this package
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino

@@ -1,0 +1,275 @@
+"""OpenVINO's forward pass of DINOv3 on the CPU, against torch's, with random weights."""
+
+import importlib.metadata
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import imatch
+from imatch import backbones, registry, runs
+from imatch.backbones import dinov3, dinov3_openvino
+from imatch.backbones.dinov3 import Dinov3
+from imatch.images import Resize
+from imatch.records import ImatchError
+
+pytest.importorskip("openvino", reason="no openvino: pip install -e '.[openvino]'", exc_type=ImportError)
+
+IN_BF16 = dinov3.computes_in_bf16("cpu")
+KEYS = ("vits16", "cxTiny")
+
+
+@pytest.fixture
+def create(weights):
+    """Backbones on the CPU by the keys of the registry that names the random files."""
+
+    def make(key, engine="openvino", **options):
+        given = {"engine_forward": engine, "precision": "fp32", **options}
+        return backbones.create(key, given, data_key=str(weights / "data_key.json"), device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A cache folder that remembers nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "imatch" / "openvino"
+
+
+def textured(h, w, n=2):
+    return np.concatenate([dinov3_openvino.texture(h, w)[:, ::-1, ::s] for s in (1, -1)][:n])
+
+
+def tokens(backbone, photographs):
+    """(B, m, D): every token after the last norm."""
+    return backbone.tokens(backbone.normalised(torch.from_numpy(photographs.copy())))[1]
+
+
+@pytest.mark.parametrize("size", [(64, 160), (128, 96)], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("key", KEYS)
+def test_tokens_are_those_of_torch(create, key, precision, size):
+    photographs = textured(*size)
+    exact, ours = create(key, "torch"), create(key, precision=precision)
+    cosine = torch.nn.functional.cosine_similarity(tokens(exact, photographs), tokens(ours, photographs), dim=-1)
+    assert cosine.min() >= (0.999999 if precision == "fp32" else 0.999)
+    a, b = (backbone.features(torch.from_numpy(photographs.copy())) for backbone in (exact, ours))
+    for name in ("cls", "registers", "grid", "before"):
+        one, other = getattr(a, name), getattr(b, name)
+        assert one.shape == other.shape
+        assert other.dtype == torch.float32
+        if one.numel():
+            assert (one - other).norm() <= (1e-4 if precision == "fp32" else 0.02) * one.norm()
+
+
+def test_the_rotary_table_is_timms(create):
+    rope = create("vits16", "torch").model.rope
+    for h, w in ((4, 6), (7, 3), (1, 1)):
+        ours = dinov3_openvino.rotary(rope.periods.numpy(), h, w)
+        assert np.allclose(ours, rope.get_embed((h, w)).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_same_bytes_twice_and_in_any_batch(create, key):
+    photographs, other = textured(96, 128), textured(64, 64)
+    backbone = create(key, precision="bf16" if IN_BF16 else "fp32")
+    first = backbone(photographs)
+    backbone(other)  # another shape in between
+    again = create(key, precision=backbone.precision)(photographs)
+    for one, same, second, photograph in zip(first, backbone(photographs), again, photographs, strict=True):
+        assert one.descriptors.tobytes() == same.descriptors.tobytes() == second.descriptors.tobytes()
+        assert one.vector.tobytes() == same.vector.tobytes() == second.vector.tobytes()
+        (alone,) = backbone(photograph[None])
+        assert alone.vector @ one.vector >= 0.9999
+        assert np.allclose(alone.descriptors, one.descriptors, atol=0.1 if IN_BF16 else 2e-2)
+
+
+# --- what "auto" becomes
+
+
+@pytest.mark.skipif(not IN_BF16, reason="this CPU does not compute in bfloat16")
+def test_auto_is_openvino_for_vits_in_bf16(create):
+    assert create("vits16", "auto", precision="auto").engine_forward == "openvino"
+    assert create("vits16", "auto", precision="fp32").engine_forward == "torch"
+    assert create("vits16", "auto", precision="bf16", compile=True).engine_forward == "torch"
+    assert create("cxTiny", "auto", precision="bf16").engine_forward == "torch"
+
+
+def test_auto_is_torch_where_openvino_is_missing(create, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert create("vits16", "auto", precision="bf16").engine_forward == "torch"
+
+
+@pytest.mark.usefixtures("measured")
+def test_auto_is_torch_where_the_tokens_are_others(create, monkeypatch):
+    """No cosine reaches what is asked for here."""
+    monkeypatch.setattr(dinov3_openvino, "ENOUGH", 1.1)
+    assert create("vits16", "auto", precision="bf16").engine_forward == "torch"
+    with pytest.raises(ImatchError, match=r"their lowest cosine is 0\.99\d+, less than 1\.1: use engine_forward torch"):
+        create("vits16", precision="bf16")(textured(32, 32))
+
+
+def test_agreement_notices_another_model(create, measured):
+    """What is kept as the converted model is another one's: the tokens are far from torch's."""
+    backbone = create("vits16", "torch")
+    good = dinov3_openvino.agreement(backbone)
+    assert good > 0.999999
+    (kept,) = (path for path in measured.iterdir() if path.is_dir())
+    weights = np.fromfile(kept / "model.bin", np.float32)
+    weights[len(weights) // 2 :] *= 0.9
+    weights.tofile(kept / "model.bin")
+    assert dinov3_openvino.agreement(backbone) == good  # remembered
+    (memory,) = measured.glob("*.json")
+    memory.write_text("{ torn")
+    assert dinov3_openvino.agreement(backbone) < dinov3_openvino.ENOUGH
+    with pytest.raises(ImatchError, match=r"tokens of dinov3_vits16_.*\.pth in fp32 are not torch"):
+        create("vits16").features(torch.from_numpy(textured(32, 32)))
+
+
+def test_agreement_is_remembered_for_each_precision(create, measured):
+    for precision in ("fp32", "bf16"):
+        dinov3_openvino.agreement(create("vits16", "torch", precision=precision))
+    (memory,) = measured.glob("*.json")
+    known = json.loads(memory.read_text())
+    assert sorted(key.split()[0] for key in known) == ["bf16", "fp32"]
+    assert memory.name.endswith(f"@{importlib.metadata.version('openvino')}.json")
+    memory.write_text(json.dumps(dict.fromkeys(known, 0.5)))
+    assert create("vits16", "auto", precision="bf16").engine_forward == "torch"
+
+
+@pytest.mark.usefixtures("weights")
+def test_making_a_backbone_needs_no_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path / "nowhere"))
+    given = ("dinov3_vits16", "dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "LVD")
+    assert Dinov3(*given, precision="bf16", device="cpu").engine_forward == "torch"
+    made = Dinov3(*given, engine_forward="openvino")
+    assert made.device == "cpu"
+    with pytest.raises(ImatchError, match="no weights folder"):
+        _ = made.openvino
+
+
+def test_identity_makes_the_same_backbone_and_measures_nothing(create, measured):
+    for engine in ("torch", "openvino"):
+        made = create("vits16", engine, precision="bf16")
+        identity = backbones.identity(made)
+        assert identity["engine_forward"] == engine
+        assert backbones.create("vits16", identity, data_key="nowhere.json", device="cpu") == made
+        assert pickle.loads(pickle.dumps(made)) == made
+    assert not measured.exists()
+
+
+def test_a_model_is_converted_once(create, measured):
+    first = create("vits16")(textured(32, 48))
+    (kept,) = (path for path in measured.iterdir() if path.is_dir())
+    made = (kept / "model.bin").stat().st_mtime_ns
+    again = create("vits16")
+    assert again(textured(32, 48))[0].descriptors.tobytes() == first[0].descriptors.tobytes()
+    assert (kept / "model.bin").stat().st_mtime_ns == made
+    assert "model" not in vars(again)  # torch's was not even loaded
+    old = kept.with_name(f"{kept.name.partition('@')[0]}@2020.1.0")
+    old.mkdir()
+    kept.rename(kept.with_name("elsewhere"))
+    create("vits16")(textured(32, 48))
+    assert kept.is_dir()
+    assert not old.exists()
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(create, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert create("vits16")(textured(32, 48))[0].grid == (2, 3)
+
+
+# --- around it
+
+
+def test_the_step_records_it(weights, few_photographs, tmp_path):
+    def run(engine, name, workers=0):
+        step = imatch.start_embed(
+            str(few_photographs),
+            data_key=str(weights / "data_key.json"),
+            exports=str(tmp_path),
+            run=name,
+            weight="vits16",
+            backbone_options={"engine_forward": engine, "precision": "bf16"},
+            resize=Resize("long_side", long_side=96),
+            shard_size=8,
+            tag="",
+            on_change="refuse",
+        )
+        embeddings = imatch.embed(step, devices="cpu", workers=workers)
+        imatch.finish_embed(step, embeddings)
+        return step, embeddings
+
+    step, ours = run("openvino", "ours")
+    assert runs.read(step.folder).parameters["backbone"]["engine_forward"] == "openvino"
+    _, theirs = run("torch", "theirs")
+    assert ours.ids == theirs.ids
+    assert (np.asarray(ours.vectors) * np.asarray(theirs.vectors)).sum(axis=1).min() >= 0.999
+    assert ours.vectors.tobytes() != theirs.vectors.tobytes()
+    if IN_BF16:
+        chosen, _ = run("auto", "auto", workers=2)  # forked from a process in which OpenVINO has threads
+        assert runs.read(chosen.folder).parameters == runs.read(step.folder).parameters
+
+
+def test_a_missing_package_names_the_extra(create, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImatchError, match=r"openvino, which is not installed: pip install .* -e '\.\[openvino\]'"):
+        create("vits16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "hub"}, "wants source timm, got hub: change it, or use engine_forward torch"),
+        ({"compile": True}, "wants compile False, got True"),
+        ({"engine_forward": "opnvino"}, "unknown engine_forward 'opnvino': did you mean 'openvino'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(create, options, message):
+    with pytest.raises(ImatchError, match=message):
+        create("vits16", **options)
+
+
+def test_it_takes_as_many_threads_as_torch_has(create):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, before):
+            torch.set_num_threads(threads)
+            assert create("vits16").openvino.compiled.get_property("INFERENCE_NUM_THREADS") == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_neither_imatch_nor_torch_forward_imports_it(weights):
+    code = (
+        "import sys, imatch; from imatch import backbones\n"
+        f"made = backbones.create('vits16', {{'precision': 'fp32'}}, data_key={str(weights / 'data_key.json')!r})\n"
+        "assert made.model is not None; sys.exit('openvino' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_sent_to_intel(weights, tmp_path):
+    """The package's own import and conversion would send usage data, and keep an identity in the home folder."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*_): print('the network was asked'); raise OSError\n"
+        "socket.socket.connect, socket.getaddrinfo = refuse, refuse\n"
+        "import numpy as np; from imatch import backbones\n"
+        "given = {'engine_forward': 'openvino', 'precision': 'fp32'}\n"
+        f"made = backbones.create('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
+        "made(np.zeros((1, 32, 32, 3), 'u1'))"
+    )
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "WEIGHTS_ROOT": str(weights)}
+    command = [sys.executable, "-c", code]
+    paths = {"PYTHONPATH": ":".join(path for path in sys.path if path), "PATH": ""}
+    done = subprocess.run(command, env={**home, **paths}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert registry.cache_folder().parent != tmp_path / "cache"

@@ -5,7 +5,7 @@ FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test redis-server chromium buildah debootstrap lint lab image-check bench lock vocabulary clean
+.PHONY: help setup demo test redis-server chromium buildah debootstrap podman lint lab image-check bench lock vocabulary clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,9 +33,12 @@ test: $(READY) redis-server chromium  ## every test
 # Debian's, for the tests, which start their own: no service stays on (the variables are for SysV and for systemd)
 APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 SYSTEMD_OFFLINE=1 apt-get -qq
 
-redis-server chromium buildah debootstrap:
+# what podman wants beside it to run containers in a network of their own
+podman: WITH := runc catatonit iptables containernetworking-plugins golang-github-containernetworking-plugin-dnsname
+
+redis-server chromium buildah debootstrap podman:
 	@command -v $@ > /dev/null || \
-	{ $(APT) update; $(APT) install --yes --no-install-recommends $@; } > /dev/null 2>&1 || \
+	{ $(APT) update; $(APT) install --yes --no-install-recommends $@ $(WITH); } > /dev/null 2>&1 || \
 	echo "no $@, and apt-get cannot install it here: the tests that need it will be skipped"
 
 lint: $(READY)  ## format and check
@@ -46,7 +49,7 @@ lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/python -m imatch.demo data/demo
 	$(BIN)/jupyter lab notebooks
 
-image-check: buildah debootstrap  ## build the container's image without Docker, and use it (minutes; FAISS=cpu for that one)
+image-check: $(READY) buildah debootstrap podman  ## build the container's image without Docker, and use it (minutes; FAISS=cpu for that one)
 	tests/image_check.sh
 
 bench: $(READY) redis-server  ## speed, as ratios measured in one run

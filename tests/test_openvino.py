@@ -163,6 +163,13 @@ def test_identity_makes_the_same_backbone_and_measures_nothing(create, measured)
     assert not measured.exists()
 
 
+def test_a_used_backbone_can_go_to_another_process(create):
+    backbone, photographs = create("vits16"), textured(32, 48)
+    first = backbone(photographs)
+    again = pickle.loads(pickle.dumps(backbone))
+    assert again(photographs)[0].descriptors.tobytes() == first[0].descriptors.tobytes()
+
+
 def test_a_model_is_converted_once(create, measured):
     first = create("vits16")(textured(32, 48))
     (kept,) = (path for path in measured.iterdir() if path.is_dir())

@@ -16,6 +16,7 @@ from imatch.backbones import dinov3, dinov3_openvino
 from imatch.backbones.dinov3 import Dinov3
 from imatch.images import Resize
 from imatch.records import ImatchError
+from tests import random_weights
 
 pytest.importorskip("openvino", reason="no openvino: pip install -e '.[openvino]'", exc_type=ImportError)
 
@@ -129,6 +130,16 @@ def test_agreement_notices_another_model(create, measured):
     assert dinov3_openvino.agreement(backbone) < dinov3_openvino.ENOUGH
     with pytest.raises(ImatchError, match=r"tokens of dinov3_vits16_.*\.pth in fp32 are not torch"):
         create("vits16").features(torch.from_numpy(textured(32, 32)))
+
+
+@pytest.mark.usefixtures("measured")
+def test_broken_weights_agree_with_nothing(create, monkeypatch, tmp_path):
+    state = random_weights.state("dinov3_vits16")
+    state["norm.weight"][0] = float("nan")
+    path = random_weights.save(state, tmp_path, "dinov3_vits16_pretrain_lvd1689m")
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+    given = {"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD", "precision": "bf16"}
+    assert create("vits16", "auto", **given).engine_forward == "torch"
 
 
 def test_agreement_is_remembered_for_each_precision(create, measured):

@@ -16,6 +16,7 @@ from imatch.backbones import dinov3, dinov3_openvino
 from imatch.backbones.dinov3 import Dinov3
 from imatch.images import Resize
 from imatch.records import ImatchError
+from tests import random_weights
 
 pytest.importorskip("openvino", reason="no openvino: pip install -e '.[openvino]'", exc_type=ImportError)
 
@@ -131,6 +132,16 @@ def test_agreement_notices_another_model(create, measured):
         create("vits16").features(torch.from_numpy(textured(32, 32)))
 
 
+@pytest.mark.usefixtures("measured")
+def test_broken_weights_agree_with_nothing(create, monkeypatch, tmp_path):
+    state = random_weights.state("dinov3_vits16")
+    state["norm.weight"][0] = float("nan")
+    path = random_weights.save(state, tmp_path, "dinov3_vits16_pretrain_lvd1689m")
+    monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
+    given = {"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD", "precision": "bf16"}
+    assert create("vits16", "auto", **given).engine_forward == "torch"
+
+
 def test_agreement_is_remembered_for_each_precision(create, measured):
     for precision in ("fp32", "bf16"):
         dinov3_openvino.agreement(create("vits16", "torch", precision=precision))
@@ -161,6 +172,13 @@ def test_identity_makes_the_same_backbone_and_measures_nothing(create, measured)
         assert backbones.create("vits16", identity, data_key="nowhere.json", device="cpu") == made
         assert pickle.loads(pickle.dumps(made)) == made
     assert not measured.exists()
+
+
+def test_a_used_backbone_can_go_to_another_process(create):
+    backbone, photographs = create("vits16"), textured(32, 48)
+    first = backbone(photographs)
+    again = pickle.loads(pickle.dumps(backbone))
+    assert again(photographs)[0].descriptors.tobytes() == first[0].descriptors.tobytes()
 
 
 def test_a_model_is_converted_once(create, measured):

@@ -101,6 +101,10 @@ class Dinov3:
         if self.engine_forward == "auto":
             object.__setattr__(self, "engine_forward", dinov3_openvino.chosen(self))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a compiled model cannot go to another process: it is compiled again there
+        return {name: value for name, value in vars(self).items() if name != "openvino"}
+
     @property
     def patch(self) -> int:
         """16 pixels; 32 for a ConvNeXt."""

@@ -172,7 +172,8 @@ def agreement(backbone: Dinov3, made: Forward | None = None) -> float:
         x = backbone.normalised(torch.from_numpy(texture()))
         _, exact = _exact(backbone).tokens(x)
         _, ours = (made or forward(backbone))(x)
-        known[key] = float(nn.functional.cosine_similarity(exact, ours, dim=-1).min())
+        cosines = nn.functional.cosine_similarity(exact, ours, dim=-1)
+        known[key] = float(cosines.nan_to_num(-1).min())  # broken weights agree with nothing
         _try_to_keep(lambda: store.write_json(memory, known))
     return known[key]
 

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from imatch import devices, images, indexes, keeping, registry, searcher
+from imatch import devices, images, indexes, keeping, registry
 from imatch.backbones import dinov3, dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
@@ -407,6 +407,8 @@ def plan(
 
 
 def _kind(n: int, d: int, memory: int) -> str:
+    from imatch import searcher  # here, so that the doctor, who looks at the rest, can say of FAISS what is wrong
+
     try:
         return searcher.choose(n, d, memory)[0]
     except ImatchError:  # said in the table in place of a kind

@@ -39,7 +39,7 @@ def fit(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tokens = Tokens(values[0], values, store.grid_xy((2, 3), (32, 48)), grid=(2, 3))
     ...     store.write_shard(Path(folder), 0, [{"id": "a.jpg", "size": (32, 48), "sha256": ""}], [tokens])
-    ...     store.merge(Path(folder))
+    ...     _ = store.merge(Path(folder))
     ...     fit(Embeddings(Path(folder))).axes.shape
     (3, 4)
     """

@@ -438,14 +438,32 @@ def test_a_device_that_is_not_there_is_refused():
             Dinov3("dinov3_vits16", "x.pth", "LVD", device=device)
 
 
-@pytest.mark.parametrize(("n", "remedy"), [(8, "use -p batch_size 4"), (1, "use a smaller size or model")])
-def test_a_device_without_memory_says_what_to_do(create, monkeypatch, n, remedy):
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_device_without_memory_says_what_to_do(create, monkeypatch, n):
     def full(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Dinov3, "features", full)
-    with pytest.raises(ImatchError, match=f"cpu has no memory for {n} photographs of 48 x 32: {remedy}"):
+    with pytest.raises(ImatchError, match="cpu has no memory for a photograph of 48 x 32: use a smaller size"):
         create("vits16")(pixels(32, 48, n=n))
+
+
+def test_a_batch_that_does_not_fit_is_halved_once(create, monkeypatch):
+    """Memory for three photographs: eight are tried at once, by four, by two; the next eight by two at once."""
+    backbone, features, asked = create("vits16"), Dinov3.features, []
+
+    def small(self, photographs):
+        asked.append(len(photographs))
+        if len(photographs) > 3:
+            raise torch.OutOfMemoryError
+        return features(self, photographs)
+
+    expected = backbone(pixels(32, 48, n=8))
+    monkeypatch.setattr(Dinov3, "features", small)
+    for _ in range(2):
+        for one, other in zip(backbone(pixels(32, 48, n=8)), expected, strict=True):
+            assert np.allclose(one.vector, other.vector, atol=1e-5)
+    assert asked == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
 
 
 def test_unknown_weight_names_the_nearest_of_all(weights):

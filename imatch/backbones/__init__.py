@@ -73,6 +73,8 @@ def create(
     500
     """
     given = dict(options or {})
+    if {"filename", "precision"} <= set(given):  # what a step recorded; before there was a choice, it was torch
+        given = {"engine_forward": "torch", **given}
     backbone: Backbone
     if weight in CLASSICAL:
         if device not in ("auto", "cpu"):

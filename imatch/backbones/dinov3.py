@@ -111,6 +111,11 @@ class Dinov3:
         return dinov3_weights.patch(self.hub_entry)
 
     @cached_property
+    def _most(self) -> dict[tuple[int, int], int]:
+        """How many photographs of a shape (h, w) fit into the memory at once, of shapes for which it ran out."""
+        return {}
+
+    @cached_property
     def path(self) -> Path:
         """The weight file."""
         return dinov3_weights.find(self.filename)
@@ -200,15 +205,26 @@ class Dinov3:
 
         Alone or in a batch, a photograph's tokens are the same to the rounding of the matrix products.
 
+        Where a batch does not fit into the device's memory, this one and all later ones of its shape are halved.
+
         Raises:
-            ImatchError: the device has not enough memory for the batch.
+            ImatchError: the device has not enough memory for a single photograph.
         """
+        n, h, w = photographs.shape[:3]
+        if n > (most := self._most.get((h, w), n)):
+            return [tokens for first in range(0, n, most) for tokens in self(photographs[first : first + most])]
         try:
             seen = self.features(torch.from_numpy(np.ascontiguousarray(photographs)))
         except torch.OutOfMemoryError as error:
-            n, h, w = photographs.shape[:3]
-            remedy = f"use -p batch_size {n // 2}" if n > 1 else "use a smaller size or model, or precision bf16"
-            raise ImatchError(f"{self.device} has no memory for {n} photographs of {w} x {h}: {remedy}") from error
+            if n == 1:
+                raise ImatchError(
+                    f"{self.device} has no memory for a photograph of {w} x {h}: use a smaller size or model, or "
+                    "precision bf16"
+                ) from error
+            self._most[h, w] = n // 2
+            seen = None
+        if seen is None:  # here, for the error holds what was in memory
+            return self(photographs)
         with torch.inference_mode():
             vectors = pooling.pool(self.pooling, seen.cls, seen.grid.flatten(1, 2), seen.before).cpu().numpy()
             local = seen.grid.flatten(1, 2).half().cpu().numpy()

@@ -177,7 +177,10 @@ class _Each:
     def __call__(self, jobs: Iterable[Any], place: Place) -> Iterator[Row]:
         if place.quiet:
             return map(self.function, jobs)
-        return runs.parallel(self.function, list(jobs), self.workers, self.what)
+        jobs = list(jobs)
+        if not self.workers:
+            return runs.progress(map(self.function, jobs), self.what, len(jobs))
+        return runs.parallel(self.function, jobs, self.workers, self.what)
 
 
 # --- for engines that work elsewhere ----------------------------------------------------------------------

@@ -5,9 +5,9 @@
 40 JPEGs of 1024 x 682 made from the demo's photographs. Against `imatch.embed`, which writes synced shards and hashes:
 a plain loop (batch 1, fp32, one pass for the global vector and another for the patches, full decode, one .npy each) and
 Hugging Face transformers' image-feature-extraction pipeline (batch 8, fp32, full decode, results dropped). The share of
-the machine's matrix-product rate is of the best side, in the precision it used. `--memory` embeds 100 and 2,000
-photographs at 128 px in processes of their own and compares their peak memory. On a GPU: ViT-S, B, L at 256, 512 and
-1024 px, with and without torch.compile.
+the machine's matrix-product rate is of the best side, in the precision it used. `--memory` embeds 200 and 5,000
+photographs at 64 px in processes of their own and compares their peak memory and time. On a GPU: ViT-S, B, L at 256,
+512 and 1024 px, with and without torch.compile.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import imatch
-from imatch import backbones, checks, demo, devices, images, registry
+from imatch import backbones, checks, demo, devices, images, registry, runs
 from imatch.backbones import dinov3
+from imatch.engines import Engine
+from imatch.engines.local import LOCAL
 from tests import random_weights
 
 PHOTOGRAPHS, SIZE, SIDE, REPEATS = 40, (1024, 682), 256, 3
@@ -141,8 +143,16 @@ def transformers_pipeline(data_key: Path) -> Callable[[Path], object]:
     return run
 
 
-def embed(photographs: Path, data_key: Path, to: Path, precision: str, side: int = SIDE, engine: str = "auto") -> None:
-    """The notebook's calls."""
+def embed(
+    photographs: Path,
+    data_key: Path,
+    to: Path,
+    precision: str,
+    side: int = SIDE,
+    engine: str = "auto",
+    by: Engine = LOCAL,
+) -> float:
+    """The notebook's calls; seconds a photograph once the model was loaded."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error")
         step = imatch.start_embed(
@@ -157,30 +167,34 @@ def embed(photographs: Path, data_key: Path, to: Path, precision: str, side: int
             tag="",
             on_change="refuse",
         )
-        imatch.finish_embed(step, imatch.embed(step))
+        imatch.finish_embed(step, imatch.embed(step, engine=by, devices="auto" if by == LOCAL else "cpu"))
+    work = runs.read(step.folder).work
+    return work["seconds"] / work["photographs"]
 
 
 def memory(folder: Path, data_key: Path) -> None:
-    """Peak memory of embedding few and many photographs, each in a process of its own."""
-    few = write_photographs(folder / "few", 100)
+    """Peak memory and time of embedding few and many photographs, each in a process of its own."""
+    few = write_photographs(folder / "few", 200)
     many = folder / "many"
     many.mkdir()
-    for i in range(2000):
-        os.link(few / f"{i % 100:05d}.jpg", many / f"{i:05d}.jpg")
-    peaks = {}
-    for name, photographs in (("100", few), ("2000", many)):
+    for i in range(5000):
+        os.link(few / f"{i % 200:05d}.jpg", many / f"{i:05d}.jpg")
+    peaks, ms = {}, {}
+    for name, photographs in (("first", few), ("200", few), ("5000", many)):  # the first one converts the model
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
             "from tests.benchmarks import bench_dinov3 as b\n"
-            "b.embed(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), 'auto', side=128)\n"
+            "print(b.embed(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), 'auto', side=64))\n"
             # not ru_maxrss, which begins with the memory of the process that started this one
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
         root = str(Path(__file__).parents[2])
         command = [sys.executable, "-c", code, root, str(photographs), str(data_key), str(folder / f"to {name}")]
-        peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
-    ratio = peaks["2000"] / peaks["100"]
-    print(f"peak memory: {json.dumps({k: round(v) for k, v in peaks.items()})} MB, a ratio of {ratio:.2f}")
+        seconds, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        peaks[name], ms[name] = int(peak) / 1024, 1000 * float(seconds)
+    for what, unit, found in (("peak memory", "MB", peaks), ("a photograph", "ms", ms)):
+        said = {name: round(found[name], 1) for name in ("200", "5000")}
+        print(f"{what}: {json.dumps(said)} {unit}, a ratio of {found['5000'] / found['200']:.2f}")
 
 
 def on_gpu(data_key: Path) -> None:

@@ -12,18 +12,15 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import imatch
-from imatch import engines, images, registry, runs
+from imatch import engines, registry
 from tests import random_weights
-from tests.benchmarks.bench_dinov3 import write_photographs
+from tests.benchmarks import bench_dinov3
 
-PHOTOGRAPHS, SIDE, TURNS = 200, 256, 3
+PHOTOGRAPHS, TURNS = 200, 3
 
 
 def main() -> None:
@@ -35,7 +32,7 @@ def main() -> None:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
         data_key = random_weights.write(folder / "weights", ["vits16"])
-        photographs = write_photographs(folder / "photographs", PHOTOGRAPHS)
+        photographs = bench_dinov3.write_photographs(folder / "photographs", PHOTOGRAPHS)
         with LocalCluster(1, threads_per_worker=1, dashboard_address=":0") as cluster:
             sides = {
                 "local": engines.create("local"),
@@ -45,32 +42,12 @@ def main() -> None:
             best = dict.fromkeys(sides, float("inf"))
             for turn in range(TURNS):
                 for name, engine in sides.items():
-                    best[name] = min(best[name], seconds(photographs, data_key, folder / f"{turn} {name}", engine))
+                    started = time.perf_counter()
+                    bench_dinov3.embed(photographs, data_key, folder / f"{turn} {name}", "auto", by=engine)
+                    best[name] = min(best[name], time.perf_counter() - started)
         for name, took in best.items():
             print(f"{name:<18}{1000 * took / PHOTOGRAPHS:7.1f} ms a photograph{best['local'] / took:7.2f} of local")
         print(f"{registry.cores()} cores, {Path(sys.executable).name} {' '.join(sys.argv)}")
-
-
-def seconds(photographs: Path, data_key: Path, exports: Path, engine: engines.Engine) -> float:
-    """The notebook's calls, from start to finish."""
-    with redirect_stdout(StringIO()):
-        step = imatch.start_embed(
-            str(photographs),
-            data_key=str(data_key),
-            exports=str(exports),
-            run="bench",
-            weight="vits16",
-            backbone_options={},
-            resize=images.Resize("stretch", long_side=SIDE),
-            shard_size=64,
-            tag="",
-            on_change="refuse",
-        )
-        started = time.perf_counter()
-        imatch.finish_embed(step, imatch.embed(step, engine=engine, devices="cpu"))
-        took = time.perf_counter() - started
-    assert runs.read(step.folder).work["photographs"] == PHOTOGRAPHS
-    return took
 
 
 if __name__ == "__main__":

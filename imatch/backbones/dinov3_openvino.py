@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ def agreement(backbone: Dinov3, made: Forward | None = None) -> float:
 
 def forward(backbone: Dinov3) -> Forward:
     """The compiled forward pass of a backbone, unchecked, on as many threads as torch has in this process."""
-    core = _openvino().Core()
+    core = _core()
     kept = _kept(backbone) / "model.xml"
     model = core.read_model(kept) if kept.is_file() else _converted(backbone)
     compiled = core.compile_model(
@@ -258,10 +259,17 @@ def _exact(backbone: Dinov3) -> Dinov3:
 
 
 def _cpu() -> str:
-    core = _openvino().Core()
+    core = _core()
     return " ".join(
         [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
     )
+
+
+@cache
+def _core() -> Any:
+    # one for good: when several end in the order of their making, OpenVINO 2026.4 leaves the process with a stack for
+    # signals that is unmapped, and the next signal (a worker that ends) kills it
+    return _openvino().Core()
 
 
 def _openvino() -> Any:

@@ -98,7 +98,7 @@ class Dask:
                 with Client(self.scheduler, timeout=PATIENCE) as client:
                     yield client
                 return
-            cluster = LocalCluster(len(devices), threads_per_worker=1, dashboard_address=":0")
+            cluster = LocalCluster(n_workers=len(devices), threads_per_worker=1, dashboard_address=":0")
             with cluster, Client(cluster) as client:
                 yield client
 

@@ -33,7 +33,7 @@ def main() -> None:
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
         data_key = random_weights.write(folder / "weights", ["vits16"])
         photographs = bench_dinov3.write_photographs(folder / "photographs", PHOTOGRAPHS)
-        with LocalCluster(1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
             sides = {
                 "local": engines.create("local"),
                 "dask, one worker": engines.create("dask", scheduler=cluster.scheduler_address),

@@ -31,7 +31,7 @@ import nbformat
 import yaml
 
 from imatch import evaluate, manifest, plugins, registry, runs, store
-from imatch.engines import PartDoneError
+from imatch.engines import PartDoneError, numbered
 from imatch.records import ImatchError
 
 NAMED = frozenset(
@@ -260,7 +260,7 @@ def run(
         else:
             finished[label] = result
     found = [str(folder) for folder in finished.values()]
-    for name in together:
+    for name in [] if recipe.parameters.get("shard") else together:
         values = _values(schemas[name], {"steps": found, "run": "report", **recipe.parameters}, {}, {})
         if not values["steps"]:
             failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
@@ -411,6 +411,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = registry.resolve("notebooks")
     try:
         recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)
+        if numbered(recipe.parameters.get("shard", ""))[1] > 1 and recipe.parameters.get("on_change") == "recompute":
+            raise ImatchError(
+                "parts cannot make a step anew, each would remove the others' work: run it without --shard"
+            )
         if recipe.points:  # all of them need it: one message in place of one each
             registry.dataset(recipe.parameters["dataset"], recipe.parameters["data_key"])
     except ImatchError as error:

@@ -222,7 +222,7 @@ def _model(
     one = cost(hub_entry, size, precision)
     needed = one.weights + batch_size * one.working
     path = dinov3_weights.find(options["filename"])
-    pace = sum(rate(device, precision) for device in used)
+    pace = sum(rate(device, precision) for device in {*used})  # several processes of a CPU share it
     seconds = 3600 * hours(1, one.flop, pace, precision)
     free = min(free_memory(device) for device in used)
     h, w = size
@@ -257,7 +257,7 @@ def _time(photographs: int, network: float, decoding: float, used: Sequence[str]
     """Hours in all, here and by several such workers, of seconds a photograph: a GPU leaves the cores to the decoding,
     without one both are done by them."""
     cores = registry.cores()
-    each = max(network, decoding / cores) if used != ["cpu"] else network + decoding / cores
+    each = max(network, decoding / cores) if {*used} != {"cpu"} else network + decoding / cores
     here, *others = (f"{_figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
     parts = f"forward {_figure(1000 * network)} ms and decoding {_figure(1000 * decoding / cores)} ms a photograph"
     more = ", ".join(f"{other} with {workers}" for other, workers in zip(others, WORKERS[1:], strict=True))

@@ -150,7 +150,8 @@ def build(
     parts = [missing[first : first + size] for first in range(0, len(missing), size)]
     jobs = [_Shard(next(free), part, keys[part]) for part in parts]
     work = engines.each(_Adding(folder, plan, vectors), 0, "index")
-    for row in engine(work, jobs, "index", ["cpu"] * registry.cores()):
+    fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
+    for row in engine(work, jobs, "index", ["cpu"] * min(fit, registry.cores())):
         names.append(row["shard"])
     took = 1000 * (time.perf_counter() - started)
     spent = round(plan["build_ms"] + (took if len(missing) or len(stays) < len(held) else 0), 3)

@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         ImatchError: the disk is full; nothing is left behind and what was finished stays valid.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # other machines have the same process ids
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

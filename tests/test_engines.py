@@ -55,14 +55,26 @@ class Squares:
         return (self.folder / f"{n}.txt").is_file()
 
 
+class OddError(Exception):
+    """An error that cannot be pickled and made anew."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(f"{what} {number}")
+
+
+ERRORS = {"ours": ImatchError("job 2 is refused"), "system": PermissionError("no entry"), "odd": OddError(2, "job")}
+
+
 @dataclass(frozen=True)
 class Refusing:
-    """Refuses its third job."""
+    """Refuses its third job, by one of `ERRORS`."""
+
+    by: str = "ours"
 
     def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
         for n in jobs:
             if n == 2:
-                raise ImatchError("job 2 is refused")
+                raise ERRORS[self.by]
             yield {"n": n}
 
 
@@ -90,6 +102,31 @@ def test_every_job_gives_its_row(name, tmp_path):
 def test_what_the_work_refuses_is_told(name):
     with pytest.raises(ImatchError, match="job 2 is refused"):
         all_rows(engines.create(name), Refusing(), range(5))
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+def test_an_error_of_the_system_is_no_lost_process(name, capsys):
+    with pytest.raises(ImatchError, match="PermissionError: no entry") as told:
+        all_rows(engines.create(name), Refusing("system"), range(5))
+    assert "test_engines.py" in "".join(told.value.__notes__)
+    assert "ended too early" not in (said := capsys.readouterr().out)
+    assert "waiting for it" not in said
+
+
+def test_an_error_that_cannot_be_pickled_is_told():
+    with pytest.raises(ImatchError, match="OddError: job 2"):
+        all_rows(engines.create("processes"), Refusing("odd"), range(5))
+
+
+def test_a_scheduler_that_is_not_there_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("imatch.engines.dask.START", 1)
+    with pytest.raises(ImatchError, match=r"no scheduler with workers at tcp://127.0.0.1:9"):
+        all_rows(engines.create("dask", scheduler="tcp://127.0.0.1:9"), Squares(tmp_path), range(5))
+
+
+def test_a_local_cluster_has_a_worker_for_each_device(tmp_path, capsys):
+    all_rows(engines.create("dask"), Squares(tmp_path), range(2), devices=1)
+    assert "squares: 1 workers" in capsys.readouterr().out
 
 
 def test_shards_are_the_jobs_once(tmp_path):
@@ -122,12 +159,12 @@ def test_without_dask_the_remedy_is_said(monkeypatch):
 def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
     assert all_rows(engines.create("processes"), Squares(tmp_path, dies_at=3), range(6)) == [*range(6)]
     squares(tmp_path, range(6))
-    assert "was killed, a new one does its work" in capsys.readouterr().out
+    assert "ended too early, a new one does its work" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["processes", "dask"])
 def test_a_job_that_kills_each_time_ends_the_run(name, tmp_path):
-    with pytest.raises(ImatchError, match=r"killed.* at the same .* goes on where it stopped"):
+    with pytest.raises(ImatchError, match=r"killed.*goes on where it stopped"):
         all_rows(engines.create(name), Squares(tmp_path, dies_at=1, dies_once=False), range(4))
     assert (tmp_path / "0.txt").is_file()
 
@@ -371,5 +408,8 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
     assert batch.main([*command, "--shard", "0/2"]) == 0
     assert "03_index has no parts, run it without --shard" in capsys.readouterr().out
-    assert batch.main([*command, "--shard", "2/2"]) == 1
+    assert batch.main([*command, "--shard", "2/2"]) == 2
     assert "shard '2/2' is no i/n" in capsys.readouterr().err
+    assert batch.main([*command, "--shard", "0/2", "-p", "on_change", "recompute"]) == 2
+    assert "parts cannot make a step anew" in capsys.readouterr().err
+    assert (local.parent / "metrics.json").is_file()

@@ -9,6 +9,7 @@ twice, elsewhere, or go on tomorrow: the bytes are the same.
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,8 +144,12 @@ def do(
     """
     i, n = numbered(engine.shard)
     mine = [job for job in jobs[i::n] if not done(job)]
-    if mine:
-        yield from engine(work, mine, what, devices)
+    rows = 0
+    for row in engine(work, mine, what, devices) if mine else ():
+        rows += 1
+        yield row
+    if rows != len(mine):
+        raise ImatchError(f"{what}: only {rows} of {len(mine)} jobs came back: run the same command again")
     if engine.shard:
         missing = sum(not done(job) for job in jobs)
         others = f"{missing} of {len(jobs)} jobs are left to other parts" if missing else "so are all others"
@@ -193,6 +198,17 @@ def part(pickled: bytes, jobs: Iterable[Any], place: Place) -> Iterator[Row]:
     with _one:
         _take_cores(max(1, registry.cores() // place.share))
         yield from _unpickled(pickled)(jobs, place)
+
+
+def portable(error: Exception) -> ImatchError:
+    """An error that another process can raise: not every exception can be pickled. Where it came from is in its notes.
+
+    >>> portable(ValueError("no number"))
+    ImatchError('ValueError: no number')
+    """
+    told = error if isinstance(error, ImatchError) else ImatchError(f"{type(error).__name__}: {error}")
+    told.add_note("".join(traceback.format_exception(error)))
+    return told
 
 
 @lru_cache(maxsize=1)

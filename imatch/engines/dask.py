@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imatch import runs
-from imatch.engines import TRIES, Place, Work, part
+from imatch.engines import TRIES, Place, Work, part, portable
 from imatch.records import ImatchError
 from imatch.store import Row
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PARTS = 16
 """Tasks for each worker, so that none waits long for a slower one and each keeps its model and its helpers warm."""
-PATIENCE = 300
-"""Seconds that a scheduler may be away."""
+LONG = 8
+"""Jobs of a task at most: so many are done again when its worker is killed at the end of them."""
+START, PATIENCE = 30, 300
+"""Seconds that a scheduler may be away in the beginning, and later."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +59,28 @@ class Dask:
         from distributed.comm import CommClosedError
         from distributed.scheduler import KilledWorker
 
-        left: dict[int, Sequence[Any]] = {}
+        left: dict[int, Sequence[Any]] | None = None
         lost = 0
-        while left or not lost:
+        while left is None or left:
             try:
-                with self._client(devices) as client:
+                with self._client(devices, START if left is None else PATIENCE) as client:
+                    client.wait_for_workers(1, timeout=START if left is None else PATIENCE)
                     workers = client.scheduler_info(n_workers=-1)["workers"].values()
-                    if not lost:
+                    if left is None:
                         print(f"{what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
-                        n = max(1, len(jobs) // (PARTS * max(1, len(workers))))
+                        n = max(1, min(LONG, len(jobs) // (PARTS * len(workers))))
                         left = {first: jobs[first : first + n] for first in range(0, len(jobs), n)}
-                    share = max(Counter(one["host"] for one in workers).values(), default=1)
+                    share = max(Counter(one["host"] for one in workers).values())
                     places = [Place(device, share, quiet=True) for device in ([] if self.scheduler else devices)]
                     places = places or [Place(share=share, quiet=True)]
                     tasks = {client.submit(_part, pickled, some, places, pure=False): n for n, some in left.items()}
                     for task in as_completed(tasks):
-                        rows = task.result()
+                        said = task.result()
+                        if isinstance(said, ImatchError):
+                            raise said
                         del left[tasks[task]]
-                        yield from rows
-                return
+                        lost = 0
+                        yield from said
             except KilledWorker as error:
                 raise ImatchError(
                     f"{what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): give "
@@ -84,18 +89,21 @@ class Dask:
                 ) from error
             except (CancelledError, CommClosedError, OSError) as error:
                 lost += 1
-                if lost == TRIES:
-                    raise
+                if left is None or lost == TRIES:
+                    raise ImatchError(
+                        f"{what}: no scheduler with workers at {self.scheduler or 'this machine'} ({error}): start "
+                        "them, or correct -p scheduler, and run the same command again, it goes on where it stopped"
+                    ) from error
                 print(f"{what}: the scheduler is gone ({error}), waiting for it", flush=True)
 
     @contextmanager
-    def _client(self, devices: Sequence[str]) -> Iterator[Client]:
+    def _client(self, devices: Sequence[str], patience: float) -> Iterator[Client]:
         import dask
         from distributed import Client, LocalCluster
 
         with dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1}):
             if self.scheduler:
-                with Client(self.scheduler, timeout=PATIENCE) as client:
+                with Client(self.scheduler, timeout=patience) as client:
                     yield client
                 return
             cluster = LocalCluster(n_workers=len(devices), threads_per_worker=1, dashboard_address=":0")
@@ -103,9 +111,13 @@ class Dask:
                 yield client
 
 
-def _part(pickled: bytes, jobs: Sequence[Any], places: Sequence[Place]) -> list[Row]:
-    """On a worker: one of a cluster that was started here has a number for its name, and a place of its own."""
+def _part(pickled: bytes, jobs: Sequence[Any], places: Sequence[Place]) -> list[Row] | ImatchError:
+    """On a worker: one of a cluster that was started here has a number for its name, and a place of its own. What the
+    work raises is handed over as an answer, not to be taken for an error of Dask's."""
     from distributed import get_worker
 
     place = places[0] if len(places) == 1 else places[int(get_worker().name)]
-    return list(part(pickled, jobs, place))
+    try:
+        return list(part(pickled, jobs, place))
+    except Exception as error:
+        return portable(error)

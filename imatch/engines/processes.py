@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from imatch import runs
-from imatch.engines import TRIES, Place, Work, part
+from imatch.engines import TRIES, Place, Work, part, portable
 from imatch.records import ImatchError
 from imatch.store import Row
 
@@ -34,7 +33,8 @@ class Processes:
 
     def __call__(self, work: Work[T], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[Row]:
         """See `Engine`."""
-        places = [Place(device, len(devices), quiet=True) for device in devices[: len(jobs)]]
+        n = min(len(devices), len(jobs))
+        places = [Place(device, n, quiet=True) for device in devices[:n]]
         return runs.progress(_rows(pickle.dumps(work), jobs, what, places), what, len(jobs), delay=0)
 
 
@@ -54,7 +54,7 @@ def _rows(pickled: bytes, jobs: Sequence[Any], what: str, places: Sequence[Place
                     if one.ended():
                         continue
                     one.count(tries)
-                    print(f"{what}: {one} was killed, a new one does its work", flush=True)
+                    print(f"{what}: {one} ended too early, a new one does its work", flush=True)
                     todo.extendleft(reversed(one.given))
                     running.append(_Process(pickled, one.place))
                     continue
@@ -103,9 +103,12 @@ class _Process:
         number = self.given[0][0] if self.given else -1
         tries[number] += 1
         if tries[number] == TRIES:
+            why = "was killed, mostly for want of memory: use fewer devices or a smaller -p batch_size"
+            if (self.process.exitcode or 0) > 0:
+                why = 'could not start; its words stand above (in a script of your own, `if __name__ == "__main__":`?)'
             raise ImatchError(
-                f"{self} was killed, as {TRIES - 1} before it at the same place, mostly for want of memory: use fewer "
-                "devices or a smaller -p batch_size and run the same command again, it goes on where it stopped"
+                f"{self}, as {TRIES - 1} before it at the same place, {why}. Run the same command again, it goes on "
+                "where it stopped"
             )
 
     def __str__(self) -> str:
@@ -116,18 +119,27 @@ def _serve(pickled: bytes, place: Place, pipe: Connection) -> None:
     """In the process: do jobs and send their rows until there are no more. When the process above is gone, the pipe
     breaks, and this one ends with its next row."""
 
+    def tell(message: object) -> None:
+        try:
+            pipe.send(message)
+        except OSError:
+            raise SystemExit from None
+
     def asked() -> Iterator[Any]:
         while True:
-            pipe.send(ASK)
-            if (job := pipe.recv()) is None:
+            tell(ASK)
+            try:
+                job = pipe.recv()
+            except (EOFError, OSError):
+                raise SystemExit from None
+            if job is None:
                 return
             yield job
 
     try:
         for row in part(pickled, asked(), place):
-            pipe.send(row)
-    except (BrokenPipeError, EOFError):
+            tell(row)
+    except KeyboardInterrupt:  # the process above was interrupted, too, and says so
         return
     except Exception as error:  # whatever it is, the process that the user sees raises it
-        error.add_note(traceback.format_exc())
-        pipe.send(error)
+        tell(portable(error))

@@ -188,7 +188,8 @@ def embed(
     todo = _missing_shards(step, plan, seen)
     for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    _thin(step, plan, todo, seen, bad)
+    first, of = engines.numbered(engine.shard)
+    _thin(step, plan, [number for number in todo if number % of == first], seen, bad)
     if not store.is_merged(step.folder):
         used = devices_of(step, devices, several=not isinstance(engine, Local))
         work = _Work(step, root, workers, batch_size, on_error)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from imatch import engines, images, plugins, references, registry, runs, store
-from imatch.engines import Engine
+from imatch.engines import Engine, PartDoneError
 from imatch.engines.local import LOCAL
 from imatch.records import ImatchError, PhotographError, StepError
 from imatch.runs import Step
@@ -115,10 +115,18 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
         def done(job: tuple[Row, str, int]) -> bool:
             return (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()
 
-        made = engines.do(engine, engines.each(make, workers, "references"), jobs, "references", core_each(), done)
-        problems = [row["problem"] for row in made if row["problem"]]
+        problems, part = [], None
+        try:
+            for row in engines.do(
+                engine, engines.each(make, workers, "references"), jobs, "references", core_each(), done
+            ):
+                problems += [row["problem"]] if row["problem"] else []
+        except PartDoneError as error:
+            part = error
         if problems:
             raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
+        if part:
+            raise part
         parts = (step.folder / "rows" / f"{number:08d}.jsonl" for _, _, number in jobs)
         rows = sorted((row for part in parts for row in store.read_rows(part)), key=lambda row: row["id"])
         store.write_rows(step.folder / "references.jsonl", rows)

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 variant=${FAISS:-gpu}
 image=imatch files=compose.yaml
 [ "$variant" = gpu ] || image=imatch-cpu files=compose.yaml:compose.cpu.yaml
-work=${WORK:-/var/tmp/imatch-image-check} # 25 GB; kept, so that the stand-ins are made once
+work=${WORK:-/var/tmp/imatch-image-check} # 31 GB while it builds, then 9; kept for its stand-ins
 base=docker.io/library/python:3.11-slim-bookworm
 user=1234 # one that the image does not know, as a Linux host's may be
 mkdir -p "$work"

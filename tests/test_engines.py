@@ -367,6 +367,20 @@ def test_views_and_pairs_by_every_engine(name, tmp_path):
         assert_same(houses[1].folder(step), houses[0].folder(step))
 
 
+def test_a_part_of_the_views_says_what_is_wrong(tmp_path):
+    write_photographs(tmp_path / "photographs", 4)
+    house = House(tmp_path)
+    house.embed()
+    changed = min((tmp_path / "photographs").rglob("*.*"))
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    views = house.start_views()
+    with pytest.raises(ImatchError, match="has changed since it was embedded") as told:
+        imatch.make_references(views, engine=engines.create("local", shard="0/2"), workers=0)
+    assert not isinstance(told.value, PartDoneError)
+    with pytest.raises(PartDoneError, match="part 1/2 is done, 1 of 4 jobs are left"):
+        imatch.make_references(views, engine=engines.create("local", shard="1/2"), workers=0)
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])
 def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     rng = np.random.default_rng(0)

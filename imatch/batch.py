@@ -411,7 +411,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = registry.resolve("notebooks")
     try:
         recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)
-        if numbered(recipe.parameters.get("shard", ""))[1] > 1 and recipe.parameters.get("on_change") == "recompute":
+        shard = recipe.parameters.get("shard", "")
+        numbered(shard)
+        if shard and recipe.parameters.get("on_change") == "recompute":
             raise ImatchError(
                 "parts cannot make a step anew, each would remove the others' work: run it without --shard"
             )

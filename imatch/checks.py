@@ -34,7 +34,7 @@ from imatch.backbones import dinov3, dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
 from imatch.runs import Step
-from imatch.steps.embed import chosen, devices_of
+from imatch.steps.embed import chosen, devices_of, stride_of
 
 SHARE = {"fp32": 0.6, "bf16": 0.35}
 """Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
@@ -226,7 +226,7 @@ def _model(
     seconds = 3600 * hours(1, one.flop, pace, precision)
     free = min(free_memory(device) for device in used)
     h, w = size
-    stride = _stride(parameters)
+    stride = stride_of(parameters["variant"])
     kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
     lines = [
         f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}",
@@ -245,12 +245,8 @@ def _model(
 
 def _stored(parameters: dict[str, Any], tokens: int, dimension: int) -> int:
     """Bytes of one photograph on disk: what is kept of its local descriptors, its global vector, its row."""
-    kept = keeping.size(keeping.of(parameters), tokens // _stride(parameters) ** 2, dimension)
+    kept = keeping.size(keeping.of(parameters), tokens // stride_of(parameters["variant"]) ** 2, dimension)
     return kept + 4 * dimension * len(parameters["backbone"]["pooling"].split("+")) + LISTED
-
-
-def _stride(parameters: dict[str, Any]) -> int:
-    return 1 if parameters["variant"] == "raw" else int(parameters["variant"][3:])
 
 
 def _time(photographs: int, network: float, decoding: float, used: Sequence[str]) -> str:

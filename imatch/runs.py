@@ -234,9 +234,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parallel(
-    function: Callable[[T], R], items: Sequence[T], workers: int, what: str, quiet: bool = False
-) -> Iterator[R]:
+def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what: str) -> Iterator[R]:
     """`function(item)` for every item, in order, with a progress bar (rate, time left) on standard output.
 
     Args:
@@ -244,7 +242,6 @@ def parallel(
         items: picklable things.
         workers: processes; 0 runs here; -1 is one a core. At most two results a worker wait in memory.
         what: the bar's label, such as "embed".
-        quiet: without the bar.
     """
     if not items:
         return
@@ -261,7 +258,7 @@ def parallel(
     with _without_threads(workers):
         results = iter(loader)
     try:
-        for result in results if quiet else progress(results, what, len(items), delay=0):
+        for result in progress(results, what, len(items), delay=0):
             if isinstance(result, _Raised):
                 raise result.error
             yield result

@@ -348,6 +348,7 @@ def test_a_worker_and_the_scheduler_are_killed(start, cluster, capsys):
     with when(written(2), lambda: cluster.kill(cluster.workers[0])), when(written(5), cluster.restart_scheduler):
         folder = embedded(step, engine=engines.create("dask", scheduler=cluster.address))
     assert stored(folder) == expected
+    assert runs.read(folder).work["photographs"] == 24
     assert "the scheduler is gone" in capsys.readouterr().out
 
 

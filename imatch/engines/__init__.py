@@ -141,6 +141,7 @@ def do(
     Raises:
         PartDoneError: a part of the jobs was asked for, and is done. Parts never finish a step, for each of them may
             think that it is the last one.
+        ImatchError: what the engine raises, or it gave back fewer rows than it had jobs.
     """
     i, n = numbered(engine.shard)
     mine = [job for job in jobs[i::n] if not done(job)]

@@ -82,7 +82,7 @@ def start_embed(
         raise ImatchError("run is empty: name this piece of work (-p run NAME)")
     if shard_size < 1:
         raise ImatchError(f"shard_size {shard_size} must be at least 1")
-    _stride(variant)
+    stride_of(variant)
     photographs = registry.dataset(dataset, data_key)
     backbone = backbones.create(weight, backbone_options, weight_set=weight_set, data_key=data_key)
     resize.check(backbone.patch)
@@ -110,8 +110,15 @@ def _side(resize: Resize) -> dict[str, float]:
     return {"scale": resize.scale} if resize.mode == "scale" else {"long_side": resize.long_side}
 
 
-def _stride(variant: str) -> int:
-    """1 for "raw", s for "sub{s}"."""
+def stride_of(variant: str) -> int:
+    """1 for "raw", s for "sub{s}".
+
+    Raises:
+        ImatchError: it is neither.
+
+    >>> stride_of("raw"), stride_of("sub2")
+    (1, 2)
+    """
     if variant == "raw":
         return 1
     if variant.startswith("sub") and variant[3:].isdecimal() and int(variant[3:]) > 1:
@@ -253,7 +260,7 @@ def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pos
     if isinstance(decoded, PhotographError):
         raise decoded
     (tokens,) = backbone(np.stack([decoded.pixels]))  # a copy, for torch wants to be allowed to write
-    return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, _stride(parameters["variant"])))
+    return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, stride_of(parameters["variant"])))
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,7 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
     if "pose" in parameters:
         return
     all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
-    stride, name = _stride(parameters["variant"]), f"{parameters['cfg']}_{keeping.variant(parameters)}"
+    stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{keeping.variant(parameters)}"
     beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
     if parameters == all_of_it or not todo or not (beside / "metrics.json").is_file():
         return
@@ -394,7 +401,7 @@ class _Work:
     ) -> tuple[Row, list[Row], list[Tokens]]:
         """One shard: the row that the engine gets, the photographs' rows, and their tokens. Batches never reach over a
         shard, so it comes out the same on every run."""
-        stride = _stride(self.step.parameters["variant"])
+        stride = stride_of(self.step.parameters["variant"])
         rows: dict[str, Row] = {}
         tokens: dict[str, Tokens] = {}
         shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}

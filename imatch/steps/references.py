@@ -136,7 +136,7 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
 
 
 def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> Row:
-    """All views of one photograph; its rows are written last. Returns the problem, None if there is none."""
+    """All views of one photograph; its rows are written last. Returns {"problem": what is wrong, or None}."""
     row, name, number = job
     try:
         photograph = images.decode(root / row["id"])

@@ -19,8 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -90,6 +90,17 @@ def report(best: dict[str, float], rate: float, precision: str) -> None:
         f"\n{precision}: {done / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s of matrix products, a share of {done / rate:.2f}"
     )
     print(f"{Path(sys.executable).name} {' '.join(sys.argv)}")
+
+
+@contextmanager
+def at_hand(count: int) -> Iterator[tuple[Path, Path, Path]]:
+    """A folder for results, so many photographs, and the registry of a ViT-S/16 with random weights."""
+    registry.share_cores()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
+        data_key = random_weights.write(folder / "weights", ["vits16"])
+        yield folder, write_photographs(folder / "photographs", count), data_key
 
 
 def write_photographs(folder: Path, count: int) -> Path:

@@ -8,16 +8,13 @@ as in a cluster; that a process has to be started, and the model loaded, is in e
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from imatch import engines, registry
-from tests import random_weights
 from tests.benchmarks import bench_dinov3
 
 PHOTOGRAPHS, TURNS = 200, 3
@@ -27,12 +24,7 @@ def main() -> None:
     """The best of some turns, sides in turn."""
     from distributed import LocalCluster
 
-    registry.share_cores()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
-        data_key = random_weights.write(folder / "weights", ["vits16"])
-        photographs = bench_dinov3.write_photographs(folder / "photographs", PHOTOGRAPHS)
+    with bench_dinov3.at_hand(PHOTOGRAPHS) as (folder, photographs, data_key):
         with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
             sides = {
                 "local": engines.create("local"),

@@ -17,7 +17,6 @@ import os
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from imatch import backbones, checks, images, registry
 from imatch.backbones import dinov3, dinov3_openvino
-from tests import random_weights
 from tests.benchmarks import bench_dinov3
 
 BATCH, FIFTH, HELD, SIDE = 8, 5, 64, bench_dinov3.SIDE
@@ -53,12 +51,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="of which the best counts (default 3)")
     options = parser.parse_args()
     count: int = options.photographs
-    registry.share_cores()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
-        data_key = random_weights.write(folder / "weights", ["vits16"])
-        photographs = bench_dinov3.write_photographs(folder / "photographs", count)
+    with bench_dinov3.at_hand(count) as (folder, photographs, data_key):
         fifth = folder / "fifth"
         fifth.mkdir()
         for path in sorted(photographs.iterdir())[::FIFTH]:

@@ -135,12 +135,13 @@ def nearest(a: Tensor, b: Tensor, k: int) -> tuple[Nearest, Nearest]:
         return largest(tiles(a, b), k)
     n = min(max(1, len(a)), max(1, TILE // max(1, len(b))))
     rough_b = b.float()
-    product = rough_b.new_empty(n, len(b))  # used again and again, as in tiles
+    product = rough_b.new_empty(n, len(b))  # these are used again and again, as in tiles
+    likely = product.new_empty(2, n, len(b), dtype=torch.bool)
 
     def found() -> Iterator[tuple[Nearest, Nearest]]:
         for rows in a.split(n):
             rough = torch.mm(rows.float(), rough_b.T, out=product[: len(rows)])
-            yield _nearest(rows, b, rough)
+            yield _nearest(rows, b, rough, likely[:, : len(rows)])
 
     return _joined(found(), k)
 
@@ -184,15 +185,17 @@ def _joined(tiles: Iterable[tuple[Nearest, Nearest]], k: int) -> tuple[Nearest, 
     return Nearest(*map(torch.cat, zip(*of_rows, strict=True))), of_columns
 
 
-def _nearest(a: Tensor, b: Tensor, rough: Tensor) -> tuple[Nearest, Nearest]:
-    """The exactly nearest of B (m, d) for each of A (n, d), and of A for each of B; rough is (n, m) float32 cosines."""
+def _nearest(a: Tensor, b: Tensor, rough: Tensor, likely: Tensor) -> tuple[Nearest, Nearest]:
+    """The exactly nearest of B (m, d) for each of A (n, d), and of A for each of B, from rough cosines (n, m) float32;
+    likely (2, n, m) bool is overwritten."""
     n, m, d = *rough.shape, a.shape[1]
     if not n or not m:
         return largest([rough], 1)
     # a product of float32 is off by (d + 2) 2^-24 at most, since norms are 1; twice that, and the rounding of the end
     slack = (d + 2) * 2.0**-23 + 2.0**-22
-    likely = (rough >= rough.amax(dim=1, keepdim=True) - slack) | (rough >= rough.amax(dim=0) - slack)
-    i, j = torch.nonzero(likely, as_tuple=True)
+    torch.ge(rough, rough.amax(dim=1, keepdim=True) - slack, out=likely[0])
+    torch.ge(rough, rough.amax(dim=0) - slack, out=likely[1])
+    i, j = torch.nonzero(likely[0].logical_or_(likely[1]), as_tuple=True)
     if len(i) > FEW * (n + m):  # many descriptors are equal
         return largest([(a @ b.T).float()], 1)
     part = max(1, PART // d)

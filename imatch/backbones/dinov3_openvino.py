@@ -1,7 +1,8 @@
 """DINOv3's forward pass by OpenVINO on the CPU: timm's model, converted once, for batches of any size.
 
 One model with open batch, height and width is as fast as one for each shape, and is compiled in a second. Only the
-table of rotary angles differs between shapes; it goes in beside the photographs.
+table of rotary angles differs between shapes; it goes in beside the photographs. The two halves of a batch run side by
+side, each on half of the threads, which so wait for one another half as often.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ ENOUGH = 0.999
 KEPT = 2**31
 """Bytes up to which a converted model is kept in the cache folder: larger ones are slow enough to convert each time."""
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+FORM = 2
+"""Of the converted model: what an older imatch kept in another form is not read."""
+HALVES = 2
 
 
 @dataclass(frozen=True)
@@ -41,40 +45,51 @@ class Forward:
     Attributes:
         compiled: OpenVINO's compiled model, photographs and rotary table -> tokens before and after the last norm.
         periods: (p,) float32 periods of the position embedding; (0,) for a ConvNeXt, which has none.
+        prefix: tokens before those of the patches, which are not rotated.
         patch: pixels.
     """
 
     compiled: Any
     periods: np.ndarray
+    prefix: int
     patch: int
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens of (B, 3, h, w) float32 normalised pixels: (B, m, D) float32, before and after the last norm."""
-        given = [x.contiguous().numpy()]
+        table = []
         if self.periods.size:
-            given.append(rotary(self.periods, x.shape[2] // self.patch, x.shape[3] // self.patch))
-        # a request of its own, for several threads may ask at once
-        before, normalised = self.compiled.create_infer_request().infer(given).to_tuple()
-        return torch.from_numpy(before), torch.from_numpy(normalised)
+            table = [rotary(self.periods, self.prefix, x.shape[2] // self.patch, x.shape[3] // self.patch)]
+        # requests of their own, for several threads may ask at once
+        asked = []
+        for half in x.contiguous().tensor_split(min(HALVES, len(x))):
+            asked.append(self.compiled.create_infer_request())
+            asked[-1].start_async([half.numpy(), *table], share_inputs=True)
+        for request in asked:
+            request.wait()
+        before, normalised = zip(*(request.results.to_tuple() for request in asked), strict=True)
+        return torch.from_numpy(np.concatenate(before)), torch.from_numpy(np.concatenate(normalised))
 
 
-def rotary(periods: np.ndarray, h: int, w: int) -> np.ndarray:
+def rotary(periods: np.ndarray, prefix: int, h: int, w: int) -> np.ndarray:
     """Sines, then cosines, of the angles that rotate the queries and keys of h x w patches, as timm lays them out.
 
     Args:
         periods: (p,) float32.
+        prefix: tokens before those of the patches: angles of 0.
         h, w: patches.
 
     Returns:
-        (h * w, 8 p) float32. Source: Simeoni et al., "DINOv3", 2025 (axial angles of coordinates from -1 to 1).
+        (1, 1, prefix + h * w, 8 p) float32. Source: Simeoni et al., "DINOv3", 2025 (axial angles of coordinates from -1
+        to 1).
 
-    >>> rotary(np.array([1.0, 10.0], np.float32), 2, 3).shape
-    (6, 16)
+    >>> rotary(np.array([1.0, 10.0], np.float32), 5, 2, 3).shape
+    (1, 1, 11, 16)
     """
     sides = [(np.arange(n, dtype=np.float32) + 0.5) / n * 2 - 1 for n in (h, w)]
     places = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2, 1)
     angles = (2 * np.pi * places / periods).astype(np.float32).reshape(h * w, -1)
-    return np.concatenate([np.tile(np.sin(angles), 2), np.tile(np.cos(angles), 2)], axis=1)
+    angles = np.pad(angles, ((prefix, 0), (0, 0)))[None, None]
+    return np.concatenate([np.tile(np.sin(angles), 2), np.tile(np.cos(angles), 2)], axis=-1)
 
 
 def texture(h: int = 64, w: int = 96) -> np.ndarray:
@@ -191,11 +206,11 @@ def forward(backbone: Dinov3) -> Forward:
             "INFERENCE_PRECISION_HINT": PRECISIONS[backbone.precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "ENABLE_CPU_PINNING": False,  # processes that share the cores would all take the first ones
-            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": min(HALVES, torch.get_num_threads()),
         },
     )
-    periods = np.array(model.get_rt_info(["imatch", "periods"]).astype(str).split(), np.float32)
-    return Forward(compiled, periods, backbone.patch)
+    prefix, *periods = model.get_rt_info(["imatch", "rotary"]).astype(str).split()
+    return Forward(compiled, np.array(periods, np.float32), int(prefix), backbone.patch)
 
 
 class _Traced(nn.Module):
@@ -204,11 +219,30 @@ class _Traced(nn.Module):
     def __init__(self, model: Any, tokens: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.model, self.tokens = model, tokens
+        for block in model.blocks if hasattr(model, "rope") else ():
+            block.attn.forward = partial(_attention, block.attn)
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if table is not None:
-            self.model.rope.get_embed = lambda shape: table  # noqa: ARG005
+            self.model.rope.get_embed = lambda shape: table.chunk(2, dim=-1)  # noqa: ARG005
         return self.tokens(self.model, x)
+
+
+def _attention(timms: Any, x: Tensor, rope: tuple[Tensor, Tensor], attn_mask: None, is_causal: bool) -> Tensor:  # noqa: ARG001
+    """timm's attention of a DINOv3, rotated in the words that OpenVINO knows for one operation (its RoPEFusion): all
+    tokens, of four dimensions each side, and times -1 where timm has a minus."""
+    sines, cosines = rope
+    b, n, d = x.shape
+    half = timms.head_dim // 2
+
+    def rotated(y: Tensor) -> Tensor:
+        return y * cosines + torch.cat([y[..., half:] * -1.0, y[..., :half]], dim=-1) * sines
+
+    bias = None if timms.q_bias is None else torch.cat((timms.q_bias, timms.k_bias, timms.v_bias))
+    qkv = nn.functional.linear(x, timms.qkv.weight, bias)
+    q, k, v = qkv.reshape(b, n, 3, timms.num_heads, timms.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    seen = nn.functional.scaled_dot_product_attention(rotated(q), rotated(k), v)
+    return timms.proj(seen.transpose(1, 2).reshape(b, n, d))
 
 
 def _converted(backbone: Dinov3) -> Any:
@@ -216,14 +250,16 @@ def _converted(backbone: Dinov3) -> Any:
     from imatch.backbones.dinov3 import timm_tokens
 
     openvino, model = _openvino(), _exact(backbone).model
-    periods = model.rope.periods.numpy() if hasattr(model, "rope") else np.zeros(0, np.float32)
-    example = [torch.zeros(2, 3, 64, 96)]
-    if periods.size:
-        example.append(torch.from_numpy(rotary(periods, 64 // backbone.patch, 96 // backbone.patch)))
+    rotates, example = hasattr(model, "rope"), [torch.zeros(2, 3, 64, 96)]
+    prefix, periods = (model.num_prefix_tokens, model.rope.periods.numpy()) if rotates else (0, np.zeros(0, np.float32))
+    if rotates:
+        example.append(torch.from_numpy(rotary(periods, prefix, 64 // backbone.patch, 96 // backbone.patch)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that tracing, which OpenVINO does, is deprecated
         converted = openvino.convert_model(_Traced(model, timm_tokens).eval(), example_input=tuple(example))
-    converted.set_rt_info(" ".join(map(repr, periods.tolist())), ["imatch", "periods"])
+    if rotates:  # the fusion wants to know the ranks
+        converted.reshape(dict(zip(converted.inputs, ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)]), strict=True)))
+    converted.set_rt_info(" ".join(map(repr, [prefix, *periods.tolist()])), ["imatch", "rotary"])
     if sum(parameter.nbytes for parameter in model.parameters()) <= KEPT:
         _try_to_keep(lambda: _keep(converted, _kept(backbone)))
     return converted
@@ -249,8 +285,8 @@ def _try_to_keep(write: Callable[[], None]) -> None:
 
 
 def _kept(backbone: Dinov3, suffix: str = "") -> Path:
-    """The folder of a converted model; the weights and the version of OpenVINO make its name."""
-    version = _openvino().__version__.partition("-")[0]
+    """The folder of a converted model; the weights, the version of OpenVINO and our own form make its name."""
+    version = f"{_openvino().__version__.partition('-')[0]}-{FORM}"
     return registry.cache_folder() / "openvino" / f"{backbone.hub_entry}-{backbone.digest[:16]}@{version}{suffix}"
 
 

@@ -40,8 +40,8 @@ class Step:
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
         work: for the record, too, what was computed over all runs, that of several processes added up: {"photographs",
-            "seconds"} and, of embeddings, the seconds of them in "forward" passes, in "wait" for photographs, and in
-            "decode" and "write" beside those.
+            "seconds"} and, of embeddings, the seconds of them in "forward" passes, in "wait" for the next one, and in
+            "decode" and "write" beside those; in "start" the seconds before, until the model was loaded.
     """
 
     folder: Path

@@ -314,6 +314,7 @@ def test_every_engine_writes_the_same_bytes(start):
         work = runs.read(step.folder).work
         assert work["photographs"] == 24
         assert min(work[part] for part in ("seconds", "decode", "wait", "forward", "write")) > 0
+        assert "start" in work
     for shard in ("0/3", "2/3", "1/3"):
         with pytest.raises(PartDoneError, match=f"part {shard} is done"):
             imatch.embed(start("parts"), engine=engines.create("local", shard=shard))

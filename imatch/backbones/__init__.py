@@ -38,6 +38,9 @@ class Backbone(Protocol):
     def digest(self) -> str:
         """What the numbers depend on beside the options (weights, whose code), for the fingerprint."""
 
+    def load(self) -> None:
+        """Bring into memory what else the first photograph would wait for."""
+
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """The tokens of a batch of one shape.
 

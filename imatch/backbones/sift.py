@@ -66,6 +66,10 @@ class Sift:
                 f"max_keypoints {self.max_keypoints} must be at least 1, contrast {self.contrast} at least 0"
             )
 
+    def load(self) -> None:
+        """The visual words."""
+        _ = self.words
+
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs, without a grid, the strongest keypoint first."""
         h, w = photographs.shape[1:3]

@@ -7,7 +7,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -240,6 +241,11 @@ def _timed_decode(path: Path, resize: Resize, patch: int, degrees: float) -> tup
     return decoded, time.perf_counter() - started
 
 
+def _timed_forward(backbone: Backbone, photographs: np.ndarray) -> tuple[list[Tokens], float, float]:
+    started = time.perf_counter()
+    return backbone(photographs), started, time.perf_counter()
+
+
 def _decode(path: Path, resize: Resize, patch: int, degrees: float) -> Decoded | PhotographError:
     try:
         decoded = images.decode(path, resize, patch)
@@ -342,8 +348,8 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Work:
-    """Embeds shards, one after the other: photographs are decoded ahead, and a shard is written while the next is
-    computed. See `engines.Work`."""
+    """Embeds shards, one after the other: photographs are decoded ahead, the next batch is put together while one goes
+    through the backbone, and a shard is written while the next is computed. See `engines.Work`."""
 
     step: Step
     root: Path
@@ -364,10 +370,13 @@ class _Work:
             decoded = runs.progress(decoded, step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
         pending: Future[Row] | None = None
         begun = time.perf_counter()
-        with ThreadPoolExecutor(1) as writer:
+        backbone.load()
+        start, begun = time.perf_counter() - begun, time.perf_counter()
+        with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as writer:
             for shard in shards:
-                row, rows, tokens = self._embed(shard, decoded, backbone)
-                row["work"]["seconds"], begun = time.perf_counter() - begun, time.perf_counter()
+                row, rows, tokens = self._embed(shard, decoded, partial(forward.submit, _timed_forward, backbone))
+                row["work"].update(seconds=time.perf_counter() - begun, start=start)
+                start, begun = 0.0, time.perf_counter()
                 if pending:
                     yield pending.result()
                 pending = writer.submit(_write_shard, step, row, rows, tokens, shard.seen)
@@ -397,7 +406,10 @@ class _Work:
         return self._backbones[device]
 
     def _embed(
-        self, shard: _Shard, decoded: Iterator[tuple[Decoded | PhotographError, float]], backbone: Backbone
+        self,
+        shard: _Shard,
+        decoded: Iterator[tuple[Decoded | PhotographError, float]],
+        forward: Callable[[np.ndarray], Future[tuple[list[Tokens], float, float]]],
     ) -> tuple[Row, list[Row], list[Tokens]]:
         """One shard: the row that the engine gets, the photographs' rows, and their tokens. Batches never reach over a
         shard, so it comes out the same on every run."""
@@ -405,7 +417,8 @@ class _Work:
         rows: dict[str, Row] = {}
         tokens: dict[str, Tokens] = {}
         shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}
-        took = dict.fromkeys(("decode", "wait", "forward"), 0.0)
+        going: deque[tuple[list[tuple[str, Decoded]], Future[tuple[list[Tokens], float, float]]]] = deque()
+        took, ended = dict.fromkeys(("decode", "wait", "forward"), 0.0), time.perf_counter()
 
         def skip(row: Row, reason: str) -> Row:
             if self.on_error == "stop":
@@ -413,9 +426,18 @@ class _Work:
             return {**row, "skipped": reason}
 
         def flush(batch: list[tuple[str, Decoded]]) -> None:
-            started = time.perf_counter()
-            seen = backbone(np.stack([photograph.pixels for _, photograph in batch]))
-            took["forward"] += time.perf_counter() - started
+            going.append((batch.copy(), forward(np.stack([photograph.pixels for _, photograph in batch]))))
+            batch.clear()
+            if len(going) > 1:
+                take()
+
+        def take() -> None:
+            nonlocal ended
+            batch, coming = going.popleft()
+            seen, started, ends = coming.result()
+            took["wait"] += started - ended
+            took["forward"] += ends - started
+            ended = ends
             for (id, photograph), one in zip(batch, seen, strict=True):
                 if not np.isfinite(one.vector).all():
                     raise ImatchError(
@@ -426,16 +448,13 @@ class _Work:
                     rows[id] = skip(rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
                     continue
                 tokens[id] = _placed(one, photograph, stride)
-            batch.clear()
 
         for known, about in zip(shard.seen, shard.about, strict=True):
             id = known["id"]
             if known["problem"]:
                 rows[id] = {**skip({"id": id}, known["problem"]), "sha256": _digest(self.root, known)}
                 continue
-            started = time.perf_counter()
             photograph, seconds = next(decoded)
-            took["wait"] += time.perf_counter() - started
             took["decode"] += seconds
             if isinstance(photograph, PhotographError):
                 rows[id] = {**skip({"id": id}, str(photograph)), "sha256": _digest(self.root, known)}
@@ -460,6 +479,8 @@ class _Work:
         for batch in shapes.values():
             if batch:
                 flush(batch)
+        while going:
+            take()
         found = [rows[known["id"]] for known in shard.seen]
         skipped = {row["id"]: row["skipped"] for row in found if "skipped" in row}
         row = {"shard": shard.number, "skipped": skipped, "work": {"photographs": len(shard.readable), **took}}

@@ -11,8 +11,10 @@ hold a vector which is gone are made anew, and new vectors become new shards, al
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +122,9 @@ def build(
         engine: of `engines.create`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
-        ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory.
+        ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
+            of an index that is there and only wants to be brought up to date.
+        PartDoneError: see `engines.do`.
     """
     if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
         raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
@@ -130,10 +134,16 @@ def build(
     asked = {"asked": kind, "given": dict(options or {}), "dimension": d, "memory": memory}
     plan = store.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
     lasts = all(plan.get(name) == value for name, value in asked.items()) and n / 2 <= plan["learned_of"] <= 2 * n
+    one_of_parts = bool(engine.shard)
+    if one_of_parts and (plan and not lasts):
+        raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
+    if one_of_parts and kind == "auto" and not memory:
+        raise ImatchError("parts must choose the same index: name one (-p index flat), or give -p memory_gb")
     if not lasts:
         plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "learned_of": n, "shards": [], "build_ms": 0.0}
         _check(vectors)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not one_of_parts:  # another part may have begun meanwhile, by the same plan
+            shutil.rmtree(folder, ignore_errors=True)
         store.write_json(folder / "index.json", plan)
     made = indexes.create(plan["kind"], plan["options"])
     started = time.perf_counter()
@@ -142,17 +152,21 @@ def build(
     rows = _rows(list(held.values()), keys)
     stays = {name: part for name, part in zip(held, rows, strict=True) if (part >= 0).all()}
     missing = np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *stays.values()]))
-    if lasts and len(missing):
+    if lasts and len(missing) and not one_of_parts:
         _check(vectors[missing])
+    was_whole = "vectors" in plan  # else all parts find the same jobs, whatever is done of them
+    if was_whole and len(missing) and one_of_parts:
+        raise ImatchError(f"the index at {folder} wants only some more vectors: run it once without a shard")
     size = shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n))
-    free = (f"{i:05d}" for i in range(10**9) if f"{i:05d}" not in stays)
-    names = list(stays)
-    parts = [missing[first : first + size] for first in range(0, len(missing), size)]
+    free = (f"{i:05d}" for i in itertools.count() if not was_whole or f"{i:05d}" not in stays)
+    todo = missing if was_whole else np.arange(n)
+    parts = [todo[first : first + size] for first in range(0, len(todo), size)]
     jobs = [_Shard(next(free), part, keys[part]) for part in parts]
-    work = engines.each(_Adding(folder, plan, vectors), 0, "index")
+    names = [*(stays if was_whole else ()), *(job.name for job in jobs)]
+    adding = _Adding(folder, plan, vectors)
     fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
-    for row in engine(work, jobs, "index", ["cpu"] * min(fit, registry.cores())):
-        names.append(row["shard"])
+    places = ["cpu"] * min(fit, registry.cores())
+    deque(engines.do(engine, engines.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
     took = 1000 * (time.perf_counter() - started)
     spent = round(plan["build_ms"] + (took if len(missing) or len(stays) < len(held) else 0), 3)
     effort = plan.get("effort") if lasts and not len(missing) and len(stays) == len(held) else None
@@ -208,6 +222,8 @@ def _trained(folder: Path, made: indexes.Kind, vectors: np.ndarray, n: int) -> f
         except RuntimeError as error:
             said = str(error).strip().splitlines()[-1]
             raise ImatchError(f"{len(sample)} vectors are too few to learn from ({said}): use flat") from error
+        if path.is_file():  # another part was first
+            return _read(path)
         _write(path, index)
     return index
 
@@ -240,6 +256,11 @@ class _Adding:
     def trained(self) -> faiss.Index:
         made = indexes.create(self.plan["kind"], self.plan["options"])
         return _trained(self.folder, made, self.vectors, self.plan["learned_of"])
+
+    def done(self, shard: _Shard) -> bool:
+        """Whether a shard is on disk, with the vectors that it shall have."""
+        path = self.folder / f"{shard.name}.npy"
+        return path.with_suffix(".faiss").is_file() and np.array_equal(np.load(path), shard.keys)
 
     def __call__(self, shard: _Shard) -> Row:
         index, made = faiss.clone_index(self.trained), indexes.create(self.plan["kind"], self.plan["options"])

@@ -397,22 +397,47 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
         found = searcher.Searcher(tmp_path / name, mapped, keys, device="cpu")
         effort = max(found.kind.efforts(len(vectors)), default=None)
         answers[name] = found.search(vectors[::50], 10, effort=effort)
+    for i in (2, 0, 1):
+        with pytest.raises(PartDoneError, match=f"index: part {i}/3 is done"):
+            searcher.build(
+                tmp_path / "parts", mapped, keys, kind=kind, shard_rows=300, engine=engines.create(shard=f"{i}/3")
+            )
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")}
+    searcher.build(tmp_path / "parts", mapped, keys, kind=kind, shard_rows=300)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")} == made
     shards = sorted((tmp_path / "local").glob("0*.faiss"))
     assert len(shards) == 7
     for path in shards:
-        assert path.read_bytes() == (tmp_path / "processes" / path.name).read_bytes()
+        for other in ("processes", "parts"):
+            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes()
     assert (answers["processes"].rows == answers["local"].rows).all()
     assert (answers["processes"].scores == answers["local"].scores).all()
     assert (answers["whole"].rows == answers["local"].rows).mean() > (0.99 if kind == "flat" else 0.9)
 
 
+def test_parts_do_not_mend_an_index(tmp_path):
+    vectors = np.eye(40, dtype=np.float32)
+    keys, part = searcher.digests(vectors), engines.create(shard="0/2")
+    with pytest.raises(ImatchError, match="parts must choose the same index"):
+        searcher.build(tmp_path / "index", vectors, keys, engine=part)
+    searcher.build(tmp_path / "index", vectors[:30], keys[:30], kind="flat")
+    with pytest.raises(PartDoneError, match="so are all others"):
+        searcher.build(tmp_path / "index", vectors[:30], keys[:30], kind="flat", engine=part)
+    with pytest.raises(ImatchError, match="wants only some more vectors: run it once without a shard"):
+        searcher.build(tmp_path / "index", vectors, keys, kind="flat", engine=part)
+    with pytest.raises(ImatchError, match="made anew, which parts cannot"):
+        searcher.build(tmp_path / "index", vectors, keys, kind="hnsw", engine=part)
+    assert len(searcher.Searcher(tmp_path / "index", vectors[:30], keys[:30], device="cpu").shards) == 1
+
+
 def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
-    """--shard 0/2 and 1/2 embed, the run without a shard goes on from there, and a part of 03_index there is not."""
+    """--shard 0/2 and 1/2 embed, the run without a shard goes on from there; then the same with 03_index."""
     from imatch import batch
 
     monkeypatch.chdir(ROOT)
-    recipe = tmp_path / "parts.yaml"
+    recipe, first = tmp_path / "parts.yaml", tmp_path / "first.yaml"
     recipe.write_text("notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, shard_size: 4}\n")
+    first.write_text("notebooks: [01_embed]\nparameters: {shard_size: 4}\n")
     command = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
     for shard in ("0/2", "1/2"):
         assert batch.main([*command, "--shard", shard]) == 0
@@ -420,10 +445,14 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     (local,) = (tmp_path / "exports").glob("demo/01_embed/*/sift/scale1_raw/local")
     assert len([*local.glob("*.jsonl")]) == 6
     parts = {path: path.stat().st_mtime_ns for path in local.glob("*.npy")}
-    assert batch.main(command) == 0
+    assert batch.main([str(first), *command[1:]]) == 0
     assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
-    assert batch.main([*command, "--shard", "0/2"]) == 0
-    assert "03_index has no parts, run it without --shard" in capsys.readouterr().out
+    for shard in ("0/2", "1/2"):
+        assert batch.main([*command, "-p", "index", "flat", "--shard", shard]) == 0
+        assert f"index: part {shard} is done" in capsys.readouterr().out
+    assert batch.main([*command, "-p", "index", "flat"]) == 0
+    assert batch.run(batch.Recipe(["01_embed"], {"shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
+    assert "01_embed has no parts, run it without --shard" in capsys.readouterr().out
     assert batch.main([*command, "--shard", "2/2"]) == 2
     assert "shard '2/2' is no i/n" in capsys.readouterr().err
     assert batch.main([*command, "--shard", "0/2", "-p", "on_change", "recompute"]) == 2

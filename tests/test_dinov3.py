@@ -124,6 +124,19 @@ def test_one_forward_pass_a_batch(create):
     assert len(passes) == 1
 
 
+def test_rotary_angles_are_worked_out_once_a_shape(create, monkeypatch):
+    backbone = create("vits16", engine_forward="torch")
+    worked, work = [], backbone.model.rope._create_embed
+    monkeypatch.setattr(
+        backbone.model.rope, "_create_embed", lambda shape, **given: worked.append(shape) or work(shape, **given)
+    )
+    first = backbone(pixels(32, 48))
+    backbone(pixels(48, 32))
+    again = backbone(pixels(32, 48))
+    assert [tuple(shape) for shape in worked] == [(2, 3), (3, 2)]
+    assert first[0].descriptors.tobytes() == again[0].descriptors.tobytes()
+
+
 def test_grids_need_not_be_square(create):
     (tokens,) = create("vits16")(pixels(384, 640, n=1))
     assert tokens.grid == (24, 40)  # 640 x 384 pixels are 40 x 24 patches

@@ -129,6 +129,19 @@ def test_a_local_cluster_has_a_worker_for_each_device(tmp_path, capsys):
     assert "squares: 1 workers" in capsys.readouterr().out
 
 
+def test_an_engine_that_loses_a_row_is_found_out(tmp_path):
+    """A step may not be finished on an engine's word alone."""
+
+    class Losing:
+        shard = ""
+
+        def __call__(self, work, jobs, what, devices):  # noqa: ARG002
+            return work(jobs[1:], Place(devices[0], quiet=True))
+
+    with pytest.raises(ImatchError, match="squares: only 6 of 7 jobs came back: run the same command again"):
+        all_rows(Losing(), Squares(tmp_path), range(7))
+
+
 def test_shards_are_the_jobs_once(tmp_path):
     for i in (2, 0, 1):
         with pytest.raises(PartDoneError, match=rf"part {i}/3 is done"):

@@ -99,6 +99,18 @@ def test_merge_and_split_are_inverse(written, tmp_path):
     assert files(tmp_path) == whole
 
 
+def test_two_writers_of_one_process_id_do_not_share_a_file(tmp_path, monkeypatch):
+    """Containers on one disk number their processes alike."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    path = tmp_path / "rows.jsonl"
+    with store.atomic(path) as one, store.atomic(path) as other:
+        one.write_bytes(b"one\n")
+        other.write_bytes(b"other\n")
+        assert one.read_bytes() == b"one\n"
+    assert path.read_bytes() == b"one\n"  # the last that ended
+    assert [*tmp_path.iterdir()] == [path]
+
+
 @pytest.mark.usefixtures("written")
 def test_shard_rows_are_the_same_before_and_after_merging(tmp_path):
     before = store.shard_rows(tmp_path)

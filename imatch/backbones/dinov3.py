@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ ImageNet) and satellite tiles (SAT-493M)."""
 SOURCES = ("timm", "hub")
 PRECISIONS = ("auto", "fp32", "bf16")
 ENGINES = ("auto", "torch", "openvino")
+TABLES = 64
+"""Shapes of photographs whose rotary angles are kept: 2 MB each at 1,024 pixels."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Dinov3:
             object.__setattr__(self, "engine_forward", dinov3_openvino.chosen(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        # a compiled model cannot go to another process: it is compiled again there
-        return {name: value for name, value in vars(self).items() if name != "openvino"}
+        # models do not go to other processes, they are loaded there
+        return {name: value for name, value in vars(self).items() if name not in ("model", "openvino", "_mean_std")}
 
     @property
     def patch(self) -> int:
@@ -140,7 +142,11 @@ class Dinov3:
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(torch.bfloat16)
         model = model.to(self.device)
-        return _compiled(model) if self.compile else model
+        if self.compile:
+            return _compiled(model)
+        if hasattr(model, "rope"):  # timm works its angles out at every pass
+            model.rope.get_embed = lru_cache(TABLES)(model.rope.get_embed)
+        return model
 
     @cached_property
     def openvino(self) -> dinov3_openvino.Forward:
@@ -159,10 +165,17 @@ class Dinov3:
         """
         _ = self.openvino if self.engine_forward == "openvino" else self.model
 
+    @cached_property
+    def _mean_std(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=self.device)[:, None, None] * 255 for values in MEAN_STD[self.family])
+        return mean, std
+
     def normalised(self, photographs: Tensor) -> Tensor:
         """(B, h, w, 3) uint8 RGB photographs as the model wants them: (B, 3, h, w) float32 on the device."""
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] * 255 for values in MEAN_STD[self.family])
-        x = photographs.to(self.device).permute(0, 3, 1, 2)
+        mean, std = self._mean_std
+        if torch.device(self.device).type == "cuda" and not photographs.is_cuda:
+            photographs = photographs.pin_memory()  # so that the next line does not wait for what the GPU has to do
+        x = photographs.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         # planes first, numbers then: seven times as fast as to go through triples of them
         return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 

@@ -36,7 +36,7 @@ from imatch.records import ImatchError, PhotographError
 from imatch.runs import Step
 from imatch.steps.embed import chosen, devices_of, stride_of
 
-SHARE = {"fp32": 0.6, "bf16": 0.35}
+SHARE = {"fp32": 0.6, "bf16": 0.5}
 """Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
 SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""

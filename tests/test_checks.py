@@ -66,10 +66,10 @@ def test_the_plan_of_the_readme_is_what_is_counted():
         r"imatch.registry --photographs ([\d ]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
     )
     block = re.search(r"```\n(dinov3_vits16 at 256 x 256 px.*?)\n```", text, re.S).group(1)
-    measured = re.search(r"hours, (cpu in fp32 at (\d+) GFLOP/s, measured here), 1 worker", block)
+    measured = re.search(r"hours, (cpu in bf16 at (\d+) GFLOP/s, measured here), 1 worker", block)
     decoded = re.search(r"core hours of decoding, (\d+) ms", block)
     machines = [
-        checks.Machine(measured[1], "fp32", 1e9 * int(measured[2])),
+        checks.Machine(measured[1], "bf16", 1e9 * int(measured[2])),
         checks.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
     ]
     counts = [int(count) for count in asked[1].split()]
@@ -109,7 +109,7 @@ def test_a_plan_that_cannot_be_is_one_line(options, said):
 def test_hours_by_the_formula():
     one = cost("dinov3_vits16", (256, 256))
     assert checks.hours(1000, one.flop, one.flop, "fp32") == pytest.approx(1000 / 0.6 / 3600)
-    assert checks.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.35 / 3600 / 8)
+    assert checks.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.5 / 3600 / 8)
 
 
 def test_a_plan_says_when_no_index_fits():

@@ -35,6 +35,10 @@ UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and valu
 MAX_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
 MODES = ("scale", "long_side", "stretch", "crop")
+PIXELS = "bicubic by torch"
+"""What steps record of how photographs are resized, so that numbers of another way are not mixed with these."""
+REDUCED = 6
+"""From so many times the wanted size on, blocks of pixels are averaged before a photograph is resized."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,8 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
     """Read a photograph from disk: RGB, 8 bits, upright, at the size the backbone wants.
 
     JPEGs much larger than that are decoded at a half, a quarter or an eighth (Pillow's draft mode; the exact
-    box is kept, so nothing shifts) and resized bicubically with antialiasing. 16-bit grey is scaled to 8;
+    box is kept, so nothing shifts) and resized bicubically with antialiasing, by torch or, where it has to cut or to
+    shrink much, by Pillow. 16-bit grey is scaled to 8;
     transparent pixels lie on white, as viewers show them; of an animation the first frame is taken.
 
     Args:
@@ -346,12 +351,13 @@ def _resized(image: Image.Image, target: tuple[int, int], box: tuple[float, floa
     image = _rgb(image)
     if whole:
         return image
-    if box != (0, 0, *image.size):  # torch cuts nothing out
-        return image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=3)
+    much = image.width >= REDUCED * w or image.height >= REDUCED * h
+    if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and cuts out no parts of pixels
+        return image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2)
     from torch import from_numpy
     from torch.nn.functional import interpolate
 
-    # Pillow's numbers, to 1 in a few of a thousand of them, in a quarter of its time
+    # Pillow's numbers, to 1 or 2 in a few of a thousand of them, in a quarter of its time
     planes = from_numpy(np.array(image)).permute(2, 0, 1)[None]
     return Image.fromarray(interpolate(planes, target, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy())
 

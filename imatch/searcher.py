@@ -1,6 +1,6 @@
 """Nearest neighbours among the vectors of a gallery: an index on disk in shards, built, kept up to date, searched.
 
-    index.json      what was asked and chosen, and the names of its shards; written last
+    index.json      what was asked and chosen, written first; the names of its shards, written last
     trained.faiss   what was learned from a sample (kinds that learn)
     00000.faiss     a shard: an index of some of the vectors, mapped into memory when it is searched
     00000.npy       (n,) uint64: whose vectors these are, by their digests
@@ -108,7 +108,8 @@ def build(
 ) -> None:
     """Build the index of a gallery in a folder, or bring the one that is there up to date.
 
-    A killed build goes on where it stopped. What was learned stays while the gallery has between half and twice as
+    A killed build goes on where it stopped (of a gallery that has changed meanwhile, before the index was whole for the
+    first time, most shards are made anew). What was learned stays while the gallery has between half and twice as
     many vectors as it was learned from.
 
     Args:
@@ -135,15 +136,17 @@ def build(
     plan = store.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
     lasts = all(plan.get(name) == value for name, value in asked.items()) and n / 2 <= plan["learned_of"] <= 2 * n
     one_of_parts = bool(engine.shard)
-    if one_of_parts and (plan and not lasts):
+    if one_of_parts and plan and not lasts:
         raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
     if one_of_parts and kind == "auto" and not memory:
         raise ImatchError("parts must choose the same index: name one (-p index flat), or give -p memory_gb")
     if not lasts:
         plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "learned_of": n, "shards": [], "build_ms": 0.0}
         _check(vectors)
-        if not one_of_parts:  # another part may have begun meanwhile, by the same plan
+        if not one_of_parts:
             shutil.rmtree(folder, ignore_errors=True)
+        elif any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another part has begun
+            raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
         store.write_json(folder / "index.json", plan)
     made = indexes.create(plan["kind"], plan["options"])
     started = time.perf_counter()

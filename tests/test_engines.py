@@ -150,6 +150,12 @@ def test_shards_are_the_jobs_once(tmp_path):
     squares(tmp_path, range(8))
 
 
+def test_parts_do_not_recompute():
+    with pytest.raises(ImatchError, match="parts cannot make a step anew"):
+        engines.create(shard="0/3", on_change="recompute")
+    assert engines.create(on_change="recompute").shard == ""
+
+
 @pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
 def test_a_shard_that_is_none_is_refused(shard):
     with pytest.raises(ImatchError, match="is no i/n: use 0/"):
@@ -440,6 +446,10 @@ def test_parts_do_not_mend_an_index(tmp_path):
         searcher.build(tmp_path / "index", vectors, keys, kind="flat", engine=part)
     with pytest.raises(ImatchError, match="made anew, which parts cannot"):
         searcher.build(tmp_path / "index", vectors, keys, kind="hnsw", engine=part)
+    (tmp_path / "index" / "index.json").rename(kept := tmp_path / "index.json")
+    with pytest.raises(ImatchError, match="holds what is left of another index: delete it"):
+        searcher.build(tmp_path / "index", vectors, keys, kind="hnsw", engine=part)
+    kept.rename(tmp_path / "index" / "index.json")
     assert len(searcher.Searcher(tmp_path / "index", vectors[:30], keys[:30], device="cpu").shards) == 1
 
 

@@ -579,3 +579,15 @@ def test_a_look_stays_through_compression_size_and_light(tmp_path):
 def test_only_who_asks_gets_a_look(tmp_path):
     Image.fromarray(smooth(20, 30)).save(tmp_path / "a.png")
     assert images.decode(tmp_path / "a.png").look == ""
+
+
+@pytest.mark.parametrize("size", [(300, 200), (1600, 1100), (90, 60)], ids=str)
+def test_pixels_are_those_of_pillow(size, tmp_path):
+    """torch's resizing is another library's, and gives the same numbers but for roundings; beyond it is Pillow's."""
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (25, 30, 3), np.uint8))
+    photograph = photograph.resize(size, Image.Resampling.BICUBIC)
+    photograph.save(tmp_path / "a.png")
+    ours = images.decode(tmp_path / "a.png", images.Resize("stretch", long_side=128)).pixels.astype(int)
+    theirs = np.asarray(photograph.resize((128, 128), Image.Resampling.BICUBIC, reducing_gap=3), int)
+    assert np.abs(ours - theirs).max() <= (0 if size[0] >= images.REDUCED * 128 else 2)
+    assert (ours != theirs).mean() < 0.02

@@ -84,7 +84,8 @@ def test_every_rotation_is_one_operation(create, precision):
     """OpenVINO fuses it only as long as it knows the words: those of timm it does not."""
     backbone = create("vits16", precision=precision)
     done = [
-        one.get_rt_info()["layerType"].astype(str) for one in backbone.openvino.compiled.get_runtime_model().get_ops()
+        one.get_rt_info()["layerType"].astype(str)
+        for one in backbone.openvino.compiled(2).get_runtime_model().get_ops()
     ]
     assert done.count("RoPE") == 2 * len(create("vits16", "torch").model.blocks)
 
@@ -102,6 +103,17 @@ def test_the_same_bytes_twice_and_in_any_batch(create, key):
         (alone,) = backbone(photograph[None])
         assert alone.vector @ one.vector >= 0.9999
         assert np.allclose(alone.descriptors, one.descriptors, atol=0.1 if IN_BF16 else 2e-2)
+
+
+def test_a_few_photographs_run_on_all_threads(create, monkeypatch):
+    """One of a batch of 1, 2 or 3 would have half of them; larger batches are halved."""
+    forward, parts = create("vits16").openvino, []
+    made = forward.compiled
+    monkeypatch.setitem(vars(forward), "compiled", lambda n: parts.append(n) or made(n))
+    for n in (1, 2, 3, 4, 5):
+        x = torch.zeros(n, 3, 32, 48)
+        assert [len(tokens) for tokens in forward(x)] == [n, n]
+    assert parts == [1, 1, 1, 2, 2]
 
 
 # --- what "auto" becomes
@@ -275,7 +287,7 @@ def test_it_takes_as_many_threads_as_torch_has(create):
     try:
         for threads in (1, before):
             torch.set_num_threads(threads)
-            assert create("vits16").openvino.compiled.get_property("INFERENCE_NUM_THREADS") == threads
+            assert create("vits16").openvino.compiled(2).get_property("INFERENCE_NUM_THREADS") == threads
     finally:
         torch.set_num_threads(before)
 

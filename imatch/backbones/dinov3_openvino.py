@@ -35,7 +35,8 @@ KEPT = 2**31
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 FORM = 2
 """Of the converted model: what an older imatch kept in another form is not read."""
-HALVES = 2
+HALVES, FEW = 2, 4
+"""A batch of fewer than `FEW` photographs is not halved: one photograph more in one half would cost too much."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class Forward:
     """A compiled forward pass.
 
     Attributes:
-        compiled: OpenVINO's compiled model, photographs and rotary table -> tokens before and after the last norm.
+        compiled: OpenVINO's compiled model, photographs and rotary table -> tokens before and after the last norm, for
+            so many requests side by side.
         periods: (p,) float32 periods of the position embedding; (0,) for a ConvNeXt, which has none.
         prefix: tokens before those of the patches, which are not rotated.
         patch: pixels.
     """
 
-    compiled: Any
+    compiled: Callable[[int], Any]
     periods: np.ndarray
     prefix: int
     patch: int
@@ -59,10 +61,10 @@ class Forward:
         table = []
         if self.periods.size:
             table = [rotary(self.periods, self.prefix, x.shape[2] // self.patch, x.shape[3] // self.patch)]
-        # requests of their own, for several threads may ask at once
-        asked = []
-        for half in x.contiguous().tensor_split(min(HALVES, len(x))):
-            asked.append(self.compiled.create_infer_request())
+        parts = 1 if len(x) < FEW else HALVES
+        compiled, asked = self.compiled(parts), []
+        for half in x.contiguous().tensor_split(parts):
+            asked.append(compiled.create_infer_request())  # of its own, for several threads may ask at once
             asked[-1].start_async([half.numpy(), *table], share_inputs=True)
         for request in asked:
             request.wait()
@@ -199,16 +201,18 @@ def forward(backbone: Dinov3) -> Forward:
     core = _core()
     kept = _kept(backbone) / "model.xml"
     model = core.read_model(kept) if kept.is_file() else _converted(backbone)
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        {
+    threads = torch.get_num_threads()
+
+    @cache
+    def compiled(parts: int) -> Any:
+        asked = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[backbone.precision],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": False,  # processes that share the cores would all take the first ones
-            "NUM_STREAMS": min(HALVES, torch.get_num_threads()),
-        },
-    )
+            "NUM_STREAMS": min(parts, threads),
+        }
+        return core.compile_model(model, "CPU", asked)
+
     prefix, *periods = model.get_rt_info(["imatch", "rotary"]).astype(str).split()
     return Forward(compiled, np.array(periods, np.float32), int(prefix), backbone.patch)
 

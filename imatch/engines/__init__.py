@@ -88,16 +88,17 @@ class PartDoneError(ImatchError):
     """The part that `shard` asked for is done, others are not there yet. No failure."""
 
 
-def create(engine: str = "local", scheduler: str = "", shard: str = "") -> Engine:
+def create(engine: str = "local", scheduler: str = "", shard: str = "", on_change: str = "refuse") -> Engine:
     """Make an engine.
 
     Args:
         engine: "local", "processes" or "dask".
         scheduler: of dask, the scheduler's address; "" starts one here, with a worker for each device.
         shard: "i/n", to do only every n-th job from the i-th on, as in an array of SLURM jobs; "" is all.
+        on_change: as the step will be given it: parts may not "recompute", each would remove the others' work.
 
     Raises:
-        ImatchError: an unknown engine, one that takes no scheduler, or a shard that is none.
+        ImatchError: an unknown engine, one that takes no scheduler, a shard that is none, or parts that recompute.
 
     >>> create("local", shard="0/3").shard
     '0/3'
@@ -105,6 +106,8 @@ def create(engine: str = "local", scheduler: str = "", shard: str = "") -> Engin
     given = {name: value for name, value in (("scheduler", scheduler), ("shard", shard)) if value}
     made: Engine = plugins.create(ENGINES, "engine", engine, given)
     numbered(shard)
+    if shard and on_change == "recompute":
+        raise ImatchError("parts cannot make a step anew, each would remove the others' work: run it without a shard")
     return made
 
 

@@ -94,6 +94,7 @@ def start_embed(
         "backbone": backbones.identity(backbone),
         "weights_digest": backbone.digest,
         "resize": {"mode": resize.mode, **_side(resize)},
+        "pixels": images.PIXELS,
         "cfg": named("cfg", cfg) or str(resize),
         "variant": variant,
         "shard_size": shard_size,
@@ -373,15 +374,18 @@ class _Work:
         backbone.load()
         start, begun = time.perf_counter() - begun, time.perf_counter()
         with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as writer:
-            for shard in shards:
-                row, rows, tokens = self._embed(shard, decoded, partial(forward.submit, _timed_forward, backbone))
-                row["work"].update(seconds=time.perf_counter() - begun, start=start)
-                start, begun = 0.0, time.perf_counter()
+            try:
+                for shard in shards:
+                    row, rows, tokens = self._embed(shard, decoded, partial(forward.submit, _timed_forward, backbone))
+                    row["work"].update(seconds=time.perf_counter() - begun, start=start)
+                    start, begun = 0.0, time.perf_counter()
+                    if pending:
+                        yield pending.result()
+                    pending = writer.submit(_write_shard, step, row, rows, tokens, shard.seen)
                 if pending:
                     yield pending.result()
-                pending = writer.submit(_write_shard, step, row, rows, tokens, shard.seen)
-            if pending:
-                yield pending.result()
+            finally:
+                forward.shutdown(cancel_futures=True)  # not a batch more when something ends this one
         next(decoded, None)  # lets the bar know that this was the last
 
     def done(self, shard: _Shard) -> bool:

@@ -205,8 +205,8 @@ def kind_of_reference(reference: Step, data: Step) -> str:
     together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
     if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
         raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
-    compared = ("weight", "backbone", "weights_digest", "resize")
-    of_data, of_reference = ({key: step.parameters[key] for key in compared} for step in (data, reference))
+    compared = ("weight", "backbone", "weights_digest", "resize", "pixels")
+    of_data, of_reference = ({key: step.parameters.get(key) for key in compared} for step in (data, reference))
     if differences := runs.compare(of_data, of_reference):
         raise StepError(
             f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
@@ -227,12 +227,13 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
     Args:
         step: of `start_index`.
         gallery: what is searched.
-        engine: of `engines.create`; what is learned is learned here, and the vectors are added shard by shard.
+        engine: of `engines.create`; what is learned is learned once, here, and the vectors are added shard by shard.
         device: "auto" (all GPUs, if FAISS sees some), "cpu", "cuda", or such as "cuda:0".
 
     Raises:
         ImatchError: it does not fit into the memory, or a device that is not there.
         StepError: a finished step's index is not whole, or older than the gallery.
+        PartDoneError: see `engines.do`.
     """
     folder, asked = step.folder / "index", step.parameters
     keys = gallery.digests
@@ -257,8 +258,8 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
 
     Returns:
         kind, reason, vectors, dimension, shards, bytes_a_vector (on disk) and estimated_bytes_a_vector, backend,
-        build_ms; k and sample (queries); effort (name and value, None without one), wanted_recall, recall, search_ms
-        and exact_ms a query; curve: effort, recall and ms of each point that was tried.
+        build_ms (without what parts took); k and sample (queries); effort (name and value, None without one),
+        wanted_recall, recall, search_ms and exact_ms a query; curve: effort, recall and ms of each point tried.
     """
     if step.finished:
         return dict(step.metrics["index"])

@@ -366,7 +366,7 @@ def plan(
 
     >>> told = plan("dinov3_vits16", [10**6], 256, [Machine("a GPU", "bf16", 4e14)], 0.05, 2**36)
     >>> " ".join(told.splitlines()[2].split())
-    'hours, a GPU, 1 worker 0.025'
+    'hours, a GPU, 1 worker 0.017'
     """
     if min(photographs) < 1 or side < 1 or any(not machine.rate > 0 for machine in machines):
         raise ImatchError("numbers of photographs, the side and rates must be above 0")

@@ -30,8 +30,8 @@ from typing import Any, TextIO
 import nbformat
 import yaml
 
-from imatch import evaluate, manifest, plugins, registry, runs, store
-from imatch.engines import PartDoneError, numbered
+from imatch import engines, evaluate, manifest, plugins, registry, runs, store
+from imatch.engines import PartDoneError
 from imatch.records import ImatchError
 
 NAMED = frozenset(
@@ -411,12 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = registry.resolve("notebooks")
     try:
         recipe, schemas = load(registry.resolve(options.recipe), overrides, folder)
-        shard = recipe.parameters.get("shard", "")
-        numbered(shard)
-        if shard and recipe.parameters.get("on_change") == "recompute":
-            raise ImatchError(
-                "parts cannot make a step anew, each would remove the others' work: run it without --shard"
-            )
+        asked = {name: recipe.parameters[name] for name in ("shard", "on_change") if name in recipe.parameters}
+        engines.create(**asked)  # refuses what parts cannot do, before anything runs
         if recipe.points:  # all of them need it: one message in place of one each
             registry.dataset(recipe.parameters["dataset"], recipe.parameters["data_key"])
     except ImatchError as error:

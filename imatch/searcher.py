@@ -157,15 +157,16 @@ def build(
     missing = np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *stays.values()]))
     if lasts and len(missing) and not one_of_parts:
         _check(vectors[missing])
-    was_whole = "vectors" in plan  # else all parts find the same jobs, whatever is done of them
+    was_whole = "vectors" in plan
+    kept = stays if was_whole else {}  # else all parts find the same jobs, whatever is done of them
     if was_whole and len(missing) and one_of_parts:
         raise ImatchError(f"the index at {folder} wants only some more vectors: run it once without a shard")
     size = shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n))
-    free = (f"{i:05d}" for i in itertools.count() if not was_whole or f"{i:05d}" not in stays)
-    todo = missing if was_whole else np.arange(n)
+    free = (f"{i:05d}" for i in itertools.count() if f"{i:05d}" not in kept)
+    todo = np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *kept.values()]))
     parts = [todo[first : first + size] for first in range(0, len(todo), size)]
     jobs = [_Shard(next(free), part, keys[part]) for part in parts]
-    names = [*(stays if was_whole else ()), *(job.name for job in jobs)]
+    names = [*kept, *(job.name for job in jobs)]
     adding = _Adding(folder, plan, vectors)
     fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
     places = ["cpu"] * min(fit, registry.cores())

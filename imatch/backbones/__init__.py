@@ -39,7 +39,11 @@ class Backbone(Protocol):
         """What the numbers depend on beside the options (weights, whose code), for the fingerprint."""
 
     def load(self) -> None:
-        """Bring into memory what else the first photograph would wait for."""
+        """Bring into memory what else the first photograph would wait for.
+
+        Raises:
+            ImatchError: what it needs is missing or broken.
+        """
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """The tokens of a batch of one shape.

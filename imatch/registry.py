@@ -174,6 +174,11 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def take_cores(n: int) -> None:
+    """Let torch, FAISS and OpenCV use so many threads in this process; they read it when they are loaded."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENCV_FOR_THREADS_NUM"] = str(n)
+
+
 # --- files of names ---------------------------------------------------------------------------------------
 
 

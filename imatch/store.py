@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -11,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,8 @@ from imatch.records import ImatchError, StepError, Tokens
 Row = dict[str, Any]
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
 """What a row says of where its tokens lie."""
+LINES = 1000
+"""How many rows are read at once: their keys are then held once for all of them, half of the memory."""
 MAPS = 16
 """How many shards are kept mapped: each map holds an open file, of which a process may have some 1,000."""
 
@@ -106,7 +109,11 @@ def line(row: Mapping[str, Any]) -> bytes:
 
 def read_rows(path: Path) -> list[Row]:
     """Read JSON lines."""
-    return [json.loads(line) for line in path.read_bytes().decode(errors="surrogateescape").split("\n") if line]
+    rows: list[Row] = []
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        while lines := list(itertools.islice(file, LINES)):
+            rows += json.loads(f"[{','.join(lines)}]")
+    return rows
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -258,15 +265,18 @@ def is_merged(folder: Path) -> bool:
     return (folder / "images.jsonl").is_file()
 
 
-def shard_rows(folder: Path) -> dict[int, list[Row]]:
-    """The rows, skipped ones included, of every whole shard, before or after merging; sorted by id."""
+def shard_rows(folder: Path, wanted: Container[int] | None = None) -> dict[int, list[Row]]:
+    """The rows, skipped ones included, of every whole shard, or of those wanted, before or after merging; sorted by
+    id."""
     if is_merged(folder):
         rows = sorted(read_rows(folder / "images.jsonl") + read_rows(folder / "skipped.jsonl"), key=lambda r: r["id"])
         shards: dict[int, list[Row]] = {}
         for row in rows:
-            shards.setdefault(row["shard"], []).append(row)
+            if wanted is None or row["shard"] in wanted:
+                shards.setdefault(row["shard"], []).append(row)
         return shards
-    return {int(path.stem): read_rows(path) for path in sorted((folder / "local").glob("*.jsonl"))}
+    paths = {int(path.stem): path for path in sorted((folder / "local").glob("*.jsonl"))}
+    return {shard: read_rows(path) for shard, path in paths.items() if wanted is None or shard in wanted}
 
 
 def is_whole(folder: Path, shard: int) -> bool:

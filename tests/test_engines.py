@@ -20,7 +20,8 @@ import pytest
 import imatch
 from imatch import engines, runs, searcher, store
 from imatch.engines import PartDoneError, Place
-from imatch.images import Resize
+from imatch.engines.local import Local
+from imatch.images import Resize, list_photographs
 from imatch.records import ImatchError
 from imatch.steps.embed import start_embed
 from tests.test_resume import House, assert_same, content, write_photographs
@@ -303,7 +304,7 @@ def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., runs.Ste
             exports=str(tmp_path / name),
             run="run",
             weight="vits16",
-            backbone_options={"precision": "fp32"},
+            backbone_options={"precision": "fp32", "engine_forward": "torch"},
             resize=Resize("long_side", long_side=64),
             shard_size=2,
             tag="",
@@ -353,10 +354,38 @@ def test_parts_that_do_nothing_more_read_no_photograph_again(start, photographs)
     assert read == set()
 
 
+def test_a_part_looks_at_its_own_photographs_only(start, photographs):
+    from tests.test_resume import opened
+
+    with opened(photographs) as read, pytest.raises(PartDoneError):
+        imatch.embed(start("parts"), engine=engines.create("local", shard="1/3"))
+    ids = list_photographs(photographs)
+    shards = [ids[first : first + 2] for first in range(0, len(ids), 2)]
+    assert read == {id for part in shards[1::3] for id in part}
+
+
+def test_more_parts_than_shards(start):
+    with pytest.raises(PartDoneError, match="12 of 12 jobs are left"):
+        imatch.embed(start("parts"), engine=engines.create("local", shard="15/16"))
+
+
+def test_a_step_records_the_devices_of_the_workers(start):
+    """A cluster's are not those of the machine that asks."""
+
+    @dataclass(frozen=True)
+    class Elsewhere(Local):
+        def __call__(self, work, jobs, what, devices):
+            return ({**row, "device": "cuda"} for row in super().__call__(work, jobs, what, devices))
+
+    step = start("elsewhere")
+    imatch.embed(step, engine=Elsewhere())
+    assert runs.read(step.folder, finished=False).device == "cuda"
+
+
 def test_parts_do_not_make_anew(start):
     step = start("parts")
     step.on_change = "recompute"
-    with pytest.raises(ImatchError, match="parts of a step cannot make it anew"):
+    with pytest.raises(ImatchError, match="parts cannot make a step anew"):
         imatch.embed(step, engine=engines.create("local", shard="0/2"))
 
 

@@ -9,6 +9,7 @@ twice, elsewhere, or go on tomorrow: the bytes are the same.
 from __future__ import annotations
 
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,10 +106,22 @@ def create(engine: str = "local", scheduler: str = "", shard: str = "", on_chang
     """
     given = {name: value for name, value in (("scheduler", scheduler), ("shard", shard)) if value}
     made: Engine = plugins.create(ENGINES, "engine", engine, given)
+    check_parts(shard, on_change)
+    return made
+
+
+def check_parts(shard: str, on_change: str) -> None:
+    """Refuse parts that cannot be.
+
+    Raises:
+        ImatchError: the shard is no i/n, or on_change is "recompute": each would remove the others' work.
+
+    >>> check_parts("0/3", "refuse"), check_parts("", "recompute")
+    (None, None)
+    """
     numbered(shard)
     if shard and on_change == "recompute":
         raise ImatchError("parts cannot make a step anew, each would remove the others' work: run it without a shard")
-    return made
 
 
 def numbered(shard: str) -> tuple[int, int]:
@@ -223,10 +236,9 @@ def _unpickled(pickled: bytes) -> Work[Any]:
 
 
 def _take_cores(n: int) -> None:
-    import cv2
-    import faiss
-    import torch
-
-    torch.set_num_threads(n)
-    faiss.omp_set_num_threads(n)
-    cv2.setNumThreads(n)
+    """Torch, FAISS and OpenCV use so many threads, those that are loaded now and those that will be: torch alone takes
+    seconds to load, and not every work needs it."""
+    registry.take_cores(n)
+    for name, limit in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads"), ("cv2", "setNumThreads")):
+        if name in sys.modules:
+            getattr(sys.modules[name], limit)(n)

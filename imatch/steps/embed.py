@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -180,38 +182,47 @@ def embed(
     """
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
-    if engine.shard and step.on_change == "recompute":
-        raise ImatchError("parts of a step cannot make it anew: run it once without a shard, or without on_change")
+    engines.check_parts(engine.shard, step.on_change)
     root = step.linked("photographs")
     about = chosen(step)
     ids = sorted(about)
+    size = step.parameters["shard_size"]
+    plan = [ids[first : first + size] for first in range(0, len(ids), size)]
+    first, of = engines.numbered(engine.shard)
+    mine = range(first, sys.maxsize, of)  # numbers of shards: a part looks at no others, nor at their photographs
+    looked_at = [id for part in plan[first::of] for id in part]
     seen = _Seen(step.folder / SEEN, root)
-    bad = _Bad(len(ids), on_error, max_skipped, step)
-    seen.check_headers(ids)
-    for id in ids:
+    bad = _Bad(len(looked_at), on_error, max_skipped, step)
+    seen.check_headers(looked_at)
+    for id in looked_at:
         if problem := seen[id]["problem"]:
             bad.add(id, problem)
 
-    size = step.parameters["shard_size"]
-    plan = [ids[first : first + size] for first in range(0, len(ids), size)]
-    todo = _missing_shards(step, plan, seen)
-    for row in (row for rows in store.shard_rows(step.folder).values() for row in rows if "skipped" in row):
+    todo = _missing_shards(step, plan, mine, seen)
+    for row in (row for rows in store.shard_rows(step.folder, mine).values() for row in rows if "skipped" in row):
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    first, of = engines.numbered(engine.shard)
-    _thin(step, plan, [number for number in todo if number % of == first], seen, bad)
+    _thin(step, plan, todo, seen, bad)
     if not store.is_merged(step.folder):
         used = devices_of(step, devices, several=not isinstance(engine, Local))
         work = _Work(step, root, workers, batch_size, on_error)
-        jobs = [_Shard(n, [seen[id] for id in part], [about[id] for id in part]) for n, part in enumerate(plan)]
+        jobs = [
+            _Shard(n, [seen[id] for id in part], [about[id] for id in part]) if n in mine else _Shard(n, (), ())
+            for n, part in enumerate(plan)
+        ]
         if not all(map(work.done, jobs)):
             step.runs_on(",".join(used))
         one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
+        ran_on = set()
         with closing(engines.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
             for row in rows:
+                ran_on.add(row["device"])
                 for id, reason in row["skipped"].items():
                     bad.add(id, reason)
+        if not ran_on <= set(used):  # a cluster's devices are its own
+            step.runs_on(",".join(sorted(ran_on)))
         seen.learn()
-    seen.save()
+    if not engine.shard:
+        seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
             raise ImatchError(f"none of the {len(ids)} photographs in {root} could be used, the first: {bad.first}")
@@ -378,6 +389,7 @@ class _Work:
                 for shard in shards:
                     row, rows, tokens = self._embed(shard, decoded, partial(forward.submit, _timed_forward, backbone))
                     row["work"].update(seconds=time.perf_counter() - begun, start=start)
+                    row["device"] = backbone.device
                     start, begun = 0.0, time.perf_counter()
                     if pending:
                         yield pending.result()
@@ -511,12 +523,13 @@ def _write_shard(step: Step, row: Row, rows: Sequence[Row], tokens: Sequence[Tok
     return row
 
 
-def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> list[int]:
-    """The shards to compute; shards made from other bytes are refused or, with on_change="recompute", dropped."""
-    done = store.shard_rows(step.folder)
+def _missing_shards(step: Step, plan: Sequence[Sequence[str]], mine: range, seen: _Seen) -> list[int]:
+    """Those of my shards to compute; such as were made from other bytes are refused or, with on_change="recompute",
+    dropped."""
+    done = store.shard_rows(step.folder, None if store.is_merged(step.folder) else mine)
     recorded = [row for rows in done.values() for row in rows]
     now = {id for ids in plan for id in ids}
-    changed = {row["id"] for row in recorded if row["id"] in now and seen.digest(row["id"]) != row["sha256"]}
+    changed = {row["id"] for row in recorded if row["id"] in seen and seen.digest(row["id"]) != row["sha256"]}
     # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
     before = {row["id"] for row in recorded if store.is_merged(step.folder) or "skipped" not in row}
     differences = [f"changed: {id}" for id in sorted(changed & before)] + [f"gone: {id}" for id in sorted(before - now)]
@@ -529,9 +542,10 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> l
         ids = [row["id"] for row in done.get(shard, [])]
         return ids == list(plan[shard]) and not changed.intersection(ids)
 
-    todo = [shard for shard in range(len(plan)) if not valid(shard)]
+    planned = [shard for shard in range(len(plan)) if shard in mine]
+    todo = [shard for shard in planned if not valid(shard)]
     begun = {int(path.name.partition(".")[0]) for path in (step.folder / "local").glob("[0-9]*.npy")}
-    stale = [shard for shard in {*done, *begun} if shard >= len(plan) or (shard in done and shard in todo)]
+    stale = [n for n in {*done, *begun} if n in mine and (n >= len(plan) or (n in done and n in todo))]
     if store.is_merged(step.folder):
         if not todo and not stale:
             store.remove_parts(step.folder)  # what a kill between merging and cleaning left
@@ -541,7 +555,7 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], seen: _Seen) -> l
     for shard in stale:
         store.remove_shard(step.folder, shard)
     if done and todo:
-        print(f"{step.name}: {len(plan) - len(todo)} of {len(plan)} shards are there, {len(todo)} to compute")
+        print(f"{step.name}: {len(planned) - len(todo)} of {len(planned)} shards are there, {len(todo)} to compute")
     return todo
 
 
@@ -555,17 +569,14 @@ class _Seen:
     def __getitem__(self, id: str) -> Row:
         return self._known[id]
 
+    def __contains__(self, id: str) -> bool:
+        return id in self._known
+
     def check_headers(self, ids: Sequence[str]) -> None:
-        """Read the headers of files that are new or changed."""
-        stats = {id: self._stat(id) for id in ids}
-        known = {id for id, row in self._known.items() if row["stat"] and row["stat"] == stats.get(id)}
-        unknown = [id for id in ids if id not in known]
-        with ThreadPoolExecutor(2 * registry.cores()) as pool:
-            checked = pool.map(self._problem, unknown)
-            for id, (problem, lasting) in zip(runs.progress(unknown, "headers"), checked, strict=True):
-                stat = stats[id] if lasting else None
-                self._known[id] = {"id": id, "stat": stat, "problem": problem, "sha256": None}
-        self._known = {id: self._known[id] for id in ids}
+        """Look at the files: the headers of those that are new or changed are read."""
+        workers = 2 * registry.cores()
+        looked = runs.ahead(self._look, ids, workers, 16 * workers)
+        self._known = dict(zip(ids, runs.progress(looked, "headers", len(ids)), strict=True))
 
     def digest(self, id: str) -> str | None:
         """See `_digest`."""
@@ -579,14 +590,21 @@ class _Seen:
                 known["sha256"] = row["sha256"]
 
     def _remembered(self) -> list[Row]:
-        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        return [row for row in map(_whole, lines) if row]
+        with self.path.open("rb") if self.path.is_file() else io.BytesIO() as lines:
+            return [row for row in map(_whole, lines) if row]
 
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""
         rows = [self._known[id] for id in sorted(self._known)]
         if not self.path.is_file() or self.path.read_bytes() != b"".join(map(store.line, rows)):
             store.write_rows(self.path, rows)
+
+    def _look(self, id: str) -> Row:
+        known, stat = self._known.get(id), self._stat(id)
+        if known and stat and known["stat"] == stat:
+            return known
+        problem, lasting = self._problem(id)
+        return {"id": id, "stat": stat if lasting else None, "problem": problem, "sha256": None}
 
     def _stat(self, id: str) -> list[int] | None:
         try:
@@ -617,10 +635,10 @@ def _digest(root: Path, known: Row) -> str | None:
 
 def _whole(line: bytes) -> Row | None:
     try:
-        row: Row = json.loads(line.decode(errors="surrogateescape"))
+        row = json.loads(line.decode(errors="surrogateescape"))
+        return {key: row[key] for key in ("id", "stat", "problem", "sha256")}  # keys of its own would double a row
     except ValueError:  # empty, or torn by a kill: that photograph is only read once more
         return None
-    return row
 
 
 class _Bad:

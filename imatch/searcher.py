@@ -135,51 +135,65 @@ def build(
     asked = {"asked": kind, "given": dict(options or {}), "dimension": d, "memory": memory}
     plan = store.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
     lasts = all(plan.get(name) == value for name, value in asked.items()) and n / 2 <= plan["learned_of"] <= 2 * n
-    one_of_parts = bool(engine.shard)
-    if one_of_parts and plan and not lasts:
-        raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
-    if one_of_parts and kind == "auto" and not memory:
-        raise ImatchError("parts must choose the same index: name one (-p index flat), or give -p memory_gb")
+    if engine.shard:
+        _check_part(folder, bool(plan), lasts, kind, memory)
     if not lasts:
         plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "learned_of": n, "shards": [], "build_ms": 0.0}
-        _check(vectors)
-        if not one_of_parts:
+        if not engine.shard:
             shutil.rmtree(folder, ignore_errors=True)
-        elif any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another part has begun
-            raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
         store.write_json(folder / "index.json", plan)
-    made = indexes.create(plan["kind"], plan["options"])
     started = time.perf_counter()
+    made = indexes.create(plan["kind"], plan["options"])
     _trained(folder, made, vectors, plan["learned_of"])
-    held = {name: np.load(folder / f"{name}.npy") for name in _whole(folder)}
-    rows = _rows(list(held.values()), keys)
-    stays = {name: part for name, part in zip(held, rows, strict=True) if (part >= 0).all()}
-    missing = np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *stays.values()]))
-    if lasts and len(missing) and not one_of_parts:
-        _check(vectors[missing])
+    stays, others = _standing(folder, keys)
+    missing = _left(n, stays)
     was_whole = "vectors" in plan
-    kept = stays if was_whole else {}  # else all parts find the same jobs, whatever is done of them
-    if was_whole and len(missing) and one_of_parts:
+    if engine.shard and was_whole and len(missing):
         raise ImatchError(f"the index at {folder} wants only some more vectors: run it once without a shard")
-    size = shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n))
-    free = (f"{i:05d}" for i in itertools.count() if f"{i:05d}" not in kept)
-    todo = np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *kept.values()]))
-    parts = [todo[first : first + size] for first in range(0, len(todo), size)]
-    jobs = [_Shard(next(free), part, keys[part]) for part in parts]
-    names = [*kept, *(job.name for job in jobs)]
+    kept = stays if was_whole else {}  # else all parts find the same jobs, whatever is done of them
+    jobs = _jobs(kept, keys, shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n)))
     adding = _Adding(folder, plan, vectors)
     fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
     places = ["cpu"] * min(fit, registry.cores())
     deque(engines.do(engine, engines.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
-    took = 1000 * (time.perf_counter() - started)
-    spent = round(plan["build_ms"] + (took if len(missing) or len(stays) < len(held) else 0), 3)
-    effort = plan.get("effort") if lasts and not len(missing) and len(stays) == len(held) else None
-    store.write_json(
-        folder / "index.json", {**plan, "shards": sorted(names), "build_ms": spent, "effort": effort, "vectors": n}
-    )
+    names, changes = [*kept, *(job.name for job in jobs)], len(missing) > 0 or others
+    spent = 1000 * (time.perf_counter() - started) if changes else 0
+    said = {"build_ms": round(plan["build_ms"] + spent, 3), "effort": None if changes else plan.get("effort")}
+    store.write_json(folder / "index.json", {**plan, "shards": sorted(names), **said, "vectors": n})
     for path in [*folder.glob("[0-9]*.faiss"), *folder.glob("[0-9]*.npy")]:
         if path.stem not in names:
             path.unlink()
+
+
+def _check_part(folder: Path, begun: bool, lasts: bool, kind: str, memory: int) -> None:
+    """Refuse a part of an index that would not be that of the other parts, or would take theirs away."""
+    if begun and not lasts:
+        raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
+    if kind == "auto" and not memory:
+        raise ImatchError("parts must choose the same index: name one (-p index flat), or give -p memory_gb")
+    if not lasts and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
+        raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
+
+
+def _standing(folder: Path, keys: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
+    """The rows of each shard that holds vectors of the gallery only, and whether there are others."""
+    held = {name: np.load(folder / f"{name}.npy") for name in _whole(folder)}
+    rows = _rows(list(held.values()), keys)
+    stays = {name: part for name, part in zip(held, rows, strict=True) if (part >= 0).all()}
+    return stays, len(stays) < len(held)
+
+
+def _left(n: int, shards: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Those of n rows that no shard holds."""
+    return np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *shards.values()]))
+
+
+def _jobs(kept: Mapping[str, np.ndarray], keys: np.ndarray, size: int) -> list[_Shard]:
+    """Shards of `size` for the rows that the kept ones do not hold, under names of their own."""
+    left = _left(len(keys), kept)
+    free = (f"{i:05d}" for i in itertools.count() if f"{i:05d}" not in kept)
+    parts = (left[first : first + size] for first in range(0, len(left), size))
+    return [_Shard(next(free), part, keys[part]) for part in parts]
 
 
 def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) -> dict[str, Any]:
@@ -198,15 +212,16 @@ def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) ->
     return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
 
 
-def _check(vectors: np.ndarray) -> None:
-    row = 0
-    for block in _blocks(vectors):
+def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows, block by block, looked at for whether they are normalised."""
+    for part in _parts(rows, vectors.shape[1]):
+        block = store.take(vectors, part)
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
         if len(wrong):
             norm = norms[wrong[0]]
-            raise ImatchError(f"vector {row + wrong[0]} has norm {norm:.4g}, not 1: embed the gallery again")
-        row += len(block)
+            raise ImatchError(f"vector {part[wrong[0]]} has norm {norm:.4g}, not 1: embed the gallery again")
+        yield block
 
 
 def _trained(folder: Path, made: indexes.Kind, vectors: np.ndarray, n: int) -> faiss.Index:
@@ -217,7 +232,7 @@ def _trained(folder: Path, made: indexes.Kind, vectors: np.ndarray, n: int) -> f
     index = made.empty(n, vectors.shape[1])
     if not index.is_trained:
         rows = np.unique(np.linspace(0, len(vectors) - 1, min(made.learns_from(n), len(vectors))).astype(int))
-        sample = np.concatenate([store.take(vectors, part) for part in _parts(rows, vectors.shape[1])])
+        sample = np.concatenate(list(_taken(vectors, rows)))
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is not None:
             ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
@@ -269,8 +284,8 @@ class _Adding:
     def __call__(self, shard: _Shard) -> Row:
         index, made = faiss.clone_index(self.trained), indexes.create(self.plan["kind"], self.plan["options"])
         with _threads(1 if made.in_order else faiss.omp_get_max_threads()):
-            for part in _parts(shard.rows, self.vectors.shape[1]):
-                index.add(store.take(self.vectors, part))
+            for block in _taken(self.vectors, shard.rows):
+                index.add(block)
         path = self.folder / f"{shard.name}.faiss"
         path.unlink(missing_ok=True)  # an older shard of that name must not pass for this one
         store.write_array(path.with_suffix(".npy"), shard.keys)

@@ -285,7 +285,7 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
         built(folder, bad, kind)
     with pytest.raises(ImatchError, match=r"more than 0\.00 MB"):
         built(folder, vectors, kind, memory=1000)
-    with pytest.raises(StepError, match="no index at"):
+    with pytest.raises(StepError, match="not whole"):
         opened(folder, vectors)
     index = built(folder, vectors, kind)
     with pytest.raises(ImatchError, match="same backbone"):

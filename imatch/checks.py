@@ -30,7 +30,7 @@ import psutil
 from PIL import Image
 
 from imatch import devices, images, indexes, keeping, registry
-from imatch.backbones import dinov3, dinov3_weights
+from imatch.backbones import dinov3, dinov3_openvino, dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
 from imatch.runs import Step
@@ -42,7 +42,7 @@ SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""
 WORKERS = (1, 8, 64)
 """Machines, each like the one that is meant, that hours are told for."""
-LISTED, HELD = 600, 2700
+LISTED, HELD = 600, 1500
 """Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl), and of one in memory."""
 FORMULA = (
     "hours = photographs x GFLOP / (share x GFLOP/s x workers x 3600); share of the matrix products: "
@@ -220,7 +220,9 @@ def _model(
     options = parameters["backbone"]
     hub_entry, precision = options["hub_entry"], options["precision"]
     one = cost(hub_entry, size, precision)
-    needed = one.weights + batch_size * one.working
+    weights = dinov3_openvino.HELD * 4 * one.parameters if options["engine_forward"] == "openvino" else one.weights
+    processes = max(Counter(used).values())  # each has a model of its own
+    needed = processes * (weights + batch_size * one.working)
     path = dinov3_weights.find(options["filename"])
     pace = sum(rate(device, precision) for device in {*used})  # several processes of a CPU share it
     seconds = 3600 * hours(1, one.flop, pace, precision)
@@ -237,7 +239,7 @@ def _model(
     ]
     problems = []
     if needed > free:
-        fitting = int((free - one.weights) // one.working)
+        fitting = int((free / processes - weights) // one.working)
         remedy = f"-p batch_size {fitting}" if fitting > 0 else "a smaller model or size, or precision bf16"
         problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
     return lines, problems, one, seconds

@@ -184,7 +184,10 @@ def test_a_store_of_another_backbone_is_found_by_embedding_again(few_photographs
 
 def test_a_network_is_asked_again_by_its_weights(weights, monkeypatch, few_photographs, tmp_path):
     given = {"weight": "vits16", "data_key": str(weights / "data_key.json")}
-    given |= {"backbone_options": {"precision": "fp32"}, "resize": Resize("stretch", long_side=64)}
+    given |= {
+        "backbone_options": {"precision": "fp32", "engine_forward": "torch"},
+        "resize": Resize("stretch", long_side=64),
+    }
     step = embedded(few_photographs, tmp_path / "exports", **given)
     assert among(step, spot_check=EVERY_ROW) == []
     shutil.rmtree(tmp_path / "exports" / "r" / "03_index")

@@ -20,22 +20,20 @@ def command(data_key, *options):
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_command_tells_every_data_set_and_weight(weights):
-    done = command(weights / "data_key.json", "--side", "64")
-    assert done.returncode == 0, done.stderr
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+def test_the_command_tells_every_data_set_and_weight(weights, capsys):
+    assert checks.main(["--data-key", str(weights / "data_key.json"), "--side", "64"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert {"demo", "survey", *(weight.key for weight in registry.load().weights)} <= set(lines)
     assert re.search(r"vits16 +LVD +found .* as its name says", lines["vits16"])
     assert re.search(r"vitl16sat +SAT +missing .*dinov3_vitl16_pretrain_sat493m-eadcf0ff\.pth", lines["vitl16sat"])
 
 
-def test_a_file_that_is_not_what_its_name_says_is_seen(weights, tmp_path, monkeypatch):
+def test_a_file_that_is_not_what_its_name_says_is_seen(weights, tmp_path, monkeypatch, capsys):
     (file,) = weights.glob("dinov3_vits16_*.pth")
     copy = shutil.copy(file, tmp_path / "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth")
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    done = command(registry.DATA_KEY, "--side", "64")
-    assert done.returncode == 1
-    assert re.search(r"vitb16 +LVD +WRONG .*not with 73cec8be", done.stdout)
+    assert checks.main(["--side", "64"]) == 1
+    assert re.search(r"vitb16 +LVD +WRONG .*not with 73cec8be", capsys.readouterr().out)
     assert Path(copy).is_file()
 
 
@@ -100,10 +98,11 @@ def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch
         (["--photographs", "10", "--weight", "vits61"], "did you mean"),
     ],
 )
-def test_a_plan_that_cannot_be_is_one_line(options, said):
-    done = command(registry.DATA_KEY, *options)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert said in done.stderr
+def test_a_plan_that_cannot_be_is_one_line(capsys, options, said):
+    assert checks.main(options) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
 
 
 def test_hours_by_the_formula():

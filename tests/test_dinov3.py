@@ -25,7 +25,8 @@ def create(weights):
     """Backbones by the keys of the registry that names the random files."""
 
     def make(key, **options):
-        return backbones.create(key, {"precision": "fp32", **options}, data_key=str(weights / "data_key.json"))
+        given = {"precision": "fp32", "engine_forward": "torch", **options}
+        return backbones.create(key, given, data_key=str(weights / "data_key.json"))
 
     return make
 
@@ -125,7 +126,7 @@ def test_one_forward_pass_a_batch(create):
 
 
 def test_rotary_angles_are_worked_out_once_a_shape(create, monkeypatch):
-    backbone = create("vits16", engine_forward="torch")
+    backbone = create("vits16")
     worked, work = [], backbone.model.rope._create_embed
     monkeypatch.setattr(
         backbone.model.rope, "_create_embed", lambda shape, **given: worked.append(shape) or work(shape, **given)
@@ -161,7 +162,7 @@ def test_each_family_is_normalised_as_it_was_trained(create):
     """A mixed run: the same weights, once as web and once as satellite, differ as their normalisations do."""
     photographs = pixels(64, 64, n=1)
     lvd = create("vits16")
-    sat = Dinov3("dinov3_vits16", lvd.filename, "SAT", precision="fp32")
+    sat = Dinov3("dinov3_vits16", lvd.filename, "SAT", precision="fp32", engine_forward="torch")
     for backbone, mean, std in ((lvd, LVD_MEAN, LVD_STD), (sat, (0.430, 0.411, 0.296), (0.213, 0.156, 0.143))):
         seen = []
         hook = backbone.model.patch_embed.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0]))

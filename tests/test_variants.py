@@ -21,6 +21,8 @@ from imatch.steps.embed import start_embed
 from imatch.steps.references import start_reference_tokens, start_references
 from tests.test_steps import indexed
 
+TORCH = {"precision": "fp32", "engine_forward": "torch"}
+
 
 @pytest.fixture
 def start(few_photographs, tmp_path):
@@ -39,7 +41,7 @@ def dinov3(start, weights):
     """The same by a network of random weights."""
 
     def begin(weight="vits16", **options):
-        chosen = {"backbone_options": {"precision": "fp32"}, "data_key": str(weights / "data_key.json")} | options
+        chosen = {"backbone_options": TORCH, "data_key": str(weights / "data_key.json")} | options
         return start(weight, **chosen)
 
     return begin
@@ -190,7 +192,7 @@ def some_broken(weights, tmp_path):
     for i in (4, 7):  # one for each of two devices
         (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:5000])
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
-    given |= {"backbone_options": {}, "resize": Resize("stretch", long_side=64), "on_change": "refuse"}
+    given |= {"backbone_options": TORCH, "resize": Resize("stretch", long_side=64), "on_change": "refuse"}
     return start_embed(str(folder), weight="vits16", shard_size=1, **given)
 
 
@@ -290,11 +292,11 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch,
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        ({"backbone_options": {"precision": "fp32", "pooling": "mean"}}, 'backbone.pooling: "cls" -> "mean"'),
+        ({"backbone_options": TORCH | {"pooling": "mean"}}, 'backbone.pooling: "cls" -> "mean"'),
         ({"weight": "cxTiny"}, 'backbone.hub_entry: "dinov3_vits16" -> "dinov3_convnext_tiny"'),
         ({"resize": Resize("stretch", long_side=64)}, "resize.long_side: 96 -> 64"),
-        ({"backbone_options": {"precision": "fp32", "family": "SAT"}}, 'backbone.family: "LVD" -> "SAT"'),
-        ({"backbone_options": {"precision": "bf16"}}, 'backbone.precision: "fp32" -> "bf16"'),
+        ({"backbone_options": TORCH | {"family": "SAT"}}, 'backbone.family: "LVD" -> "SAT"'),
+        ({"backbone_options": TORCH | {"precision": "bf16"}}, 'backbone.precision: "fp32" -> "bf16"'),
     ],
 )
 def test_an_index_refuses_vectors_made_otherwise(dinov3, other, difference):
@@ -389,7 +391,7 @@ def test_preflight_knows_the_memory_that_a_pass_takes(weights, key, entry):
     from imatch import backbones
     from imatch.checks import cost
 
-    backbone = backbones.create(key, {"precision": "fp32"}, data_key=str(weights / "data_key.json"))
+    backbone = backbones.create(key, TORCH, data_key=str(weights / "data_key.json"))
     photographs = torch.zeros(4, 256, 256, 3, dtype=torch.uint8)
     backbone.features(photographs)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

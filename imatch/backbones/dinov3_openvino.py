@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 ENOUGH = 0.999
 """From which lowest cosine on, over the tokens of `texture()`, OpenVINO's answer is taken for torch's in fp32."""
 KEPT = 2**31
-"""Bytes up to which a converted model is kept in the cache folder: larger ones are slow enough to convert each time."""
+"""Bytes of weights up to which "auto" takes OpenVINO, and a converted model is kept in the cache folder."""
+HELD = 5
+"""So many times the weights in fp32 are in memory while a model is converted, looked at and compiled."""
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 FORM = 2
 """Of the converted model: what an older imatch kept in another form is not read."""
@@ -111,15 +113,16 @@ def texture(h: int = 64, w: int = 96) -> np.ndarray:
 def chosen(backbone: Dinov3) -> str:
     """What engine_forward "auto" becomes: "openvino" where it is there, faster and gives torch's tokens, else "torch".
 
-    It is faster for ViTs in bf16 on the CPU; in fp32, and for ConvNeXts, both are alike. Whether the tokens are torch's
-    is looked at once for each weight file, version of OpenVINO and CPU, and remembered.
+    It is faster for ViTs on the CPU; for ConvNeXts both are alike, and the largest ViTs would take too much memory.
+    Whether the tokens are torch's is looked at once for each weight file, version of OpenVINO and CPU, and remembered.
 
     Raises:
         ImatchError: the weight file is not what it should be. (Without one there is nothing to choose: "torch".)
     """
     fits = backbone.device == "cpu" and backbone.source == "timm" and not backbone.compile
-    faster = backbone.precision == "bf16" and "convnext" not in backbone.hub_entry
-    if not (fits and faster and installed() and (registry.root("WEIGHTS_ROOT") / backbone.filename).is_file()):
+    faster = "convnext" not in backbone.hub_entry
+    weights = registry.root("WEIGHTS_ROOT") / backbone.filename
+    if not (fits and faster and installed() and weights.is_file() and weights.stat().st_size <= KEPT):
         return "torch"
     return "openvino" if agreement(backbone) >= ENOUGH else "torch"
 

@@ -11,6 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,10 +329,15 @@ def load(hub_entry: str, path: Path) -> nn.Module:
     return model
 
 
+@cache
+def _layout(hub_entry: str) -> dict[str, tuple[int, ...]]:
+    return layout(skeleton(hub_entry))
+
+
 def _refuse(found: list[str], state: State, hub_entry: str, path: Path) -> None:
     if not found:
         return
-    other = [name for name in ARCHITECTURES if name != hub_entry and not problems(state, layout(skeleton(name)))]
+    other = [name for name in ARCHITECTURES if name != hub_entry and not problems(state, _layout(name))]
     said = f"it is a {other[0]}: correct its hub entry in data_key" if other else "take Meta's own file for it"
     more = f"\n  ... and {len(found) - 10} more" if len(found) > 10 else ""
     raise ImatchError(f"{path} is no {hub_entry}, {said}:\n  " + "\n  ".join(found[:10]) + more)

@@ -58,6 +58,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_dinov3.py --memory
 	$(BIN)/python tests/benchmarks/bench_engines.py
 	$(BIN)/python tests/benchmarks/bench_fast.py
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 	$(BIN)/python tests/benchmarks/bench_redis.py
 	$(BIN)/python tests/benchmarks/bench_search.py
 	$(BIN)/python tests/benchmarks/bench_search.py --memory

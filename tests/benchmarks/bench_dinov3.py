@@ -6,8 +6,7 @@
 a plain loop (batch 1, fp32, one pass for the global vector and another for the patches, full decode, one .npy each) and
 Hugging Face transformers' image-feature-extraction pipeline (batch 8, fp32, full decode, results dropped). The share of
 the machine's matrix-product rate is of the best side, in the precision it used. `--memory` embeds 200 and 5,000
-photographs at 64 px in processes of their own and compares their peak memory and time. On a GPU: ViT-S, B, L at 256,
-512 and 1024 px, with and without torch.compile.
+photographs at 64 px in processes of their own and compares their peak memory and time.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
-        gpu = torch.cuda.is_available()
-        data_key = random_weights.write(folder / "weights", ["vits16", "vitb16", "vitl16"] if gpu else ["vits16"])
-        if gpu:
-            on_gpu(data_key)
+        data_key = random_weights.write(folder / "weights", ["vits16"])
         if "--memory" in sys.argv:
             memory(folder, data_key)
             return
@@ -206,29 +202,6 @@ def memory(folder: Path, data_key: Path) -> None:
     for what, unit, found in (("peak memory", "MB", peaks), ("a photograph", "ms", ms)):
         said = {name: round(found[name], 1) for name in ("200", "5000")}
         print(f"{what}: {json.dumps(said)} {unit}, a ratio of {found['5000'] / found['200']:.2f}")
-
-
-def on_gpu(data_key: Path) -> None:
-    """Forward passes of three sizes of model at three sizes of photograph, with and without torch.compile."""
-    rate = checks.rate("cuda", "bf16")
-    print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s of bf16 matrix products measured")
-    for key in ("vits16", "vitb16", "vitl16"):
-        for compiled in (False, True):
-            backbone = backbones.create(key, {"precision": "bf16", "compile": compiled}, data_key=str(data_key))
-            assert isinstance(backbone, dinov3.Dinov3)
-            for side, batch in ((256, 64), (512, 32), (1024, 8)):
-                x = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device="cuda")
-                for _ in range(3):
-                    backbone.features(x)
-                torch.cuda.synchronize()
-                start, passes = time.perf_counter(), 10
-                for _ in range(passes):
-                    backbone.features(x)
-                torch.cuda.synchronize()
-                pace = passes * batch / (time.perf_counter() - start)
-                share = pace * checks.cost(backbone.hub_entry, (side, side)).flop / rate
-                said = "compiled" if compiled else "eager"
-                print(f"{key:8} {side:5} px  {said:9} {pace:9.0f} photographs/s, a share of {share:.2f}")
 
 
 if __name__ == "__main__":

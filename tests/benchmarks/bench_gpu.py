@@ -1,0 +1,162 @@
+"""What a GPU makes of DINOv3: its forward passes, and 01_embed from decoded photographs to synced shards.
+
+    .venv/bin/python tests/benchmarks/bench_gpu.py [--keys vits16 ...] [--sides 256 ...] [--photographs N]
+
+Forward passes of random weights in bf16, of each model at each size of photograph: as they are, by torch.compile, and
+of ConvNeXts with the channels last in memory. Shares are of the GPU's rate of bf16 matrix products
+(`imatch.checks.rate`), measured in the same run. `imatch.embed` reads photographs that need no decoding (PPM files of
+just the size that the model sees), hashes them, and writes what `keep` says; its share is of the bare forward pass.
+The bars are ViT-L at 512 px: 0.50 of the matrix products in the forward pass, 0.85 of that end to end. With
+`--device cpu` the same runs, slowly, without a GPU: to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import imatch
+from imatch import backbones, checks, images, registry, runs
+from imatch.backbones.dinov3 import Dinov3
+from tests import random_weights
+
+KEYS, SIDES = ("vits16", "vitb16", "vitl16", "vith16+", "cxBase"), (256, 512, 1024)
+BATCH = {256: 128, 512: 32, 1024: 8}
+END_TO_END = ("vitl16", 512)
+SECONDS = 1.0
+"""How long each pace is measured."""
+
+
+def main() -> None:
+    """Write the weights, measure each model at each size, then 01_embed."""
+    parser = argparse.ArgumentParser(description="DINOv3 on a GPU: forward passes, and 01_embed end to end")
+    parser.add_argument("--device", default="cuda", help='where (default "cuda")')
+    parser.add_argument("--keys", nargs="+", default=list(KEYS), help=f"models (default {' '.join(KEYS)})")
+    parser.add_argument("--sides", nargs="+", type=int, default=list(SIDES), help="pixels (default 256 512 1024)")
+    parser.add_argument("--photographs", type=int, default=1000, help="that 01_embed gets (default 1000)")
+    options = parser.parse_args()
+    device: str = options.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        print("no GPU that torch can use: nothing to measure")
+        return
+    registry.share_cores()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
+        data_key = random_weights.write(folder / "weights", options.keys)
+        rate = checks.rate(device, "bf16")
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+        print(f"{name}, {registry.cores()} cores, {datetime.datetime.now():%Y-%m-%d}, torch {torch.__version__}")
+        print(f"bf16 matrix products: {rate / 1e12:.3g} TFLOP/s\n")
+        print("| model | px | batch | | photographs/s | share of the matrix products | GB at most |")
+        print("|---|---:|---:|---|---:|---:|---:|")
+        paces = {}
+        for key in options.keys:
+            for way in ("as it is", "channels last", "compiled"):
+                if way == "channels last" and not key.startswith("cx"):
+                    continue
+                for side in options.sides:
+                    batch = BATCH.get(side, 8)
+                    try:
+                        pace, peak, flop = forward(key, data_key, device, way, side, batch)
+                    except RuntimeError as error:  # out of memory, or no compiler here: the others are still wanted
+                        print(f"| {key} | {side} | {batch} | {way} | {str(error).splitlines()[0]} | | |", flush=True)
+                        continue
+                    paces[key, side, way] = pace
+                    print(
+                        f"| {key} | {side} | {batch} | {way} | {pace:.1f} | {pace * flop / rate:.2f} | {peak:.1f} |",
+                        flush=True,
+                    )
+        key, side = END_TO_END if END_TO_END[0] in options.keys else (options.keys[0], options.sides[0])
+        photographs = written(folder / "photographs", options.photographs, side)
+        print(f"\n| imatch.embed, {key} at {side} px | photographs/s | share of the forward pass | of its seconds |")
+        print("|---|---:|---:|---|")
+        for keep in ("float16", "int8", "global"):
+            work = embedded(photographs, data_key, folder / keep, device, key, side, keep)
+            pace = work["photographs"] / work["seconds"]
+            bare = paces.get((key, side, "as it is"))
+            share = f"{pace / bare:.2f}" if bare else ""
+            spent = ", ".join(f"{part} {work[part]:.1f}" for part in ("decode", "wait", "forward", "write"))
+            print(f"| keep {keep} | {pace:.1f} | {share} | {spent} of {work['seconds']:.1f} |", flush=True)
+    print(f"\npython {' '.join(sys.argv)}")
+
+
+def forward(key: str, data_key: Path, device: str, way: str, side: int, batch: int) -> tuple[float, float, float]:
+    """Photographs a second, gigabytes that were taken at most, FLOP of a photograph."""
+    given = {"precision": "bf16", "compile": way == "compiled", "engine_forward": "torch"}
+    backbone = backbones.create(key, given, data_key=str(data_key), device=device)
+    assert isinstance(backbone, Dinov3)
+    if way == "channels last":
+        backbone.model.to(memory_format=torch.channels_last)  # its inputs follow at the first convolution
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    x = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8).to(device)
+    for _ in range(3 if on_gpu else 1):  # the first compile, choose and allocate
+        backbone.features(x)
+    started = synchronised(device)
+    backbone.features(x)
+    passes = max(1, round(SECONDS / (synchronised(device) - started)))
+    started = synchronised(device)
+    for _ in range(passes):
+        backbone.features(x)
+    seconds = synchronised(device) - started
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else float("nan")
+    return passes * batch / seconds, peak, checks.cost(backbone.hub_entry, (side, side)).flop
+
+
+def synchronised(device: str) -> float:
+    """The time when all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def written(folder: Path, count: int, side: int) -> Path:
+    """Photographs of noise that need no decoding."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (side + count, side, 3), dtype=np.uint8)
+    for i in range(count):
+        Image.fromarray(noise[i : i + side]).save(folder / f"{i:05d}.ppm")
+    return folder
+
+
+def embedded(
+    photographs: Path, data_key: Path, to: Path, device: str, key: str, side: int, keep: str
+) -> dict[str, float]:
+    """The notebook's calls; what they took (`runs.Step.work`)."""
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step = imatch.start_embed(
+            str(photographs),
+            data_key=str(data_key),
+            exports=str(to),
+            run="bench",
+            weight=key,
+            backbone_options={"precision": "bf16", "engine_forward": "torch"},
+            resize=images.Resize("stretch", long_side=side),
+            keep=keep,
+            shard_size=64,
+            tag="",
+            on_change="refuse",
+        )
+        imatch.finish_embed(step, imatch.embed(step, devices=device, batch_size=BATCH.get(side, 8)))
+    return runs.read(step.folder).work
+
+
+if __name__ == "__main__":
+    main()

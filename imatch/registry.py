@@ -176,7 +176,9 @@ def share_cores() -> None:
 
 def take_cores(n: int) -> None:
     """Let torch, FAISS and OpenCV use so many threads in this process; they read it when they are loaded."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENCV_FOR_THREADS_NUM"] = str(n)
+    # Dask gives its workers 1 in the first two
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
+        os.environ[name] = str(n)
 
 
 # --- files of names ---------------------------------------------------------------------------------------

@@ -135,11 +135,14 @@ def build(
     asked = {"asked": kind, "given": dict(options or {}), "dimension": d, "memory": memory}
     plan = store.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
     lasts = all(plan.get(name) == value for name, value in asked.items()) and n / 2 <= plan["learned_of"] <= 2 * n
+    begun = bool(plan)
     if engine.shard:
-        _check_part(folder, bool(plan), lasts, kind, memory)
+        _check_part(folder, begun, lasts, kind, memory)
     if not lasts:
         plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "learned_of": n, "shards": [], "build_ms": 0.0}
         if not engine.shard:
+            if begun:
+                _check(vectors, np.arange(n))
             shutil.rmtree(folder, ignore_errors=True)
         store.write_json(folder / "index.json", plan)
     started = time.perf_counter()
@@ -150,6 +153,8 @@ def build(
     was_whole = "vectors" in plan
     if engine.shard and was_whole and len(missing):
         raise ImatchError(f"the index at {folder} wants only some more vectors: run it once without a shard")
+    if was_whole:
+        _check(vectors, missing)
     kept = stays if was_whole else {}  # else all parts find the same jobs, whatever is done of them
     jobs = _jobs(kept, keys, shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n)))
     adding = _Adding(folder, plan, vectors)
@@ -210,6 +215,11 @@ def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) ->
             "more with -p memory_gb"
         )
     return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
+
+
+def _check(vectors: np.ndarray, rows: np.ndarray) -> None:
+    """Look at vectors before anything that is there is touched for them."""
+    deque(_taken(vectors, rows), maxlen=0)
 
 
 def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:

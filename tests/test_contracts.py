@@ -288,6 +288,10 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
     with pytest.raises(StepError, match="not whole"):
         opened(folder, vectors)
     index = built(folder, vectors, kind)
+    for given in ({}, {"memory": 2**30}):  # vectors that are added, or all of them
+        with pytest.raises(ImatchError, match="vector 1 has norm nan"):
+            built(folder, bad, kind, **given)
+        assert opened(folder, vectors).search(vectors[:1], 1).rows.tolist() == [[0]]
     with pytest.raises(ImatchError, match="same backbone"):
         index.search(unit(1, d=8), 1)
     with pytest.raises(ImatchError, match="at least 1"):

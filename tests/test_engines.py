@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import engines, runs, searcher, store
+from imatch import engines, registry, runs, searcher, store
 from imatch.engines import PartDoneError, Place
 from imatch.engines.local import Local
 from imatch.images import Resize, list_photographs
-from imatch.records import ImatchError
+from imatch.records import ImatchError, ImatchWarning, StepError
 from imatch.steps.embed import start_embed
 from tests.test_resume import House, assert_same, content, write_photographs
 
@@ -79,6 +80,18 @@ class Refusing:
             yield {"n": n}
 
 
+class Threads:
+    """Says how many threads the libraries use that it loads only now."""
+
+    def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
+        import cv2
+        import faiss
+        import torch
+
+        for _ in jobs:
+            yield {"torch": torch.get_num_threads(), "faiss": faiss.omp_get_max_threads(), "cv2": cv2.getNumThreads()}
+
+
 def squares(folder: Path, jobs: Iterable[int]) -> None:
     assert {path.stem: path.read_text() for path in folder.glob("*.txt")} == {str(n): str(n * n) for n in jobs}
 
@@ -97,6 +110,15 @@ def test_every_job_gives_its_row(name, tmp_path):
     assert all_rows(engines.create(name), Squares(tmp_path), range(7)) == [*range(7)]
     squares(tmp_path, range(7))
     assert (str(os.getpid()) in pids(tmp_path)) == (name == "local")
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+def test_a_process_uses_its_share_of_the_cores(name):
+    """Dask gives its workers one thread, for whoever does not know better."""
+    for n in (1, 2):
+        rows = [*engines.do(engines.create(name), Threads(), range(2), "threads", ["cpu"] * n, lambda _: False)]
+        share = max(1, registry.cores() // n)
+        assert rows == 2 * [dict.fromkeys(("torch", "faiss", "cv2"), share)]
 
 
 @pytest.mark.parametrize("name", engines.ENGINES)
@@ -297,9 +319,9 @@ def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., runs.Ste
     monkeypatch.setenv("WEIGHTS_ROOT", str(weights.parent))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def started(name: str) -> runs.Step:
+    def started(name: str, folder: Path = photographs) -> runs.Step:
         return start_embed(
-            str(photographs),
+            str(folder),
             data_key=str(weights),
             exports=str(tmp_path / name),
             run="run",
@@ -380,6 +402,23 @@ def test_a_step_records_the_devices_of_the_workers(start):
     step = start("elsewhere")
     imatch.embed(step, engine=Elsewhere())
     assert runs.read(step.folder, finished=False).device == "cuda"
+
+
+def test_a_part_of_a_step_that_is_whole_sees_what_changed(start, tmp_path, photographs):
+    """There is nothing to share out any more: each part looks at all. Bad photographs of one part are few of all."""
+    folder = shutil.copytree(photographs, tmp_path / "copied")
+    first, *_, last = sorted(path for path in folder.rglob("*") if path.is_file())
+    last.write_bytes(last.read_bytes()[:200])
+    step = start("changing", folder)
+    for engine in (engines.create("local", shard="11/12"), engines.create("local")):
+        with pytest.raises(PartDoneError) if engine.shard else pytest.warns(ImatchWarning, match="1 of 24"):
+            imatch.finish_embed(step, imatch.embed(step, engine=engine))
+    part = engines.create("local", shard="11/12")
+    with pytest.warns(ImatchWarning, match="1 of 24 photographs were skipped"):
+        imatch.embed(start("changing", folder), engine=part)
+    first.write_bytes(first.read_bytes() + b"\0")
+    with pytest.raises(StepError, match="changed"):
+        imatch.embed(start("changing", folder), engine=part)
 
 
 def test_parts_do_not_make_anew(start):

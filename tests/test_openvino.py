@@ -130,6 +130,10 @@ def test_auto_leaves_large_weights_to_torch(create, monkeypatch):
     """Converting and compiling takes several times their memory."""
     monkeypatch.setattr(dinov3_openvino, "KEPT", 10**7)
     assert create("vits16", "auto").engine_forward == "torch"
+    monkeypatch.setattr(dinov3_openvino, "KEPT", 10**8)  # the file is smaller, and in fp32 it is, too
+    assert create("vits16", "auto").engine_forward == "openvino"
+    monkeypatch.setattr(Dinov3, "bytes", 10**8 + 1)
+    assert create("vits16", "auto").engine_forward == "torch"
 
 
 def test_auto_is_torch_where_openvino_is_missing(create, monkeypatch):

@@ -348,6 +348,10 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
         small.setattr(checks, "free_memory", lambda _: one.weights - 1)
         with pytest.raises(ImatchError, match="use a smaller model or size, or precision bf16"):
             imatch.preflight(step, batch_size=1)
+        by_openvino = dinov3(backbone_options={"precision": "fp32", "engine_forward": "openvino"}, tag="openvino")
+        small.setattr(checks, "free_memory", lambda _: 4 * one.weights)
+        with pytest.raises(ImatchError, match="use a smaller model or size, or engine_forward torch"):
+            imatch.preflight(by_openvino, batch_size=1)
     with monkeypatch.context() as full:
         full.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(ImatchError, match=r"the result takes .* choose another disk with --exports"):

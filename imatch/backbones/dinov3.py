@@ -107,6 +107,11 @@ class Dinov3:
         # models do not go to other processes, they are loaded there
         return {name: value for name, value in vars(self).items() if name not in ("model", "openvino", "_mean_std")}
 
+    @cached_property
+    def bytes(self) -> int:
+        """Of the weights in fp32."""
+        return sum(parameter.nbytes for parameter in dinov3_weights.skeleton(self.hub_entry).parameters())
+
     @property
     def patch(self) -> int:
         """16 pixels; 32 for a ConvNeXt."""

@@ -188,11 +188,11 @@ def embed(
     ids = sorted(about)
     size = step.parameters["shard_size"]
     plan = [ids[first : first + size] for first in range(0, len(ids), size)]
-    first, of = engines.numbered(engine.shard)
+    first, of = engines.numbered("" if store.is_merged(step.folder) else engine.shard)
     mine = range(first, sys.maxsize, of)  # numbers of shards: a part looks at no others, nor at their photographs
     looked_at = [id for part in plan[first::of] for id in part]
     seen = _Seen(step.folder / SEEN, root)
-    bad = _Bad(len(looked_at), on_error, max_skipped, step)
+    bad = _Bad(len(ids), on_error, max_skipped, step)
     seen.check_headers(looked_at)
     for id in looked_at:
         if problem := seen[id]["problem"]:
@@ -213,13 +213,15 @@ def embed(
             step.runs_on(",".join(used))
         one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
         ran_on = set()
-        with closing(engines.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
-            for row in rows:
-                ran_on.add(row["device"])
-                for id, reason in row["skipped"].items():
-                    bad.add(id, reason)
-        if not ran_on <= set(used):  # a cluster's devices are its own
-            step.runs_on(",".join(sorted(ran_on)))
+        try:
+            with closing(engines.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
+                for row in rows:
+                    ran_on.add(row["device"])
+                    for id, reason in row["skipped"].items():
+                        bad.add(id, reason)
+        finally:
+            if not ran_on <= set(used):  # a cluster's devices are its own
+                step.runs_on(",".join(sorted(ran_on)))
         seen.learn()
     if not engine.shard:
         seen.save()
@@ -526,7 +528,7 @@ def _write_shard(step: Step, row: Row, rows: Sequence[Row], tokens: Sequence[Tok
 def _missing_shards(step: Step, plan: Sequence[Sequence[str]], mine: range, seen: _Seen) -> list[int]:
     """Those of my shards to compute; such as were made from other bytes are refused or, with on_change="recompute",
     dropped."""
-    done = store.shard_rows(step.folder, None if store.is_merged(step.folder) else mine)
+    done = store.shard_rows(step.folder, mine)
     recorded = [row for rows in done.values() for row in rows]
     now = {id for ids in plan for id in ids}
     changed = {row["id"] for row in recorded if row["id"] in seen and seen.digest(row["id"]) != row["sha256"]}
@@ -637,7 +639,7 @@ def _whole(line: bytes) -> Row | None:
     try:
         row = json.loads(line.decode(errors="surrogateescape"))
         return {key: row[key] for key in ("id", "stat", "problem", "sha256")}  # keys of its own would double a row
-    except ValueError:  # empty, or torn by a kill: that photograph is only read once more
+    except (ValueError, TypeError, KeyError):  # empty, or torn by a kill: that photograph is only read once more
         return None
 
 

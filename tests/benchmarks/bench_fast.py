@@ -129,7 +129,7 @@ def cpu_seconds() -> float:
 def products(precision: str) -> None:
     """Matrix products, as `imatch.checks.rate` multiplies."""
     n = PRODUCT
-    a = torch.ones(n, n, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    a = torch.rand(n, n).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     for _ in range(PRODUCTS):
         a @ a
 

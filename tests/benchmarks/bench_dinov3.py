@@ -34,6 +34,7 @@ from imatch import backbones, checks, demo, devices, images, registry, runs
 from imatch.backbones import dinov3
 from imatch.engines import Engine
 from imatch.engines.local import LOCAL
+from imatch.records import ImatchWarning
 from tests import random_weights
 
 PHOTOGRAPHS, SIZE, SIDE, REPEATS = 40, (1024, 682), 256, 3
@@ -158,23 +159,31 @@ def embed(
     side: int = SIDE,
     engine: str = "auto",
     by: Engine = LOCAL,
+    *,
+    weight: str = "vits16",
+    keep: str = "float16",
+    devices: str = "auto",
+    shard_size: int = 64,
+    batch_size: int = 8,
 ) -> dict[str, float]:
     """The notebook's calls; what they took (`runs.Step.work`)."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", ImatchWarning)
         step = imatch.start_embed(
             str(photographs),
             data_key=str(data_key),
             exports=str(to),
             run="bench",
-            weight="vits16",
+            weight=weight,
             backbone_options={"precision": precision, "engine_forward": engine},
             resize=images.Resize("stretch", long_side=side),
-            shard_size=64,
+            keep=keep,
+            shard_size=shard_size,
             tag="",
             on_change="refuse",
         )
-        imatch.finish_embed(step, imatch.embed(step, engine=by, devices="auto" if by == LOCAL else "cpu"))
+        embeddings = imatch.embed(step, engine=by, devices=devices, batch_size=batch_size)
+        imatch.finish_embed(step, embeddings)
     return runs.read(step.folder).work
 
 

@@ -19,9 +19,6 @@ import os
 import sys
 import tempfile
 import time
-import warnings
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +27,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import imatch
-from imatch import backbones, checks, images, registry, runs
+from imatch import backbones, checks, registry
 from imatch.backbones.dinov3 import Dinov3
 from tests import random_weights
+from tests.benchmarks import bench_dinov3
 
 KEYS, SIDES = ("vitl16", "vits16", "vitb16", "vith16+", "cxBase"), (512, 256, 1024)
 BATCH = {256: 128, 512: 32, 1024: 8}
@@ -70,7 +67,8 @@ def main() -> None:
         print(f"\n| imatch.embed, {key} at {side} px | photographs/s | share of the forward pass | of its seconds |")
         print("|---|---:|---:|---|")
         for keep in ("float16", "int8", "global"):
-            work = embedded(photographs, data_key, folder / keep, device, key, side, keep)
+            given = {"keep": keep, "devices": device, "shard_size": 256, "batch_size": BATCH.get(side, 8)}
+            work = bench_dinov3.embed(photographs, data_key, folder / keep, "bf16", side, "torch", weight=key, **given)
             pace = work["photographs"] / work["seconds"]
             spent = ", ".join(f"{part} {work[part]:.1f}" for part in ("decode", "wait", "forward", "write"))
             print(f"| keep {keep} | {pace:.1f} | {pace / bare:.2f} | {spent} of {work['seconds']:.1f} |", flush=True)
@@ -136,29 +134,6 @@ def written(folder: Path, count: int, side: int) -> Path:
     for i in range(count):
         Image.fromarray(noise[i : i + side]).save(folder / f"{i:05d}.ppm")
     return folder
-
-
-def embedded(
-    photographs: Path, data_key: Path, to: Path, device: str, key: str, side: int, keep: str
-) -> dict[str, float]:
-    """The notebook's calls; what they took (`runs.Step.work`)."""
-    with redirect_stdout(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        step = imatch.start_embed(
-            str(photographs),
-            data_key=str(data_key),
-            exports=str(to),
-            run="bench",
-            weight=key,
-            backbone_options={"precision": "bf16", "engine_forward": "torch"},
-            resize=images.Resize("stretch", long_side=side),
-            keep=keep,
-            shard_size=256,
-            tag="",
-            on_change="refuse",
-        )
-        imatch.finish_embed(step, imatch.embed(step, devices=device, batch_size=BATCH.get(side, 8)))
-    return runs.read(step.folder).work
 
 
 if __name__ == "__main__":

@@ -109,8 +109,9 @@ def build(
     """Build the index of a gallery in a folder, or bring the one that is there up to date.
 
     A killed build goes on where it stopped (of a gallery that has changed meanwhile, before the index was whole for the
-    first time, most shards are made anew). What was learned stays while the gallery has between half and twice as
-    many vectors as it was learned from.
+    first time, most shards are made anew). Vectors are looked at where they are added; where some are not normalised,
+    an index that was whole before stays as it is. What was learned stays while the gallery has between half and twice
+    as many vectors as it was learned from.
 
     Args:
         folder: of the index alone.

@@ -109,7 +109,7 @@ class Dinov3:
 
     @cached_property
     def bytes(self) -> int:
-        """Of the weights in fp32."""
+        """Bytes of the weights in fp32; no weight file is needed."""
         return sum(parameter.nbytes for parameter in dinov3_weights.skeleton(self.hub_entry).parameters())
 
     @property

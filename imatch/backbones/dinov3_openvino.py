@@ -270,7 +270,7 @@ def _converted(backbone: Dinov3) -> Any:
     if rotates:  # the fusion wants to know the ranks
         converted.reshape(dict(zip(converted.inputs, ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)]), strict=True)))
     converted.set_rt_info(" ".join(map(repr, [prefix, *periods.tolist()])), ["imatch", "rotary"])
-    if sum(parameter.nbytes for parameter in model.parameters()) <= KEPT:
+    if backbone.bytes <= KEPT:
         _try_to_keep(lambda: _keep(converted, _kept(backbone)))
     return converted
 

@@ -223,7 +223,7 @@ def embed(
             if not ran_on <= set(used):  # a cluster's devices are its own
                 step.runs_on(",".join(sorted(ran_on)))
         seen.learn()
-    if not engine.shard:
+    if not engine.shard:  # a part knows of its own photographs only
         seen.save()
     if not store.is_merged(step.folder):
         if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):

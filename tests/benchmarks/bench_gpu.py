@@ -50,7 +50,6 @@ def main() -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("no GPU that torch can use: nothing to measure")
         return
-    registry.share_cores()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")

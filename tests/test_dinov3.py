@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imatch import backbones, pooling
+from imatch import backbones, pooling, runs
 from imatch.backbones import dinov3, dinov3_weights
 from imatch.backbones.dinov3 import Dinov3
 from imatch.records import ImatchError
@@ -411,7 +411,7 @@ def test_truncated_safetensors_are_refused(file):
 def test_checksums_are_remembered_by_size_and_time(file, monkeypatch):
     digest = dinov3_weights.check_name(file)
     reads = []
-    monkeypatch.setattr(dinov3_weights.runs, "progress", lambda blocks, *_, **__: reads.append(1) or blocks)
+    monkeypatch.setattr(runs, "progress", lambda blocks, *_, **__: reads.append(1) or blocks)
     assert dinov3_weights.sha256(file) == digest
     assert not reads
     with file.open("ab") as opened:

@@ -7,6 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+import imatch
 from imatch import images, positions
 from imatch.positions import Places
 from imatch.records import ImatchError
@@ -535,10 +536,9 @@ def test_a_real_flight(brighton_beach, tmp_path):
 
 def test_a_real_flight_is_searched_by_place(brighton_beach, tmp_path):
     """Through 03_index: all other frames within 60 m are right, as the EXIF and angles between 3D vectors have it."""
-    from imatch import Resize
     from tests.test_steps import embedded, indexed, judged
 
-    data = embedded(brighton_beach, tmp_path, resize=Resize("scale", scale=0.25))
+    data = embedded(brighton_beach, tmp_path, resize=imatch.Resize("scale", scale=0.25))
     query, _, ranking, rows, metrics = judged(indexed(data, None, "data-data", truth="radius", radius=60.0))
     exif = [images.decode(brighton_beach / id).position for id in query.ids]
     place = np.array([[one["latitude"], one["longitude"]] for one in exif])

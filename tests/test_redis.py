@@ -1,5 +1,6 @@
 """The Redis sink, against real servers that are started, killed and started again."""
 
+import inspect
 import json
 import os
 import shutil
@@ -17,14 +18,14 @@ from urllib.parse import quote
 import jsonschema
 import pytest
 
-from imatch import registry, runs, store
+from imatch import runs, store
 from imatch.records import ImatchError, ImatchWarning
 from imatch.steps.send import message, send
 
 redis = pytest.importorskip("redis", reason="redis-py is not installed: pip install -c constraints.txt -e '.[redis]'")
 from imatch.sinks.redis import Redis, RedisError  # noqa: E402
 
-SCHEMA = json.loads((Path(registry.__file__).parent / "sinks" / "coarse_localisation.schema.json").read_text())
+SCHEMA = json.loads((Path(inspect.getfile(Redis)).parent / "coarse_localisation.schema.json").read_text())
 EVENTS = "imatch:v1:demo:events"
 TTL = 1000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import itertools
 import json
 import os
@@ -284,9 +285,8 @@ def _nursery() -> None:
     import IPython.core.interactiveshell  # noqa: F401
     import torch.utils.data  # noqa: F401  (once for all jobs, like IPython and the steps below)
 
-    import imatch.backbones.sift
-    import imatch.steps.match  # noqa: F401
-
+    for room in ("imatch.backbones.sift", "imatch.steps.match"):
+        importlib.import_module(room)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: workers whose parent was killed are reaped here

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-import imatch.records
+import imatch
 from imatch import backbones, evaluate, intervals, runs, store
 from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.records import ImatchError, StepError, Tokens
+from imatch.records import ImatchError, ImatchWarning, StepError, Tokens
 from imatch.steps.references import _reference_names
 from imatch.steps.shared import flat_name
 
@@ -270,11 +270,11 @@ def test_views_are_shared_though_the_backbones_see_different_photographs(tmp_pat
     for weight in ("sift", "dsift"):
         with contextlib.ExitStack() as stack:
             if weight == "sift":
-                stack.enter_context(pytest.warns(imatch.records.ImatchWarning, match=r"ramp\.png: nothing to describe"))
+                stack.enter_context(pytest.warns(ImatchWarning, match=r"ramp\.png: nothing to describe"))
             step = embedded(folder, tmp_path / "exports", weight=weight, max_skipped=0.5)
         with contextlib.ExitStack() as stack:
             if weight == "sift":
-                stack.enter_context(pytest.warns(imatch.records.ImatchWarning, match="2 of 10"))
+                stack.enter_context(pytest.warns(ImatchWarning, match="2 of 10"))
             view, _ = referenced(step)
         kept.append(step.metrics["photographs"])
         views.append(view.fingerprint)
@@ -909,7 +909,7 @@ def test_a_reference_in_which_nothing_was_found_counts_as_wrong(few_photographs,
     pixels[24:96, 24:96] = 128
     Image.fromarray(pixels).save(folder / "hollow.png")
     data = embedded(folder, tmp_path / "exports", weight="dsift")
-    with pytest.warns(imatch.records.ImatchWarning, match="2 of 10 photographs were skipped"):
+    with pytest.warns(ImatchWarning, match="2 of 10 photographs were skipped"):
         _, references = referenced(data, crops=(0.5,), file_type="png")
     step, query, _, ranking = searched(data, references, "reference-data", k=2)
     assert len(query) == 8

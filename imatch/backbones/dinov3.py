@@ -196,7 +196,7 @@ class Dinov3:
         if self.engine_forward == "openvino":
             return self.openvino(x)
         with self._torch():
-            return timm_tokens(self.model, x)
+            return dinov3_weights.timm_tokens(self.model, x)
 
     @contextmanager
     def _torch(self) -> Iterator[None]:
@@ -259,25 +259,6 @@ class Dinov3:
         grid = (seen.grid.shape[1], seen.grid.shape[2])
         xy = store.grid_xy(grid, photographs.shape[1:3])
         return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in zip(vectors, local, strict=True)]
-
-
-def timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens of timm's model before and after its last normalisation: two (B, m, D) float32."""
-    if hasattr(model, "num_prefix_tokens"):
-        tokens = model.forward_features(x).float()
-        return tokens, model.last_norm(tokens)
-    maps = model.forward_features(x).float()
-    patches = maps.flatten(2).transpose(1, 2)
-    norm = model.head.norm
-    # as Meta's code has it: the pooled vector goes through the norm as one more token
-    normalised = nn.functional.layer_norm(
-        torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1),
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-    )
-    return patches, normalised
 
 
 def computes_in_bf16(device: str) -> bool:

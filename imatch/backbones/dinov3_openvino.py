@@ -16,17 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from imatch import registry, store
+from imatch.backbones.dinov3_weights import timm_tokens
 from imatch.records import ImatchError
-
-if TYPE_CHECKING:
-    from imatch.backbones.dinov3 import Dinov3
 
 ENOUGH = 0.999
 """From which lowest cosine on, over the tokens of `texture()`, OpenVINO's answer is taken for torch's in fp32."""
@@ -39,6 +37,27 @@ FORM = 2
 """Of the converted model: what an older imatch kept in another form is not read."""
 HALVES, FEW = 2, 4
 """A batch of fewer than `FEW` photographs is not halved: one photograph more in one half would cost too much."""
+
+
+class Network(Protocol):
+    """What this room asks of the backbone that it computes for: a frozen dataclass, `dinov3.Dinov3`."""
+
+    device: str
+    source: str
+    compile: bool
+    hub_entry: str
+    filename: str
+    precision: str
+    bytes: int
+    patch: int
+    digest: str
+    model: Any
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Photographs as the network wants them."""
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens before and after the last norm."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ def texture(h: int = 64, w: int = 96) -> np.ndarray:
     return np.clip(127 + 30 * sum(layers), 0, 255).astype(np.uint8)[None]
 
 
-def chosen(backbone: Dinov3) -> str:
+def chosen(backbone: Network) -> str:
     """What engine_forward "auto" becomes: "openvino" where it is there, faster and gives torch's tokens, else "torch".
 
     It is faster for ViTs on the CPU; for ConvNeXts both are alike, and the largest ViTs would take too much memory.
@@ -139,7 +158,7 @@ def installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def check(backbone: Dinov3) -> None:
+def check(backbone: Network) -> None:
     """Refuse what OpenVINO cannot do.
 
     Raises:
@@ -161,7 +180,7 @@ def check(backbone: Dinov3) -> None:
         )
 
 
-def checked(backbone: Dinov3) -> Forward:
+def checked(backbone: Network) -> Forward:
     """The forward pass of a backbone, if its tokens are torch's.
 
     Raises:
@@ -176,7 +195,7 @@ def checked(backbone: Dinov3) -> Forward:
     return made
 
 
-def agreement(backbone: Dinov3, made: Forward | None = None) -> float:
+def agreement(backbone: Network, made: Forward | None = None) -> float:
     """The lowest cosine between a normalised token of `texture()` by OpenVINO and by torch in fp32.
 
     It is remembered beside the converted model, for each precision and CPU.
@@ -202,7 +221,7 @@ def agreement(backbone: Dinov3, made: Forward | None = None) -> float:
     return known[key]
 
 
-def forward(backbone: Dinov3) -> Forward:
+def forward(backbone: Network) -> Forward:
     """The compiled forward pass of a backbone, unchecked, on as many threads as torch has in this process."""
     core = _core()
     kept = _kept(backbone) / "model.xml"
@@ -255,10 +274,8 @@ def _attention(timms: Any, x: Tensor, rope: tuple[Tensor, Tensor], attn_mask: No
     return timms.proj(seen.transpose(1, 2).reshape(b, n, d))
 
 
-def _converted(backbone: Dinov3) -> Any:
+def _converted(backbone: Network) -> Any:
     """OpenVINO's model of a backbone, in fp32; kept in the cache folder if it is not too large."""
-    from imatch.backbones.dinov3 import timm_tokens
-
     openvino, model = _openvino(), _exact(backbone).model
     rotates, example = hasattr(model, "rope"), [torch.zeros(2, 3, 64, 96)]
     prefix, periods = (model.num_prefix_tokens, model.rope.periods.numpy()) if rotates else (0, np.zeros(0, np.float32))
@@ -294,14 +311,14 @@ def _try_to_keep(write: Callable[[], None]) -> None:
         return
 
 
-def _kept(backbone: Dinov3, suffix: str = "") -> Path:
+def _kept(backbone: Network, suffix: str = "") -> Path:
     """The folder of a converted model; the weights, the version of OpenVINO and our own form make its name."""
     version = f"{_openvino().__version__.partition('-')[0]}-{FORM}"
     return registry.cache_folder() / "openvino" / f"{backbone.hub_entry}-{backbone.digest[:16]}@{version}{suffix}"
 
 
-def _exact(backbone: Dinov3) -> Dinov3:
-    return replace(backbone, engine_forward="torch", precision="fp32")
+def _exact(backbone: Network) -> Network:
+    return replace(backbone, engine_forward="torch", precision="fp32")  # type: ignore[type-var]
 
 
 def _cpu() -> str:

@@ -396,3 +396,25 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
     _refuse(found, state, hub_entry, path)
     model.load_state_dict({**{name: model.state_dict()[name] for name in constant}, **kept}, strict=True)
     return model.eval()
+
+
+def timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of timm's model before and after its last normalisation: two (B, m, D) float32."""
+    import torch
+    from torch import nn
+
+    if hasattr(model, "num_prefix_tokens"):
+        tokens = model.forward_features(x).float()
+        return tokens, model.last_norm(tokens)
+    maps = model.forward_features(x).float()
+    patches = maps.flatten(2).transpose(1, 2)
+    norm = model.head.norm
+    # as Meta's code has it: the pooled vector goes through the norm as one more token
+    normalised = nn.functional.layer_norm(
+        torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1),
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
+    return patches, normalised

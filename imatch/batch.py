@@ -261,7 +261,7 @@ def run(
             finished[label] = result
     found = [str(folder) for folder in finished.values()]
     for name in [] if recipe.parameters.get("shard") else together:
-        values = _values(schemas[name], {"steps": found, "run": "report", **recipe.parameters}, {}, {})
+        values = _values(schemas[name], {"steps": found, **recipe.parameters}, {}, {})
         if not values["steps"]:
             failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
             continue

@@ -206,8 +206,8 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
         ]
         if wanted > free:
             problems.append(
-                f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk with "
-                "--exports, a smaller size, a variant such as sub2, or -p keep int8, aggregated or global"
+                f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk for "
+                "exports, a smaller size, a variant such as sub2, or keep int8, aggregated or global"
             )
     print("\n".join(lines))
     if problems:
@@ -243,7 +243,7 @@ def _model(
     if needed > free:
         fitting = int((free / processes - weights) // one.working)
         less = "engine_forward torch" if by_openvino else "precision bf16"
-        remedy = f"-p batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
+        remedy = f"batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
         problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
     return lines, problems, one, seconds
 

@@ -83,7 +83,7 @@ def check(folder: Path, parameters: Mapping[str, Any], what: str, enough: Sequen
         places = "" if "aggregated" in enough else " with positions"
         raise StepError(
             f"{what} needs local descriptors{places}, and {folder} keeps {KEEPS[keep]} (keep {keep}): run 01_embed, "
-            f"and 02_references, with -p keep {' or '.join(enough)}"
+            f"and 02_references, with keep {' or '.join(enough)}"
         )
 
 

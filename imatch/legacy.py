@@ -579,7 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import_group(group, groups, registry.exports_folder(options.exports), options.run, options.on_change)
         except ImatchError as error:
             failures += 1
-            said = str(error).replace("-p on_change", "--on-change").replace("-p run", "--run")
+            said = str(error).replace("set on_change to recompute", "--on-change recompute")
             print(f"FAILED {group}: {said}", file=sys.stderr, flush=True)
     return 1 if failures else 0
 

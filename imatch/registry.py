@@ -37,7 +37,7 @@ REPLACED = {  # variables of older containers -> what stands for them
     "REFERENCE_EMBED_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), whose <run>/02_references it is",
     "MATCH_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), whose <run>/04_match it is",
     "VIS_ROOT": "EXPORT_ROOT (EXPORT_HOST in docker/.env), for pictures lie beside what they show",
-    "VIS_*": "parameters of the notebooks, such as -p outputs '[json, png]'",
+    "VIS_*": "parameters of the notebooks, such as outputs of 04_match",
 }
 FAMILIES = {"LVD": "lvd1689m", "SAT": "sat493m"}
 """What weights were trained on, which decides how photographs are normalised -> how their files are called."""
@@ -387,7 +387,7 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
     {}
     """
     if not name:
-        raise ImatchError("no dataset given: set `dataset` to a folder of photographs (-p dataset PATH)")
+        raise ImatchError("no dataset given: set dataset to a folder of photographs")
     registered = load(data_key).datasets if data_key and resolve(data_key).exists() else {}
     if name in registered:
         if not (found := registered[name]).root.is_dir():
@@ -408,7 +408,7 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
     nor = f", nor does it below {' or '.join(str(place.parent) for place in places[1:])}" if places[1:] else ""
     keys = f"in {data_key}: {plugins.unknown('data set', name, registered)}" if registered else f"no keys in {data_key}"
     raise ImatchError(
-        f"dataset folder {folder} does not exist{nor}: give an existing folder of photographs (-p dataset PATH) or "
+        f"dataset folder {folder} does not exist{nor}: give an existing folder of photographs or "
         f"a key ({keys}); `make demo` writes the demo's photographs to data/demo"
     )
 

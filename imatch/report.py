@@ -102,7 +102,7 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
         ImatchError: there is no finished step; see also `runs.start`.
     """
     if not run:
-        raise ImatchError("run is empty: name this piece of work (-p run NAME)")
+        raise ImatchError("run is empty: name this piece of work as run")
     found: dict[str, Step] = {}
     for given in steps:
         folder = registry.step_folder(given)
@@ -114,7 +114,7 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
             if found.setdefault(name, step).folder != step.folder:
                 raise ImatchError(f"{step.folder} and {found[name].folder} would have one name: give them another run")
     if not found:
-        raise ImatchError("steps is empty: give folders of finished runs, such as -p steps '[exports/demo]'")
+        raise ImatchError("steps is empty: give folders of finished runs, such as exports/demo")
     links = {name: found[name].folder for name in sorted(found)}
     upstream = {name: str(found[name].fingerprint) for name in links}
     measured = {name: [_measured(step) for step in chain(found[name]).values()] for name in links}

@@ -178,8 +178,8 @@ def refuse_or_say(step: Step, what: str, differences: Sequence[str]) -> None:
     message = f"{step.name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
     if step.on_change == "refuse":
         raise StepError(
-            f"{message}\nNothing was touched. To make it anew: -p on_change recompute. "
-            "To keep both: another run or tag (-p run NAME, -p tag NAME)."
+            f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "
+            "To keep both: set another run or tag."
         )
     print(f"{message}\n  so what depends on it is computed again")
 
@@ -266,8 +266,8 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
         if "exited unexpectedly" not in str(error):
             raise
         raise ImatchError(
-            f"{what}: a worker process was killed ({error}), mostly for want of memory: use fewer (-p workers 1) "
-            "and run the same command again, it goes on where it stopped"
+            f"{what}: a worker process was killed ({error}), mostly for want of memory: use fewer workers "
+            "and run it again, it goes on where it stopped"
         ) from error
 
 

@@ -72,7 +72,7 @@ def choose(n: int, d: int, memory: int) -> tuple[str, str]:
             told.append(f"{size}, but compares {n * d:.1e} numbers a query, more than {EXACT:.0e}")
         else:
             return kind, "; ".join([*told, f"{size} of {_gb(memory)}"])
-    raise ImatchError(f"no index of {n} vectors of {d} numbers fits: {'; '.join(told)}. Give more with -p memory_gb")
+    raise ImatchError(f"no index of {n} vectors of {d} numbers fits: {'; '.join(told)}. Give more as memory_gb")
 
 
 def sample(n: int, most: int = SAMPLE) -> np.ndarray:
@@ -176,7 +176,7 @@ def _check_part(folder: Path, begun: bool, lasts: bool, kind: str, memory: int) 
     if begun and not lasts:
         raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
     if kind == "auto" and not memory:
-        raise ImatchError("parts must choose the same index: name one (-p index flat), or give -p memory_gb")
+        raise ImatchError("parts must choose the same index: name one, such as flat, or give memory_gb")
     if not lasts and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
         raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
 
@@ -213,7 +213,7 @@ def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) ->
     if needed > budget:
         raise ImatchError(
             f"{kind} of {n} vectors of {d} numbers takes {_gb(needed)}, more than {_gb(budget)}: use auto, or give "
-            "more with -p memory_gb"
+            "more as memory_gb"
         )
     return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
 
@@ -385,7 +385,7 @@ class Searcher:
         if self.plan["dimension"] != vectors.shape[1] or n != len(keys) or any((part < 0).any() for part in self.rows):
             raise StepError(
                 f"the index at {folder} is older than its gallery: it holds {n} vectors of {self.plan['dimension']} "
-                f"numbers, not these {len(keys)} of {vectors.shape[1]}. Run 03_index again with -p on_change recompute"
+                f"numbers, not these {len(keys)} of {vectors.shape[1]}. Run it again and set on_change to recompute"
             )
         self.shards = [_read(folder / f"{name}.faiss", mapped=True) for name in names]
         for shard, part, name in zip(self.shards, held, names, strict=True):
@@ -454,7 +454,9 @@ class Searcher:
         found = []
         for shard, rows in zip(self.shards, self.rows, strict=True):
             if self.gpus and depth > 2048:
-                raise ImatchError(f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: -p device cpu")
+                raise ImatchError(
+                    f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu"
+                )
             scores, places = shard.search(queries, min(depth, shard.ntotal))
             found.append((np.where(places < 0, -1, np.append(rows, -1)[places]), scores))
         rows, scores = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))

@@ -66,7 +66,7 @@ def writing(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free / 2**20
         raise ImatchError(
             f"disk full while writing {path} ({free:.1f} MB free): what was finished stays valid; free some space "
-            "or choose another disk with --exports, then run the same command again"
+            "or choose another disk for exports, then run it again"
         ) from error
 
 

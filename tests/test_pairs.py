@@ -169,7 +169,7 @@ def test_drone_frames_that_overlap_verify_and_others_do_not(brighton_beach, tmp_
         ("al", {}, "did you mean 'all'.* or the path of a CSV"),
         ("one", {"one": "a.jpg"}, r"unknown photograph.*did you mean 'c\.jpg'"),
         ("one", {"one": "broken.png"}, "which was skipped"),
-        ("all", {"one": "a.png"}, "give -p pairs one"),
+        ("all", {"one": "a.png"}, "set pairs to one"),
     ],
     ids=str,
 )

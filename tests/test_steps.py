@@ -807,7 +807,9 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
     assert step.metrics["positions"] is None
     assert {row["metres"] for row in table_of(step)} == {""}
     for truth in ("radius", "nearest"):
-        with pytest.raises(ImatchError, match=rf"truth is {truth}, but no photograph of the queries .*-p labels FILE"):
+        with pytest.raises(
+            ImatchError, match=rf"truth is {truth}, but no photograph of the queries .* set labels to its path"
+        ):
             searched(data, references, "reference-data", truth=truth, tag=truth)
     with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):
         searched(pixels, None, "data-data", truth="radius", heading=90.0)

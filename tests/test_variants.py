@@ -342,7 +342,7 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     one = checks.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:
         small.setattr(checks, "free_memory", lambda _: one.weights + int(2.5 * one.working))
-        with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use -p batch_size 2"):
+        with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use batch_size 2"):
             imatch.preflight(step, batch_size=8)
         imatch.preflight(step, batch_size=2)
         small.setattr(checks, "free_memory", lambda _: one.weights - 1)
@@ -354,7 +354,7 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
             imatch.preflight(by_openvino, batch_size=1)
     with monkeypatch.context() as full:
         full.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        with pytest.raises(ImatchError, match=r"the result takes .* choose another disk with --exports"):
+        with pytest.raises(ImatchError, match=r"the result takes .* choose another disk for exports"):
             imatch.preflight(step, batch_size=8)
     embedded(step)
     capsys.readouterr()

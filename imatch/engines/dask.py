@@ -84,7 +84,7 @@ class Dask:
             except KilledWorker as error:
                 raise ImatchError(
                     f"{what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): give "
-                    "them more, or use a smaller -p batch_size, and run the same command again, it goes on where it "
+                    "them more, or use a smaller batch_size, and run it again, it goes on where it "
                     "stopped"
                 ) from error
             except (CancelledError, CommClosedError, OSError) as error:
@@ -92,7 +92,7 @@ class Dask:
                 if left is None or lost == TRIES:
                     raise ImatchError(
                         f"{what}: no scheduler with workers at {self.scheduler or 'this machine'} ({error}): start "
-                        "them, or correct -p scheduler, and run the same command again, it goes on where it stopped"
+                        "them, or correct scheduler, and run it again, it goes on where it stopped"
                     ) from error
                 print(f"{what}: the scheduler is gone ({error}), waiting for it", flush=True)
 

@@ -103,12 +103,11 @@ class _Process:
         number = self.given[0][0] if self.given else -1
         tries[number] += 1
         if tries[number] == TRIES:
-            why = "was killed, mostly for want of memory: use fewer devices or a smaller -p batch_size"
+            why = "was killed, mostly for want of memory: use fewer devices or a smaller batch_size"
             if (self.process.exitcode or 0) > 0:
                 why = 'could not start; its words stand above (in a script of your own, `if __name__ == "__main__":`?)'
             raise ImatchError(
-                f"{self}, as {TRIES - 1} before it at the same place, {why}. Run the same command again, it goes on "
-                "where it stopped"
+                f"{self}, as {TRIES - 1} before it at the same place, {why}. Run it again, it goes on where it stopped"
             )
 
     def __str__(self) -> str:

@@ -82,7 +82,7 @@ def start_embed(
         ImatchError: no such folder, weight, option or weight file; see also `runs.start`.
     """
     if not run:
-        raise ImatchError("run is empty: name this piece of work (-p run NAME)")
+        raise ImatchError("run is empty: name this piece of work as run")
     if shard_size < 1:
         raise ImatchError(f"shard_size {shard_size} must be at least 1")
     stride_of(variant)
@@ -663,7 +663,7 @@ class _Bad:
             raise ImatchError(
                 f"{len(self.ids)} of {self.total} photographs cannot be used, more than max_skipped = "
                 f"{self.max_skipped:.0%}; the first:\n{listed}\nWhat was finished stays. Mend or remove them, "
-                "or allow more with -p max_skipped 0.5"
+                "or set max_skipped higher, such as to 0.5"
             )
 
     def warn(self) -> None:

@@ -195,8 +195,8 @@ def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
         keeping.check(side.folder, side.parameters, "rerank", keeping.LOCAL)
         if keeping.of(side.parameters) == "aggregated" and tokens > keeping.TOKENS:
             raise StepError(
-                f"tokens is {tokens}, and {side.folder} keeps {keeping.TOKENS} a photograph: use -p tokens "
-                f"{keeping.TOKENS}, or run 01_embed with -p keep {' or '.join(keeping.PLACED)}"
+                f"tokens is {tokens}, and {side.folder} keeps {keeping.TOKENS} a photograph: set tokens to "
+                f"{keeping.TOKENS}, or run 01_embed with keep {' or '.join(keeping.PLACED)}"
             )
 
 

@@ -239,7 +239,7 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
     if wanted > free:
         raise ImatchError(
             f"{pairs} pairs take about {wanted:.1f} GB of disk, and {free:.1f} GB are free for {folder}: "
-            "give a CSV of fewer pairs, fewer outputs (-p outputs '[npy]'), or another disk with --exports"
+            "give a CSV of fewer pairs, fewer outputs, such as npy alone, or another disk for exports"
         )
 
 

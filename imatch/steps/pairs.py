@@ -94,7 +94,7 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
         ImatchError: a list, a file or a photograph that is not there; StepError for a step.
     """
     if one and pairs != "one":
-        raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: give -p pairs one, too")
+        raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: set pairs to one, too")
     if not pairs:
         return _plan_of_index(runs.read(registry.step_folder(index_step)), candidates)
     query = runs.read(registry.step_folder(embed_step))

@@ -425,7 +425,7 @@ def read_ranking(step: Step) -> Ranking:
         StepError: there is no ranking, as in a step of an earlier version.
     """
     if not (step.folder / "ranking.npz").is_file():
-        raise StepError(f"no ranking in {step.folder}: run 03_index again, with -p on_change recompute")
+        raise StepError(f"no ranking in {step.folder}: run 03_index again and set on_change to recompute")
     with np.load(step.folder / "ranking.npz") as saved:
         return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})
 
@@ -461,7 +461,7 @@ def _truth(
     if here is None or there is None:
         raise ImatchError(
             f"truth is {parameters['truth']}, but no photograph of the {'gallery' if here else 'queries'} has a "
-            "position in its EXIF: give them in a CSV or JSON with -p labels FILE"
+            "position in its EXIF: give them in a CSV or JSON, and set labels to its path"
         )
     if parameters["truth"] == "radius":
         return Truth.of(positions.within(here, there, parameters["radius"], parameters["heading"], own))

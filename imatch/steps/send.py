@@ -45,7 +45,7 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     """
     sink = sink_of(to, ttl)
     if sink is None:
-        return "nothing is sent: -p send redis does"
+        return "nothing is sent: set send to redis to do so"
     from imatch.sinks.redis import PREFIX, RedisError
 
     run, _ = run_and_dataset(step)
@@ -166,5 +166,5 @@ def _refuse_same_queries(run: Path, folder: Path, queries: set[str]) -> None:
         if same := queries & {row["query"] for row in store.read_json(path)["queries"]}:
             raise ImatchError(
                 f"{len(same)} queries of {folder}, such as {store.printable(min(same, key=os.fsencode))}, were sent by "
-                f"{path.parent} already: their messages would take the place of those; use another run (-p run NAME)"
+                f"{path.parent} already: their messages would take the place of those; use another run"
             )

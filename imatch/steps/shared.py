@@ -115,6 +115,6 @@ def clusters(step: Step, queries: Sequence[Row]) -> list[str]:
     if None in captures:
         raise ImatchError(
             f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
-            "data_key.json and run 01_embed anew, or use -p cluster photograph"
+            "data_key.json and run 01_embed anew, or set cluster to photograph"
         )
     return captures

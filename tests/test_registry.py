@@ -437,12 +437,12 @@ class Needy:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (None, re.escape("thing needy wants option entry (str), which was not given")),
-        ({"size": 3}, "wants option entry"),
-        ({"entry": 3}, "option entry of thing needy wants str, got 3"),
-        ({"entry": "a", "size": "b"}, re.escape("option size of thing needy wants int | None, got 'b'")),
-        ({"entry": "a", "ratio": True}, "option ratio of thing needy wants float"),
-        ({"entry": "a", "names": ["b"]}, r"option names of thing needy wants tuple\[str, ...\]"),
+        (None, "thing needy: option entry is missing"),
+        ({"size": 3}, "option entry is missing"),
+        ({"entry": 3}, "thing needy: option entry must be a valid string, got 3"),
+        ({"entry": "a", "size": "b"}, "thing needy: option size must be a valid integer, got 'b'"),
+        ({"entry": "a", "ratio": True}, "thing needy: option ratio must be a valid number"),
+        ({"entry": "a", "names": ["b"]}, "thing needy: option names must be a valid tuple"),
         ({"entyr": "a"}, "did you mean 'entry'"),
     ],
     ids=str,

@@ -1,6 +1,6 @@
 """Data sets: which photographs belong to one, by what they are called.
 
-What a registry says of them and what an image group asks for is checked here, field by field.
+What a registry says of them and what an image group asks for is checked here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminator, Field, NonNegativeInt, Tag
 
 from imatch import plugins
+from imatch.plugins import Said, listed
 from imatch.records import ImatchError
 
 FRAMES = ("frame", "index", "idx")
@@ -29,48 +32,7 @@ Group = tuple[str | None, range | frozenset[int] | None]
 may have gaps), frames one by one, or None for all."""
 
 
-# --- fields of a file -------------------------------------------------------------------------------------
-
-
-def fields(value: Any, known: Iterable[str] | None, where: str) -> dict[str, Any]:
-    """`value` if it is an object of fields that are known; those that are null are left out, as if not given.
-
-    Args:
-        value: what the file holds there.
-        known: the names that may be there; None for any.
-        where: for messages: "FILE: models[0].run"; at the top of a file "FILE: ".
-
-    Raises:
-        ImatchError: it is no object, or has a field that nobody knows, with the nearest known one.
-
-    >>> fields({"use": True, "stride": None}, ["use", "stride"], "manifest.json: variant.sub")
-    {'use': True}
-    """
-    place = where.removesuffix(": ")
-    inside = where if where.endswith(": ") else f"{where}."
-    if not isinstance(value, Mapping):
-        raise ImatchError(f"{place} wants an object of {names(known) if known else 'names'}, got {value!r}")
-    for name in value:
-        if not isinstance(name, str):
-            raise ImatchError(f"{place}: {name!r} is read as a {type(name).__name__}: put it in quotes")
-        if known is not None and name not in known:
-            raise ImatchError(f"{inside}{name}: {plugins.unknown('field', name, known)}")
-    return {name: content for name, content in value.items() if content is not None}
-
-
-def wants(value: Any, kind: type, where: str) -> Any:
-    """`value` if it is a `kind`.
-
-    Raises:
-        ImatchError: it is something else.
-
-    >>> wants(True, bool, "manifest.json: run.test_embedding")
-    True
-    """
-    if not plugins.fits(value, kind):
-        said = {str: "text", bool: "true or false", int: "a whole number", list: "a list"}[kind]
-        raise ImatchError(f"{where} wants {said}, got {value!r}")
-    return value
+# --- names and paths --------------------------------------------------------------------------------------
 
 
 def names(listed: Iterable[object]) -> str:
@@ -310,12 +272,49 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
 
+class _Ends(Said):
+    first: NonNegativeInt = Field(alias="from")
+    to: NonNegativeInt
+
+
+def _frames(given: _Ends | list[int]) -> range | frozenset[int]:
+    numbers = [given.first, given.to] if isinstance(given, _Ends) else given
+    if len(numbers) != 2:
+        return frozenset(numbers)
+    first, last = numbers
+    if last < first:
+        raise ValueError(f"the range ends at {last} before it begins at {first}: write [{last}, {first}]")
+    return range(first, last + 1)
+
+
+_Frames = Annotated[
+    Annotated[_Ends, Tag("[ends]")] | Annotated[list[NonNegativeInt], Field(min_length=1), Tag("[frames]")],
+    Discriminator(lambda given: "[ends]" if isinstance(given, Mapping) else "[frames]"),
+    AfterValidator(_frames),
+]
+
+
+def _per_folder(given: Any) -> str:
+    return "[each]" if isinstance(given, list) and any(isinstance(part, list | dict) for part in given) else "[all]"
+
+
+_Indices = Annotated[
+    Annotated[_Frames, Tag("[all]")] | Annotated[list[_Frames], Tag("[each]")], Discriminator(_per_folder)
+]
+
+
+class _Group(Said):
+    folder: Annotated[list[str], Field(min_length=1), BeforeValidator(listed)] | None = None
+    indices: _Indices | None = None
+    rotation: Annotated[list[float], BeforeValidator(listed)] | None = None
+
+
 def groups(image_groups: Any, where: str = "image_groups") -> list[Group]:
     """Read image groups, a list of {folder, indices, rotation}, into one (folder, frames) a folder.
 
     `folder` is a name or a list of names; without it, all. `indices`: two are an inclusive range; one, three or
     more are frames one by one; {"from": 1, "to": 132} is a range without doubt; a list of such is one a folder.
-    `rotation` is for the manifests.
+    `rotation`, degrees, is for the manifests.
 
     Raises:
         ImatchError: an unknown field, with the nearest, or a value that cannot be meant.
@@ -324,51 +323,47 @@ def groups(image_groups: Any, where: str = "image_groups") -> list[Group]:
     [('A', range(1, 6)), ('B', frozenset({7}))]
     """
     read: list[Group] = []
-    for i, item in enumerate(wants(image_groups, list, where)):
-        here = f"{where}[{i}]"
-        group = fields(item, ("folder", "indices", "rotation"), here)
-        folders: list[str | None] = [None]
-        if "folder" in group:
-            given = group["folder"]
-            folders = [given] if isinstance(given, str) else list(wants(given, list, f"{here}.folder"))
-            for folder in folders:
-                wants(folder, str, f"{here}.folder")
-            if not folders:
-                raise ImatchError(f"{here}.folder names no folder: leave it out for all")
-        indices = group.get("indices")
-        if isinstance(indices, list) and any(isinstance(part, list | dict) for part in indices):
-            if folders == [None] or len(indices) != len(folders):
-                named = "no folder" if folders == [None] else f"{len(folders)} folders"
-                raise ImatchError(f"{here}.indices has {len(indices)} lists for {named}: give one list a folder")
-            parts = [_indices(part, f"{here}.indices[{n}]") for n, part in enumerate(indices)]
-        else:
-            parts = [None if indices is None else _indices(indices, f"{here}.indices")] * len(folders)
-        read += zip(folders, parts, strict=True)
+    for i, group in enumerate(plugins.checked(list[_Group], image_groups, where)):
+        folders = group.folder or [None]
+        frames = group.indices if isinstance(group.indices, list) else [group.indices] * len(folders)
+        if len(frames) != len(folders) or (isinstance(group.indices, list) and not group.folder):
+            named = f"{len(folders)} folders" if group.folder else "no folder"
+            raise ImatchError(f"{where}[{i}].indices has {len(frames)} lists for {named}: give one list a folder")
+        read += zip(folders, frames, strict=True)
     return read
 
 
-def _indices(given: Any, where: str) -> range | frozenset[int]:
-    if isinstance(given, Mapping):
-        ends = fields(given, ("from", "to"), where)
-        if len(ends) != 2:
-            raise ImatchError(f'{where} wants both ends, {{"from": 1, "to": 132}}, got {dict(given)!r}')
-        numbers = [ends["from"], ends["to"]]
-    else:
-        numbers = wants(given, list, where)
-    for number in numbers:
-        if wants(number, int, where) < 0:
-            raise ImatchError(f"{where}: frame {number} is negative: frames count from 0")
-    if not numbers:
-        raise ImatchError(f"{where} is empty: leave it out for all frames")
-    if len(numbers) != 2:
-        return frozenset(numbers)
-    first, last = numbers
-    if last < first:
-        raise ImatchError(f"{where}: the range ends at {last} before it begins at {first}: write [{last}, {first}]")
-    return range(first, last + 1)
-
-
 # --- what a registry says of them -----------------------------------------------------------------------
+
+
+def _number_as_text(given: Any) -> Any:
+    return f"{given:.15g}" if plugins.fits(given, float) else given
+
+
+def _labelled(given: Any) -> Any:
+    return given if isinstance(given, Mapping) else {"label": given}
+
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class _Capture(Said):
+    label: Annotated[_Text, BeforeValidator(_number_as_text)] | None = Field(
+        None, validation_alias=AliasChoices("label", "altitude")
+    )
+    folder: str | None = None
+    folder_template: _Text | None = None
+    filename_template: _Text | None = None
+
+
+class _Dataset(Said):
+    root: str
+    glob: str | None = None
+    folder_template: str = FOLDER_TEMPLATE
+    filename_template: str = FILENAME_TEMPLATE
+    captures: Annotated[dict[str, Annotated[_Capture, BeforeValidator(_labelled)]], Field(min_length=1)] | None = Field(
+        None, validation_alias=AliasChoices("captures", "images")
+    )
 
 
 def read(key: str, given: Any, above: Path, where: str) -> Dataset:
@@ -387,57 +382,34 @@ def read(key: str, given: Any, above: Path, where: str) -> Dataset:
     >>> read("d", {"root": "survey", "captures": {"A1": "80m"}}, Path("/data"), "key.json: d").captures["A1"].folder
     'A1_80m'
     """
-    known = ("root", "glob", "folder_template", "filename_template", "captures", "images")
-    content = fields(given, known, where)
-    for name in set(known[:4]) & set(content):
-        wants(content[name], str, f"{where}.{name}")
-    if "root" not in content:
-        raise ImatchError(f'{where} has no root: name its folder below DATASET_ROOT ("" is DATASET_ROOT itself)')
-    folder = above / PurePosixPath(below(content["root"], f"{where}.root", "DATASET_ROOT"))
-    if "captures" in content and "images" in content:
-        raise ImatchError(f"{where} has both captures and images, which are one and the same: keep one")
-    templates = {name: content[name] for name in known[2:4] if name in content}
-    name = "images" if "images" in content else "captures"
-    if name not in content:
-        if templates:
+    said = plugins.checked(_Dataset, given, where)
+    folder = above / PurePosixPath(below(said.root, f"{where}.root", "DATASET_ROOT"))
+    if said.captures is None:
+        if said.model_fields_set & {"folder_template", "filename_template"}:
             raise ImatchError(f"{where} has templates but no captures: add captures, or give a glob instead")
-        glob = below(content.get("glob", ""), f"{where}.glob", folder)
+        glob = below(said.glob or "", f"{where}.glob", folder)
         return Dataset(key, folder, glob=glob and PurePosixPath(_nfc(glob)).as_posix(), registered=True)
-    if "glob" in content:
-        raise ImatchError(f"{where} has both {name} and a glob: keep one")
-    captures = fields(content[name], None, f"{where}.{name}")
-    if not captures:
-        raise ImatchError(f"{where}.{name} is empty: name a capture, or leave it out for a plain folder")
-    made = {id: _capture(key, id, given, templates, f"{where}.{name}.{id}") for id, given in captures.items()}
+    if said.glob is not None:
+        raise ImatchError(f"{where} has both captures and a glob: keep one")
+    made = {id: _capture(key, id, capture, said, f"{where}.captures.{id}") for id, capture in said.captures.items()}
     return Dataset(key, folder, made, registered=True)
 
 
-def _capture(key: str, id: str, given: Any, templates: Mapping[str, str], where: str) -> Capture:
-    known = ("label", "altitude", "folder", "folder_template", "filename_template")
-    own = fields(given, known, where) if isinstance(given, Mapping) else {"label": given}
-    if "label" in own and "altitude" in own:
-        raise ImatchError(f"{where} has both a label and an altitude: the altitude is the label; keep one")
-    if "folder" in own and "folder_template" in own:
+def _capture(key: str, id: str, said: _Capture, of: _Dataset, where: str) -> Capture:
+    values = {"capture_id": id, "label": said.label, "dataset_key": key}
+    values["label_token"] = said.label and label_token(said.label)
+    folder = said.folder
+    if folder is not None and said.folder_template:
         raise ImatchError(f"{where} has both a folder and a folder_template: keep one")
-    for name, value in own.items():
-        if name in ("label", "altitude") and plugins.fits(value, float):
-            value = own[name] = f"{value:.15g}"
-        if not wants(value, str, f"{where}.{name}") and name != "folder":
-            raise ImatchError(f"{where}.{name} is empty: leave it out, or say it")
-    label = own.get("label", own.get("altitude"))
-    values = {"capture_id": id, "label": label, "dataset_key": key}
-    values["label_token"] = None if label is None else label_token(label)
-    folder = own.get("folder")
     if folder is None:
-        template = {"folder_template": FOLDER_TEMPLATE, **templates, **own}["folder_template"]
-        folder = _fill(template, values, f"{where}: folder_template")
-    filename = {"filename_template": FILENAME_TEMPLATE, **templates, **own}["filename_template"]
-    filename = PurePosixPath(filename).as_posix()  # without "./" and "//", which no id has
+        folder = _fill(said.folder_template or of.folder_template, values, f"{where}: folder_template")
+    # without "./" and "//", which no id has
+    filename = PurePosixPath(said.filename_template or of.filename_template).as_posix()
     below(folder, f"{where}: folder", "the data set's root")
     below(_fill(filename, values, f"{where}: filename_template", frame="0"), f"{where}: file", "the data set's root")
     pattern = _fill(filename, values, f"{where}: filename_template", frame="([0-9]+)", quote=re.escape)
     pattern = re.sub(r"(\\\.\w+)$", r"(?i:\1)", pattern)
-    return Capture(label, PurePosixPath(_nfc(folder)).as_posix(), filename, re.compile(pattern))
+    return Capture(said.label, PurePosixPath(_nfc(folder)).as_posix(), filename, re.compile(pattern))
 
 
 def _fill(

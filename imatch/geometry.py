@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import cv2
 import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from imatch import plugins
 from imatch.records import Geometry, ImatchError
 
 MODELS = {"off": 1, "similarity": 2, "affine": 3, "homography": 4}
@@ -48,14 +51,15 @@ class Estimator:
     """
 
     model: str = "homography"
-    threshold: float = 3.0
-    confidence: float = 0.9999
-    iterations: int = 10_000
-    min_inliers: int = 8
-    min_share: float = 0.1
+    threshold: PositiveFloat = 3.0
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    iterations: PositiveInt = 10_000
+    min_inliers: NonNegativeInt = 8
+    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     method: str = "auto"
 
     def __post_init__(self) -> None:
+        plugins.check(self)
         if self.model not in MODELS:
             raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
         if self.method not in ("auto", *METHODS):
@@ -63,13 +67,6 @@ class Estimator:
         if self.model == "similarity" and self.method not in ("auto", "ransac"):
             raise ImatchError(
                 f"OpenCV estimates a similarity by ransac, not by {self.method}: use method auto, or another model"
-            )
-        least = self.iterations > 0 and self.min_inliers >= 0
-        if not (self.threshold > 0 and 0 < self.confidence < 1 and least and 0 <= self.min_share < 1):
-            raise ImatchError(
-                f"threshold {self.threshold} must be above 0, confidence {self.confidence} between 0 and 1, "
-                f"iterations {self.iterations} at least 1, min_inliers {self.min_inliers} at least 0, min_share "
-                f"{self.min_share} from 0 to below 1"
             )
 
     def __call__(

@@ -16,11 +16,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, PositiveFloat
 
-from imatch import images, perimage, pooling, registry, runs, store
+from imatch import images, perimage, plugins, pooling, registry, runs, store
 from imatch.backbones import dinov3_weights
 from imatch.records import ImatchError, Tokens
 from imatch.steps.embed import finish_embed
@@ -476,40 +477,36 @@ def _meta_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_meta.json")
 
 
-_WANTED = {  # of a meta -> what it must be, how many numbers, whether whole, whether positive
-    "size": ("a list of 2 positive whole numbers", 2, True, True),
-    "grid": ("a list of 2 positive whole numbers", 2, True, True),
-    "xy_first": ("a list of 2 numbers", 2, False, False),
-    "xy_step": ("a list of 2 positive numbers", 2, False, True),
-    "angle": ("a number", 1, False, False),
-    "crop": ("a positive number", 1, False, True),
-}
-_TOLD = (*_WANTED, "position", "id", "sha256", "capture", "source", "source_sha256")
+_Sides = Annotated[list[Annotated[PositiveFloat, Field(multiple_of=1)]], Field(min_length=2, max_length=2)]
+
+
+class _Meta(plugins.Said, extra="ignore"):
+    """Of a meta, what would place tokens or photographs wrongly."""
+
+    size: _Sides | None = None
+    grid: _Sides | None = None
+    xy_first: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    xy_step: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] | None = None
+    angle: float | None = None
+    crop: PositiveFloat | None = None
+    position: dict[str, Any] | None = None
+
+
+_TOLD = (*_Meta.model_fields, "id", "sha256", "capture", "source", "source_sha256")
 
 
 def _checked(path: Path) -> Row:
-    """What a meta file says; numbers that would place tokens or photographs wrongly are refused."""
+    """What a meta file says."""
     meta = perimage.read_meta(path)
-    for key, (wanted, count, whole, positive) in _WANTED.items():
-        value = meta.get(key)
-        numbers = value if count > 1 and isinstance(value, list) else [value]
-        if value is not None and not (len(numbers) == count and all(_fits(n, whole, positive) for n in numbers)):
-            raise ImatchError(f"{path}: {key} wants {wanted}, got {value!r}: correct it, or leave it out")
-    if not isinstance(meta.get("position"), dict | None):
-        raise ImatchError(f"{path}: position wants an object, got {meta['position']!r}: correct it, or leave it out")
+    plugins.checked(_Meta, meta, f"{path}: ")
     return meta
-
-
-def _fits(value: Any, whole: bool, positive: bool) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and (value == int(value) or not whole) and (value > 0 or not positive)
 
 
 def _said(item: Item, metas: Mapping[str, Row]) -> Row:
     """What the metas of one photograph's files say of it; they may not say two things."""
     said: Row = {}
     for key in _TOLD:
-        wanted = object if key in (*_WANTED, "position") else str
+        wanted = object if key in _Meta.model_fields else str
         told = [
             (kind, meta[key])
             for kind, meta in metas.items()

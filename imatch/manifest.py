@@ -6,23 +6,84 @@ There are three: of the data set itself, of queries and of references; the file'
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, PositiveInt, StringConstraints
 
 from imatch import datasets, images, plugins, registry
 from imatch.backbones import dinov3_weights
-from imatch.datasets import fields, wants
+from imatch.plugins import Said, listed
 from imatch.records import ImatchError
 
 ROLES = {"dataset": ["01_embed"], "query": ["01_embed"], "reference": ["01_embed", "02_references"]}
 """What a manifest is of -> the notebooks that it runs."""
-FIELDS = ("dataset_key", "weight_set", "experiment", "models")
-MODEL = ("weights", "weight_key", "target_res", "embedding_cfg", "image_groups", "outputs", "run")
-OUTPUTS = {"global": ("npy", "json"), "patch": ("npy", "json"), "grid": ("npy", "json")}
 DENSEFT = ("denseft.png", "denseft.npy")
+
+
+# --- what a manifest may say ------------------------------------------------------------------------------
+
+
+_ONCE = AfterValidator(lambda given: list(dict.fromkeys(given)))
+_Key = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class _Sub(Said):
+    use: bool
+    stride: Annotated[list[int], BeforeValidator(listed), _ONCE] = Field([])
+
+
+class _Variant(Said):
+    raw: bool = True
+    sub: _Sub = _Sub(use=False)
+
+
+class _Experiment(Said):
+    variant: _Variant = _Variant()
+
+
+class _Run(Said):
+    test_embedding: bool = True
+    generate_denseft: bool = False
+
+
+class _Files(Said):
+    npy: bool = False
+    json_: bool = Field(False, alias="json")
+
+
+class _Outputs(Said):
+    global_: _Files = Field(_Files(), alias="global")
+    patch: _Files = _Files()
+    grid: _Files = _Files()
+
+
+def _by_comma(given: Any) -> Any:
+    return given.split(",") if isinstance(given, str) else given
+
+
+class _Model(Said):
+    weights: Annotated[list[_Key], Field(min_length=1), BeforeValidator(_by_comma), _ONCE] = Field(
+        validation_alias=AliasChoices("weights", "weight_key")
+    )
+    target_res: Annotated[list[PositiveInt], Field(min_length=1), BeforeValidator(listed), _ONCE]
+    embedding_cfg: str = ""
+    image_groups: list[Any] = Field([])
+    outputs: _Outputs = _Outputs()
+    run: _Run = _Run()
+
+
+class _Manifest(Said):
+    dataset_key: str
+    weight_set: str = ""
+    experiment: _Experiment = _Experiment()
+    models: list[_Model]
+
+
+# --- what it expands to -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,33 +151,28 @@ def read(
     ('query', ['01_embed'], ['weight=vits16 cfg=res256 variant=raw'])
     """
     of, top = role(path), f"{Path(path).name}: "
-    content = fields(registry.read(path), FIELDS, top)
-    for name in ("dataset_key", "models"):
-        if name not in content:
-            raise ImatchError(f"{top}{name} is missing: a manifest has dataset_key and models")
+    content = plugins.checked(_Manifest, registry.read(path), top)
+    variants = _variants(content.experiment.variant, f"{top}experiment.variant")
     known = registry.load(data_key)
-    dataset = known.dataset(wants(content["dataset_key"], str, f"{top}dataset_key"))
-    weight_set = wants(content.get("weight_set", ""), str, f"{top}weight_set")
+    dataset = known.dataset(content.dataset_key)
     parameters = {
         "dataset": dataset.key,
         "data_key": str(data_key),
-        "weight_set": weight_set,
+        "weight_set": content.weight_set,
         "resize": "stretch",
         "tag": "" if of == "dataset" else of,
         "run": "manifest",
         **({"crops": [1.0]} if of == "reference" else {}),  # whole views, turned
         **(given or {}),
     }
-    variants = _variants(content.get("experiment", {}), f"{top}experiment")
     points: dict[str, dict[str, Any]] = {}
-    for i, said in enumerate(wants(content["models"], list, f"{top}models")):
+    for i, model in enumerate(content.models):
         where = f"{top}models[{i}]"
-        model = fields(said, MODEL, where)
         made = [
             _called(point, parameters, given or {}, known, where)
             for point in _points(model, variants, of, dataset, where)
         ]
-        if not _runs(model, where):
+        if not (model.run.test_embedding or model.run.generate_denseft):
             print(f"{where} is skipped: its run switches off both test_embedding and generate_denseft", flush=True)
             continue
         for label, point in made:
@@ -152,64 +208,31 @@ def _called(
     return f"weight={point['weight']} cfg={point.get('cfg') or size} variant={point['variant']}", point
 
 
-def _variants(given: Any, where: str) -> list[str]:
-    experiment, where = fields(given, ("variant",), where), f"{where}.variant"
-    variant = fields(experiment.get("variant", {}), ("raw", "sub"), where)
-    names = ["raw"] if wants(variant.get("raw", True), bool, f"{where}.raw") else []
-    if "sub" in variant:
-        sub = fields(variant["sub"], ("use", "stride"), f"{where}.sub")
-        if "use" not in sub:
-            raise ImatchError(f"{where}.sub.use is missing: say true or false")
-        strides = _numbers(sub.get("stride", []), f"{where}.sub.stride")
-        if wants(sub["use"], bool, f"{where}.sub.use"):
-            if not strides or min(strides) < 2:
-                said = f"wants every how many rows and columns to keep, 2 or more, such as [2, 4], got {strides}"
-                raise ImatchError(f"{where}.sub.stride {said}; `raw` keeps all")
-            names += [f"sub{stride}" for stride in strides]
-    if not names:
+def _variants(said: _Variant, where: str) -> list[str]:
+    strides = said.sub.stride if said.sub.use else []
+    if said.sub.use and min(strides, default=0) < 2:
+        wanted = "every how many rows and columns to keep, 2 or more, such as [2, 4]"
+        raise ImatchError(f"{where}.sub.stride wants {wanted}, got {strides}; `raw` keeps all")
+    if not (said.raw or strides):
         raise ImatchError(f"{where} switches off raw and sub: switch one on")
-    return names
+    return [*(["raw"] if said.raw else []), *(f"sub{stride}" for stride in strides)]
 
 
 def _points(
-    model: Mapping[str, Any], variants: Sequence[str], of: str, dataset: datasets.Dataset, where: str
+    model: _Model, variants: Sequence[str], of: str, dataset: datasets.Dataset, where: str
 ) -> Iterator[dict[str, Any]]:
     """The points of one model, whether it is switched on or not: what is switched off is checked, too."""
-    if "target_res" not in model:
-        raise ImatchError(f"{where}.target_res is missing: pixels of the side, such as 256 or [256, 512]")
-    sizes = _numbers(model["target_res"], f"{where}.target_res")
-    if not sizes or min(sizes) < 1:
-        raise ImatchError(f"{where}.target_res wants pixels of the side, such as 256 or [256, 512], got {sizes}")
-    cfg = wants(model.get("embedding_cfg", ""), str, f"{where}.embedding_cfg")
-    if cfg:
-        registry.folder_name(cfg, f"{where}.embedding_cfg")
-        if len(sizes) > 1:
+    image_groups, angles = _image_groups(model.image_groups, of, dataset, f"{where}.image_groups")
+    outputs = model.outputs.model_dump(by_alias=True).items()
+    files = [f"{kind}.{ending}" for kind, chosen in outputs for ending, wanted in chosen.items() if wanted]
+    files += DENSEFT if model.run.generate_denseft else ()
+    shared = {"image_groups": image_groups, "files": files, **angles}
+    if cfg := model.embedding_cfg:
+        shared["cfg"] = registry.folder_name(cfg, f"{where}.embedding_cfg")
+        if len(model.target_res) > 1:
             raise ImatchError(f"{where}.embedding_cfg {cfg!r} names one size: leave it out, or give one target_res")
-    image_groups, angles = _image_groups(model.get("image_groups", []), of, dataset, f"{where}.image_groups")
-    shared = {"image_groups": image_groups, "files": _outputs(model, where), **angles}
-    if cfg:
-        shared["cfg"] = cfg
-    for weight in _weights(model, where):
-        for size in sizes:
-            for variant in variants:
-                yield {"weight": weight, "long_side": size, "variant": variant, **shared}
-
-
-def _weights(model: Mapping[str, Any], where: str) -> list[str]:
-    given = [name for name in ("weights", "weight_key") if name in model]
-    if len(given) != 1:
-        raise ImatchError(f"{where} has {' and '.join(given) or 'no weights'}: give weights, a list or comma text")
-    where, value = f"{where}.{given[0]}", model[given[0]]
-    keys = value.split(",") if isinstance(value, str) else wants(value, list, where)
-    keys = list(dict.fromkeys(wants(key, str, where).strip() for key in keys))
-    if not keys or not all(keys):
-        raise ImatchError(f"{where} wants keys of weights, such as vits16, got {value!r}")
-    return keys
-
-
-def _numbers(given: Any, where: str) -> list[int]:
-    numbers = given if isinstance(given, list) else [given]
-    return list(dict.fromkeys(wants(number, int, where) for number in numbers))
+    for weight, size, variant in itertools.product(model.weights, model.target_res, variants):
+        yield {"weight": weight, "long_side": size, "variant": variant, **shared}
 
 
 def _image_groups(
@@ -222,7 +245,7 @@ def _image_groups(
                 dataset.captures_named(folder)
             except ImatchError as error:
                 raise ImatchError(f"{where}: {error}") from error
-    rotations = [_rotation(group.get("rotation"), f"{where}[{i}].rotation") for i, group in enumerate(given)]
+    rotations = [None if group.get("rotation") is None else listed(group["rotation"]) for group in given]
     if of != "reference" and any(rotation not in (None, [], [0]) for rotation in rotations):
         raise ImatchError(
             f"{where} has a rotation: the photographs of a {of} manifest are embedded as they are; leave it out and "
@@ -236,37 +259,6 @@ def _image_groups(
     if not rotations[0]:
         raise ImatchError(f"{where}[0].rotation names no angle: leave it out for the notebook's own")
     return kept, {"angles": rotations[0]}
-
-
-def _rotation(given: Any, where: str) -> list[float] | None:
-    if given is None:
-        return None
-    angles = given if isinstance(given, list) else [given]
-    for angle in angles:
-        if not plugins.fits(angle, float) or not math.isfinite(angle):
-            raise ImatchError(f"{where} wants degrees, a number or a list of numbers, got {given!r}")
-    return angles
-
-
-def _outputs(model: Mapping[str, Any], where: str) -> list[str]:
-    outputs = fields(model.get("outputs", {}), OUTPUTS, f"{where}.outputs")
-    names = []
-    for kind, endings in OUTPUTS.items():
-        chosen = fields(outputs.get(kind, {}), endings, f"{where}.outputs.{kind}")
-        for ending in endings:
-            if wants(chosen.get(ending, False), bool, f"{where}.outputs.{kind}.{ending}"):
-                names.append(f"{kind}.{ending}")
-    return [*names, *(DENSEFT if _run(model, where)["generate_denseft"] else ())]
-
-
-def _run(model: Mapping[str, Any], where: str) -> dict[str, bool]:
-    default = {"test_embedding": True, "generate_denseft": False}
-    run = {**default, **fields(model.get("run", {}), default, f"{where}.run")}
-    return {name: wants(value, bool, f"{where}.run.{name}") for name, value in run.items()}
-
-
-def _runs(model: Mapping[str, Any], where: str) -> bool:
-    return any(_run(model, where).values())
 
 
 def _united(first: dict[str, Any], second: dict[str, Any], where: str) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
 from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from imatch import components, geometry, images, pooling, store
+from imatch import components, geometry, images, plugins, pooling, store
 from imatch.records import ImatchError, Pair, Tokens
 
 BAR, GAP = 44, 8
@@ -50,24 +52,18 @@ class Style:
     360
     """
 
-    side: int = 360
-    max_lines: int = 120
-    width: int = 1
-    alpha: float = 1.0
-    radius: int = 2
+    side: PositiveInt = 360
+    max_lines: NonNegativeInt = 120
+    width: PositiveInt = 1
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+    radius: NonNegativeInt = 2
     low: float = 0.7
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.side < 1 or self.max_lines < 0 or self.width < 1 or self.radius < 0:
-            raise ImatchError(
-                f"side {self.side} and width {self.width} must be at least 1 pixel, max_lines {self.max_lines} and "
-                f"radius {self.radius} at least 0"
-            )
-        if not (0 < self.alpha <= 1 and self.low < self.high):
-            raise ImatchError(
-                f"alpha {self.alpha} must be above 0 and up to 1, and low {self.low} less than high {self.high}"
-            )
+        plugins.check(self)
+        if self.low >= self.high:
+            raise ImatchError(f"Style: option low {self.low} must be less than high {self.high}")
 
 
 PLAIN = Style()

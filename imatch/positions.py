@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 from scipy.spatial import cKDTree
 
 from imatch import datasets, plugins
@@ -210,17 +211,23 @@ def _float(text: str) -> float | str:
         return text
 
 
+class _Photograph(plugins.Said, extra="ignore"):
+    imageref: str
+    position: dict[str, Any] = Field({})
+    attitude: dict[str, Any] = Field({})
+
+
+class _Photographs(plugins.Said, extra="ignore"):
+    images: list[_Photograph]
+
+
 def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     try:
-        whole = datasets.fields(json.loads(text), None, where)
+        whole = plugins.checked(_Photographs, json.loads(text), f"{where}: ")
     except json.JSONDecodeError as error:
         raise ImatchError(f"{where}, line {error.lineno}: no JSON ({error.msg}): correct it") from error
-    for i, entry in enumerate(datasets.wants(whole.get("images"), list, f"{where}: images")):
-        at = f"{where}: images[{i}]"
-        said = datasets.fields(entry, None, at)
-        name = datasets.wants(said.get("imageref"), str, f"{at}.imageref")
-        parts = [datasets.fields(said.get(part, {}), None, f"{at}.{part}") for part in ("position", "attitude")]
-        yield f"{at} ({name})", name, parts[0] | parts[1]
+    for i, said in enumerate(whole.images):
+        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position | said.attitude
 
 
 def _checked(given: Mapping[str, Any], where: str) -> dict[str, float]:

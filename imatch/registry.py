@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from imatch import datasets, plugins
-from imatch.datasets import Dataset, below, fields, names
+from imatch.datasets import Dataset, below, names
+from imatch.plugins import Said
 from imatch.records import ImatchError
 
 DATA_KEY = "params/data_key.json"
@@ -340,6 +342,11 @@ class DataKey:
         return self.datasets[key]
 
 
+class _File(Said):
+    datasets: dict[str, Any] = Field({})
+    weights: dict[str, dict[str, dict[str, Annotated[tuple[str, str, str], Field(strict=False)]]]] = Field({})
+
+
 def load(path: str | Path = DATA_KEY) -> DataKey:
     """Read a registry, JSON or YAML, and check all of it.
 
@@ -352,22 +359,20 @@ def load(path: str | Path = DATA_KEY) -> DataKey:
     """
     file = resolve(path)
     top = f"{file.name}: "
-    content = fields(read(file), ("datasets", "weights"), top)
+    content = plugins.checked(_File, read(file), top)
     found = {}
-    for key, given in fields(content.get("datasets", {}), None, f"{top}datasets").items():
+    for key, given in content.datasets.items():
         folder_name(key, f"{top}data set")
         found[key] = datasets.read(key, given, root("DATASET_ROOT"), f"{top}datasets.{key}")
-    weights = []
-    for set_, groups_ in fields(content.get("weights", {}), None, f"{top}weights").items():
-        for group, keys in fields(groups_, None, f"{top}weights.{set_}").items():
-            for key, given in fields(keys, None, f"{top}weights.{set_}.{group}").items():
-                where = f"{top}weights.{set_}.{group}.{key}"
-                if not (isinstance(given, list) and len(given) == 3 and all(isinstance(part, str) for part in given)):
-                    raise ImatchError(f"{where} wants [hub entry, file name, LVD or SAT], got {given!r}")
-                try:
-                    weights.append(Weight(key, set_, group, *given))
-                except ImatchError as error:
-                    raise ImatchError(f"{top}{error}") from error
+    try:
+        weights = [
+            Weight(key, set_, group, *given)
+            for set_, groups in content.weights.items()
+            for group, keys in groups.items()
+            for key, given in keys.items()
+        ]
+    except ImatchError as error:
+        raise ImatchError(f"{top}{error}") from error
     return DataKey(file, found, tuple(weights))
 
 

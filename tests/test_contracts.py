@@ -42,7 +42,7 @@ def test_unknown_and_mistyped_options_raise(create, table):
         with pytest.raises(ImatchError, match="unknown option"):
             create(name, {"nothing": 1})
         option = next(iter(create(name).__dataclass_fields__))
-        with pytest.raises(ImatchError, match=f"option {option} of .* wants"):
+        with pytest.raises(ImatchError, match=f"option {option} must be"):
             create(name, {option: "text"})
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from pydantic import PositiveFloat, PositiveInt
 
-from imatch import pooling, registry, store
-from imatch.records import ImatchError, Tokens
+from imatch import plugins, pooling, registry, store
+from imatch.records import Tokens
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class DenseSift:
     ((128,), (4, 6, 128))
     """
 
-    patch: int = 16
-    width: float = 48.0
-    p: float = 3.0
+    patch: PositiveInt = 16
+    width: PositiveFloat = 48.0
+    p: PositiveFloat = 3.0
 
     @property
     def device(self) -> str:
@@ -46,8 +47,7 @@ class DenseSift:
         return f"OpenCV {cv2.__version__}"
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or self.width <= 0 or self.p <= 0:
-            raise ImatchError(f"patch {self.patch} must be at least 1, width {self.width} and p {self.p} above 0")
+        plugins.check(self)
 
     def load(self) -> None:
         """Nothing: there are no weights."""

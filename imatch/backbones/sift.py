@@ -10,9 +10,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from pydantic import NonNegativeFloat, PositiveInt
 
-from imatch import pooling, registry
-from imatch.records import ImatchError, Tokens
+from imatch import plugins, pooling, registry
+from imatch.records import Tokens
 
 PIXELS = 16_000_000
 """How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
@@ -37,8 +38,8 @@ class Sift:
     ((8192,), 128, 2, None)
     """
 
-    max_keypoints: int = 1000
-    contrast: float = 0.02
+    max_keypoints: PositiveInt = 1000
+    contrast: NonNegativeFloat = 0.02
 
     @property
     def patch(self) -> int:
@@ -61,10 +62,7 @@ class Sift:
         return np.load(VOCABULARY).astype(np.float32)
 
     def __post_init__(self) -> None:
-        if self.max_keypoints < 1 or self.contrast < 0:
-            raise ImatchError(
-                f"max_keypoints {self.max_keypoints} must be at least 1, contrast {self.contrast} at least 0"
-            )
+        plugins.check(self)
 
     def load(self) -> None:
         """The visual words."""

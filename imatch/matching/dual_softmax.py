@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from imatch import devices, neighbours
-from imatch.records import ImatchError, Matches, Tokens
+from imatch import devices, neighbours, plugins
+from imatch.records import Matches, Tokens
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,13 @@ class DualSoftmax:
     [0, 1]
     """
 
-    temperature: float = 0.02
-    min_probability: float = 0.2
-    max_matches: int = 2000
+    temperature: Annotated[float, Field(ge=0.001)] = 0.02
+    min_probability: plugins.Share = 0.2
+    max_matches: NonNegativeInt = 2000
     device: str = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0.001 and 0 <= self.min_probability <= 1 and self.max_matches >= 0):
-            raise ImatchError(
-                f"temperature {self.temperature} must be at least 0.001, min_probability {self.min_probability} from "
-                f"0 to 1, max_matches {self.max_matches} at least 0"
-            )
+        plugins.check(self)
         object.__setattr__(self, "device", devices.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from imatch import devices, neighbours
-from imatch.records import ImatchError, Matches, Tokens
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from imatch import devices, neighbours, plugins
+from imatch.records import Matches, Tokens
 
 
 @dataclass(frozen=True)
@@ -34,21 +37,16 @@ class Mutual:
     ([0, 1, 2], [2, 1, 0])
     """
 
-    k: int = 1
-    min_similarity: float = 0.8
-    min_relative: float = 0.0
-    min_norm: float = 0.0
+    k: PositiveInt = 1
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.8
+    min_relative: plugins.Share = 0.0
+    min_norm: plugins.Share = 0.0
     one_to_one: bool = True
-    max_matches: int = 2000
+    max_matches: NonNegativeInt = 2000
     device: str = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
-        shares = 0 <= self.min_relative <= 1 and 0 <= self.min_norm <= 1
-        if not (shares and -1 <= self.min_similarity <= 1 and self.k >= 1 and self.max_matches >= 0):
-            raise ImatchError(
-                f"min_relative {self.min_relative} and min_norm {self.min_norm} must be from 0 to 1, min_similarity "
-                f"{self.min_similarity} from -1 to 1, k {self.k} at least 1, max_matches {self.max_matches} at least 0"
-            )
+        plugins.check(self)
         object.__setattr__(self, "device", devices.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:

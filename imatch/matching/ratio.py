@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from imatch import devices, neighbours
+from imatch import devices, neighbours, plugins
 from imatch.neighbours import Side
-from imatch.records import ImatchError, Matches, Tokens
+from imatch.records import Matches, Tokens
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,13 @@ class Ratio:
     [[0], [0, 1]]
     """
 
-    max_ratio: float = 0.8
-    apart: float = 1.5
-    max_matches: int = 2000
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.8
+    apart: NonNegativeFloat = 1.5
+    max_matches: NonNegativeInt = 2000
     device: str = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
-        if not (0 < self.max_ratio <= 1 and self.apart >= 0 and self.max_matches >= 0):
-            raise ImatchError(
-                f"max_ratio {self.max_ratio} must be above 0 and at most 1, apart {self.apart} and max_matches "
-                f"{self.max_matches} at least 0"
-            )
+        plugins.check(self)
         object.__setattr__(self, "device", devices.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:

@@ -25,10 +25,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import nbformat
 import yaml
+from pydantic import Field
 
 from imatch import engines, evaluate, manifest, plugins, registry, runs, store
 from imatch.engines import PartDoneError
@@ -81,8 +82,10 @@ class Recipe:
     points: dict[str, dict[str, Any]] | None = None
 
 
-RECIPE = ("notebooks", "parameters", "sweep")
-"""What a YAML file may hold."""
+class _File(plugins.Said):
+    notebooks: list[str]
+    parameters: dict[str, Any] = Field({})
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
 
 
 def schema(notebook: Path) -> dict[str, Parameter]:
@@ -161,7 +164,10 @@ def load(
         raise ImatchError(f"no file {path}: give a YAML file or a manifest, such as params/demo.yaml")
     content = registry.read(path)
     points = manifest.is_manifest(content)
-    recipe = Recipe(manifest.ROLES[manifest.role(path)]) if points else _recipe(path, content)
+    if points:
+        recipe = Recipe(manifest.ROLES[manifest.role(path)])
+    else:
+        recipe = Recipe(**dict(plugins.checked(_File, content, f"{path}: ")))
     for name in recipe.notebooks:
         if not (notebooks / f"{name}.ipynb").is_file():
             known = [p.stem for p in notebooks.glob("*.ipynb")]
@@ -181,8 +187,6 @@ def load(
     for name, value in recipe.parameters.items():
         check(name, value, wanted(name))
     for name, values in recipe.sweep.items():
-        if not isinstance(values, list) or not values:
-            raise ImatchError(f"sweep over {name} wants a list of values, got {values!r}")
         for value in values:
             check(name, value, wanted(name))
     for point in (recipe.points or {}).values():
@@ -192,23 +196,6 @@ def load(
         recipe.parameters[name] = value
         recipe.sweep.pop(name, None)
     return recipe, schemas
-
-
-def _recipe(path: Path, content: Any) -> Recipe:
-    if not isinstance(content, dict) or "notebooks" not in content:
-        raise ImatchError(f"{path} must name its `notebooks`; a manifest, its `models`")
-    for key in content:
-        if key not in RECIPE:
-            raise ImatchError(f"{path}: {plugins.unknown('entry', key, RECIPE)}")
-    recipe = Recipe(content["notebooks"], content.get("parameters") or {}, content.get("sweep") or {})
-    for key, value, kind in (
-        ("notebooks", recipe.notebooks, list),
-        ("parameters", recipe.parameters, dict),
-        ("sweep", recipe.sweep, dict),
-    ):
-        if not isinstance(value, kind):
-            raise ImatchError(f"{path}: `{key}` wants a {kind.__name__}, got {value!r}")
-    return recipe
 
 
 def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def fits(value: object, wanted: Any) -> bool:
 
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return TypeAdapter(kind, config=STRICT if typing.get_origin(kind) is list else None)  # models have their own
 
 
 def _line(error: ValidationError, where: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from imatch import datasets, plugins
 from imatch.datasets import Dataset, below, names
@@ -342,9 +342,15 @@ class DataKey:
         return self.datasets[key]
 
 
+def _three(parts: list[str]) -> list[str]:
+    if len(parts) != 3:
+        raise ValueError(f"wants [hub entry, file name, LVD or SAT], got {parts!r}")
+    return parts
+
+
 class _File(Said):
     datasets: dict[str, Any] = Field({})
-    weights: dict[str, dict[str, dict[str, Annotated[tuple[str, str, str], Field(strict=False)]]]] = Field({})
+    weights: dict[str, dict[str, dict[str, Annotated[list[str], AfterValidator(_three)]]]] = Field({})
 
 
 def load(path: str | Path = DATA_KEY) -> DataKey:

@@ -38,10 +38,10 @@ def run(*arguments, cwd=ROOT):
         ({"parameters": {"dataset": 2024}}, [], "dataset wants str"),
         ({}, [("long_side", "large")], "long_side wants int"),
         ({}, [("backbone_options", "{a: [")], "is not readable"),
-        ({"sweep": {"weight": "sift"}}, [], "wants a list"),
-        ({"sweep": {"weight": []}}, [], "wants a list"),
-        ({"parameters": ["a"]}, [], "`parameters` wants a dict"),
-        ({"notebooks": "01_embed"}, [], "`notebooks` wants a list"),
+        ({"sweep": {"weight": "sift"}}, [], r"sweep\.weight must be a valid list"),
+        ({"sweep": {"weight": []}}, [], r"sweep\.weight: List should have at least 1 item"),
+        ({"parameters": ["a"]}, [], "parameters must be a valid dictionary"),
+        ({"notebooks": "01_embed"}, [], "notebooks must be a valid list"),
         ({"sweeps": {}}, [], "did you mean 'sweep'"),
         ({"notebooks": ["01_embd"]}, [], "did you mean '01_embed'"),
     ],
@@ -55,7 +55,7 @@ def test_wrong_names_and_types_are_refused(tmp_path, content, overrides, message
 @pytest.mark.parametrize("content", ["", "[]", "parameters: {}", "a: ["])
 def test_files_that_are_no_recipe(tmp_path, content):
     (tmp_path / "recipe.yaml").write_text(content)
-    with pytest.raises(ImatchError, match=r"must name its|is no YAML"):
+    with pytest.raises(ImatchError, match=r"must be a valid dictionary|notebooks is missing|is no YAML"):
         batch.load(tmp_path / "recipe.yaml", [], NOTEBOOKS)
     with pytest.raises(ImatchError, match="no file"):
         batch.load(tmp_path / "absent.yaml", [], NOTEBOOKS)

@@ -180,6 +180,7 @@ def test_what_was_asked_for_and_is_not_there_is_an_error(group, message):
     ("image_groups", "message"),
     [
         ({"folder": "A1"}, "image_groups must be a valid list"),
+        (({"folder": "A1"},), "image_groups must be a valid list"),
         (["A1"], r"image_groups\[0\] must be a valid dictionary"),
         ([{"folder": "A1"}, {"indicse": [1]}], r"image_groups\[1\]\.indicse: unknown field.*did you mean 'indices'"),
         ([{"folder": 3}], r"\[0\]\.folder\[0\] must be a valid string, got 3"),

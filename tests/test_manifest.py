@@ -548,7 +548,7 @@ def test_what_looks_like_a_manifest_is_read_as_one(tmp_path, content):
 
 
 def test_a_recipe_knows_no_points(tmp_path):
-    with pytest.raises(ImatchError, match="unknown entry 'points'"):
+    with pytest.raises(ImatchError, match="unknown field 'points'"):
         batch.load(write(tmp_path, {"notebooks": ["01_embed"], "points": []}, "a.yaml"), [], NOTEBOOKS)
 
 

@@ -30,7 +30,7 @@ import psutil
 from PIL import Image
 
 from imatch import devices, images, indexes, keeping, registry
-from imatch.backbones import dinov3, dinov3_openvino, dinov3_weights
+from imatch.backbones import dinov3_weights
 from imatch.images import Resize
 from imatch.records import ImatchError, PhotographError
 from imatch.runs import Step
@@ -218,6 +218,8 @@ def _model(
     parameters: dict[str, Any], size: tuple[int, int], used: Sequence[str], batch_size: int
 ) -> tuple[list[str], list[str], Cost, float]:
     """Lines about the model, what does not fit, what a photograph costs, and the seconds that it takes."""
+    from imatch.backbones import dinov3_openvino
+
     options = parameters["backbone"]
     hub_entry, precision = options["hub_entry"], options["precision"]
     one = cost(hub_entry, size, precision)
@@ -272,7 +274,7 @@ def _decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
     for path in paths:
         begun = time.process_time()
         try:
-            images.decode(path, resize, patch)
+            images.decode(path, resize, patch, by="torch")
         except PhotographError:  # it will be skipped and reported when its turn comes
             continue
         taken.append(time.process_time() - begun)
@@ -424,6 +426,8 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
         side: of the square photographs that memory and speed are told for, in pixels.
         batch_size: photographs a forward pass.
     """
+    from imatch.backbones import dinov3
+
     known = registry.load(data_key)
     lines = [f"{'data set':14} {'photographs':>11}  where"]
     for key, dataset in sorted(known.datasets.items()):
@@ -483,6 +487,8 @@ def weight_file(filename: str) -> tuple[str, str, str]:
 
 def _planned(options: argparse.Namespace) -> str:
     """The plan that the command line asks for, with what this machine measures."""
+    from imatch.backbones import dinov3
+
     device = devices.resolved("auto")
     precision = "bf16" if dinov3.computes_in_bf16(device) else "fp32"
     here = rate(device, precision)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from imatch.records import ImatchError
 
 
@@ -16,6 +14,10 @@ def resolved(device: str) -> str:
     >>> resolved("cpu")
     'cpu'
     """
+    if device == "cpu":
+        return device
+    import torch  # which takes a second, and only a GPU needs it
+
     if device == "auto":  # device_count, for is_available would keep processes forked later from using the GPU
         return "cuda" if torch.cuda.device_count() else "cpu"
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
@@ -35,8 +36,8 @@ UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and valu
 MAX_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
 MODES = ("scale", "long_side", "stretch", "crop")
-PIXELS = "bicubic by torch"
-"""What steps record of how photographs are resized, so that numbers of another way are not mixed with these."""
+RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
+"""Who resizes photographs, and what steps record of it, so that numbers of another way are not mixed with these."""
 REDUCED = 6
 """From so many times the wanted size on, blocks of pixels are averaged before a photograph is resized."""
 
@@ -210,18 +211,19 @@ def check_header(path: Path) -> tuple[int, int]:
             return image.size[::-1]
 
 
-def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
+def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
     """Read a photograph from disk: RGB, 8 bits, upright, at the size the backbone wants.
 
     JPEGs much larger than that are decoded at a half, a quarter or an eighth (Pillow's draft mode; the exact
-    box is kept, so nothing shifts) and resized bicubically with antialiasing, by torch or, where it has to cut or to
-    shrink much, by Pillow. 16-bit grey is scaled to 8;
+    box is kept, so nothing shifts). Where parts of pixels are cut off, Pillow resizes, bicubically; else OpenCV, by
+    the mean of the area or, to enlarge, bicubically, or torch, as networks are used to. 16-bit grey is scaled to 8;
     transparent pixels lie on white, as viewers show them; of an animation the first frame is taken.
 
     Args:
         path: the file.
         resize: None keeps the photograph's own size.
         patch: sides become multiples of it.
+        by: who resizes, one of `RESAMPLING`.
 
     Raises:
         PhotographError: the file cannot be decoded; the message is the reason.
@@ -240,7 +242,7 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1) -> Decoded:
             # a box in the middle is the same box before and after turning upright, but for its sides
             left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
             box = (top, left, bottom, right) if lying else (left, top, right, bottom)
-            pixels = _resized(image, target[::-1] if lying else target, box)
+            pixels = _resized(image, target[::-1] if lying else target, box, by)
             if turn in UPRIGHT:
                 pixels = pixels.transpose(UPRIGHT[turn])
             return Decoded(
@@ -337,7 +339,9 @@ def _sideways(turn: int) -> bool:
     return turn >= 5
 
 
-def _resized(image: Image.Image, target: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+def _resized(
+    image: Image.Image, target: tuple[int, int], box: tuple[float, float, float, float], by: str
+) -> Image.Image:
     h, w = target
     whole = (w, h) == image.size
     if not whole:
@@ -351,9 +355,13 @@ def _resized(image: Image.Image, target: tuple[int, int], box: tuple[float, floa
     image = _rgb(image)
     if whole:
         return image
-    much = image.width >= REDUCED * w or image.height >= REDUCED * h
-    if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and cuts out no parts of pixels
+    much = by == "torch" and (image.width >= REDUCED * w or image.height >= REDUCED * h)
+    if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and neither cuts out parts of pixels
         return image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2)
+    if by == "opencv":
+        small = min(w, image.width), min(h, image.height)  # first what shrinks, for INTER_AREA does not enlarge
+        pixels = cv2.resize(np.asarray(image), small, interpolation=cv2.INTER_AREA)
+        return Image.fromarray(cv2.resize(pixels, (w, h), interpolation=cv2.INTER_CUBIC))
     from torch import from_numpy
     from torch.nn.functional import interpolate
 

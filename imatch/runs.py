@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 from imatch import registry, store
 from imatch.records import ImatchError, StepError
@@ -243,32 +250,24 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
         workers: processes; 0 runs here; -1 is one a core. At most two results a worker wait in memory.
         what: the bar's label, such as "embed".
     """
-    if not items:
-        return
-    from torch.utils.data import DataLoader
-
     workers = min(registry.cores() if workers < 0 else workers, len(items))
-    loader = DataLoader(
-        _Mapped(function, items),  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_same,
-        worker_init_fn=_one_thread if workers else None,
-    )
-    with _without_threads(workers):
-        results = iter(loader)
+    if not workers:
+        yield from progress(map(function, items), what, len(items), delay=0)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(function,))
     try:
-        for result in progress(results, what, len(items), delay=0):
-            if isinstance(result, _Raised):
-                raise result.error
-            yield result
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
-            raise
+        with _without_threads():
+            pool.submit(int).result()  # the first job starts the processes
+        yield from progress(_ordered(pool, _do, items, 2 * workers), what, len(items), delay=0)
+    except BrokenProcessPool as error:
         raise ImatchError(
-            f"{what}: a worker process was killed ({error}), mostly for want of memory: use fewer workers "
+            f"{what}: a worker process was killed, mostly for want of memory: use fewer workers "
             "and run it again, it goes on where it stopped"
         ) from error
+    except ImatchError as error:  # its message is for the user, so it comes without the worker's traceback
+        raise error from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Iterator[R]:
@@ -288,15 +287,19 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: i
         return
     pool = ThreadPoolExecutor(workers)
     try:
-        waiting: deque[Future[R]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from _ordered(pool, function, items, depth)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _ordered(pool: Executor, function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, delay: float = 1) -> Iterator[T]:
@@ -309,36 +312,9 @@ def progress(items: Iterable[T], what: str, total: int | None = None, delay: flo
     return iter(tqdm(items, what, total, file=sys.stdout, mininterval=1, delay=delay, ncols=88))
 
 
-@dataclass(frozen=True)
-class _Mapped:
-    function: Callable[[Any], Any]
-    items: Sequence[Any]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.function(self.items[index])
-        except ImatchError as error:  # its message is for the user, so it travels without the worker's traceback
-            return _Raised(error)
-
-
-@dataclass(frozen=True)
-class _Raised:
-    error: ImatchError
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
 @contextmanager
-def _without_threads(workers: int) -> Iterator[None]:
+def _without_threads() -> Iterator[None]:
     """End OpenCV's threads for the block that starts workers: a forked one would wait for ever to end them itself."""
-    if not workers:
-        yield
-        return
     import cv2
 
     threads = cv2.getNumThreads()
@@ -349,10 +325,28 @@ def _without_threads(workers: int) -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def _one_thread(_: int) -> None:
+_work: list[Callable[[Any], Any]] = []
+"""What a worker process does; it is given it once, not with every item, for it may open stores."""
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    """In a worker: one thread, and an end when the process above is gone. That one alone is interrupted."""
     import cv2
 
     cv2.setNumThreads(1)
+    threadpool_limits(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    _work[:] = [function]
+
+
+def _end_with(above: Any) -> None:
+    above.join()
+    os._exit(1)
+
+
+def _do(item: Any) -> Any:
+    return _work[0](item)
 
 
 def _identity(step: Step) -> dict[str, Any]:

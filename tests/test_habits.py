@@ -36,6 +36,69 @@ def test_importing_imatch_is_light(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_two_photographs_are_matched_without_torch(tmp_path):
+    """From the files to the geometry, resized on the way; torch alone would take longer than all of it."""
+    code = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from imatch import geometry, images, matching
+from imatch.aligning import Aligner
+from imatch.backbones.sift import Sift
+from imatch.backbones.sift_vocabulary import dead_leaves
+path = Path({str(tmp_path)!r}) / "leaves.png"
+Image.fromarray(dead_leaves(np.random.default_rng(0), side=320)).save(path)
+decoded = [images.decode(path, images.Resize("scale", scale=scale)) for scale in (0.8, 1.2)]
+a, b = (Sift()(one.pixels[None])[0] for one in decoded)
+homography = geometry.Estimator("homography")
+for matcher in ("mutual", "ratio"):
+    align = Aligner(matching.create(matcher), geometry.Estimator("similarity"), homography)
+    found = align([("upright", a)], b, *(one.pixels.shape[:2] for one in decoded)).geometry
+    assert found.verified, found.reason
+print(sorted({{"torch", "timm", "matplotlib", "faiss"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_run_with_sift_needs_no_torch(tmp_path):
+    """01_embed to 04_match, by the verbs of the notebooks."""
+    code = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+import imatch
+from imatch.backbones.sift_vocabulary import dead_leaves
+here = Path({str(tmp_path)!r})
+(here / "leaves").mkdir()
+for seed in range(3):
+    Image.fromarray(dead_leaves(np.random.default_rng(seed), side=160)).save(here / "leaves" / f"{{seed}}.png")
+always = {{"tag": "", "on_change": "refuse"}}
+step = imatch.start_embed(str(here / "leaves"), exports=str(here), run="r", weight="sift", backbone_options={{}},
+    resize=imatch.Resize("scale", scale=1.5), shard_size=2, **always)
+imatch.preflight(step, batch_size=8)
+imatch.finish_embed(step, imatch.embed(step))
+index = imatch.start_index(str(step.folder), "", direction="data-data", index="flat", index_options={{}}, memory_gb=0.0,
+    recall=0.95, float16=False, k=2, whiten=0, rotations=1, expand=0, rerank=0, tokens=32, exclude_siblings=False,
+    truth="photograph", labels="", radius=60.0, heading=180.0, cluster="photograph", precision=0.95, send="", ttl=60,
+    **always)
+query, gallery = imatch.query_and_gallery(index)
+built = imatch.build_index(index, gallery, device="cpu")
+figures, checked = imatch.tune_index(index, built, query), imatch.self_check(built, gallery)
+ranking = imatch.search(index, built, query, gallery)
+rows, threshold = imatch.judge(index, query, gallery, ranking, figures)
+index.finish(imatch.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
+match = imatch.start_match(str(index.folder), candidates=2, matcher="ratio", matcher_options={{}}, model="homography",
+    threshold=0.0, confidence=0.9999, iterations=10000, min_inliers=8, min_share=0.0, outputs=["npy"], **always)
+assert imatch.match(match, workers=2)
+print("torch" in sys.modules, "timm" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("False False\n"), done.stdout + done.stderr
+
+
 def test_public_verbs_are_there():
     for name in imatch.__all__:
         assert getattr(imatch, name) is not None

@@ -152,6 +152,10 @@ class Toy:
         return 1
 
     @property
+    def resampling(self) -> str:
+        return "opencv"
+
+    @property
     def digest(self) -> str:
         return "a toy"
 

@@ -35,6 +35,10 @@ class Backbone(Protocol):
         """Both sides of a photograph must be multiples of this many pixels."""
 
     @property
+    def resampling(self) -> str:
+        """Who resizes its photographs, one of `images.RESAMPLING`."""
+
+    @property
     def digest(self) -> str:
         """What the numbers depend on beside the options (weights, whose code), for the fingerprint."""
 

@@ -117,6 +117,11 @@ class Dinov3:
         """16 pixels; 32 for a ConvNeXt."""
         return dinov3_weights.patch(self.hub_entry)
 
+    @property
+    def resampling(self) -> str:
+        """torch, whose bicubic has antialiasing, as Meta's training had."""
+        return "torch"
+
     @cached_property
     def _most(self) -> dict[tuple[int, int], int]:
         """How many photographs of a shape (h, w) fit into the memory at once, of shapes for which it ran out."""

@@ -42,6 +42,11 @@ class DenseSift:
         return "cpu"
 
     @property
+    def resampling(self) -> str:
+        """OpenCV, as SIFT does without torch."""
+        return "opencv"
+
+    @property
     def digest(self) -> str:
         """There are no weights; whose SIFT it is."""
         return f"OpenCV {cv2.__version__}"

@@ -51,6 +51,11 @@ class Sift:
         """It runs on the CPU."""
         return "cpu"
 
+    @property
+    def resampling(self) -> str:
+        """OpenCV, as SIFT does without torch."""
+        return "opencv"
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the vocabulary's file, and whose SIFT it is."""

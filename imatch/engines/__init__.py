@@ -17,6 +17,8 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from imatch import plugins, registry, runs
 from imatch.records import ImatchError
 from imatch.store import Row
@@ -236,9 +238,10 @@ def _unpickled(pickled: bytes) -> Work[Any]:
 
 
 def _take_cores(n: int) -> None:
-    """Torch, FAISS and OpenCV use so many threads, those that are loaded now and those that will be: torch alone takes
-    seconds to load, and not every work needs it."""
+    """numpy, torch, FAISS and OpenCV use so many threads, those that are loaded now and those that will be: torch alone
+    takes seconds to load, and not every work needs it."""
     registry.take_cores(n)
+    threadpool_limits(n, user_api="blas")
     for name, limit in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads"), ("cv2", "setNumThreads")):
         if name in sys.modules:
             getattr(sys.modules[name], limit)(n)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
+import numpy as np
 from pydantic import Field, NonNegativeInt
-from torch import Tensor
 
 from imatch import devices, neighbours, plugins
+from imatch.neighbours import Side
 from imatch.records import Matches, Tokens
 
 
@@ -29,12 +28,11 @@ class DualSoftmax:
             for features of its own, which are not of norm 1; among 1,000 SIFT 0.02 finds what the ratio test does.
         min_probability: 0 to 1; a pair below it is dropped. 0.2 is LoFTR's.
         max_matches: how many of the strongest (by cosine) are kept; 0 keeps all.
-        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1".
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
 
     Raises:
         ImatchError: a number out of its range, or a missing device.
 
-    >>> import numpy as np
     >>> tokens = Tokens(np.ones(1), np.eye(3)[[0, 1, 2, 2]], np.zeros((4, 2), np.float32))
     >>> DualSoftmax(min_probability=0.5)(tokens, tokens).index_a.tolist()
     [0, 1]
@@ -43,7 +41,7 @@ class DualSoftmax:
     temperature: Annotated[float, Field(ge=0.001)] = 0.02
     min_probability: plugins.Share = 0.2
     max_matches: NonNegativeInt = 2000
-    device: str = field(default="auto", compare=False)
+    device: str = field(default="cpu", compare=False)
 
     def __post_init__(self) -> None:
         plugins.check(self)
@@ -51,30 +49,37 @@ class DualSoftmax:
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
-        of_a, of_b = neighbours.sides(a, b, self.device)
-        scores = _log_probabilities(of_a.directions, of_b.directions, self.temperature)
-        i, j, score = neighbours.mutual(*neighbours.largest(scores, 1))
-        kept = score.exp() >= self.min_probability
-        i, j = i[kept], j[kept]
-        cosine = (of_a.directions[i] * of_b.directions[j]).sum(dim=1).float()
-        return neighbours.correspondences(of_a, of_b, i, j, cosine, self.max_matches)
+        of_a, of_b = neighbours.sides(a, b)
+        scores = _log_probabilities(of_a, of_b, self.temperature, self.device)
+        i, j, score = neighbours.mutual(*neighbours.nearest(scores, 1))
+        kept = np.exp(score) >= self.min_probability
+        return neighbours.correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
 
 
-def _log_probabilities(a: Tensor, b: Tensor, temperature: float) -> Iterator[Tensor]:
-    """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one.
+def _log_probabilities(a: Side, b: Side, temperature: float, device: str) -> Iterator[Any]:
+    """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one."""
+    if not (len(a.rows) and len(b.rows)):
+        yield from neighbours.products(a, b, device)  # the empty tile, of which there is no sum
+        return
+    of_rows, of_columns = [], None
+    for tile in neighbours.products(a, b, device):
+        tile /= temperature
+        of_rows.append(_log_sum_exp(tile, 1))
+        below = _log_sum_exp(tile, 0)
+        of_columns = below if of_columns is None else _log_add_exp(of_columns, below)
+    for tile, of_these in zip(neighbours.products(a, b, device), of_rows, strict=True):
+        tile *= 2 / temperature
+        tile -= of_these[:, None]
+        tile -= of_columns
+        yield tile
 
-    Sums of exponentials are rounded by how they are tiled, in the last digits of float64; float32 hides that.
-    """
-    of_rows, of_columns = a.new_empty(len(a), 1), a.new_full((len(b),), -math.inf)
-    scaled, n = a.new_empty(0), 0  # what is used again and again keeps its memory, as in neighbours.tiles
-    for tile in neighbours.tiles(a, b):
-        scaled.resize_(tile.shape).copy_(tile).div_(temperature)
-        of_rows[n : n + len(tile)] = scaled.logsumexp(dim=1, keepdim=True)
-        torch.logaddexp(of_columns, scaled.logsumexp(dim=0), out=of_columns)
-        n += len(tile)
-    n = 0
-    for tile in neighbours.tiles(a, b):
-        scaled.resize_(tile.shape).copy_(tile).mul_(2 / temperature)
-        scaled.sub_(of_rows[n : n + len(tile)]).sub_(of_columns)
-        n += len(tile)
-        yield tile.copy_(scaled)
+
+def _log_sum_exp(x: Any, axis: int) -> Any:
+    if not isinstance(x, np.ndarray):
+        return x.logsumexp(axis)
+    top = x.max(axis=axis, keepdims=True)
+    return np.log(np.exp(x - top).sum(axis=axis)) + top.squeeze(axis)
+
+
+def _log_add_exp(x: Any, y: Any) -> Any:
+    return np.logaddexp(x, y) if isinstance(x, np.ndarray) else x.logaddexp(y)

@@ -24,7 +24,8 @@ class Mutual:
             of DINOv3's tokens differ, SIFT's are 1.
         one_to_one: whether a descriptor takes part in one pair only, the strongest whose other side is free.
         max_matches: how many of the strongest pairs are kept; 0 keeps all.
-        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1". It changes no number.
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one), where numbers are rounded
+            otherwise.
 
     Raises:
         ImatchError: a number out of its range, or a missing device.
@@ -43,7 +44,7 @@ class Mutual:
     min_norm: plugins.Share = 0.0
     one_to_one: bool = True
     max_matches: NonNegativeInt = 2000
-    device: str = field(default="auto", compare=False)
+    device: str = field(default="cpu", compare=False)
 
     def __post_init__(self) -> None:
         plugins.check(self)
@@ -51,12 +52,10 @@ class Mutual:
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
-        of_a, of_b = neighbours.sides(a, b, self.device, self.min_norm)
-        nearest = neighbours.nearest(of_a.directions, of_b.directions, self.k)
-        i, j, similarity = neighbours.mutual(*nearest)
+        of_a, of_b = neighbours.sides(a, b, self.min_norm)
+        tiles = neighbours.products(of_a, of_b, self.device)
+        i, j, similarity = neighbours.mutual(*neighbours.nearest(tiles, self.k))
         kept = similarity >= self.min_similarity
         if self.min_relative and len(similarity):
             kept &= similarity >= self.min_relative * similarity.max()
-        return neighbours.correspondences(
-            of_a, of_b, i[kept], j[kept], similarity[kept], self.max_matches, self.one_to_one
-        )
+        return neighbours.correspondences(of_a, of_b, i[kept], j[kept], self.max_matches, self.one_to_one)

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
-import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
-from scipy.spatial import KDTree
-from torch import Tensor
 
 from imatch import devices, neighbours, plugins
-from imatch.neighbours import Side
+from imatch.neighbours import Nearest, Side
 from imatch.records import Matches, Tokens
 
 
@@ -34,7 +31,7 @@ class Ratio:
         max_ratio: of the two angles, above 0 and at most 1; smaller is stricter. Lowe's is 0.8, for distances.
         apart: in spacings, at least 0; 1.5 excludes the eight neighbours of a cell.
         max_matches: how many of the strongest pairs are kept; 0 keeps all.
-        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1".
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
 
     Raises:
         ImatchError: a number out of its range, or a missing device.
@@ -49,7 +46,7 @@ class Ratio:
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.8
     apart: NonNegativeFloat = 1.5
     max_matches: NonNegativeInt = 2000
-    device: str = field(default="auto", compare=False)
+    device: str = field(default="cpu", compare=False)
 
     def __post_init__(self) -> None:
         plugins.check(self)
@@ -57,15 +54,12 @@ class Ratio:
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
-        of_a, of_b = neighbours.sides(a, b, self.device)
-        nearest = neighbours.nearest(of_a.directions, of_b.directions, 1)
-        i, j, similarity = neighbours.mutual(*nearest)
-        rival = torch.maximum(
-            _rival(of_a.directions[i], of_b, j, self.apart * spacing(b.xy)),
-            _rival(of_b.directions[j], of_a, i, self.apart * spacing(a.xy)),
-        )
-        kept = _angle(similarity) < self.max_ratio * _angle(rival)
-        return neighbours.correspondences(of_a, of_b, i[kept], j[kept], similarity[kept], self.max_matches)
+        of_a, of_b = neighbours.sides(a, b)
+        in_b, rival_in_b = _with_rivals(of_a, of_b, self.apart * spacing(b.xy), self.device)
+        in_a, rival_in_a = _with_rivals(of_b, of_a, self.apart * spacing(a.xy), self.device)
+        i, j, similarity = neighbours.mutual(in_b, in_a)
+        kept = _angle(similarity) < self.max_ratio * _angle(np.maximum(rival_in_b[i], rival_in_a[j]))
+        return neighbours.correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
 
 
 def spacing(xy: np.ndarray) -> float:
@@ -77,23 +71,27 @@ def spacing(xy: np.ndarray) -> float:
     >>> spacing(np.array([[0.0, 0], [0, 0], [3, 0], [3, 4], [7, 4]]))
     3.5
     """
+    from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
+
     places = np.unique(xy, axis=0)
     return float(np.median(KDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else 0.0
 
 
-def _rival(directions: Tensor, other: Side, partners: Tensor, radius: float) -> Tensor:
-    """(m,) float32: each direction's best cosine outside the circle around its partner, or 0."""
-    found = directions.new_empty(len(directions), dtype=torch.float32)  # at once, as in neighbours.tiles
-    xy = torch.from_numpy(other.xy.astype(np.float64)).to(directions.device)
-    n = 0
-    for tile in neighbours.tiles(directions, other.directions) if len(partners) else ():
-        rows = slice(n, n + len(tile))
-        away = torch.cdist(xy[partners[rows]], xy, compute_mode="donot_use_mm_for_euclid_dist")
-        torch.amax(tile.masked_fill_(away <= radius, 0.0), dim=1, out=found[rows])
-        n += len(tile)
-    return found
+def _with_rivals(a: Side, b: Side, radius: float, device: str) -> tuple[Nearest, np.ndarray]:
+    """The most similar of B for each of A, n of them, and (n,) float32 the best cosine outside the circle around it, or
+    0."""
+    from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
+
+    found, rivals, places = [], [], KDTree(b.xy)
+    for tile in neighbours.products(a, b, device):
+        best = neighbours.largest(tile, 1)
+        around = KDTree(b.xy[best.index.ravel()]).sparse_distance_matrix(places, radius, output_type="ndarray")
+        tile[around["i"], around["j"]] = 0.0
+        found.append(best)
+        rivals.append(neighbours.largest(tile, 1).score.ravel())
+    return Nearest(*map(np.concatenate, zip(*found, strict=True))), np.concatenate(rivals)
 
 
-def _angle(cosine: Tensor) -> Tensor:
+def _angle(cosine: np.ndarray) -> np.ndarray:
     """Radians, float64."""
-    return torch.arccos(cosine.double().clamp(-1, 1))
+    return np.arccos(cosine.astype(np.float64).clip(-1, 1))

@@ -96,7 +96,7 @@ def start_embed(
         "backbone": backbones.identity(backbone),
         "weights_digest": backbone.digest,
         "resize": {"mode": resize.mode, **_side(resize)},
-        "pixels": images.PIXELS,
+        "pixels": images.RESAMPLING[backbone.resampling],
         "cfg": named("cfg", cfg) or str(resize),
         "variant": variant,
         "shard_size": shard_size,
@@ -249,9 +249,11 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
     return step.finish(metrics, contents)
 
 
-def _timed_decode(path: Path, resize: Resize, patch: int, degrees: float) -> tuple[Decoded | PhotographError, float]:
+def _timed_decode(
+    path: Path, resize: Resize, backbone: Backbone, degrees: float
+) -> tuple[Decoded | PhotographError, float]:
     started = time.perf_counter()
-    decoded = _decode(path, resize, patch, degrees)
+    decoded = _decode(path, resize, backbone, degrees)
     return decoded, time.perf_counter() - started
 
 
@@ -260,11 +262,11 @@ def _timed_forward(backbone: Backbone, photographs: np.ndarray) -> tuple[list[To
     return backbone(photographs), started, time.perf_counter()
 
 
-def _decode(path: Path, resize: Resize, patch: int, degrees: float) -> Decoded | PhotographError:
+def _decode(path: Path, resize: Resize, backbone: Backbone, degrees: float) -> Decoded | PhotographError:
     try:
-        decoded = images.decode(path, resize, patch)
+        decoded = images.decode(path, resize, backbone.patch, backbone.resampling)
         decoded = replace(decoded, look=images.look(decoded.pixels))
-        return poses.turned(decoded, degrees, patch) if degrees else decoded
+        return poses.turned(decoded, degrees, backbone.patch) if degrees else decoded
     except PhotographError as error:
         return error
 
@@ -276,7 +278,7 @@ def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pos
         PhotographError: it cannot be decoded.
     """
     resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
-    decoded = _decode(path, resize, backbone.patch, pose.turn)
+    decoded = _decode(path, resize, backbone, pose.turn)
     if isinstance(decoded, PhotographError):
         raise decoded
     (tokens,) = backbone(np.stack([decoded.pixels]))  # a copy, for torch wants to be allowed to write
@@ -375,7 +377,7 @@ class _Work:
         step, backbone = self.step, self._backbone(place.device)
         pose = Pose(**step.parameters.get("pose", {}))
         resize = Resize(**step.parameters["resize"]).zoomed(pose.zoom)
-        decode = partial(_timed_decode, resize=resize, patch=backbone.patch, degrees=pose.turn)
+        decode = partial(_timed_decode, resize=resize, backbone=backbone, degrees=pose.turn)
         shards, coming = itertools.tee(jobs)
         paths = (self.root / id for shard in coming for id in shard.readable)
         workers = place.workers(self.workers)

@@ -154,8 +154,6 @@ def match(
             batch_size=batch_size,
             on_change=step.on_change,
         )
-        if aligner(step.parameters, None).matcher.device.startswith("cuda"):
-            workers = 0  # a forked process cannot use a GPU that this one may have used
         job = _Match(step)
         blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])

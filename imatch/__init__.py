@@ -15,8 +15,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "imatch.images": ("Resize",),
-    "imatch.store": ("Embeddings",),
+    "imatch.data.images": ("Resize",),
+    "imatch.data.store": ("Embeddings", "query_and_gallery"),
     "imatch.steps.embed": ("start_embed", "embed", "finish_embed"),
     "imatch.steps.references": ("start_references", "make_references", "start_reference_tokens"),
     "imatch.steps.index": (
@@ -24,18 +24,18 @@ _VERBS = {
         "build_index",
         "tune_index",
         "self_check",
+        "search",
+        "search_stages",
         "judge",
         "index_metrics",
+        "audit",
     ),
-    "imatch.steps.search": ("search", "search_stages"),
     "imatch.steps.send": ("send",),
-    "imatch.steps.match": ("start_match", "match", "match_metrics"),
-    "imatch.steps.shared": ("query_and_gallery",),
-    "imatch.alarms": ("audit",),
-    "imatch.checks": ("preflight",),
-    "imatch.report": ("start_report",),
-    "imatch.perimage": ("export",),
-    "imatch.explore": ("browse",),
+    "imatch.steps.match": ("start_match", "match_pairs", "match_metrics"),
+    "imatch.steps.preflight": ("preflight",),
+    "imatch.steps.report": ("start_report",),
+    "imatch.export.per_image": ("export_files",),
+    "imatch.viz.explorer": ("browse",),
 }
 _ROOM = {verb: room for room, verbs in _VERBS.items() for verb in verbs}
 __all__ = ["__version__", *sorted(_ROOM)]

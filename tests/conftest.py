@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imatch import demo
-from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.cli import demo
 from tests import random_weights
+from tools.sift_vocabulary import dead_leaves
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from imatch.backbones import dinov3_weights
+from imatch.features import weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ def state(hub_entry, seed=0):
     """A state dict as Meta's file for this architecture holds it, training-only tensors included."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in dinov3_weights.layout(dinov3_weights.skeleton(hub_entry)).items():
+    for name, shape in weights.layout(weights.skeleton(hub_entry)).items():
         numbers = torch.randn(shape, generator=generator)
         if "norm" in name and name.endswith("weight"):
             tensors[name] = 1 + 0.1 * numbers

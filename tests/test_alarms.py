@@ -10,14 +10,16 @@ import pytest
 from PIL import Image, ImageEnhance
 
 import imatch
-from imatch import alarms, images, runs, store
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.images import Resize
-from imatch.records import ImatchWarning, StepError
-from imatch.steps.shared import source_rows
-from imatch.store import Embeddings
+from imatch.core import files
+from imatch.core.step import open_step, source_rows
+from imatch.core.types import ImatchWarning, StepError
+from imatch.data import images, store
+from imatch.data.images import Resize
+from imatch.data.store import Embeddings
+from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage
 from tests.test_steps import embedded, indexed, judged, referenced, with_toys, write_leaves
+from tools.sift_vocabulary import dead_leaves
 
 EVERY_ROW = 10**6
 
@@ -108,20 +110,20 @@ def test_shuffled_vectors_of_references_are_refused(few):
 
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]], ids=str)
 def test_a_list_in_another_order_is_refused_when_it_is_opened(few, order):
-    rows = store.read_rows(few.folder / "images.jsonl")
-    store.write_rows(few.folder / "images.jsonl", [rows[i] for i in order])
+    rows = files.read_rows(few.folder / "images.jsonl")
+    files.write_rows(few.folder / "images.jsonl", [rows[i] for i in order])
     with pytest.raises(StepError, match=r"does not follow|not sorted"):
         Embeddings(few.folder)
 
 
 def swap(step, kept):
     """Swap the numbers of the first two photographs, and what their rows say of themselves but for what is kept."""
-    rows = store.read_rows(step.folder / "images.jsonl")
+    rows = files.read_rows(step.folder / "images.jsonl")
     n = rows[0]["n"]
     assert [(row["shard"], row["first"]) for row in rows[:2]] == [(0, 0), (0, n)]
     first = {**rows[1], **{name: rows[0][name] for name in kept}, "first": 0}
     second = {**rows[0], **{name: rows[1][name] for name in kept}, "first": rows[1]["n"]}
-    store.write_rows(step.folder / "images.jsonl", [first, second, *rows[2:]])
+    files.write_rows(step.folder / "images.jsonl", [first, second, *rows[2:]])
     vectors = np.load(step.folder / "global.npy")
     np.save(step.folder / "global.npy", vectors[[1, 0, *range(2, len(vectors))]])
     for path in step.folder.glob("local/00000*.npy"):
@@ -203,7 +205,7 @@ def test_a_network_is_asked_again_by_its_weights(weights, monkeypatch, few_photo
     first, last = among(step)
     for said, id in ((first, "a.png"), (last, "flight 1/d.png")):
         assert said.startswith(f"{id} could not be embedded again to compare: ")
-        assert runs.read(step.folder).parameters["backbone"]["filename"] in said
+        assert open_step(step.folder).parameters["backbone"]["filename"] in said
 
 
 def test_what_cannot_be_embedded_again_is_said(few, few_photographs, tmp_path):
@@ -220,16 +222,16 @@ def test_imported_stores_are_said_to_be_unchecked(tmp_path):
     data = test_perimage.survey(tmp_path / "exports")
     test_perimage.export(data, tmp_path / "tree")
     (folder,) = test_legacy.imported(tmp_path / "tree", tmp_path / "back")
-    rows = store.read_rows(folder / "images.jsonl")
-    store.write_rows(folder / "images.jsonl", [{**row, "position": None} for row in rows])
-    assert among(runs.read(folder)) == [
+    rows = files.read_rows(folder / "images.jsonl")
+    files.write_rows(folder / "images.jsonl", [{**row, "position": None} for row in rows])
+    assert among(open_step(folder)) == [
         "the queries were imported without their photographs, so none was embedded again"
     ]
     vectors = np.load(folder / "global.npy")
     np.save(folder / "global.npy", vectors[::-1].copy())
     shutil.rmtree(tmp_path / "back" / "i" / "03_index")
     with pytest.raises(StepError, match="holds the vector of"):  # their rows are checked all the same
-        among(runs.read(folder))
+        among(open_step(folder))
 
 
 # --- queries that are in the gallery ------------------------------------------------------------------------
@@ -393,8 +395,8 @@ def test_alarms_are_plain_json(few):
 
 
 def test_a_store_without_digests_is_said_to_be_unchecked(few):
-    rows = store.read_rows(few.folder / "images.jsonl")
-    store.write_rows(few.folder / "images.jsonl", [{k: v for k, v in row.items() if k != "vector"} for row in rows])
+    rows = files.read_rows(few.folder / "images.jsonl")
+    files.write_rows(few.folder / "images.jsonl", [{k: v for k, v in row.items() if k != "vector"} for row in rows])
     assert among(few) == [
         "the queries were embedded by an earlier version that noted no digests: whose vector is whose was not checked"
     ]

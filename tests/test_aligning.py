@@ -4,15 +4,15 @@ import cv2
 import numpy as np
 import pytest
 
-from imatch import geometry, matching, poses
-from imatch.aligning import Aligner
-from imatch.backbones.dsift import DenseSift
-from imatch.backbones.sift import Sift
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.geometry import Estimator
-from imatch.images import Decoded
-from imatch.records import ImatchError, Tokens
-from imatch.references.isometric import Isometric
+from imatch.core.types import ImatchError, Tokens
+from imatch.data import rotations
+from imatch.data.images import Decoded
+from imatch.data.references import Isometric
+from imatch.features.sift import DenseSift, Sift
+from imatch.matching import geometry, matchers
+from imatch.matching.align import Aligner
+from imatch.matching.geometry import Estimator
+from tools.sift_vocabulary import dead_leaves
 
 LEAVES, OTHER = (
     cv2.GaussianBlur(dead_leaves(np.random.default_rng(seed), side=320), None, 1)[:304, :320] for seed in (0, 1)
@@ -23,7 +23,7 @@ def aligner(backbone, refinement="pixel"):
     coarse = 3.0 if isinstance(backbone, Sift) else 8.0
     fine = 3.0 if refinement == "pixel" else coarse
     search = Estimator("similarity", threshold=coarse)
-    return Aligner(matching.create("mutual"), search, Estimator("homography", threshold=fine), refinement)
+    return Aligner(matchers.create_matcher("mutual"), search, Estimator("homography", threshold=fine), refinement)
 
 
 def posed(backbone, pixels):
@@ -31,10 +31,10 @@ def posed(backbone, pixels):
     h, w = pixels.shape[:2]
     upright = Decoded(pixels, (h, w), "", None, (0.0, 0.0, float(w), float(h)))
     found = []
-    for pose in poses.poses(1 if isinstance(backbone, Sift) else 8):
-        decoded = poses.turned(upright, pose.turn, backbone.patch)
+    for pose in rotations.poses(1 if isinstance(backbone, Sift) else 8):
+        decoded = rotations.turned(upright, pose.turn, backbone.patch)
         (tokens,) = backbone(decoded.pixels[None])
-        found.append((pose, poses.placed(tokens, decoded) if pose.turn else tokens))
+        found.append((pose, rotations.placed(tokens, decoded) if pose.turn else tokens))
     return found
 
 
@@ -55,7 +55,7 @@ def test_a_photograph_lies_on_itself(backbone):
     found = aligned(backbone, LEAVES, LEAVES)
     assert found.geometry.verified, found.geometry.reason
     assert geometry.corner_error(found.geometry.matrix, np.eye(3), (304, 320)) < 0.1
-    assert found.pose == poses.UPRIGHT
+    assert found.pose == rotations.UPRIGHT
 
 
 @pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
@@ -134,7 +134,7 @@ def test_photographs_that_do_not_confirm_are_said():
 
 
 def test_what_cannot_be_done_is_refused():
-    search, mutual = Estimator("similarity"), matching.create("mutual")
+    search, mutual = Estimator("similarity"), matchers.create_matcher("mutual")
     with pytest.raises(ImatchError, match="pixel"):
         Aligner(mutual, search, search, "pixels")
     with pytest.raises(ImatchError, match="use similarity"):

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import store
-from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
+from imatch.core.files import read_rows
+from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
 from tests.test_images import STORED, orientation, png_of_zeros
 from tests.test_steps import indexed, judged, without_times
 
@@ -68,7 +68,7 @@ def embedded(dataset, exports, workers=0, shard_size=4, on_change="refuse", **gi
 
 def skipped(step):
     """What skipped.jsonl lists: id -> reason."""
-    return {row["id"]: row["skipped"] for row in store.read_rows(step.folder / "skipped.jsonl")}
+    return {row["id"]: row["skipped"] for row in read_rows(step.folder / "skipped.jsonl")}
 
 
 def results(folder):
@@ -538,7 +538,7 @@ def matched(index_step):
         tag="",
         on_change="refuse",
     )
-    pairs = imatch.match(step, workers=0)
+    pairs = imatch.match_pairs(step, workers=0)
     step.finish(imatch.match_metrics(step, pairs))
     return pairs, step
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from imatch.calibrate import Threshold, calibrate, curve
-from imatch.records import ImatchError
+from imatch.core.types import ImatchError
+from imatch.evaluation.calibration import Threshold, calibrate, curve
 
 
 def asked_twice(rng, photographs, shift, queries=12):

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from imatch import checks, keeping, registry, store
-from imatch.checks import cost
+from imatch.core import files, settings
+from imatch.data import registry, store
+from imatch.steps import preflight
+from imatch.steps.preflight import cost
 
 ROOT = Path(__file__).parents[1]
 
 
 def command(data_key, *options):
-    line = [sys.executable, "-m", "imatch.registry", "--data-key", str(data_key), *options]
+    line = [sys.executable, "-m", "imatch.data.registry", "--data-key", str(data_key), *options]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_the_command_tells_every_data_set_and_weight(weights, capsys):
-    assert checks.main(["--data-key", str(weights / "data_key.json"), "--side", "64"]) == 0
+    assert preflight.main(["--data-key", str(weights / "data_key.json"), "--side", "64"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert {"demo", "survey", *(weight.key for weight in registry.load().weights)} <= set(lines)
     assert re.search(r"vits16 +LVD +found .* as its name says", lines["vits16"])
@@ -32,7 +34,7 @@ def test_a_file_that_is_not_what_its_name_says_is_seen(weights, tmp_path, monkey
     (file,) = weights.glob("dinov3_vits16_*.pth")
     copy = shutil.copy(file, tmp_path / "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth")
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    assert checks.main(["--side", "64"]) == 1
+    assert preflight.main(["--side", "64"]) == 1
     assert re.search(r"vitb16 +LVD +WRONG .*not with 73cec8be", capsys.readouterr().out)
     assert Path(copy).is_file()
 
@@ -61,32 +63,32 @@ def test_the_plan_of_the_readme_is_what_is_counted():
     """All but two numbers that were measured, which it names."""
     text = (ROOT / "README.md").read_text()
     asked = re.search(
-        r"imatch.registry --photographs ([\d ]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
+        r"imatch.data.registry --photographs ([\d ]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
     )
     block = re.search(r"```\n(dinov3_vits16 at 256 x 256 px.*?)\n```", text, re.S).group(1)
     measured = re.search(r"hours, (cpu in bf16 at (\d+) GFLOP/s, measured here), 1 worker", block)
     decoded = re.search(r"core hours of decoding, (\d+) ms", block)
     machines = [
-        checks.Machine(measured[1], "bf16", 1e9 * int(measured[2])),
-        checks.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
+        preflight.Machine(measured[1], "bf16", 1e9 * int(measured[2])),
+        preflight.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
     ]
     counts = [int(count) for count in asked[1].split()]
     assert counts == [10**4, 10**6, 10**8]
-    assert checks.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
+    assert preflight.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
 
 
 def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    done = command(registry.DATA_KEY, "--photographs", "1000", "1000000", "--side", "64", "--tflops", "100")
+    done = command(settings.DATA_KEY, "--photographs", "1000", "1000000", "--side", "64", "--tflops", "100")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("dinov3_vits16 at 64 x 64 px")
-    assert lines[-1] == checks.FORMULA
+    assert lines[-1] == preflight.FORMULA
     assert sum("measured here" in line for line in lines) == sum("computed" in line for line in lines) == 3
     kinds = [line.split()[4] for line in lines if line.startswith("GB of memory, index")]
     assert kinds == ["flat", "ivf_flat", "hnsw", "ivf_pq", "ivf_rabitq"]
     kept = [line.split()[4].rstrip(",") for line in lines if line.startswith("GB on disk")]
-    assert kept == [*keeping.KEEPS]
+    assert kept == [*store.KEEPS]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch
     ],
 )
 def test_a_plan_that_cannot_be_is_one_line(capsys, options, said):
-    assert checks.main(options) == 2
+    assert preflight.main(options) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert said in told
@@ -107,12 +109,12 @@ def test_a_plan_that_cannot_be_is_one_line(capsys, options, said):
 
 def test_hours_by_the_formula():
     one = cost("dinov3_vits16", (256, 256))
-    assert checks.hours(1000, one.flop, one.flop, "fp32") == pytest.approx(1000 / 0.6 / 3600)
-    assert checks.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.5 / 3600 / 8)
+    assert preflight.hours(1000, one.flop, one.flop, "fp32") == pytest.approx(1000 / 0.6 / 3600)
+    assert preflight.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.5 / 3600 / 8)
 
 
 def test_a_plan_says_when_no_index_fits():
-    told = checks.plan("dinov3_vits16", [10**4, 10**9], 256, [], 0.05, 2**30)
+    told = preflight.plan("dinov3_vits16", [10**4, 10**9], 256, [], 0.05, 2**30)
     assert told.splitlines()[-2].split()[-3:] == ["flat", "none", "fits"]
 
 
@@ -126,16 +128,16 @@ def test_rows_take_what_is_said_of_them(tmp_path):
         for i in range(2000)
     ]
     seen = {"id": rows[0]["id"], "stat": [10**7, 10**18], "problem": None, "sha256": "0" * 64}
-    assert len(store.line(rows[0]) + store.line(seen)) == pytest.approx(checks.LISTED, rel=0.2)
-    store.write_rows(tmp_path / "images.jsonl", rows)
+    assert len(files.line(rows[0]) + files.line(seen)) == pytest.approx(preflight.LISTED, rel=0.2)
+    files.write_rows(tmp_path / "images.jsonl", rows)
     del rows
     tracemalloc.start()
     try:
-        held = store.read_rows(tmp_path / "images.jsonl")
+        held = files.read_rows(tmp_path / "images.jsonl")
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert taken / len(held) == pytest.approx(checks.HELD, rel=0.2)
+    assert taken / len(held) == pytest.approx(preflight.HELD, rel=0.2)
 
 
 def test_parameters_are_those_that_meta_publishes():
@@ -147,5 +149,5 @@ def test_parameters_are_those_that_meta_publishes():
 
 
 def test_a_rate_is_measured():
-    assert checks.rate("cpu", "fp32") > 1e9
-    assert checks.free_memory("cpu") > 2**20
+    assert preflight.rate("cpu", "fp32") > 1e9
+    assert preflight.free_memory("cpu") > 2**20

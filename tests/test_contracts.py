@@ -6,18 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imatch import backbones, indexes, matching, references, searcher, sinks
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.geometry import Estimator
-from imatch.pooling import normalise
-from imatch.records import ImatchError, Pair, StepError, Tokens
+from imatch.core.types import ImatchError, Pair, StepError, Tokens, normalise
+from imatch.data import references
+from imatch.features import base
+from imatch.matching import matchers
+from imatch.matching.geometry import Estimator
+from imatch.retrieval import index as searcher
+from imatch.retrieval import kinds
+from imatch.steps import match
+from tools.sift_vocabulary import dead_leaves
 
 TABLES = [
-    (backbones.CLASSICAL, backbones.create),
+    (base.CLASSICAL, base.create_backbone),
     (references.REFERENCES, references.create),
-    (indexes.INDEXES, indexes.create),
-    (matching.MATCHERS, matching.create),
-    (sinks.SINKS, sinks.create),
+    (kinds.INDEXES, kinds.create_kind),
+    (matchers.MATCHERS, matchers.create_matcher),
+    (match.OUTPUTS, match.create_output),
 ]
 
 
@@ -32,9 +36,9 @@ def test_unknown_name_gets_the_nearest(table, create):
 @pytest.mark.parametrize(
     ("create", "table"),
     [
-        (backbones.create, backbones.CLASSICAL),
+        (base.create_backbone, base.CLASSICAL),
         (references.create, references.REFERENCES),
-        (matching.create, matching.MATCHERS),
+        (matchers.create_matcher, matchers.MATCHERS),
     ],
 )
 def test_unknown_and_mistyped_options_raise(create, table):
@@ -49,14 +53,14 @@ def test_unknown_and_mistyped_options_raise(create, table):
 # --- backbones
 
 
-@pytest.fixture(params=[*backbones.CLASSICAL, "vits16", "cxTiny"])
+@pytest.fixture(params=[*base.CLASSICAL, "vits16", "cxTiny"])
 def backbone(request):
     weights = request.getfixturevalue("weights")
-    return backbones.create(request.param, data_key=str(weights / "data_key.json"))
+    return base.create_backbone(request.param, data_key=str(weights / "data_key.json"))
 
 
 def test_every_backbone_is_under_contract():
-    assert set(backbones.BACKBONES) == {*backbones.CLASSICAL, "dinov3"}
+    assert set(base.BACKBONES) == {*base.CLASSICAL, "dinov3"}
 
 
 def leaves(h, w, seed=0):
@@ -83,7 +87,7 @@ def test_backbone_shapes(backbone):
 
 def test_backbone_is_deterministic_and_independent_of_the_batch(backbone):
     batch = np.stack([leaves(96, 128, seed) for seed in range(3)])
-    together, options = backbone(batch), backbones.identity(backbone)
+    together, options = backbone(batch), base.backbone_identity(backbone)
     for one, photograph in zip(together, batch, strict=True):
         (alone,) = pickle.loads(pickle.dumps(backbone))(photograph[None])
         for name in ("vector", "descriptors", "xy"):
@@ -93,9 +97,9 @@ def test_backbone_is_deterministic_and_independent_of_the_batch(backbone):
     assert [t.descriptors.tobytes() for t in backbone(batch)] == [t.descriptors.tobytes() for t in together]
 
 
-@pytest.mark.parametrize("weight", backbones.CLASSICAL)
+@pytest.mark.parametrize("weight", base.CLASSICAL)
 def test_classical_backbone_sees_nothing_in_an_even_grey(weight):
-    (tokens,) = backbones.create(weight)(np.full((1, 64, 64, 3), 127, np.uint8))
+    (tokens,) = base.create_backbone(weight)(np.full((1, 64, 64, 3), 127, np.uint8))
     assert not tokens.vector.any()
     assert not tokens.descriptors.any()
 
@@ -111,7 +115,7 @@ def test_descriptor_positions_turn_with_the_photograph(backbone):
 
 def test_dense_descriptor_sits_at_the_centre_of_its_patch():
     """Mirrored pixels give mirrored patches: the descriptors of the two must be each other's mirror."""
-    from imatch.backbones.dsift import DenseSift
+    from imatch.features.sift import DenseSift
 
     photograph = leaves(96, 128)
     (upright,), (mirrored,) = DenseSift()(photograph[None]), DenseSift()(photograph[None, :, ::-1].copy())
@@ -129,7 +133,7 @@ FLOOR = {"flat": 1.0, "ivf_flat": 0.95, "hnsw": 0.95, "ivf_pq": 0.9, "ivf_rabitq
 """Recall@10 on clustered vectors that each kind reaches once it is tuned."""
 
 
-@pytest.fixture(params=sorted(indexes.INDEXES))
+@pytest.fixture(params=sorted(kinds.INDEXES))
 def kind(request):
     return request.param
 
@@ -255,7 +259,7 @@ def test_index_memory_is_as_the_formula_says(kind, tmp_path):
         options = {**options, "centroids": 32}
     searcher.build(tmp_path / "index", vectors, searcher.digests(vectors), kind=kind, options=options)
     stored = opened(tmp_path / "index", vectors).stored()
-    assert stored == pytest.approx(indexes.create(kind, options).memory(*vectors.shape), rel=0.05)
+    assert stored == pytest.approx(kinds.create_kind(kind, options).memory(*vectors.shape), rel=0.05)
 
 
 def test_index_breaks_ties_by_row(kind, tmp_path):
@@ -356,7 +360,7 @@ def test_a_memory_map_is_read_in_blocks(tmp_path, monkeypatch):
 # --- matchers
 
 
-@pytest.fixture(params=sorted(matching.MATCHERS))
+@pytest.fixture(params=sorted(matchers.MATCHERS))
 def matcher(request):
     return request.param
 
@@ -383,19 +387,19 @@ def photographs_tokens():
 
 def test_matcher_finds_what_recurs(matcher):
     a, b, truth = photographs_tokens()
-    matches = matching.create(matcher)(a, b)
+    matches = matchers.create_matcher(matcher)(a, b)
     assert set(pairs(matches)[: len(truth)]) == truth
     assert (matches.index_a.dtype, matches.index_b.dtype, matches.similarity.dtype) == (np.int64, np.int64, np.float32)
     cosine = (a.descriptors[matches.index_a] * b.descriptors[matches.index_b]).sum(axis=1)
     assert np.allclose(matches.similarity, cosine, rtol=0, atol=1e-6)
     assert (np.diff(matches.similarity) <= 0).all()
-    fewer = matching.create(matcher, {"max_matches": 5})(a, b)
+    fewer = matchers.create_matcher(matcher, {"max_matches": 5})(a, b)
     assert pairs(fewer) == pairs(matches)[:5]
 
 
 def test_matcher_treats_both_sides_alike(matcher):
     a, b, _ = photographs_tokens()
-    there, back = matching.create(matcher)(a, b), matching.create(matcher)(b, a)
+    there, back = matchers.create_matcher(matcher)(a, b), matchers.create_matcher(matcher)(b, a)
     assert pairs(there) == [(i, j) for j, i in pairs(back)]
 
 
@@ -403,24 +407,24 @@ def test_matcher_takes_grids_keypoints_half_floats_and_any_length(matcher):
     a, b, truth = photographs_tokens()
     grids = tokens(7 * a.descriptors.astype(np.float16), (6, 10)), tokens(b.descriptors.astype(np.float64), (7, 10))
     for one, other in (grids, (grids[0], b), (a, grids[1])):
-        assert set(pairs(matching.create(matcher)(one, other))[: len(truth)]) == truth
+        assert set(pairs(matchers.create_matcher(matcher)(one, other))[: len(truth)]) == truth
 
 
 def test_matcher_has_an_answer_without_descriptors(matcher):
     none = tokens(np.zeros((0, 8), np.float32))
     for a, b in ((none, tokens(unit(3, d=8))), (tokens(unit(3, d=8)), none), (none, none)):
-        matches = matching.create(matcher)(a, b)
+        matches = matchers.create_matcher(matcher)(a, b)
         assert len(matches) == len(matches.index_a) == len(matches.index_b) == 0
         assert matches.index_a.dtype == np.int64
 
 
 def test_matcher_has_an_answer_for_one_descriptor_and_for_what_differs(matcher):
     one = tokens(unit(1, d=8), (1, 1))
-    assert pairs(matching.create(matcher)(one, one)) == [(0, 0)]
+    assert pairs(matchers.create_matcher(matcher)(one, one)) == [(0, 0)]
     many = tokens(np.concatenate([unit(5, d=8, seed=4), one.descriptors]))
-    assert pairs(matching.create(matcher)(one, many)) == [(0, 5)]
+    assert pairs(matchers.create_matcher(matcher)(one, many)) == [(0, 5)]
     eye = np.eye(8, dtype=np.float32)
-    apart = matching.create(matcher)(tokens(eye[:4]), tokens(eye[4:]))
+    apart = matchers.create_matcher(matcher)(tokens(eye[:4]), tokens(eye[4:]))
     assert len(apart) == 0
 
 
@@ -428,25 +432,25 @@ def test_matcher_never_matches_nothing(matcher):
     """Where a photograph is even, dense SIFT's descriptors are zeros."""
     nothing = tokens(np.zeros((1, 8), np.float32), (1, 1))
     some = tokens(np.concatenate([np.zeros((3, 8), np.float32), unit(2, d=8)]))
-    assert len(matching.create(matcher)(nothing, nothing)) == 0
-    assert pairs(matching.create(matcher)(some, some)) == [(3, 3), (4, 4)]
+    assert len(matchers.create_matcher(matcher)(nothing, nothing)) == 0
+    assert pairs(matchers.create_matcher(matcher)(some, some)) == [(3, 3), (4, 4)]
 
 
 def test_matcher_refuses_two_kinds_of_descriptors(matcher):
     with pytest.raises(ImatchError, match="same backbone"):
-        matching.create(matcher)(tokens(unit(3, d=8)), tokens(unit(3, d=4)))
+        matchers.create_matcher(matcher)(tokens(unit(3, d=8)), tokens(unit(3, d=4)))
 
 
 def test_matcher_refuses_a_device_that_is_not_there(matcher):
     for device in ("cuda:99", "tpu", ""):
         with pytest.raises(ImatchError, match="use auto"):
-            matching.create(matcher, {"device": device})
-    assert matching.create(matcher, {"device": "cpu"}) == matching.create(matcher)
+            matchers.create_matcher(matcher, {"device": device})
+    assert matchers.create_matcher(matcher, {"device": "cpu"}) == matchers.create_matcher(matcher)
 
 
 def test_matcher_refuses_fewer_than_no_matches(matcher):
     with pytest.raises(ImatchError, match=r"max_matches must be .*, got -1"):
-        matching.create(matcher, {"max_matches": -1})
+        matchers.create_matcher(matcher, {"max_matches": -1})
 
 
 # --- sinks
@@ -456,7 +460,7 @@ def test_matcher_refuses_fewer_than_no_matches(matcher):
 def pair(few_photographs):
     descriptors = unit(30, d=8)
     xy = np.random.default_rng(0).uniform(5, 90, (30, 2)).astype(np.float32)
-    matches = matching.create("mutual")(tokens(descriptors), tokens(descriptors))
+    matches = matchers.create_matcher("mutual")(tokens(descriptors), tokens(descriptors))
     size = (96, 128)
     geometry = Estimator()(xy, xy, size, size)
     row = {
@@ -474,10 +478,10 @@ def pair(few_photographs):
     return Pair(row, (path, path), (size, size), xy, xy, matches, geometry)
 
 
-@pytest.mark.parametrize("sink", sorted(sinks.SINKS))
+@pytest.mark.parametrize("sink", sorted(match.OUTPUTS))
 def test_sink_writes_the_same_bytes_twice(sink, pair, tmp_path):
     for name in ("one", "two"):
-        sinks.create(sink)(tmp_path / "pairs" / name, pair)
+        match.create_output(sink)(tmp_path / "pairs" / name, pair)
     one, two = sorted((tmp_path / "pairs").iterdir())
     assert one.suffix == f".{sink}"
     assert one.read_bytes() == two.read_bytes() != b""
@@ -486,7 +490,7 @@ def test_sink_writes_the_same_bytes_twice(sink, pair, tmp_path):
 def test_picture_shows_what_was_matched(pair):
     from dataclasses import replace
 
-    from imatch.pictures import lines
+    from imatch.viz.pictures import lines
 
     drawn, empty = lines(pair), lines(pair, shown=np.zeros(30, bool))
     assert drawn.shape == empty.shape

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from imatch import calibrate, curves, evaluate, intervals, positions, viz
-from imatch.calibrate import Threshold
-from imatch.records import ImatchError
+from imatch.core.types import ImatchError
+from imatch.evaluation import calibration, intervals, metrics
+from imatch.evaluation.calibration import Threshold
+from imatch.retrieval import truth
+from imatch.viz import curves, figures
 
 
 def words(figure):
@@ -192,13 +194,13 @@ def test_scores_are_counted_by_what_they_are_of():
 
 def test_believing_is_the_curve_of_the_calibration_with_its_threshold():
     rows = many_queries()
-    threshold = calibrate.calibrate(*evaluate.asked_twice(rows))
+    threshold = calibration.calibrate(*metrics.asked_twice(rows))
     assert threshold.value is not None
     assert threshold.held_out_precision is not None
     figure = curves.trust({"sift": rows}, {"sift": threshold}, 5)
     axis = figure.axes[2]
     line = labelled(axis, "sift")
-    _, precision, coverage = calibrate.curve(*evaluate.asked_twice(rows)[:3])
+    _, precision, coverage = calibration.curve(*metrics.asked_twice(rows)[:3])
     assert line.get_xdata().tolist() == coverage.tolist()
     assert line.get_ydata().tolist() == precision.tolist()
     marks = {mark.get_marker(): mark.get_xydata().tolist() for mark in axis.lines if mark.get_marker() in ("o", "D")}
@@ -211,8 +213,8 @@ def test_believing_is_the_curve_of_the_calibration_with_its_threshold():
 
 def test_the_marked_point_lies_on_the_curve():
     rows = many_queries()
-    threshold = calibrate.calibrate(*evaluate.asked_twice(rows))
-    scores, precision, coverage = calibrate.curve(*evaluate.asked_twice(rows)[:3])
+    threshold = calibration.calibrate(*metrics.asked_twice(rows))
+    scores, precision, coverage = calibration.curve(*metrics.asked_twice(rows)[:3])
     at = scores.tolist().index(threshold.value)
     assert (coverage[at], precision[at]) == (threshold.coverage, threshold.precision)
 
@@ -237,12 +239,12 @@ def test_no_answers_and_no_queries_are_said():
 
 def test_asked_twice_by_hand():
     rows = [query(0.9, 0.2, [0]), query(0.3, 0.3, [], answers=0, cluster="b"), query(0.8, None, [1], cluster="c")]
-    scores, right, has_answer, clusters = evaluate.asked_twice(rows)
+    scores, right, has_answer, clusters = metrics.asked_twice(rows)
     assert scores.tolist() == [0.9, 0.8, 0.2, 0.3, -math.inf]
     assert right.tolist() == [True, False, False, False, False]
     assert has_answer.tolist() == [True, True, False, False, False]
     assert clusters == ["a", "c", "a", "b", "c"]
-    assert [each.tolist() for each in evaluate.asked_twice([])[:3]] == [[], [], []]
+    assert [each.tolist() for each in metrics.asked_twice([])[:3]] == [[], [], []]
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
@@ -310,13 +312,13 @@ def test_metres_are_those_of_the_figures():
     least = [None if np.isnan(row).all() else float(np.nanmin(row)) for row in metres]
     rows = [{"metres": row[0], "least_metres": nearest} for row, nearest in zip(told, least, strict=True)]
     figure = curves.metres({"sift": rows})
-    expected = positions.figures(metres)
+    expected = truth.position_figures(metres)
     for axis, key in zip(figure.axes, ("within", "within_top_k"), strict=True):
         line = labelled(axis, "sift")
         x, y = line.get_data()
-        for limit in positions.METRES:
+        for limit in truth.METRES:
             assert y[np.searchsorted(x, limit, "right") - 1] == expected[key][str(limit)]
-        assert [other.get_xdata()[0] for other in axis.lines if other is not line] == list(positions.METRES)
+        assert [other.get_xdata()[0] for other in axis.lines if other is not line] == list(truth.METRES)
     assert "4 queries, 1 more of unknown place" in words(figure)
 
 
@@ -395,7 +397,7 @@ def drawn(n):
     """Every figure with n configurations, of which the first bears signs that matplotlib would read as a formula."""
     names = ["$\\frac$ cost", *(f"configuration {i}" for i in range(1, n))]
     rows = [{**row, "metres": 12.0, "least_metres": 0.0} for row in many_queries()]
-    threshold = calibrate.calibrate(*evaluate.asked_twice(rows))
+    threshold = calibration.calibrate(*metrics.asked_twice(rows))
     pairs = [pair(1.0 + i, 0.1, 0.1, angle=90.0 * (i % 4), crop=(0.5, 1.0)[i % 2]) for i in range(8)]
     return {
         "angles": curves.hit_by_angle({name: {"by_view": ROUND} for name in names}),
@@ -408,7 +410,7 @@ def drawn(n):
 
 def test_the_same_bytes_again(tmp_path):
     for (name, figure), again in zip(drawn(2).items(), drawn(2).values(), strict=True):
-        first, second = (viz.show(f, tmp_path / f"{name}{i}.png").data for i, f in enumerate((figure, again)))
+        first, second = (figures.show(f, tmp_path / f"{name}{i}.png").data for i, f in enumerate((figure, again)))
         assert first == second
 
 

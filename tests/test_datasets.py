@@ -1,12 +1,13 @@
-"""imatch.datasets: which photographs belong to a data set, and which of them image groups choose."""
+"""imatch.data.datasets: which photographs belong to a data set, and which of them image groups choose."""
 
 import unicodedata
 from pathlib import Path
 
 import pytest
 
-from imatch import datasets
-from imatch.records import ImatchError
+from imatch.core import config
+from imatch.core.types import ImatchError
+from imatch.data import datasets
 
 
 def read(**fields):
@@ -88,7 +89,7 @@ def test_templates(capture, templates, folder, files):
     ],
 )
 def test_label_token(label, token):
-    assert datasets.label_token(label) == token
+    assert config.label_token(label) == token
 
 
 # --- which photographs ------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import demo, geometry, images, matching, references, store
-from imatch.backbones.sift import VOCABULARY, Sift
-from imatch.backbones.sift_vocabulary import dead_leaves, learn
+from imatch.cli import demo
+from imatch.core import files
+from imatch.data import images, references
+from imatch.features.sift import VOCABULARY, Sift
+from imatch.matching import geometry, matchers
+from tools.sift_vocabulary import dead_leaves, learn
 
 ROOT = Path(__file__).parents[1]
 ANGLES = [float(angle) for angle in range(0, 360, 30)]
@@ -23,7 +26,7 @@ def metrics(demo_photographs, tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "imatch.batch",
+        "imatch.cli.batch",
         "params/demo.yaml",
         "-p",
         "weight",
@@ -39,7 +42,7 @@ def metrics(demo_photographs, tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (found,) = exports.rglob("04_match/**/metrics.json")
-    return store.read_json(found)
+    return files.read_json(found)
 
 
 def test_demo_has_18_photographs_and_writes_them_once(demo_photographs):
@@ -79,7 +82,7 @@ def corner_errors(path, backbone, resize, crops):
         for angle in ANGLES:
             view = references.create("isometric")(photograph, angle, crop)
             found = tokens(view.pixels)
-            matches = matching.create("mutual")(found, source)
+            matches = matchers.create_matcher("mutual")(found, source)
             size = view.mask.shape
             estimate = geometry.Estimator()(
                 found.xy[matches.index_a], source.xy[matches.index_b], size, photograph.shape[:2]

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imatch import backbones, pooling, runs
-from imatch.backbones import dinov3, dinov3_weights
-from imatch.backbones.dinov3 import Dinov3
-from imatch.records import ImatchError
+from imatch.core import compute
+from imatch.core.types import ImatchError, normalise
+from imatch.features import base, dinov3
+from imatch.features import weights as features_weights
+from imatch.features.dinov3 import Dinov3
+from imatch.features.weights import ARCHITECTURES, _in_metas_names, check_name, read, sha256, skeleton
 from tests import random_weights
 
 LVD_MEAN, LVD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,7 +28,7 @@ def create(weights):
 
     def make(key, **options):
         given = {"precision": "fp32", "engine_forward": "torch", **options}
-        return backbones.create(key, given, data_key=str(weights / "data_key.json"))
+        return base.create_backbone(key, given, data_key=str(weights / "data_key.json"))
 
     return make
 
@@ -87,7 +89,7 @@ def test_tokens_agree_with_transformers(foreign, layout, size, tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     hub_entry, model = foreign
     if layout == ".pth":
-        state = dinov3_weights._in_metas_names(dict(model.state_dict()))
+        state = _in_metas_names(dict(model.state_dict()))
         path = random_weights.save(state, tmp_path, f"{hub_entry}_pretrain_lvd1689m")
     else:
         path = tmp_path / "model.safetensors"
@@ -113,7 +115,7 @@ def test_tokens_agree_with_transformers(foreign, layout, size, tmp_path, monkeyp
 def test_periods_of_the_file_are_used(create):
     """Meta's files hold them rounded to bfloat16: timm's own, exact ones would be a little beside Meta's code."""
     backbone = create("vits16")
-    in_file = dinov3_weights.read(backbone.path)["rope_embed.periods"]
+    in_file = read(backbone.path)["rope_embed.periods"]
     assert torch.equal(backbone.model.rope.periods, in_file)
     assert not torch.equal(in_file, 100 ** (torch.arange(16) / 16))
 
@@ -188,7 +190,7 @@ def test_poolings_are_what_they_say(create):
         "legacy_mean": seen.before.sum(1) / 29,
     }
     assert seen.before.shape == (2, 29, 384)
-    assert set(expected) == set(pooling.POOLINGS)
+    assert set(expected) == set(base.POOLINGS)
     for name, wanted in expected.items():
         got = np.stack([tokens.vector for tokens in create("vits16", pooling=name)(photographs)])
         assert np.allclose(got, unit(wanted).numpy(), atol=1e-5), name
@@ -198,16 +200,14 @@ def test_poolings_are_what_they_say(create):
 
 @pytest.mark.parametrize("key", ["vits16", "cxTiny"])
 def test_bf16_stays_close_to_fp32(create, key, demo_photographs):
-    from imatch.images import Resize, decode
+    from imatch.data.images import Resize, decode
 
     resize = Resize("stretch", long_side=256)
     paths = sorted(demo_photographs.iterdir())[:3]
     photographs = np.stack([decode(path, resize, 16).pixels for path in paths])
     for full, half in zip(create(key)(photographs), create(key, precision="bf16")(photographs), strict=True):
         assert full.vector @ half.vector >= 0.999
-        cosine = (
-            pooling.normalise(full.descriptors.astype("f4")) * pooling.normalise(half.descriptors.astype("f4"))
-        ).sum(1)
+        cosine = (normalise(full.descriptors.astype("f4")) * normalise(half.descriptors.astype("f4"))).sum(1)
         assert np.median(cosine) >= 0.999
 
 
@@ -222,20 +222,20 @@ def test_auto_becomes_what_the_device_does(create):
     made = create("vits16", precision="auto")
     if made.device == "cpu":
         assert made.precision == ("bf16" if dinov3.computes_in_bf16("cpu") else "fp32")
-    assert backbones.identity(made)["precision"] == made.precision
-    assert "device" not in backbones.identity(made)
+    assert base.backbone_identity(made)["precision"] == made.precision
+    assert "device" not in base.backbone_identity(made)
 
 
 def test_identity_makes_the_same_backbone_without_the_registry(create):
     made = create("cxTiny", pooling="gem")
-    again = backbones.create("cxTiny", backbones.identity(made), data_key="nowhere.json")
+    again = base.create_backbone("cxTiny", base.backbone_identity(made), data_key="nowhere.json")
     assert again == made
     assert pickle.loads(pickle.dumps(made)) == made
 
 
 def test_all_architectures_have_a_model():
-    for hub_entry in dinov3_weights.ARCHITECTURES:
-        shapes = dinov3_weights.layout(dinov3_weights.skeleton(hub_entry))
+    for hub_entry in ARCHITECTURES:
+        shapes = features_weights.layout(skeleton(hub_entry))
         assert ("storage_tokens" in shapes) == ("convnext" not in hub_entry)
         assert ("blocks.0.attn.qkv.bias" in shapes) == ("vit" in hub_entry and "7b" not in hub_entry)
 
@@ -409,14 +409,14 @@ def test_truncated_safetensors_are_refused(file):
 
 
 def test_checksums_are_remembered_by_size_and_time(file, monkeypatch):
-    digest = dinov3_weights.check_name(file)
+    digest = check_name(file)
     reads = []
-    monkeypatch.setattr(runs, "progress", lambda blocks, *_, **__: reads.append(1) or blocks)
-    assert dinov3_weights.sha256(file) == digest
+    monkeypatch.setattr(compute, "progress", lambda blocks, *_, **__: reads.append(1) or blocks)
+    assert sha256(file) == digest
     assert not reads
     with file.open("ab") as opened:
         opened.write(b"x")
-    assert dinov3_weights.sha256(file) != digest
+    assert sha256(file) != digest
     assert reads
 
 
@@ -484,7 +484,7 @@ def test_a_batch_that_does_not_fit_is_halved_once(create, monkeypatch):
 
 def test_unknown_weight_names_the_nearest_of_all(weights):
     with pytest.raises(ImatchError, match="unknown weight 'vits61': did you mean 'vits16'"):
-        backbones.create("vits61", data_key=str(weights / "data_key.json"))
+        base.create_backbone("vits61", data_key=str(weights / "data_key.json"))
 
 
 def test_nothing_goes_to_the_network(create, monkeypatch):
@@ -501,4 +501,4 @@ def test_nothing_goes_to_the_network(create, monkeypatch):
 def test_nothing_warns_when_a_model_is_built():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dinov3_weights.skeleton("dinov3_vits16")
+        skeleton("dinov3_vits16")

@@ -16,7 +16,7 @@ import dotenv
 import pytest
 import yaml
 
-from imatch import registry
+from imatch.core import settings
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -87,7 +87,7 @@ def test_the_image_needs_no_buildkit_runs_as_nobody_special_and_has_a_health_che
 
 def test_the_image_has_what_is_mounted_over_and_what_it_copies():
     text = dockerfile()
-    for container, _ in registry.ROOTS.values():
+    for container, _ in settings.ROOTS.values():
         assert f"{container} " in text.replace("\\", " ")
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert "*" in ignored, "everything but what is named, so that no photograph, weight or .env gets into an image"
@@ -118,11 +118,11 @@ def test_no_file_ends_its_lines_as_windows_does():
 def test_every_variable_of_compose_is_in_the_example_and_the_other_way_round():
     used = set(re.findall(r"(?<!\$)\$\{(\w+)", "".join((DOCKER / file).read_text() for file in COMPOSE)))
     of_compose_itself = {"COMPOSE_FILE", "COMPOSE_PATH_SEPARATOR"}
-    old = set(registry.REPLACED) - {"VIS_*"}
+    old = set(settings.REPLACED) - {"VIS_*"}
     assert used - old == set(EXAMPLE) - of_compose_itself
     assert old <= used, "passed on, for the doctor to say what stands for them"
     comments = "".join(line for line in (DOCKER / ".env.example").read_text().splitlines() if line.startswith("#"))
-    assert all(name in comments for name in registry.REPLACED)
+    assert all(name in comments for name in settings.REPLACED)
     assert "blocking the network" in comments
 
 
@@ -130,13 +130,13 @@ def test_every_mount_is_a_root_of_the_registry(tmp_path):
     hosts = {name: f"/host/{name}" for name in (*MOUNTS, "PROJECT_HOST")}
     app = compose(tmp_path, "".join(f"{name}={path}\n" for name, path in hosts.items()))["app"]
     found = volumes(app)
-    assert {root for root, _ in MOUNTS.values()} == set(registry.ROOTS)
+    assert {root for root, _ in MOUNTS.values()} == set(settings.ROOTS)
     for name, (root, read_only) in MOUNTS.items():
-        volume = found.pop(registry.ROOTS[root][0])
+        volume = found.pop(settings.ROOTS[root][0])
         assert volume == {
             "type": "bind",
             "source": hosts[name],
-            "target": registry.ROOTS[root][0],
+            "target": settings.ROOTS[root][0],
             "bind": {"create_host_path": False},
             **({"read_only": True} if read_only else {}),
         }
@@ -354,13 +354,13 @@ def test_github_runs_what_ci_runs_and_builds_the_image():
 def test_every_notebook_offers_the_doctor_first():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = json.loads(path.read_text())["cells"][0]
-        assert "!python -m imatch.doctor" in "".join(first["source"]), path.name
+        assert "!python -m imatch.cli.doctor" in "".join(first["source"]), path.name
 
 
 def test_the_readme_names_every_folder():
     readme = (ROOT / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+_HOST)` \| `(/[\w/]+)` \|", readme, re.M))
     assert rows == {"PROJECT_HOST": "/workspace/project"} | {
-        name: registry.ROOTS[root][0] for name, (root, _) in MOUNTS.items()
+        name: settings.ROOTS[root][0] for name, (root, _) in MOUNTS.items()
     }
     assert set(rows) == {name for name in EXAMPLE if name.endswith("_HOST")}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from imatch import doctor, registry
+from imatch.cli import doctor
+from imatch.core import settings
 
 ROOT = Path(__file__).parents[1]
 HEALTHY = """<?xml version="1.0" ?>
@@ -75,7 +76,7 @@ def absent(check):
 
 def table(*options, cwd=ROOT, **variables):
     """The command's exit code, the states by subject, and all that it printed."""
-    line = [sys.executable, "-m", "imatch.doctor", *options]
+    line = [sys.executable, "-m", "imatch.cli.doctor", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     states = {m[2].strip(): m[1] for m in re.finditer(r"^(OK|--|FIX) +(.{12}) ", done.stdout, re.M)}
@@ -294,7 +295,7 @@ def test_a_port_that_is_none(monkeypatch):
 
 
 def test_variables_of_older_containers(monkeypatch):
-    for name in registry.REPLACED:
+    for name in settings.REPLACED:
         monkeypatch.delenv(name, raising=False)
     assert doctor.variables() == "none of older containers"
     monkeypatch.setenv("IMG_ROOT", "/photographs")

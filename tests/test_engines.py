@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import engines, registry, runs, searcher, store
-from imatch.engines import PartDoneError, Place
-from imatch.engines.local import Local
-from imatch.images import Resize, list_photographs
-from imatch.records import ImatchError, ImatchWarning, StepError
+from imatch.core import compute, files, settings
+from imatch.core.compute import Local, PartDoneError, Place
+from imatch.core.step import Step, open_step
+from imatch.core.types import ImatchError, ImatchWarning, StepError
+from imatch.data.images import Resize, list_photographs
+from imatch.retrieval import index as searcher
 from imatch.steps.embed import start_embed
 from tests.test_resume import House, assert_same, content, write_photographs
 
@@ -49,8 +50,8 @@ class Squares:
                 (self.folder / "died").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.seconds)
-            store.write_bytes(self.folder / f"{n}.txt", str(n * n).encode())
-            store.write_bytes(self.folder / f"{n}.pid", str(os.getpid()).encode())
+            files.write_bytes(self.folder / f"{n}.txt", str(n * n).encode())
+            files.write_bytes(self.folder / f"{n}.pid", str(os.getpid()).encode())
             yield {"n": n}
 
     def done(self, n: int) -> bool:
@@ -100,14 +101,14 @@ def pids(folder: Path) -> set[str]:
     return {path.read_text() for path in folder.glob("*.pid")}
 
 
-def all_rows(engine: engines.Engine, work: Squares | Refusing, jobs: range, devices: int = 2) -> list[int]:
+def all_rows(engine: compute.Engine, work: Squares | Refusing, jobs: range, devices: int = 2) -> list[int]:
     done = getattr(work, "done", lambda _: False)
-    return sorted(row["n"] for row in engines.do(engine, work, jobs, "squares", ["cpu"] * devices, done))
+    return sorted(row["n"] for row in compute.do(engine, work, jobs, "squares", ["cpu"] * devices, done))
 
 
-@pytest.mark.parametrize("name", engines.ENGINES)
+@pytest.mark.parametrize("name", compute.ENGINES)
 def test_every_job_gives_its_row(name, tmp_path):
-    assert all_rows(engines.create(name), Squares(tmp_path), range(7)) == [*range(7)]
+    assert all_rows(compute.create_engine(name), Squares(tmp_path), range(7)) == [*range(7)]
     squares(tmp_path, range(7))
     assert (str(os.getpid()) in pids(tmp_path)) == (name == "local")
 
@@ -116,21 +117,21 @@ def test_every_job_gives_its_row(name, tmp_path):
 def test_a_process_uses_its_share_of_the_cores(name):
     """Dask gives its workers one thread, for whoever does not know better."""
     for n in (1, 2):
-        rows = [*engines.do(engines.create(name), Threads(), range(2), "threads", ["cpu"] * n, lambda _: False)]
-        share = max(1, registry.cores() // n)
+        rows = [*compute.do(compute.create_engine(name), Threads(), range(2), "threads", ["cpu"] * n, lambda _: False)]
+        share = max(1, settings.cores() // n)
         assert rows == 2 * [dict.fromkeys(("torch", "faiss", "cv2"), share)]
 
 
-@pytest.mark.parametrize("name", engines.ENGINES)
+@pytest.mark.parametrize("name", compute.ENGINES)
 def test_what_the_work_refuses_is_told(name):
     with pytest.raises(ImatchError, match="job 2 is refused"):
-        all_rows(engines.create(name), Refusing(), range(5))
+        all_rows(compute.create_engine(name), Refusing(), range(5))
 
 
 @pytest.mark.parametrize("name", ["processes", "dask"])
 def test_an_error_of_the_system_is_no_lost_process(name, capsys):
     with pytest.raises(ImatchError, match="PermissionError: no entry") as told:
-        all_rows(engines.create(name), Refusing("system"), range(5))
+        all_rows(compute.create_engine(name), Refusing("system"), range(5))
     assert "test_engines.py" in "".join(told.value.__notes__)
     assert "ended too early" not in (said := capsys.readouterr().out)
     assert "waiting for it" not in said
@@ -138,17 +139,17 @@ def test_an_error_of_the_system_is_no_lost_process(name, capsys):
 
 def test_an_error_that_cannot_be_pickled_is_told():
     with pytest.raises(ImatchError, match="OddError: job 2"):
-        all_rows(engines.create("processes"), Refusing("odd"), range(5))
+        all_rows(compute.create_engine("processes"), Refusing("odd"), range(5))
 
 
 def test_a_scheduler_that_is_not_there_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr("imatch.engines.dask.START", 1)
+    monkeypatch.setattr("imatch.core.compute.START", 1)
     with pytest.raises(ImatchError, match=r"no scheduler with workers at tcp://127.0.0.1:9"):
-        all_rows(engines.create("dask", scheduler="tcp://127.0.0.1:9"), Squares(tmp_path), range(5))
+        all_rows(compute.create_engine("dask", scheduler="tcp://127.0.0.1:9"), Squares(tmp_path), range(5))
 
 
 def test_a_local_cluster_has_a_worker_for_each_device(tmp_path, capsys):
-    all_rows(engines.create("dask"), Squares(tmp_path), range(2), devices=1)
+    all_rows(compute.create_engine("dask"), Squares(tmp_path), range(2), devices=1)
     assert "squares: 1 workers" in capsys.readouterr().out
 
 
@@ -168,38 +169,38 @@ def test_an_engine_that_loses_a_row_is_found_out(tmp_path):
 def test_shards_are_the_jobs_once(tmp_path):
     for i in (2, 0, 1):
         with pytest.raises(PartDoneError, match=rf"part {i}/3 is done"):
-            all_rows(engines.create("local", shard=f"{i}/3"), Squares(tmp_path), range(8))
+            all_rows(compute.create_engine("local", shard=f"{i}/3"), Squares(tmp_path), range(8))
         assert (tmp_path / f"{i}.txt").is_file()
     squares(tmp_path, range(8))
 
 
 def test_parts_do_not_recompute():
     with pytest.raises(ImatchError, match="parts cannot make a step anew"):
-        engines.create(shard="0/3", on_change="recompute")
-    assert engines.create(on_change="recompute").shard == ""
+        compute.create_engine(shard="0/3", on_change="recompute")
+    assert compute.create_engine(on_change="recompute").shard == ""
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
 def test_a_shard_that_is_none_is_refused(shard):
     with pytest.raises(ImatchError, match="is no i/n: use 0/"):
-        engines.create("local", shard=shard)
+        compute.create_engine("local", shard=shard)
 
 
 def test_names_and_options():
     with pytest.raises(ImatchError, match="unknown engine 'dusk': did you mean 'dask'"):
-        engines.create("dusk")
+        compute.create_engine("dusk")
     with pytest.raises(ImatchError, match="unknown option of engine local 'scheduler'"):
-        engines.create("local", scheduler="tcp://localhost:8786")
+        compute.create_engine("local", scheduler="tcp://localhost:8786")
 
 
 def test_without_dask_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImatchError, match=r"pip install 'imatch\[dask\]'"):
-        engines.create("dask")
+        compute.create_engine("dask")
 
 
 def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
-    assert all_rows(engines.create("processes"), Squares(tmp_path, dies_at=3), range(6)) == [*range(6)]
+    assert all_rows(compute.create_engine("processes"), Squares(tmp_path, dies_at=3), range(6)) == [*range(6)]
     squares(tmp_path, range(6))
     assert "ended too early, a new one does its work" in capsys.readouterr().out
 
@@ -207,7 +208,7 @@ def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["processes", "dask"])
 def test_a_job_that_kills_each_time_ends_the_run(name, tmp_path):
     with pytest.raises(ImatchError, match=r"killed.*goes on where it stopped"):
-        all_rows(engines.create(name), Squares(tmp_path, dies_at=1, dies_once=False), range(4))
+        all_rows(compute.create_engine(name), Squares(tmp_path, dies_at=1, dies_once=False), range(4))
     assert (tmp_path / "0.txt").is_file()
 
 
@@ -314,12 +315,12 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., runs.Step]:
+def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., Step]:
     """Starts 01_embed with a DINOv3 of random weights, two photographs a shard."""
     monkeypatch.setenv("WEIGHTS_ROOT", str(weights.parent))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def started(name: str, folder: Path = photographs) -> runs.Step:
+    def started(name: str, folder: Path = photographs) -> Step:
         return start_embed(
             str(folder),
             data_key=str(weights),
@@ -336,7 +337,7 @@ def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., runs.Ste
     return started
 
 
-def embedded(step: runs.Step, **given) -> Path:
+def embedded(step: Step, **given) -> Path:
     imatch.finish_embed(step, imatch.embed(step, **given))
     return step.folder
 
@@ -352,17 +353,17 @@ def test_every_engine_writes_the_same_bytes(start):
     assert "global.npy" in expected
     for name in ("processes", "dask"):
         step = start(name)
-        assert stored(embedded(step, engine=engines.create(name), devices="cpu,cpu,cpu")) == expected
-        work = runs.read(step.folder).work
+        assert stored(embedded(step, engine=compute.create_engine(name), devices="cpu,cpu,cpu")) == expected
+        work = open_step(step.folder).work
         assert work["photographs"] == 24
         assert min(work[part] for part in ("seconds", "decode", "wait", "forward", "write")) > 0
         assert "start" in work
     for shard in ("0/3", "2/3", "1/3"):
         with pytest.raises(PartDoneError, match=f"part {shard} is done"):
-            imatch.embed(start("parts"), engine=engines.create("local", shard=shard))
+            imatch.embed(start("parts"), engine=compute.create_engine("local", shard=shard))
     step = start("parts")
     assert stored(embedded(step)) == expected
-    assert runs.read(step.folder).work["photographs"] == 24
+    assert open_step(step.folder).work["photographs"] == 24
 
 
 def test_parts_that_do_nothing_more_read_no_photograph_again(start, photographs):
@@ -370,7 +371,7 @@ def test_parts_that_do_nothing_more_read_no_photograph_again(start, photographs)
 
     for shard in ("0/2", "1/2"):
         with pytest.raises(PartDoneError):
-            imatch.embed(start("parts"), engine=engines.create("local", shard=shard))
+            imatch.embed(start("parts"), engine=compute.create_engine("local", shard=shard))
     with opened(photographs) as read:
         embedded(start("parts"))
     assert read == set()
@@ -380,7 +381,7 @@ def test_a_part_looks_at_its_own_photographs_only(start, photographs):
     from tests.test_resume import opened
 
     with opened(photographs) as read, pytest.raises(PartDoneError):
-        imatch.embed(start("parts"), engine=engines.create("local", shard="1/3"))
+        imatch.embed(start("parts"), engine=compute.create_engine("local", shard="1/3"))
     ids = list_photographs(photographs)
     shards = [ids[first : first + 2] for first in range(0, len(ids), 2)]
     assert read == {id for part in shards[1::3] for id in part}
@@ -388,7 +389,7 @@ def test_a_part_looks_at_its_own_photographs_only(start, photographs):
 
 def test_more_parts_than_shards(start):
     with pytest.raises(PartDoneError, match="12 of 12 jobs are left"):
-        imatch.embed(start("parts"), engine=engines.create("local", shard="15/16"))
+        imatch.embed(start("parts"), engine=compute.create_engine("local", shard="15/16"))
 
 
 def test_a_step_records_the_devices_of_the_workers(start):
@@ -401,7 +402,7 @@ def test_a_step_records_the_devices_of_the_workers(start):
 
     step = start("elsewhere")
     imatch.embed(step, engine=Elsewhere())
-    assert runs.read(step.folder, finished=False).device == "cuda"
+    assert open_step(step.folder, finished=False).device == "cuda"
 
 
 def test_a_part_of_a_step_that_is_whole_sees_what_changed(start, tmp_path, photographs):
@@ -410,10 +411,10 @@ def test_a_part_of_a_step_that_is_whole_sees_what_changed(start, tmp_path, photo
     first, *_, last = sorted(path for path in folder.rglob("*") if path.is_file())
     last.write_bytes(last.read_bytes()[:200])
     step = start("changing", folder)
-    for engine in (engines.create("local", shard="11/12"), engines.create("local")):
+    for engine in (compute.create_engine("local", shard="11/12"), compute.create_engine("local")):
         with pytest.raises(PartDoneError) if engine.shard else pytest.warns(ImatchWarning, match="1 of 24"):
             imatch.finish_embed(step, imatch.embed(step, engine=engine))
-    part = engines.create("local", shard="11/12")
+    part = compute.create_engine("local", shard="11/12")
     with pytest.warns(ImatchWarning, match="1 of 24 photographs were skipped"):
         imatch.embed(start("changing", folder), engine=part)
     first.write_bytes(first.read_bytes() + b"\0")
@@ -425,7 +426,7 @@ def test_parts_do_not_make_anew(start):
     step = start("parts")
     step.on_change = "recompute"
     with pytest.raises(ImatchError, match="parts cannot make a step anew"):
-        imatch.embed(step, engine=engines.create("local", shard="0/2"))
+        imatch.embed(step, engine=compute.create_engine("local", shard="0/2"))
 
 
 def test_a_worker_and_the_scheduler_are_killed(start, cluster, capsys):
@@ -434,9 +435,9 @@ def test_a_worker_and_the_scheduler_are_killed(start, cluster, capsys):
     step = start("killed")
     written = lambda n: lambda: len([*(step.folder / "local").glob("*.jsonl")]) >= n  # noqa: E731
     with when(written(2), lambda: cluster.kill(cluster.workers[0])), when(written(5), cluster.restart_scheduler):
-        folder = embedded(step, engine=engines.create("dask", scheduler=cluster.address))
+        folder = embedded(step, engine=compute.create_engine("dask", scheduler=cluster.address))
     assert stored(folder) == expected
-    assert runs.read(folder).work["photographs"] == 24
+    assert open_step(folder).work["photographs"] == 24
     assert "the scheduler is gone" in capsys.readouterr().out
 
 
@@ -445,13 +446,13 @@ def test_views_and_pairs_by_every_engine(name, tmp_path):
     """The references and the matches of the other notebooks."""
     write_photographs(tmp_path / "photographs", 4)
     houses = [House(tmp_path, exports) for exports in ("local", name)]
-    for house, engine in zip(houses, (engines.create("local"), engines.create(name)), strict=True):
+    for house, engine in zip(houses, (compute.create_engine("local"), compute.create_engine(name)), strict=True):
         house.embed()
         imatch.make_references(house.start_views(), engine=engine, workers=0)
         house.references()
         house.index()
         step = house.start_match()
-        step.finish(imatch.match_metrics(step, imatch.match(step, engine=engine, workers=0)))
+        step.finish(imatch.match_metrics(step, imatch.match_pairs(step, engine=engine, workers=0)))
     for step in ("views", "04_match"):
         assert_same(houses[1].folder(step), houses[0].folder(step))
 
@@ -464,10 +465,10 @@ def test_a_part_of_the_views_says_what_is_wrong(tmp_path):
     changed.write_bytes(changed.read_bytes() + b"\0")
     views = house.start_views()
     with pytest.raises(ImatchError, match="has changed since it was embedded") as told:
-        imatch.make_references(views, engine=engines.create("local", shard="0/2"), workers=0)
+        imatch.make_references(views, engine=compute.create_engine("local", shard="0/2"), workers=0)
     assert not isinstance(told.value, PartDoneError)
     with pytest.raises(PartDoneError, match="part 1/2 is done, 1 of 4 jobs are left"):
-        imatch.make_references(views, engine=engines.create("local", shard="1/2"), workers=0)
+        imatch.make_references(views, engine=compute.create_engine("local", shard="1/2"), workers=0)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])
@@ -475,11 +476,11 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(2000, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    store.write_array(tmp_path / "vectors.npy", vectors)
+    files.write_array(tmp_path / "vectors.npy", vectors)
     mapped, keys = np.load(tmp_path / "vectors.npy", mmap_mode="r"), searcher.digests(vectors)
     answers = {}
     for name, rows in (("whole", 0), ("local", 300), ("processes", 300)):
-        engine = engines.create("local" if name == "whole" else name)
+        engine = compute.create_engine("local" if name == "whole" else name)
         searcher.build(tmp_path / name, mapped, keys, kind=kind, shard_rows=rows, engine=engine)
         found = searcher.Searcher(tmp_path / name, mapped, keys, device="cpu")
         effort = max(found.kind.efforts(len(vectors)), default=None)
@@ -487,7 +488,12 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     for i in (2, 0, 1):
         with pytest.raises(PartDoneError, match=f"index: part {i}/3 is done"):
             searcher.build(
-                tmp_path / "parts", mapped, keys, kind=kind, shard_rows=300, engine=engines.create(shard=f"{i}/3")
+                tmp_path / "parts",
+                mapped,
+                keys,
+                kind=kind,
+                shard_rows=300,
+                engine=compute.create_engine(shard=f"{i}/3"),
             )
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")}
     searcher.build(tmp_path / "parts", mapped, keys, kind=kind, shard_rows=300)
@@ -504,7 +510,7 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
 
 def test_parts_do_not_mend_an_index(tmp_path):
     vectors = np.eye(40, dtype=np.float32)
-    keys, part = searcher.digests(vectors), engines.create(shard="0/2")
+    keys, part = searcher.digests(vectors), compute.create_engine(shard="0/2")
     with pytest.raises(ImatchError, match="parts must choose the same index"):
         searcher.build(tmp_path / "index", vectors, keys, engine=part)
     searcher.build(tmp_path / "index", vectors[:30], keys[:30], kind="flat")
@@ -523,7 +529,7 @@ def test_parts_do_not_mend_an_index(tmp_path):
 
 def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     """--shard 0/2 and 1/2 embed, the run without a shard goes on from there; then the same with 03_index."""
-    from imatch import batch
+    from imatch.cli.batch import Recipe, main, run
 
     monkeypatch.chdir(ROOT)
     recipe, first = tmp_path / "parts.yaml", tmp_path / "first.yaml"
@@ -531,21 +537,21 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     first.write_text("notebooks: [01_embed]\nparameters: {shard_size: 4}\n")
     command = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
     for shard in ("0/2", "1/2"):
-        assert batch.main([*command, "--shard", shard]) == 0
+        assert main([*command, "--shard", shard]) == 0
         assert f"embed: part {shard} is done" in capsys.readouterr().out
     (local,) = (tmp_path / "exports").glob("demo/01_embed/*/sift/scale1_raw/local")
     assert len([*local.glob("*.jsonl")]) == 6
     parts = {path: path.stat().st_mtime_ns for path in local.glob("*.npy")}
-    assert batch.main([str(first), *command[1:]]) == 0
+    assert main([str(first), *command[1:]]) == 0
     assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
     for shard in ("0/2", "1/2"):
-        assert batch.main([*command, "-p", "index", "flat", "--shard", shard]) == 0
+        assert main([*command, "-p", "index", "flat", "--shard", shard]) == 0
         assert f"index: part {shard} is done" in capsys.readouterr().out
-    assert batch.main([*command, "-p", "index", "flat"]) == 0
-    assert batch.run(batch.Recipe(["01_embed"], {"shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
+    assert main([*command, "-p", "index", "flat"]) == 0
+    assert run(Recipe(["01_embed"], {"shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
     assert "01_embed has no parts, run it without --shard" in capsys.readouterr().out
-    assert batch.main([*command, "--shard", "2/2"]) == 2
+    assert main([*command, "--shard", "2/2"]) == 2
     assert "shard '2/2' is no i/n" in capsys.readouterr().err
-    assert batch.main([*command, "--shard", "0/2", "-p", "on_change", "recompute"]) == 2
+    assert main([*command, "--shard", "0/2", "-p", "on_change", "recompute"]) == 2
     assert "parts cannot make a step anew" in capsys.readouterr().err
     assert (local.parent / "metrics.json").is_file()

@@ -5,9 +5,23 @@ import math
 import numpy as np
 import pytest
 
-from imatch import evaluate, geometry
-from imatch.calibrate import calibrate
-from imatch.records import Truth
+from imatch.core.types import Truth
+from imatch.evaluation import metrics as evaluation_metrics
+from imatch.evaluation import tables
+from imatch.evaluation.calibration import calibrate
+from imatch.evaluation.metrics import (
+    ACCURACY,
+    average_precision,
+    corner_auc,
+    hit_at_k,
+    match_metrics,
+    precision_at_k,
+    recall_at_k,
+    reciprocal_rank,
+    retrieval_metrics,
+)
+from imatch.matching import geometry
+from imatch.retrieval.truth import same_photograph
 
 
 def near(**figures):
@@ -66,7 +80,7 @@ def test_what_is_right_in_every_direction(query, gallery, left_out, wanted):
         "self": (np.arange(len(query)), np.arange(len(gallery))),
         "siblings": tuple(np.array([names.index(name) for name in names]) for names in (query, gallery)),
     }[left_out]
-    truth = evaluate.same_photograph(query, gallery, *own)
+    truth = same_photograph(query, gallery, *own)
     assert [rows.tolist() for rows in np.split(truth.rows, truth.first[1:-1])] == wanted
 
 
@@ -75,7 +89,7 @@ def test_same_photograph_against_every_pair(seed):
     rng = np.random.default_rng(seed)
     query, gallery = (rng.choice(list("abcde"), n).tolist() for n in (8, 11))
     own, there = rng.integers(0, 3, 8), rng.integers(0, 3, 11)
-    truth = evaluate.same_photograph(query, gallery, own, there)
+    truth = same_photograph(query, gallery, own, there)
     hits = np.tile(np.arange(11), (8, 1))
     wanted = [[query[q] == gallery[g] and own[q] != there[g] for g in range(11)] for q in range(8)]
     assert truth.right(hits).tolist() == wanted
@@ -89,42 +103,42 @@ ANSWERS = np.array([2, 1, 7])
 
 def test_one_answer_by_hand():
     right = np.array([[0, 1, 0]], bool)
-    assert [evaluate.hit_at_k(right, k).item() for k in (1, 2, 3)] == [0, 1, 1]
-    assert [evaluate.recall_at_k(right, np.array([1]), k).item() for k in (1, 2, 3)] == [0, 1, 1]
-    assert [evaluate.precision_at_k(right, k).item() for k in (1, 2, 3)] == pytest.approx([0, 1 / 2, 1 / 3])
-    assert evaluate.average_precision(right, np.array([1])).item() == 0.5
-    assert evaluate.reciprocal_rank(right).item() == 0.5
+    assert [hit_at_k(right, k).item() for k in (1, 2, 3)] == [0, 1, 1]
+    assert [recall_at_k(right, np.array([1]), k).item() for k in (1, 2, 3)] == [0, 1, 1]
+    assert [precision_at_k(right, k).item() for k in (1, 2, 3)] == pytest.approx([0, 1 / 2, 1 / 3])
+    assert average_precision(right, np.array([1])).item() == 0.5
+    assert reciprocal_rank(right).item() == 0.5
 
 
 def test_several_answers_by_hand():
-    assert evaluate.hit_at_k(RIGHT, 1).tolist() == [1, 0, 0]
-    assert evaluate.hit_at_k(RIGHT, 2).tolist() == [1, 1, 0]
-    assert evaluate.recall_at_k(RIGHT, ANSWERS, 1).tolist() == [0.5, 0, 0]
-    assert evaluate.recall_at_k(RIGHT, ANSWERS, 4).tolist() == [1, 1, 0]
-    assert evaluate.precision_at_k(RIGHT, 3).tolist() == pytest.approx([2 / 3, 1 / 3, 0])
-    assert evaluate.average_precision(RIGHT, ANSWERS).tolist() == pytest.approx([(1 + 2 / 3) / 2, 1 / 2, 0])
-    assert evaluate.reciprocal_rank(RIGHT).tolist() == [1, 0.5, 0]
+    assert hit_at_k(RIGHT, 1).tolist() == [1, 0, 0]
+    assert hit_at_k(RIGHT, 2).tolist() == [1, 1, 0]
+    assert recall_at_k(RIGHT, ANSWERS, 1).tolist() == [0.5, 0, 0]
+    assert recall_at_k(RIGHT, ANSWERS, 4).tolist() == [1, 1, 0]
+    assert precision_at_k(RIGHT, 3).tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert average_precision(RIGHT, ANSWERS).tolist() == pytest.approx([(1 + 2 / 3) / 2, 1 / 2, 0])
+    assert reciprocal_rank(RIGHT).tolist() == [1, 0.5, 0]
 
 
 def test_average_precision_counts_at_most_k_answers_and_what_was_not_found():
     all_right = np.ones((1, 3), bool)
-    assert evaluate.average_precision(all_right, np.array([40])).tolist() == [1.0]  # no more than 3 could be shown
+    assert average_precision(all_right, np.array([40])).tolist() == [1.0]  # no more than 3 could be shown
     one = np.array([[True, False, False]])
-    assert evaluate.average_precision(one, np.array([2])).tolist() == [0.5]
-    assert evaluate.average_precision(one, np.array([40])).tolist() == pytest.approx([1 / 3])
+    assert average_precision(one, np.array([2])).tolist() == [0.5]
+    assert average_precision(one, np.array([40])).tolist() == pytest.approx([1 / 3])
 
 
 def test_a_gallery_smaller_than_k_leaves_places_that_count_as_wrong():
     right = np.pad(np.array([[True]]), ((0, 0), (0, 9)))
-    assert evaluate.precision_at_k(right, 10).tolist() == [0.1]
-    assert evaluate.recall_at_k(right, np.array([1]), 10).tolist() == [1.0]
-    assert evaluate.average_precision(right, np.array([1])).tolist() == [1.0]
+    assert precision_at_k(right, 10).tolist() == [0.1]
+    assert recall_at_k(right, np.array([1]), 10).tolist() == [1.0]
+    assert average_precision(right, np.array([1])).tolist() == [1.0]
 
 
 def test_a_query_without_an_answer_has_no_share_of_them():
     nothing = np.zeros((1, 3), bool)
-    assert np.isnan(evaluate.recall_at_k(nothing, np.array([0]), 3)).all()
-    assert np.isnan(evaluate.average_precision(nothing, np.array([0]))).all()
+    assert np.isnan(recall_at_k(nothing, np.array([0]), 3)).all()
+    assert np.isnan(average_precision(nothing, np.array([0]))).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -140,24 +154,24 @@ def test_ranked_figures_against_loops(seed):
                 precisions.append(found / (rank + 1))
                 first = first or rank + 1
         one, many = right[q : q + 1], answers[q : q + 1]
-        assert evaluate.average_precision(one, many).item() == pytest.approx(sum(precisions) / min(many[0], 8))
-        assert evaluate.reciprocal_rank(one).item() == pytest.approx(1 / first if first else 0)
-        assert evaluate.recall_at_k(one, many, 8).item() == pytest.approx(found / many[0])
+        assert average_precision(one, many).item() == pytest.approx(sum(precisions) / min(many[0], 8))
+        assert reciprocal_rank(one).item() == pytest.approx(1 / first if first else 0)
+        assert recall_at_k(one, many, 8).item() == pytest.approx(found / many[0])
 
 
 def test_chance_is_the_share_of_right_rows():
-    assert evaluate.chance(np.array([2, 0, 5]), np.array([10, 10, 20])) == pytest.approx((0.2 + 0.25) / 2)
-    assert evaluate.chance(np.array([0, 0]), np.array([10, 0])) is None
-    assert evaluate.chance(np.zeros(0, int), np.zeros(0, int)) is None
+    assert evaluation_metrics.chance(np.array([2, 0, 5]), np.array([10, 10, 20])) == pytest.approx((0.2 + 0.25) / 2)
+    assert evaluation_metrics.chance(np.array([0, 0]), np.array([10, 0])) is None
+    assert evaluation_metrics.chance(np.zeros(0, int), np.zeros(0, int)) is None
 
 
 def test_guessing_reaches_chance():
     """A ranking drawn by lot has the Hit@1 that is called chance."""
     rng = np.random.default_rng(0)
     shows = np.repeat(np.arange(10), np.arange(1, 11))  # 1 to 10 rows of each of 10 photographs
-    truth = evaluate.same_photograph(list(range(10)), shows.tolist())
-    hits = [evaluate.hit_at_k(truth.right(rng.integers(0, 55, (10, 1))), 1).mean() for _ in range(4000)]
-    chance = evaluate.chance(truth.count, np.full(10, 55))
+    truth = same_photograph(list(range(10)), shows.tolist())
+    hits = [hit_at_k(truth.right(rng.integers(0, 55, (10, 1))), 1).mean() for _ in range(4000)]
+    chance = evaluation_metrics.chance(truth.count, np.full(10, 55))
     assert np.mean(hits) == pytest.approx(chance, abs=4 * np.std(hits) / math.sqrt(4000))
 
 
@@ -176,7 +190,7 @@ ROWS = [
 
 
 def test_retrieval_metrics_by_hand():
-    figures = evaluate.retrieval_metrics(ROWS, 3)
+    figures = retrieval_metrics(ROWS, 3)
     assert (figures["queries"], figures["without_answer"]) == (4, 1)
     wanted = near(
         hit_at_1=1 / 3,
@@ -202,14 +216,14 @@ def test_retrieval_metrics_by_hand():
 
 @pytest.mark.parametrize(("k", "depths"), [(1, [1]), (3, [1, 3]), (5, [1, 5]), (7, [1, 5, 7]), (20, [1, 5, 10, 20])])
 def test_figures_go_as_deep_as_the_ranking(k, depths):
-    figures = evaluate.retrieval_metrics(ROWS[1:2] if k > 1 else ROWS[2:3], k)
+    figures = retrieval_metrics(ROWS[1:2] if k > 1 else ROWS[2:3], k)
     for name in ("hit", "recall", "precision"):
         assert [int(key.rpartition("_")[2]) for key in figures if key.startswith(f"{name}_at_")] == depths
 
 
 @pytest.mark.parametrize("rows", [[], [asked(0, []), asked(0, [])]], ids=["no query", "no answer"])
 def test_nothing_to_count_is_none_and_never_zero(rows):
-    figures = evaluate.retrieval_metrics(rows, 10)
+    figures = retrieval_metrics(rows, 10)
     assert figures.pop("queries") == figures.pop("without_answer") == len(rows)
     assert (figures.pop("k"), figures.pop("missed")) == (10, 0)
     assert figures.pop("by_view") == []
@@ -220,7 +234,7 @@ def test_nothing_to_count_is_none_and_never_zero(rows):
 
 
 def test_a_query_without_an_answer_moves_no_figure():
-    with_it, without = evaluate.retrieval_metrics(ROWS, 3), evaluate.retrieval_metrics(ROWS[:3], 3)
+    with_it, without = retrieval_metrics(ROWS, 3), retrieval_metrics(ROWS[:3], 3)
     for figures in (with_it, without):
         del figures["queries"], figures["without_answer"]
     assert with_it == without
@@ -228,7 +242,7 @@ def test_a_query_without_an_answer_moves_no_figure():
 
 def test_a_query_in_which_nothing_was_found_is_wrong_and_is_told():
     missed = [asked(1, [], "c", embedded=False), asked(0, [], "c", embedded=False)]
-    figures = evaluate.retrieval_metrics([asked(1, [0], "a"), *missed], 3)
+    figures = retrieval_metrics([asked(1, [0], "a"), *missed], 3)
     assert (figures["queries"], figures["without_answer"], figures["missed"]) == (3, 1, 1)
     assert figures["hit_at_1"] == figures["map_at_3"] == 0.5
     assert table([asked(1, [0], "a"), *missed])[0] == (
@@ -243,20 +257,20 @@ def test_intervals_count_clusters_and_not_queries():
     widths = []
     for photographs in (8, 40):
         rows = [asked(1, found, str(i * photographs // 40)) for i, found in enumerate(ranks)]
-        said = evaluate.retrieval_metrics(rows, 1)["intervals"]["hit_at_1"]
+        said = retrieval_metrics(rows, 1)["intervals"]["hit_at_1"]
         assert said["value"] == 0.75
         assert said["low"] < 0.75 < said["high"]
         assert said["clusters"] == photographs
         widths.append(said["high"] - said["low"])
     rows = [asked(1, found, str(i * 4 // 40)) for i, found in enumerate(ranks)]
-    said = evaluate.retrieval_metrics(rows, 1, "captures")["intervals"]["hit_at_1"]
+    said = retrieval_metrics(rows, 1, "captures")["intervals"]["hit_at_1"]
     assert (said["low"], said["why"]) == (None, "4 captures are too few, 8 are the least")
 
 
 def test_each_view_has_an_interval_of_its_own():
     rows = [asked(1, [0] if angle == 0 or i % 2 else [], str(i), angle) for i in range(10) for angle in (0.0, 30.0)]
     rows += [asked(1, [0], str(i), None, None) for i in range(10)]  # photographs have no angle
-    upright, turned = evaluate.retrieval_metrics(rows, 1)["by_view"]
+    upright, turned = retrieval_metrics(rows, 1)["by_view"]
     assert (upright["angle"], upright["value"], upright["high"]) == (0.0, 1.0, 1.0)
     assert upright["low"] == pytest.approx(0.025 ** (1 / 10))  # Clopper-Pearson, 10 of 10
     assert (turned["angle"], turned["value"]) == (30.0, 0.5)
@@ -280,9 +294,9 @@ def believed(**given):
 
 
 def table(rows=ROWS, k=3, threshold=None, positions=None, chance=0.12):
-    metrics = evaluate.retrieval_metrics(rows, k)
+    metrics = retrieval_metrics(rows, k)
     more = {"gallery": 9, "chance": chance, "threshold": threshold or believed(), "positions": positions}
-    return evaluate.retrieval_table({**metrics, **more}).splitlines()
+    return tables.retrieval_table({**metrics, **more}).splitlines()
 
 
 def test_every_line_of_the_table():
@@ -385,18 +399,18 @@ def test_corner_auc_is_that_of_superglue(seed):
     rng = np.random.default_rng(seed)
     errors = rng.exponential(4, int(rng.integers(1, 40))).tolist()
     errors += [math.inf] * int(rng.integers(0, 5)) + [0.0] * int(rng.integers(0, 3)) + [3.0, 5.0, 10.0][: seed % 4]
-    assert [evaluate.corner_auc(errors, limit) for limit in (3, 5, 10)] == pytest.approx(pose_auc(errors, (3, 5, 10)))
+    assert [corner_auc(errors, limit) for limit in (3, 5, 10)] == pytest.approx(pose_auc(errors, (3, 5, 10)))
 
 
 def test_corner_auc_by_hand():
-    assert evaluate.corner_auc([], 5) is None
-    assert evaluate.corner_auc([math.inf, math.inf], 5) == 0.0
-    assert evaluate.corner_auc([5.0], 5) == 0.0  # as SuperGlue counts it: only what lies below
-    assert evaluate.corner_auc([0.0, 0.0], 5) == 1.0
+    assert corner_auc([], 5) is None
+    assert corner_auc([math.inf, math.inf], 5) == 0.0
+    assert corner_auc([5.0], 5) == 0.0  # as SuperGlue counts it: only what lies below
+    assert corner_auc([0.0, 0.0], 5) == 1.0
     # rises from (0, 0) to (2, 1), then stays: a triangle of 1 and a rectangle of 2, of 4
-    assert evaluate.corner_auc([2.0], 4) == pytest.approx(3 / 4)
+    assert corner_auc([2.0], 4) == pytest.approx(3 / 4)
     # (0, 0) (1, 0.5) and, at 4, still 0.5: 0.25 + 1.5, of 4
-    assert evaluate.corner_auc([9.0, 1.0], 4) == pytest.approx(1.75 / 4)
+    assert corner_auc([9.0, 1.0], 4) == pytest.approx(1.75 / 4)
 
 
 @pytest.mark.parametrize(
@@ -412,8 +426,8 @@ def test_matching_accuracy_by_hand():
     xy = np.array([[0.0, 0], [5, 5], [7, 1], [2, 9]])
     there = xy + np.array([[10.0, 0], [10, 1], [7, 0], [10, 6]])
     truth = np.array([[1.0, 0, 10], [0, 1, 0], [0, 0, 1]])
-    assert geometry.matching_accuracy(xy, there, truth, evaluate.ACCURACY) == [0.5, 0.75, 0.75, 1.0]
-    assert geometry.matching_accuracy(xy[:0], there[:0], truth, evaluate.ACCURACY) is None
+    assert geometry.matching_accuracy(xy, there, truth, ACCURACY) == [0.5, 0.75, 0.75, 1.0]
+    assert geometry.matching_accuracy(xy[:0], there[:0], truth, ACCURACY) is None
 
 
 # --- 1:1 matching -------------------------------------------------------------------------------------------
@@ -454,7 +468,7 @@ PAIRS = [
 
 
 def test_match_metrics_by_hand():
-    figures = evaluate.match_metrics(PAIRS)
+    figures = match_metrics(PAIRS)
     wanted = near(
         queries=3,
         hit_at_1=1 / 3,
@@ -486,7 +500,7 @@ def test_match_metrics_by_hand():
 
 
 def test_match_metrics_by_view_and_crop():
-    figures = evaluate.match_metrics(PAIRS)
+    figures = match_metrics(PAIRS)
     assert [(view["angle"], view["hit_at_1"]) for view in figures["by_view"]] == [(0.0, 0.5), (90.0, 0.0)]
     assert figures["by_crop"][0]["queries"] == 3
     upright, turned = figures["by_view"]
@@ -504,7 +518,7 @@ def test_match_metrics_have_intervals_by_view():
         for i in range(10)
         for angle in (0.0, 90.0)
     ]
-    figures = evaluate.match_metrics(rows)
+    figures = match_metrics(rows)
     upright, turned = figures["by_view"]
     assert upright["intervals"]["hit_at_1"]["low"] == pytest.approx(0.025 ** (1 / 10))
     assert 0 < turned["intervals"]["hit_at_1"]["low"] < 0.5 < turned["intervals"]["hit_at_1"]["high"]
@@ -521,20 +535,20 @@ def test_a_wrong_candidate_counts_once_a_query_and_the_own_source_never():
         pair("q", None, True, 30, True, 1.0, retrieved=False),
         pair("r", 0, True, 30, True, 1.0),  # of which no wrong candidate is known
     ]
-    assert evaluate.match_metrics(rows)["wrong_verified"] == 0.5
+    assert match_metrics(rows)["wrong_verified"] == 0.5
 
 
 def test_the_own_photograph_tells_of_geometry_also_where_it_is_no_answer():
     """By place, with siblings left out, a query's own photograph is not right, and yet it matches rightly."""
     own = pair("p", 0, False, 50, True, 2.0, has_truth=True, accuracy=[1.0] * 4, rotation_error=0.0, scale_error=0.0)
-    figures = evaluate.match_metrics([own, pair("p", 1, True, 3, has_truth=False, accuracy=None)])
+    figures = match_metrics([own, pair("p", 1, True, 3, has_truth=False, accuracy=None)])
     assert figures["wrong_verified"] is None  # no other candidate is wrong
     assert (figures["true_pairs"], figures["true_corner_error_median"]) == (1, 2.0)
     assert figures["hit_at_1"] == 0.0
 
 
 def test_a_query_that_has_no_answer_counts_among_the_wrong_alone():
-    figures = evaluate.match_metrics([*PAIRS, pair("s", 0, False, 20, True, answerable=False)])
+    figures = match_metrics([*PAIRS, pair("s", 0, False, 20, True, answerable=False)])
     assert figures["hit_at_1"] == pytest.approx(1 / 3)
     assert figures["reranked_hit_at_1"] == pytest.approx(2 / 3)
     assert figures["wrong_verified"] == 0.5
@@ -542,7 +556,7 @@ def test_a_query_that_has_no_answer_counts_among_the_wrong_alone():
 
 
 def test_all_failed_has_no_median():
-    figures = evaluate.match_metrics([pair("p", 0, True)])
+    figures = match_metrics([pair("p", 0, True)])
     assert figures["true_corner_error_median"] is None
     assert figures["rotation_error_median"] is figures["scale_error_median"] is None
     assert figures["true_within_8px"] == 0.0
@@ -550,7 +564,7 @@ def test_all_failed_has_no_median():
 
 
 def test_nothing_matched_is_none_and_not_zero():
-    figures = evaluate.match_metrics([])
+    figures = match_metrics([])
     assert figures["queries"] == figures["true_pairs"] == 0
     for name in ("hit_at_1", "verified", "true_within_8px", "wrong_verified", "inlier_ratio", "rotation_error_median"):
         assert figures[name] is None, name
@@ -560,7 +574,7 @@ def test_nothing_matched_is_none_and_not_zero():
 
 
 def test_summary_table_shows_each_angle_and_crop():
-    table = evaluate.summary_table({"weight=sift": {**evaluate.match_metrics(PAIRS), "queries_skipped": 2}})
+    table = tables.summary_table({"weight=sift": {**match_metrics(PAIRS), "queries_skipped": 2}})
     few = "(no interval: 3 photographs are too few, 8 are the least)"
     assert [" ".join(line.split()) for line in table.splitlines()] == [
         "Hit@1 crop 0 90 mean [95 % interval]",
@@ -582,23 +596,23 @@ def test_reranking_that_hurts_is_called_worse():
         for i in range(12)
         for row in (pair(f"q{i:02d}", 0, True, 5, cluster=i), pair(f"q{i:02d}", 1, False, 30, True, cluster=i))
     ]
-    figures = evaluate.match_metrics(rows)
+    figures = match_metrics(rows)
     changed = figures["intervals"]["reranking"]
     assert (figures["hit_at_1"], figures["reranked_hit_at_1"], changed["value"]) == (1.0, 0.0, -1.0)
     assert changed["high"] < 0
-    assert "  re-ranking changes Hit@1 by -1.000 [" in (table := evaluate.summary_table({"sift": figures}))
+    assert "  re-ranking changes Hit@1 by -1.000 [" in (table := tables.summary_table({"sift": figures}))
     assert "]: worse" in table
 
 
 def test_summary_table_of_a_list_says_how_many_pairs_verified():
     unknown = pair("p", 0, None, 30, True, answerable=False, has_truth=False, accuracy=None)
     rows = [{**unknown, "angle": None, "crop": None}]
-    figures = {"pairs": 1, "pairs_verified": 1, **evaluate.match_metrics(rows)}
+    figures = {"pairs": 1, "pairs_verified": 1, **match_metrics(rows)}
     assert figures["hit_at_1"] is figures["wrong_verified"] is figures["verified_right"] is None
     said = "1 of 1 pairs verified; no query has a right answer that is known, so there is no Hit@1"
-    assert evaluate.summary_table({"sift": figures}) == f"\nsift: {said}"
+    assert tables.summary_table({"sift": figures}) == f"\nsift: {said}"
 
 
 def test_summary_table_of_nothing():
-    table = evaluate.summary_table({"weight=sift": evaluate.match_metrics([])})
+    table = tables.summary_table({"weight=sift": match_metrics([])})
     assert table == "\nweight=sift: 0 queries, Hit@1 -, re-ranked by 1:1 matching -"

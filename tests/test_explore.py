@@ -11,8 +11,11 @@ from matplotlib.backend_bases import MouseEvent
 from PIL import Image
 
 import imatch
-from imatch import evaluate, labels, pictures, runs, store, viz
-from imatch.records import ImatchError, ImatchWarning
+from imatch.core import files
+from imatch.core.step import open_step, pair_path
+from imatch.core.types import ImatchError, ImatchWarning
+from imatch.evaluation import tables, verdicts
+from imatch.viz import pictures
 from tests.test_steps import embedded, matched, referenced, searched
 
 
@@ -29,14 +32,14 @@ def exports(few_photographs, tmp_path_factory):
 
 def step_of(exports, weight="sift"):
     (path,) = (exports / "r" / "04_match").glob(f"*/{weight}/*/reference-data_isometric/metrics.json")
-    return runs.read(path.parent)
+    return open_step(path.parent)
 
 
 @pytest.fixture
 def explorer(exports):
     found = imatch.browse(step_of(exports))
     yield found
-    labels.path(step_of(exports)).unlink(missing_ok=True)
+    verdicts.path(step_of(exports)).unlink(missing_ok=True)
 
 
 def picture(explorer):
@@ -71,7 +74,7 @@ def test_a_pair_opens_as_it_was_saved(explorer):
 
 
 def test_the_backend_of_other_figures_stays():
-    code = "import matplotlib; from imatch.canvas import PairCanvas; matplotlib.use('svg'); PairCanvas(print)"
+    code = "import matplotlib; from imatch.viz.explorer import PairCanvas; matplotlib.use('svg'); PairCanvas(print)"
     code += "; print(matplotlib.get_backend())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["svg"]
@@ -155,40 +158,40 @@ def test_zoomed_lines_end_inside(explorer):
 
 
 def test_labels_are_written_changed_and_withdrawn(exports, explorer):
-    step, file = step_of(exports), labels.path(step_of(exports))
+    step, file = step_of(exports), verdicts.path(step_of(exports))
     first = (explorer.row["query"], explorer.row["candidate"])
     explorer.label.value = "accept"
-    assert labels.read(file) == {first: "accept"}
+    assert verdicts.read(file) == {first: "accept"}
     assert "1 of 16 pairs" in explorer.progress.value
     explorer.rank.value = 1
     assert explorer.label.value == "unclear"
     second = (explorer.row["query"], explorer.row["candidate"])
     explorer.label.value = "reject"
-    assert labels.read(file) == {first: "accept", second: "reject"}
+    assert verdicts.read(file) == {first: "accept", second: "reject"}
     explorer.rank.value = 0
     assert explorer.label.value == "accept"
     explorer.label.value = "reject"
-    assert labels.read(file)[first] == "reject"
+    assert verdicts.read(file)[first] == "reject"
     explorer.label.value = "unclear"
-    assert labels.read(file) == {second: "reject"}
+    assert verdicts.read(file) == {second: "reject"}
     assert not file.is_relative_to(step.folder)  # which goes when the step is computed anew
     assert imatch.browse(step).saved.step.finished
 
 
 def test_the_evaluation_reads_the_labels(exports):
     step = step_of(exports)
-    pairs = store.read_rows(step.folder / "pairs.jsonl")
-    assert evaluate.label_metrics(pairs, {}) is None
-    assert evaluate.label_metrics(pairs, {("no such query", "a.png"): "accept"}) is None
+    pairs = files.read_rows(step.folder / "pairs.jsonl")
+    assert verdicts.label_metrics(pairs, {}) is None
+    assert verdicts.label_metrics(pairs, {("no such query", "a.png"): "accept"}) is None
     right = {(row["query"], row["candidate"]): "accept" if row["right"] else "reject" for row in pairs}
-    said = evaluate.label_metrics(pairs, right)
+    said = verdicts.label_metrics(pairs, right)
     verified = [row for row in pairs if row["verified"]]
     assert said["precision"] == pytest.approx(np.mean([row["right"] for row in verified]))
     assert said["recall"] == pytest.approx(np.mean([row["verified"] for row in pairs if row["right"]]))
     assert said["accepted"] + said["rejected"] == said["labelled"] == len(pairs)
-    table = evaluate.summary_table({"sift": {**step.metrics, "labels": said}})
+    table = tables.summary_table({"sift": {**step.metrics, "labels": said}})
     assert f"labelled by hand: {len(pairs)} pairs" in table
-    assert "labelled" not in evaluate.summary_table({"sift": {**step.metrics, "labels": None}})
+    assert "labelled" not in tables.summary_table({"sift": {**step.metrics, "labels": None}})
 
 
 @pytest.mark.parametrize(
@@ -204,13 +207,13 @@ def test_a_bad_csv_says_what_is_wrong(tmp_path, text, said):
     file = tmp_path / "labels.csv"
     file.write_text(text)
     with pytest.raises(ImatchError, match=said):
-        labels.read(file)
+        verdicts.read(file)
 
 
 def test_labels_of_names_that_are_no_text(tmp_path):
     said = {('caf\udce9, "1".jpg', "b\nc.png"): "accept"}
-    labels.write(tmp_path / "labels.csv", said)
-    assert labels.read(tmp_path / "labels.csv") == said
+    verdicts.write(tmp_path / "labels.csv", said)
+    assert verdicts.read(tmp_path / "labels.csv") == said
 
 
 def uploaded(path):
@@ -262,7 +265,7 @@ def test_weights_that_are_gone_are_said_in_the_widget(few_photographs, weights, 
 
 
 def test_without_saved_correspondences_a_pair_is_matched_again(exports):
-    index = runs.read(step_of(exports).linked("index"))
+    index = open_step(step_of(exports).linked("index"))
     step, *_ = matched(index, outputs=["json"], tag="json")
     again, saved = imatch.browse(step)._opened.pair, imatch.browse(step_of(exports))._opened.pair
     np.testing.assert_array_equal(again.xy_b, saved.xy_b)
@@ -305,7 +308,7 @@ def test_a_pair_that_the_pixels_did_not_confirm_opens_unverified(few_photographs
 
 
 def test_a_pair_that_cannot_be_opened_takes_no_label(exports, explorer):
-    path = viz.pair_path(step_of(exports), explorer._candidates()[1]).with_suffix(".npy")
+    path = pair_path(step_of(exports), explorer._candidates()[1]).with_suffix(".npy")
     explorer.label.value = "accept"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -323,7 +326,7 @@ def test_a_label_that_could_not_be_written_is_not_shown(explorer, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(labels, "write", full)
+        patch.setattr(verdicts, "write", full)
         explorer.label.value = "accept"
     assert explorer.label.value == "unclear"
     assert "No space left" in explorer.said.value
@@ -333,7 +336,7 @@ def test_correspondences_that_are_unlike_are_drawn_too(few_photographs, tmp_path
     data = embedded(few_photographs, tmp_path / "exports")
     index = searched(data, referenced(data, angles=(0,))[1], "reference-data", tag="")[0]
     step, *_ = matched(index, outputs=["npy"], matcher_options={"min_similarity": -1.0})
-    path = viz.pair_path(step, store.read_rows(step.folder / "pairs.jsonl")[0]).with_suffix(".npy")
+    path = pair_path(step, files.read_rows(step.folder / "pairs.jsonl")[0]).with_suffix(".npy")
     table = np.load(path)
     table["similarity"][-5:] = -0.5  # descriptors of a network can point away from each other
     np.save(path, table)

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from imatch import geometry
-from imatch.records import ImatchError
+from imatch.core.types import ImatchError
+from imatch.matching import geometry
 
 SIZE = (300, 400)
 TURNED = np.array(
@@ -97,7 +97,7 @@ def test_degenerate_outlines(matrix, reason):
 @pytest.mark.parametrize("angle", [-170, -90, 0, 30, 90, 180])
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_rotation_and_scale(angle, scale):
-    from imatch.references import turn
+    from imatch.data.references import turn
 
     found = geometry.rotation_scale(np.diag([scale, scale, 1]) @ turn(angle), SIZE)
     assert (found[0] - angle + 180) % 360 - 180 == pytest.approx(0, abs=1e-6)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import demo
+from imatch.cli import demo
 from tests import random_weights
 
 RECORD = Path(__file__).with_name("golden.json")
@@ -131,7 +131,7 @@ def matched(index):
         tag="",
         on_change="refuse",
     )
-    rows = imatch.match(step, workers=0)
+    rows = imatch.match_pairs(step, workers=0)
     return rows, step.finish(imatch.match_metrics(step, rows))
 
 

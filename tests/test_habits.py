@@ -31,7 +31,7 @@ def test_notebooks_are_stripped():
 
 @pytest.mark.parametrize("module", ["faiss", "timm", "cv2", "matplotlib", "torch", "openvino"])
 def test_importing_imatch_is_light(module):
-    tables = "imatch.backbones, imatch.indexes, imatch.matching, imatch.sinks, imatch.references"
+    tables = "imatch.features.base, imatch.retrieval.kinds, imatch.matching.matchers, imatch.export.outputs, imatch.data.references"
     code = f"import imatch, {tables}, sys; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -92,7 +92,7 @@ rows, threshold = imatch.judge(index, query, gallery, ranking, figures)
 index.finish(imatch.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
 match = imatch.start_match(str(index.folder), candidates=2, matcher="ratio", matcher_options={{}}, model="homography",
     threshold=0.0, confidence=0.9999, iterations=10000, min_inliers=8, min_share=0.0, outputs=["npy"], **always)
-assert imatch.match(match, workers=2)
+assert imatch.match_pairs(match, workers=2)
 print("torch" in sys.modules, "timm" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from imatch import images
-from imatch.images import Resize
-from imatch.records import ImatchError, PhotographError
+from imatch.core.types import ImatchError, PhotographError
+from imatch.data import images
+from imatch.data.images import Resize
 
 BRIGHTON = Path(__file__).resolve().parents[2] / "shared" / "data" / "brighton_beach"
 LATITUDE, LONGITUDE = (46.0, 47.0, 24.0), (92.0, 5.0, 42.0)

@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from imatch.intervals import Interval, interval, paired_difference
-from imatch.records import ImatchError
+from imatch.core.types import ImatchError
+from imatch.evaluation.intervals import Interval, interval, paired_difference
 
 
 def clustered(rng, mean, correlation, n):

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import keeping, poses, rerank, runs, store, viz
-from imatch.backbones.dsift import DenseSift
-from imatch.keeping import KEEPS, TOKENS
-from imatch.records import ImatchError, StepError, Tokens
-from imatch.steps.poses import embed_poses
-from imatch.store import Embeddings
+from imatch.core.files import write_array
+from imatch.core.step import open_step
+from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
+from imatch.data import rotations, store
+from imatch.data.store import AGGREGATED, KEEPS, Embeddings
+from imatch.features.sift import DenseSift
+from imatch.steps.embed import embed_poses
+from imatch.viz import figures
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +79,7 @@ def test_the_default_is_what_it_was(stores, weight, few_photographs, tmp_path):
     assert {path.name for path in (step.folder / "local").iterdir()} == names
     before = embedded(few_photographs, tmp_path, weight=weight, resize=SQUARE)
     assert files(before.folder) == files(step.folder)
-    assert runs.read(before.folder).fingerprint == runs.read(step.folder).fingerprint
+    assert open_step(before.folder).fingerprint == open_step(step.folder).fingerprint
     assert Embeddings(step.folder).tokens(0).descriptors.dtype == np.float16
 
 
@@ -87,10 +89,10 @@ def test_what_is_kept_comes_back(stores, weight, keep):
     step, whole = stores[weight, keep], stores[weight, "float16"]
     assert step.parameters == {**whole.parameters, "keep": keep}
     assert step.folder.name == f"res160_raw_{keep}"
-    assert runs.read(step.folder).fingerprint != runs.read(whole.folder).fingerprint
+    assert open_step(step.folder).fingerprint != open_step(whole.folder).fingerprint
     less, all_of_it = Embeddings(step.folder), Embeddings(whole.folder)
     assert np.array_equal(less.vectors, all_of_it.vectors)
-    assert bool(less.unplaced) == (keep not in keeping.PLACED)
+    assert bool(less.unplaced) == (keep not in store.KEEPS_PLACED)
     for row in range(len(less)):
         some, every = less.tokens(row), all_of_it.tokens(row)
         if keep == "int8":
@@ -102,9 +104,9 @@ def test_what_is_kept_comes_back(stores, weight, keep):
         elif keep == "aggregated":
             assert some.grid is None
             assert np.isnan(some.xy).all()
-            expected = rerank.aggregate(every.descriptors, TOKENS)
+            expected = store.aggregate(every.descriptors, AGGREGATED)
             assert np.array_equal(some.descriptors, expected[expected.any(axis=1)].astype(np.float16))
-            assert len(some.descriptors) == min(TOKENS, np.count_nonzero(every.descriptors.any(axis=1)))
+            assert len(some.descriptors) == min(AGGREGATED, np.count_nonzero(every.descriptors.any(axis=1)))
         else:
             assert some.descriptors.shape == (0, every.descriptors.shape[1])
 
@@ -114,8 +116,8 @@ def test_what_is_kept_comes_back(stores, weight, keep):
 def test_bytes_are_as_promised(stores, weight, keep):
     folder = stores[weight, keep].folder
     embeddings, whole = Embeddings(folder), Embeddings(stores[weight, "float16"].folder)
-    d, places = embeddings.tokens(0).descriptors.shape[1], keep in keeping.PLACED and weight == "sift"
-    promised = sum(keeping.size(keep, row["n"], d) + 8 * row["n"] * places for row in whole.rows)
+    d, places = embeddings.tokens(0).descriptors.shape[1], keep in store.KEEPS_PLACED and weight == "sift"
+    promised = sum(store.kept_bytes(keep, row["n"], d) + 8 * row["n"] * places for row in whole.rows)
     arrays = list((folder / "local").glob("*.npy"))
     taken = sum(path.stat().st_size - HEADER for path in arrays)
     if weight == "sift" and keep == "aggregated":  # a flat patch has no direction, and no token
@@ -134,7 +136,7 @@ def test_an_unknown_way_to_keep_is_refused(few_photographs, tmp_path):
 def test_a_scale_that_is_missing_or_short_is_refused(few_photographs, tmp_path):
     step = embedded(few_photographs, tmp_path, weight="dsift", resize=SQUARE, keep="int8")
     path = step.folder / "local" / "00000.scale.npy"
-    store.write_array(path, np.load(path)[:-1])
+    write_array(path, np.load(path)[:-1])
     with pytest.raises(StepError, match="shard 0 holds 299 scales for 300 descriptors"):
         Embeddings(step.folder)
     path.unlink()
@@ -176,11 +178,11 @@ def test_turned_photographs_and_references_are_kept_alike(stores, keep):
     _, tokens = referenced(step)
     assert tokens.parameters == step.parameters
     assert tokens.folder.name == step.folder.name
-    posed = embed_poses(step.folder, poses.poses(4), workers=0)
+    posed = embed_poses(step.folder, rotations.poses(4), workers=0)
     for pose, embeddings in posed.posed.items():
         assert embeddings.folder.name == f"{step.folder.name}_{pose}"
-        assert runs.read(embeddings.folder).parameters["keep"] == keep
-        assert {bool(one.unplaced) for one in (embeddings, posed.upright)} == {keep not in keeping.PLACED}
+        assert open_step(embeddings.folder).parameters["keep"] == keep
+        assert {bool(one.unplaced) for one in (embeddings, posed.upright)} == {keep not in store.KEEPS_PLACED}
 
 
 KILLED = """
@@ -242,12 +244,12 @@ def test_from_photographs_to_hits(stores, keep):
         with pytest.raises(StepError, match=r"rerank needs local descriptors, and .*_raw_global keeps no local desc"):
             indexed(step, references, "reference-data", rerank=3, tag="tokens")
     else:
-        better = indexed(step, references, "reference-data", rerank=3, tokens=TOKENS, rotations=4, tag="tokens")
+        better = indexed(step, references, "reference-data", rerank=3, tokens=AGGREGATED, rotations=4, tag="tokens")
         query, gallery, found, *_ = judged(better)
         assert len(found.rows) == len(query) == 2 * len(gallery)
-        assert imatch.search_stages(better)[-1]["stage"] == f"3 by {TOKENS} tokens"
+        assert imatch.search_stages(better)[-1]["stage"] == f"3 by {AGGREGATED} tokens"
         assert imatch.search_stages(better)[-1]["hit_at_1"]["value"] >= 0.5
-    if keep in keeping.PLACED:
+    if keep in store.KEEPS_PLACED:
         assert matched(index, outputs=["json"])[1]
     else:
         with pytest.raises(StepError, match=r"04_match needs .* with positions, .* with keep float16 or int8"):
@@ -261,16 +263,16 @@ def test_aggregated_tokens_rank_as_those_that_are_made_from_all(stores):
     tokens = {}
     for keep in ("float16", "aggregated"):
         step = stores["sift", keep]
-        index = indexed(step, referenced(step)[1], "reference-data", rerank=3, tokens=TOKENS, tag="tokens")
+        index = indexed(step, referenced(step)[1], "reference-data", rerank=3, tokens=AGGREGATED, tag="tokens")
         judged(index)
         tokens[keep] = np.load(index.folder / "tokens" / "00000.npy").astype(np.float32)
-    assert tokens["float16"].shape == tokens["aggregated"].shape == (4, TOKENS, 128)
+    assert tokens["float16"].shape == tokens["aggregated"].shape == (4, AGGREGATED, 128)
     assert np.abs(tokens["float16"] - tokens["aggregated"]).max() < 2e-3
 
 
 def test_more_tokens_than_are_kept_are_refused(stores):
     with pytest.raises(StepError, match=r"tokens is 65, and .*_raw_aggregated keeps 64 a photograph: set tokens to 64"):
-        indexed(stores["dsift", "aggregated"], None, "data-data", rerank=3, tokens=TOKENS + 1)
+        indexed(stores["dsift", "aggregated"], None, "data-data", rerank=3, tokens=AGGREGATED + 1)
 
 
 def test_queries_in_full_search_a_gallery_that_keeps_less(stores, few_photographs, tmp_path):
@@ -288,14 +290,14 @@ def test_files_for_each_photograph_that_need_more_are_refused(stores, keep):
     step = stores["dsift", keep]
     for output in ("patch.npy", "grid.json", "denseft.png"):
         with pytest.raises(StepError, match=r"needs local descriptors with positions, .*run 01_embed"):
-            imatch.export(step, Embeddings(step.folder), ["global.npy", output])
+            imatch.export_files(step, Embeddings(step.folder), ["global.npy", output])
     assert not (step.folder.parents[3] / "per_image").exists()
-    assert imatch.export(step, Embeddings(step.folder), ["global.npy"]) == 2 * 4
+    assert imatch.export_files(step, Embeddings(step.folder), ["global.npy"]) == 2 * 4
 
 
 def test_files_for_each_photograph_of_int8(stores):
     step = stores["dsift", "int8"]
-    assert imatch.export(step, Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
+    assert imatch.export_files(step, Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
     path = next(step.folder.parents[3].rglob("PatchGrid*_b.npy"))
     assert path.name == "PatchGrid_res160-int8_raw_dsift_NONE_few_b.npy"
     embeddings = Embeddings(step.folder)
@@ -305,7 +307,7 @@ def test_files_for_each_photograph_of_int8(stores):
 @pytest.mark.parametrize(("keep", "said"), [("aggregated", "only aggregated tokens"), ("global", "no local desc")])
 def test_pictures_say_what_is_missing(stores, few_photographs, keep, said):
     embeddings = Embeddings(stores["dsift", keep].folder)
-    for draw in (viz.descriptors, viz.denseft):
+    for draw in (figures.descriptors, figures.denseft):
         assert said in draw(embeddings, few_photographs).texts[0].get_text()
 
 
@@ -321,7 +323,7 @@ def test_the_notebook_runs_to_its_end(keep, few_photographs, tmp_path):
     (step,) = tmp_path.rglob("metrics.json")
     assert step.parent.name == f"scale1_raw_{keep}"
     assert {"descriptors.png", "denseft.png", "similarity.png"} <= {path.name for path in step.parent.iterdir()}
-    assert any(cell.source.startswith("viz.show(viz.denseft") for cell in nbformat.read(out, 4).cells)
+    assert any(cell.source.startswith("figures.show(figures.denseft") for cell in nbformat.read(out, 4).cells)
 
 
 # --- what it costs in quality
@@ -343,9 +345,11 @@ def test_int8_finds_the_inliers_of_float16(weight, demo_photographs, tmp_path):
 
 
 def test_a_grid_of_one_descriptor_survives(tmp_path):
-    tokens = Tokens(np.ones(2, np.float32), np.array([[3, -4]], np.float32), store.grid_xy((1, 1), (16, 16)), (1, 1))
+    tokens = Tokens(np.ones(2, np.float32), np.array([[3, -4]], np.float32), grid_xy((1, 1), (16, 16)), (1, 1))
     for shard, keep in enumerate(KEEPS):
-        keeping.write_shard(tmp_path, shard, [{"id": f"{shard}.jpg", "size": (16, 16), "sha256": ""}], [tokens], keep)
+        store.write_kept_shard(
+            tmp_path, shard, [{"id": f"{shard}.jpg", "size": (16, 16), "sha256": ""}], [tokens], keep
+        )
     store.merge(tmp_path)
     embeddings = Embeddings(tmp_path)
     found = [embeddings.tokens(row).descriptors for row in range(len(KEEPS))]

@@ -19,7 +19,9 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import batch, labels, runs
+from imatch.cli import batch
+from imatch.core.step import open_step
+from imatch.evaluation import verdicts
 from tests.test_steps import embedded, matched, referenced, searched
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +184,6 @@ def test_a_label_is_written(page, workspace):
     page.get_by_role("button", name="accept").click()
     page.get_by_text("1 of 27 pairs have a label").wait_for()
     shot(page, "label")
-    (step,) = (runs.read(path.parent) for path in (workspace / "exports" / "demo" / "04_match").rglob("step.json"))
+    (step,) = (open_step(path.parent) for path in (workspace / "exports" / "demo" / "04_match").rglob("step.json"))
     query = "references_demo/Rdemo/astronaut_rot015_crop75.jpg"
-    assert labels.read(labels.path(step)) == {(query, "astronaut.png"): "accept"}
+    assert verdicts.read(verdicts.path(step)) == {(query, "astronaut.png"): "accept"}

@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import legacy, runs, store
-from imatch.records import ImatchError, StepError
-from imatch.store import Embeddings
+from imatch.core.files import read_json, read_rows, write_array, write_json
+from imatch.core.step import open_step, start_step
+from imatch.core.types import ImatchError, StepError, grid_xy
+from imatch.data import store
+from imatch.data.store import Embeddings
+from imatch.steps import import_tree
 from tests.test_perimage import (
     ALL,
     IDS,
@@ -33,8 +36,8 @@ from tests.test_steps import indexed, judged
 
 
 def imported(tree: Path, exports: Path, run: str = "i", on_change: str = "refuse") -> list[Path]:
-    groups = legacy.read_tree(tree)
-    return [legacy.import_group(group, groups, exports, run, on_change) for group in groups]
+    groups = import_tree.read_tree(tree)
+    return [import_tree.import_group(group, groups, exports, run, on_change) for group in groups]
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_import_gives_back_equal_arrays(outputs, tmp_path):
     a, b = Embeddings(step.folder), Embeddings(folder)
     assert b.ids == ["high/7", "low/0007", "low/0012", "very_high/0007"]
     same_tokens(a, b, by_sha(a, b))
-    back = runs.read(folder).parameters
+    back = open_step(folder).parameters
     same = ("weight", "backbone", "weights_digest", "resize", "cfg", "variant")
     assert {key: back[key] for key in same} == {key: step.parameters[key] for key in same}
     assert back["imported"] is True
@@ -83,21 +86,19 @@ def test_import_gives_back_equal_arrays(outputs, tmp_path):
         "global_norm": 1.0,
     }
     assert not {"meta", "global", "patch"} & {*low}
-    metas = store.read_rows(folder / "metas.jsonl")
+    metas = read_rows(folder / "metas.jsonl")
     low = metas[b.ids.index("low/0007")]
-    assert low["global"] == store.read_json(
-        tmp_path / f"tree/survey/vits16+/low/GlobalToken/GlobalToken{LOW_7}_meta.json"
-    )
+    assert low["global"] == read_json(tmp_path / f"tree/survey/vits16+/low/GlobalToken/GlobalToken{LOW_7}_meta.json")
     assert {*low} == {output[:-4] for output in outputs} - {"denseft"}
     assert [meta["global"]["sha256"] for meta in metas] == [row["sha256"] for row in b.rows]
 
 
 def test_exported_again_it_is_the_same_tree(tree, tmp_path):
     (folder,) = imported(tree, tmp_path / "back")
-    export(runs.read(folder), tmp_path / "again", ("global.npy", "patch.npy", "grid.npy"))
+    export(open_step(folder), tmp_path / "again", ("global.npy", "patch.npy", "grid.npy"))
     arrays = {name: data for name, data in files(tree).items() if name.endswith(".npy")}
     assert {name: data for name, data in files(tmp_path / "again").items() if name.endswith(".npy")} == arrays
-    assert export(runs.read(folder), tree, ["global.npy"]) == 0
+    assert export(open_step(folder), tree, ["global.npy"]) == 0
 
 
 @pytest.mark.parametrize("variant", ["raw", "sub2"])
@@ -109,7 +110,7 @@ def test_dense_sift_comes_back(variant, few_photographs, tmp_path):
     assert folder.parts[-3:] == ("few", "dsift", f"scale1_{variant}")
     assert b.ids == ["few/a", "few/b", "few/c", "flight_1/d"]
     same_tokens(a, b)
-    assert runs.read(folder).parameters["backbone"] == step.parameters["backbone"]
+    assert open_step(folder).parameters["backbone"] == step.parameters["backbone"]
 
 
 @pytest.mark.parametrize("crops", [(1.0,), (0.5, 1.0)], ids=str)
@@ -129,12 +130,12 @@ def test_references_come_back_in_a_store_of_their_own(crops, tmp_path):
     assert (turned["angle"], turned["crop"], turned["source"]) == (-45, crops[0], "low/0007")
     assert {*b.shows} == {*Embeddings(folders[0]).shows}
 
-    index = indexed(*map(runs.read, folders), "reference-data", k=2)
+    index = indexed(*map(open_step, folders), "reference-data", k=2)
     index.finish(judged(index)[-1])
     assert index.metrics["queries"] == len(a)
     assert index.metrics["without_answer"] == 0
 
-    export(runs.read(folders[1]), tmp_path / "again", ["grid.npy"])
+    export(open_step(folders[1]), tmp_path / "again", ["grid.npy"])
     wanted = {n: d for n, d in files(tmp_path / "tree").items() if "ReferenceGrid_" in n and n.endswith(".npy")}
     assert {n: d for n, d in files(tmp_path / "again").items() if n.endswith(".npy")} == wanted
 
@@ -142,8 +143,8 @@ def test_references_come_back_in_a_store_of_their_own(crops, tmp_path):
 def test_cropped_and_thinned_grids_keep_their_places(tmp_path):
     """Positions that no grid over the whole photograph has come back by first centre and step."""
     folder = tmp_path / "exports/r/01_embed/survey/vits16+/res64_raw"
-    step = runs.start(folder, "01_embed", PARAMETERS, {}, {"photographs": tmp_path})
-    xy = store.grid_xy((4, 4), (64, 64)) + np.float32([16, 0])
+    step = start_step(folder, "01_embed", PARAMETERS, {}, {"photographs": tmp_path})
+    xy = grid_xy((4, 4), (64, 64)) + np.float32([16, 0])
     store.write_shard(folder, 0, [row("f/1.jpg", 1), row("f/2.jpg", 2)], [tokens(i, (4, 4), xy=xy) for i in (1, 2)])
     store.merge(folder)
     imatch.finish_embed(step, Embeddings(folder))
@@ -171,7 +172,7 @@ def foreign(tree: Path, kinds: dict[str, str], frames=("0001", "0002"), seed=0, 
         for what, name in kinds.items():
             kind, _, rot = name.partition("|")
             folder = tree / "beach" / "cxTiny" / "mid_low" / rot / kind
-            store.write_array(folder / f"{kind}_{middle}_mid_low_{frame}.npy", arrays[what])
+            write_array(folder / f"{kind}_{middle}_mid_low_{frame}.npy", arrays[what])
     return tree
 
 
@@ -190,7 +191,7 @@ def test_trees_of_other_tools_are_read(kinds, tmp_path):
     embeddings = Embeddings(folder)
     assert folder.parts[-3:] == ("beach", "cxTiny", "res64_raw")
     assert embeddings.ids == ["mid_low/0001", "mid_low/0002"]
-    assert runs.read(folder).parameters["backbone"] == {
+    assert open_step(folder).parameters["backbone"] == {
         "hub_entry": "dinov3_convnext_tiny",
         "family": "SAT",
         "filename": "",
@@ -220,10 +221,10 @@ def test_global_files_alone_are_a_store(tmp_path):
 
 def test_folder_of_a_data_set_or_a_weight_will_do(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
-    whole = [str(group) for group in legacy.read_tree(tree)]
+    whole = [str(group) for group in import_tree.read_tree(tree)]
     assert whole == ["beach cxTiny res64 raw dinov3_convnext_tiny SAT photographs"]
     for folder in ("beach", "beach/cxTiny", "beach/cxTiny/mid_low"):
-        assert [str(group) for group in legacy.read_tree(tree / folder)] == whole
+        assert [str(group) for group in import_tree.read_tree(tree / folder)] == whole
 
 
 def test_references_of_other_tools_know_their_sources(tmp_path):
@@ -236,7 +237,7 @@ def test_references_of_other_tools_know_their_sources(tmp_path):
     assert references.shows == [data.shows[int(id.endswith("2"))] for id in references.ids]
     views = {row["id"].split("/")[1]: (row["angle"], row["crop"]) for row in references.rows}
     assert views == {"rot045": (45, None), "-90": (-90, None), "rot30_crop50": (30, 0.5)}
-    export(runs.read(folders[1]), tmp_path / "out", ["global.npy"])
+    export(open_step(folders[1]), tmp_path / "out", ["global.npy"])
     assert len(files(tmp_path / "out")) == 12
 
 
@@ -252,7 +253,7 @@ def test_two_families_of_one_weight_are_two_stores(tmp_path):
     folders = imported(tree, tmp_path / "back")
     assert [folder.name for folder in folders] == ["res64_raw_LVD", "res64_raw_SAT"]
     for folder in folders:
-        export(runs.read(folder), tmp_path / "again", ["global.npy"])
+        export(open_step(folder), tmp_path / "again", ["global.npy"])
     again = sorted(path.name for path in (tmp_path / "again").rglob("*.npy"))
     assert again == sorted(f"GlobalToken{path.name[6:]}" for path in tree.rglob("*.npy"))
     for path in tree.rglob("*.npy"):
@@ -308,7 +309,7 @@ def say(tree: Path, meta: object) -> None:
     ],
 )
 def test_names_that_do_not_say_what_they_are_are_refused(name, reason, tmp_path):
-    store.write_array(tmp_path / "tree/beach/vits16" / name, np.ones(8))
+    write_array(tmp_path / "tree/beach/vits16" / name, np.ones(8))
     refused(tmp_path / "tree", rf"whose names do not say what they are:\n  beach.*{reason}(?s:.*)rename them")
 
 
@@ -346,7 +347,7 @@ def test_patches_that_disagree_with_their_grid_are_refused(harm, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "patch": "Patch", "grid": "Grid"})
     path = next(tree.rglob("Patch_*_0002.npy"))
     array = np.load(path)
-    store.write_array(path, array[:, :-1] if harm == "shape" else array[:, ::-1])
+    write_array(path, array[:, :-1] if harm == "shape" else array[:, ::-1])
     said = r"is not \(4, 4, 8\) in rows" if harm == "shape" else "values are not the same, row by row"
     refused(tree, f"Patch_.*0002.npy and .*Grid_.*0002.npy disagree: .*{said}")
 
@@ -355,7 +356,7 @@ def test_tokens_that_are_no_square_need_a_grid(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "patch": "Patch"}, n=(2, 3))
     refused(tree, "Patch_.*0001.npy holds 6 tokens, which is no square, and nothing says their grid: export PatchGrid")
     for path in tree.rglob("Patch_*.npy"):
-        store.write_json(path.with_name(f"{path.stem}_meta.json"), {"grid": [2, 3]})
+        write_json(path.with_name(f"{path.stem}_meta.json"), {"grid": [2, 3]})
     (folder,) = imported(tree, tmp_path / "back")
     assert Embeddings(folder).rows[0]["grid"] == [2, 3]
     assert Embeddings(folder).rows[0]["size"] == [64, 96]
@@ -364,7 +365,7 @@ def test_tokens_that_are_no_square_need_a_grid(tmp_path):
 def test_meta_whose_grid_does_not_fit_is_refused(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "patch": "Patch"})
     path = next(tree.rglob("Patch_*_0002.npy"))
-    store.write_json(path.with_name(f"{path.stem}_meta.json"), {"grid": [4, 5]})
+    write_json(path.with_name(f"{path.stem}_meta.json"), {"grid": [4, 5]})
     refused(tree, r"holds 16 tokens, its meta says a grid of \[4, 5\]")
 
 
@@ -372,14 +373,14 @@ def test_meta_whose_grid_does_not_fit_is_refused(tmp_path):
 def test_dimensions_that_differ_are_refused(kind, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "grid": "Grid"})
     path = next(tree.rglob(f"{kind}_*_0002.npy"))
-    store.write_array(path, np.load(path)[..., :-1])
+    write_array(path, np.load(path)[..., :-1])
     refused(tree, "of one store must be alike, but .*0001.npy has 8.* and .*0002.npy 7")
 
 
 def test_types_that_differ_are_refused(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "grid": "Grid"})
     path = next(tree.rglob("Grid_*_0002.npy"))
-    store.write_array(path, np.load(path).astype(np.float16))
+    write_array(path, np.load(path).astype(np.float16))
     refused(tree, "local descriptors of one store must be alike, but .* 8 float32 each and .* 8 float16")
 
 
@@ -389,7 +390,7 @@ def test_values_that_are_not_finite_are_refused(kind, value, tmp_path):
     path = next(tree.rglob(f"{kind}_*_0002.npy"))
     array = np.load(path)
     array.flat[3] = value
-    store.write_array(path, array)
+    write_array(path, array)
     refused(tree, f"{path.name} holds values that are not finite")
 
 
@@ -399,7 +400,7 @@ def test_values_that_are_not_finite_are_refused(kind, value, tmp_path):
 def test_mixed_metas_are_refused(key, value, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
     path = next(tree.rglob("Global_*_0002.npy"))
-    store.write_json(path.with_name(f"{path.stem}_meta.json"), {key: value})
+    write_json(path.with_name(f"{path.stem}_meta.json"), {key: value})
     refused(tree, rf"0002.npy was made differently from the files before it:\n  .*{key}(?s:.*)a tree of their own")
 
 
@@ -423,7 +424,7 @@ def test_files_that_are_no_arrays_of_tokens_are_refused(data, reason, tmp_path):
     elif isinstance(data, bytes):
         path.write_bytes(data)
     else:
-        store.write_array(path, data)
+        write_array(path, data)
     refused(tree, f"{path.name} {reason}")
 
 
@@ -456,7 +457,7 @@ def test_metas_may_say_anything_else(tmp_path):
     (folder,) = imported(tree, tmp_path / "back")
     about = Embeddings(folder).rows[0]
     assert (about["id"], about["position"], about["grid"]) == ("mid_low/0001", {"lat": None}, [4, 4])
-    assert store.read_rows(folder / "metas.jsonl")[0]["global"]["norm"] is None
+    assert read_rows(folder / "metas.jsonl")[0]["global"]["norm"] is None
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path):
@@ -481,13 +482,13 @@ def test_broken_metas_are_refused(text, tmp_path):
 
 def test_files_of_two_photographs_under_one_name_are_refused(tree):
     path = next(tree.rglob(f"PatchToken{LOW_7}_meta.json"))
-    store.write_json(path, {**store.read_json(path), "sha256": "f" * 64})
+    write_json(path, {**read_json(path), "sha256": "f" * 64})
     refused(tree, "GlobalToken.*do not belong together: sha256 is")
 
 
 def test_array_of_another_shape_than_its_meta_is_refused(tree):
     path = next(tree.rglob(f"GlobalToken{LOW_7}.npy"))
-    store.write_array(path, np.load(path)[:-1])
+    write_array(path, np.load(path)[:-1])
     refused(tree, r"is of shape \(23,\), its meta says \[24\]")
 
 
@@ -496,7 +497,7 @@ def test_references_of_another_photograph_are_refused(tmp_path):
     for step in (data, references):
         export(step, tmp_path / "tree", ["global.npy"])
     for path in (tmp_path / "tree").rglob("rotm045/*/*_low_0007_meta.json"):
-        store.write_json(path, {**store.read_json(path), "source_sha256": "f" * 64})
+        write_json(path, {**read_json(path), "source_sha256": "f" * 64})
     refused(tmp_path / "tree", "was made from another photograph than low/0007")
 
 
@@ -522,7 +523,7 @@ def test_changed_tree_is_refused_or_imported_anew(tree, tmp_path):
     (folder,) = imported(tree, tmp_path / "back")
     was = files(folder)
     path = next(tree.rglob(f"GlobalToken{LOW_7}.npy"))
-    store.write_array(path, -np.load(path))
+    write_array(path, -np.load(path))
     for gone in tree.rglob("*very_high_0007*"):
         gone.unlink()
     refused(tree, r"res64_raw was made differently:\n  parameters.files: .* -> ")
@@ -535,12 +536,12 @@ def test_changed_tree_is_refused_or_imported_anew(tree, tmp_path):
 
 def test_mended_files_need_no_permission(tree, tmp_path, monkeypatch):
     """An import that failed asked for it, also after its first shard."""
-    monkeypatch.setattr(legacy, "SHARD", 1)
+    monkeypatch.setattr(import_tree, "SHARD", 1)
     path = next(tree.rglob(f"PatchToken{LOW_7}.npy"))
     array = np.load(path)
-    store.write_array(path, array * np.float16(np.nan))
+    write_array(path, array * np.float16(np.nan))
     refused(tree, "not finite")
-    store.write_array(path, array)
+    write_array(path, array)
     (folder,) = imported(tree, tmp_path / "back")
     assert len(Embeddings(folder)) == 4
 
@@ -557,12 +558,12 @@ def test_references_join_a_step_of_01_embed(tmp_path):
     data, references = with_references(tmp_path / "exports")
     export(references, tmp_path / "tree", ["global.npy"])
     (folder,) = imported(tmp_path / "tree", tmp_path / "exports", "r")
-    assert runs.read(folder).upstream == {"embed": data.fingerprint}
+    assert open_step(folder).upstream == {"embed": data.fingerprint}
     assert {row["source"] for row in Embeddings(folder).rows} == {*IDS}
 
 
 def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(legacy, "SHARD", 2)
+    monkeypatch.setattr(import_tree, "SHARD", 2)
     (whole,) = imported(tree, tmp_path / "whole")
     write = store.write_shard
 
@@ -584,7 +585,7 @@ def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
 
 def test_command_line(tree, tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "imatch.legacy", "import", *arguments]
+        command = [sys.executable, "-m", "imatch.steps.import_tree", "import", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     done = run(str(tree), "--run", "old")
@@ -598,16 +599,16 @@ def test_exit_codes(tmp_path, capsys):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
     foreign(tree, {"global": "Global"}, cfg="res32")
     exports = ["--exports", str(tmp_path / "back")]
-    assert legacy.main(["import", str(tmp_path / "nowhere"), *exports]) == 2
-    assert legacy.main(["import", str(tree), "--run", "../../x", *exports]) == 2
+    assert import_tree.main(["import", str(tmp_path / "nowhere"), *exports]) == 2
+    assert import_tree.main(["import", str(tree), "--run", "../../x", *exports]) == 2
     assert "error: run '../../x'" in capsys.readouterr().err
     next(tree.rglob("*res32*_0002.npy")).write_bytes(b"")
-    assert legacy.main(["import", str(tree), *exports]) == 1
+    assert import_tree.main(["import", str(tree), *exports]) == 1
     said = capsys.readouterr()
     assert "FAILED beach cxTiny res32 raw" in said.err
     assert (tmp_path / "back/imported/01_embed/beach/cxTiny/res64_raw/metrics.json").is_file()  # the other one went on
-    store.write_array(
+    write_array(
         tree / "beach/cxTiny/mid_low/Global/Global_res64_raw_dinov3_convnext_tiny_SAT_mid_low_3.npy", np.ones(8)
     )
-    assert legacy.main(["import", str(tree), *exports]) == 1
+    assert import_tree.main(["import", str(tree), *exports]) == 1
     assert "To make it anew: --on-change recompute" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""imatch.manifest: what the three manifests expand to, and what is refused."""
+"""imatch.cli.manifest: what the three manifests expand to, and what is refused."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ import nbformat
 import pytest
 import yaml
 
-from imatch import batch, manifest, registry
-from imatch.records import ImatchError
+from imatch.cli import batch, manifest
+from imatch.core import settings
+from imatch.core.types import ImatchError
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / registry.DATA_KEY
+SHIPPED = ROOT / settings.DATA_KEY
 SMALL = {"dataset_key": "survey", "models": [{"weights": "vits16", "target_res": 256}]}
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from scipy import special
 
-from imatch import images, matching, neighbours, store
-from imatch.backbones.dsift import DenseSift
-from imatch.backbones.sift import Sift
-from imatch.matching.ratio import spacing
-from imatch.records import ImatchError, Tokens
+from imatch.core.types import ImatchError, Tokens, grid_xy
+from imatch.data import images
+from imatch.features.sift import DenseSift, Sift
+from imatch.matching import matchers
+from imatch.matching.matchers import spacing
 
 
 def tokens(descriptors, grid=None, xy=None):
     xy = np.random.default_rng(0).uniform(0, 99, (len(descriptors), 2)) if xy is None else xy
-    xy = xy if grid is None else store.grid_xy(grid, (16 * grid[0], 16 * grid[1]))
+    xy = xy if grid is None else grid_xy(grid, (16 * grid[0], 16 * grid[1]))
     return Tokens(np.ones(1, np.float32), descriptors, xy.astype(np.float32), grid)
 
 
@@ -85,7 +85,7 @@ def brute_force(a, b, k=1, min_similarity=-1.0, min_relative=0.0, min_norm=0.0, 
 def test_mutual_agrees_with_brute_force(options, make):
     a, b = make(50, seed=1), make(40, seed=2)
     b[:20] = a[10:30] + (0.3 * random(20, a.shape[1], 3) if make is random else 0)
-    matches = matching.create("mutual", {"max_matches": 0, **options})(tokens(a), tokens(b))
+    matches = matchers.create_matcher("mutual", {"max_matches": 0, **options})(tokens(a), tokens(b))
     expected = brute_force(a, b, **options)
     assert set(pairs(matches)) == set(expected)
     assert make is random or pairs(matches) == expected  # where no cosine is rounded, in the same order
@@ -101,7 +101,7 @@ def test_mutual_finds_what_it_found_before_there_were_options(demo_photographs):
         best, in_b = (x @ y.T).max(dim=1)
         in_a = (x @ y.T).argmax(dim=0)
         kept = torch.nonzero((in_a[in_b] == torch.arange(len(in_b))) & (best >= 0.8)).ravel()
-        matches = matching.create("mutual")(a, b)
+        matches = matchers.create_matcher("mutual")(a, b)
         assert set(pairs(matches)) == set(zip(kept.tolist(), in_b[kept].tolist(), strict=True))
         assert np.allclose(np.sort(matches.similarity), np.sort(best[kept].numpy()), rtol=0, atol=1e-6)
 
@@ -110,9 +110,9 @@ def test_a_second_chance_for_what_repeats():
     """A's first and second are both nearest to B's first; with k = 2 the second takes what it likes next."""
     angles = np.radians([0, 4]), np.radians([-1, 9.5])
     a, b = (tokens(np.column_stack([np.cos(x), np.sin(x)])) for x in angles)
-    assert pairs(matching.create("mutual")(a, b)) == [(0, 0)]
-    assert pairs(matching.create("mutual", {"k": 2})(a, b)) == [(0, 0), (1, 1)]
-    every = matching.create("mutual", {"k": 2, "one_to_one": False})(a, b)
+    assert pairs(matchers.create_matcher("mutual")(a, b)) == [(0, 0)]
+    assert pairs(matchers.create_matcher("mutual", {"k": 2})(a, b)) == [(0, 0), (1, 1)]
+    every = matchers.create_matcher("mutual", {"k": 2, "one_to_one": False})(a, b)
     assert pairs(every) == [(0, 0), (1, 0), (1, 1), (0, 1)]
 
 
@@ -131,7 +131,7 @@ def test_a_second_chance_for_what_repeats():
 )
 def test_numbers_out_of_range_are_refused(matcher, options):
     with pytest.raises(ImatchError, match=next(iter(options))):
-        matching.create(matcher, options)
+        matchers.create_matcher(matcher, options)
 
 
 # --- ratio
@@ -160,7 +160,7 @@ def test_ratio_agrees_with_brute_force(grid, apart):
     descriptors = random(40, seed=1)
     near = np.roll(descriptors, 1, axis=0) + random(40, seed=2)
     a, b = tokens(descriptors, grid), tokens(near, grid)
-    matches = matching.create("ratio", {"apart": apart})(a, b)
+    matches = matchers.create_matcher("ratio", {"apart": apart})(a, b)
     assert pairs(matches) == ratio_brute_force(a, b, 0.8, apart)
     assert 3 < len(matches) <= len(brute_force(descriptors, near))
 
@@ -170,14 +170,14 @@ def test_rivals_beside_the_best_do_not_count_and_far_ones_do():
     columns = np.linspace(0, np.pi / 2, 12)
     smooth = tokens(np.column_stack([np.cos(columns), np.sin(columns)]), (1, 12))
     shifted = tokens(np.column_stack([np.cos(columns + 0.068), np.sin(columns + 0.068)]), (1, 12))
-    assert len(matching.create("ratio", {"apart": 0.0})(smooth, shifted)) == 0
-    assert pairs(matching.create("ratio", {"apart": 1.5})(smooth, shifted)) != []
+    assert len(matchers.create_matcher("ratio", {"apart": 0.0})(smooth, shifted)) == 0
+    assert pairs(matchers.create_matcher("ratio", {"apart": 1.5})(smooth, shifted)) != []
     twice = tokens(np.tile(smooth.descriptors, (2, 1)), (1, 24))
-    assert len(matching.create("ratio", {"apart": 1.5})(smooth, twice)) == 0
+    assert len(matchers.create_matcher("ratio", {"apart": 1.5})(smooth, twice)) == 0
 
 
 def test_spacing_is_a_grids_cell_turned_or_not_and_none_of_one_place():
-    xy = store.grid_xy((5, 7), (80, 112))
+    xy = grid_xy((5, 7), (80, 112))
     turn = np.array([[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]])
     assert spacing(xy) == 16
     assert spacing(xy @ turn) == pytest.approx(16, abs=1e-4)
@@ -197,7 +197,7 @@ def test_dual_softmax_agrees_with_brute_force(temperature):
     found = {(i, int(j)) for i, j in enumerate(probability.argmax(axis=1)) if probability[:, j].argmax() == i}
     for least in (0.0, 0.3):
         options = {"temperature": temperature, "min_probability": least}
-        matches = matching.create("dual_softmax", options)(tokens(a), tokens(b))
+        matches = matchers.create_matcher("dual_softmax", options)(tokens(a), tokens(b))
         assert set(pairs(matches)) == {pair for pair in found if probability[pair] >= least}
     assert found
 
@@ -217,7 +217,7 @@ def bytes_of(matches):
     return matches.index_a.tobytes(), matches.index_b.tobytes(), matches.similarity.tobytes()
 
 
-MATCHERS = [(name, {}) for name in sorted(matching.MATCHERS)] + [("mutual", {"k": 4, "min_similarity": 0.0})]
+MATCHERS = [(name, {}) for name in sorted(matchers.MATCHERS)] + [("mutual", {"k": 4, "min_similarity": 0.0})]
 
 
 def assert_same(found, expected):
@@ -229,14 +229,14 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(("matcher", "options"), MATCHERS, ids=str)
 def test_tiled_equals_untiled(matcher, options, demo_photographs, monkeypatch):
-    match = matching.create(matcher, options)
+    match = matchers.create_matcher(matcher, options)
     given = [*on_photographs(demo_photographs, DenseSift()), *on_photographs(demo_photographs, Sift())]
     tied = tokens(repeated(150, 1)), tokens(repeated(130, 2))
     for a, b in [*given, tied]:
         untiled = match(a, b)
-        assert len(a.descriptors) * len(b.descriptors) < neighbours.TILE
+        assert len(a.descriptors) * len(b.descriptors) < matchers.TILE
         for tile in (1, 1000, 7777, 30_000):
-            monkeypatch.setattr(neighbours, "TILE", tile)
+            monkeypatch.setattr(matchers, "TILE", tile)
             assert_same(match(a, b), untiled)
             assert a is not tied[0] or matcher == "dual_softmax" or bytes_of(match(a, b)) == bytes_of(untiled)
         monkeypatch.undo()
@@ -287,20 +287,20 @@ def test_matches_are_the_same_by_torch(matcher, options, device):
         a, b = make(300, seed=1), make(200, seed=2)
         b[:100] = a[50:150] + (0.3 * random(100, a.shape[1], 3) if make is random else 0)
         given = tokens(a), tokens(b)
-        expected = matching.create(matcher, options)(*given)
-        assert_same(on(device, matching.create(matcher, options))(*given), expected)
+        expected = matchers.create_matcher(matcher, options)(*given)
+        assert_same(on(device, matchers.create_matcher(matcher, options))(*given), expected)
         assert make is repeated or len(expected) > 30
 
 
-@pytest.mark.parametrize("matcher", sorted(matching.MATCHERS))
+@pytest.mark.parametrize("matcher", sorted(matchers.MATCHERS))
 def test_where_there_is_nothing_nothing_is_found(matcher):
     none, some = tokens(np.zeros((4, 16), np.float32)), tokens(random(5))
     for device in ("cpu", "cpu:0"):
-        match = on(device, matching.create(matcher))
+        match = on(device, matchers.create_matcher(matcher))
         assert [len(match(a, b)) for a, b in ((none, some), (some, none), (none, none))] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("matcher", sorted(matching.MATCHERS))
+@pytest.mark.parametrize("matcher", sorted(matchers.MATCHERS))
 def test_memory_stays_far_below_the_full_matrix(matcher):
     """10,000 x 10,000 similarities are 400 MB; a process of its own takes less than half of that more than it began
     with."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from imatch import batch, store
+from imatch.cli import batch
+from imatch.core import files
 from tests.test_steps import without_times
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def arrays(exports):
 
 def fingerprints(exports):
     return {
-        path.relative_to(exports).as_posix(): store.read_json(path)["fingerprint"]
+        path.relative_to(exports).as_posix(): files.read_json(path)["fingerprint"]
         for path in sorted(exports.rglob("step.json"))
         if "05_report" not in path.parts  # shows times, so it is of one run
     }
@@ -100,7 +101,18 @@ def workspace(tmp_path_factory, few_photographs):
 
 @pytest.fixture(scope="module")
 def by_batch(workspace):
-    command = [sys.executable, "-m", "imatch.batch", "params/demo.yaml", "-p", "weight", "sift", "-p", "kind", "legacy"]
+    command = [
+        sys.executable,
+        "-m",
+        "imatch.cli.batch",
+        "params/demo.yaml",
+        "-p",
+        "weight",
+        "sift",
+        "-p",
+        "kind",
+        "legacy",
+    ]
     done = subprocess.run(
         [*command, "--exports", "by_batch"], cwd=workspace, capture_output=True, text=True, check=False
     )

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import imatch
-from imatch import backbones, registry, runs
-from imatch.backbones import dinov3, dinov3_openvino
-from imatch.backbones.dinov3 import Dinov3
-from imatch.images import Resize
-from imatch.records import ImatchError
+from imatch.core import settings
+from imatch.core.step import open_step
+from imatch.core.types import ImatchError
+from imatch.data.images import Resize
+from imatch.features import base, dinov3, openvino
+from imatch.features.dinov3 import Dinov3
 from tests import random_weights
 
-if not dinov3_openvino.installed():  # not importorskip, whose import would send usage data to Intel
+if not openvino.installed():  # not importorskip, whose import would send usage data to Intel
     pytest.skip("no openvino: pip install -c constraints.txt -e '.[openvino]'", allow_module_level=True)
 
 IN_BF16 = dinov3.computes_in_bf16("cpu")
@@ -31,7 +32,7 @@ def create(weights):
 
     def make(key, engine="openvino", **options):
         given = {"engine_forward": engine, "precision": "fp32", **options}
-        return backbones.create(key, given, data_key=str(weights / "data_key.json"), device="cpu")
+        return base.create_backbone(key, given, data_key=str(weights / "data_key.json"), device="cpu")
 
     return make
 
@@ -44,7 +45,7 @@ def measured(monkeypatch, tmp_path):
 
 
 def textured(h, w, n=2):
-    return np.concatenate([dinov3_openvino.texture(h, w)[:, ::-1, ::s] for s in (1, -1)][:n])
+    return np.concatenate([openvino.texture(h, w)[:, ::-1, ::s] for s in (1, -1)][:n])
 
 
 def tokens(backbone, photographs):
@@ -72,7 +73,7 @@ def test_tokens_are_those_of_torch(create, key, precision, size):
 def test_the_rotary_table_is_timms(create):
     rope = create("vits16", "torch").model.rope
     for h, w in ((4, 6), (7, 3), (1, 1)):
-        ours = dinov3_openvino.rotary(rope.periods.numpy(), 5, h, w)[0, 0]
+        ours = openvino.rotary(rope.periods.numpy(), 5, h, w)[0, 0]
         assert np.allclose(ours[5:], rope.get_embed((h, w)).numpy(), atol=1e-6)
         sines, cosines = np.split(ours[:5], 2, axis=1)
         assert not sines.any()
@@ -128,9 +129,9 @@ def test_auto_is_openvino_for_vits(create):
 
 def test_auto_leaves_large_weights_to_torch(create, monkeypatch):
     """Converting and compiling takes several times their memory."""
-    monkeypatch.setattr(dinov3_openvino, "KEPT", 10**7)
+    monkeypatch.setattr(openvino, "KEPT", 10**7)
     assert create("vits16", "auto").engine_forward == "torch"
-    monkeypatch.setattr(dinov3_openvino, "KEPT", 10**8)  # the file is smaller, and in fp32 it is, too
+    monkeypatch.setattr(openvino, "KEPT", 10**8)  # the file is smaller, and in fp32 it is, too
     assert create("vits16", "auto").engine_forward == "openvino"
     monkeypatch.setattr(Dinov3, "bytes", 10**8 + 1)
     assert create("vits16", "auto").engine_forward == "torch"
@@ -144,7 +145,7 @@ def test_auto_is_torch_where_openvino_is_missing(create, monkeypatch):
 @pytest.mark.usefixtures("measured")
 def test_auto_is_torch_where_the_tokens_are_others(create, monkeypatch):
     """No cosine reaches what is asked for here."""
-    monkeypatch.setattr(dinov3_openvino, "ENOUGH", 1.1)
+    monkeypatch.setattr(openvino, "ENOUGH", 1.1)
     assert create("vits16", "auto", precision="bf16").engine_forward == "torch"
     with pytest.raises(
         ImatchError, match=r"their lowest cosine is (0\.99\d+|1\.0000), less than 1\.1: use engine_forward torch"
@@ -155,16 +156,16 @@ def test_auto_is_torch_where_the_tokens_are_others(create, monkeypatch):
 def test_agreement_notices_another_model(create, measured):
     """What is kept as the converted model is another one's: the tokens are far from torch's."""
     backbone = create("vits16", "torch")
-    good = dinov3_openvino.agreement(backbone)
+    good = openvino.agreement(backbone)
     assert good > 0.999999
     (kept,) = (path for path in measured.iterdir() if path.is_dir())
     weights = np.fromfile(kept / "model.bin", np.float32)
     weights[len(weights) // 2 :] *= 0.9
     weights.tofile(kept / "model.bin")
-    assert dinov3_openvino.agreement(backbone) == good  # remembered
+    assert openvino.agreement(backbone) == good  # remembered
     (memory,) = measured.glob("*.json")
     memory.write_text("{ torn")
-    assert dinov3_openvino.agreement(backbone) < dinov3_openvino.ENOUGH
+    assert openvino.agreement(backbone) < openvino.ENOUGH
     with pytest.raises(ImatchError, match=r"tokens of dinov3_vits16_.*\.pth in fp32 are not torch"):
         create("vits16").features(torch.from_numpy(textured(32, 32)))
 
@@ -181,11 +182,11 @@ def test_broken_weights_agree_with_nothing(create, monkeypatch, tmp_path):
 
 def test_agreement_is_remembered_for_each_precision(create, measured):
     for precision in ("fp32", "bf16"):
-        dinov3_openvino.agreement(create("vits16", "torch", precision=precision))
+        openvino.agreement(create("vits16", "torch", precision=precision))
     (memory,) = measured.glob("*.json")
     known = json.loads(memory.read_text())
     assert sorted(key.split()[0] for key in known) == ["bf16", "fp32"]
-    assert memory.name.endswith(f"@{importlib.metadata.version('openvino')}-{dinov3_openvino.FORM}.json")
+    assert memory.name.endswith(f"@{importlib.metadata.version('openvino')}-{openvino.FORM}.json")
     memory.write_text(json.dumps(dict.fromkeys(known, 0.5)))
     assert create("vits16", "auto", precision="bf16").engine_forward == "torch"
 
@@ -204,9 +205,9 @@ def test_making_a_backbone_needs_no_weights(monkeypatch, tmp_path):
 def test_identity_makes_the_same_backbone_and_measures_nothing(create, measured):
     for engine in ("torch", "openvino"):
         made = create("vits16", engine, precision="bf16")
-        identity = backbones.identity(made)
+        identity = base.backbone_identity(made)
         assert identity["engine_forward"] == engine
-        assert backbones.create("vits16", identity, data_key="nowhere.json", device="cpu") == made
+        assert base.create_backbone("vits16", identity, data_key="nowhere.json", device="cpu") == made
         assert pickle.loads(pickle.dumps(made)) == made
     assert not measured.exists()
 
@@ -262,14 +263,14 @@ def test_the_step_records_it(weights, few_photographs, tmp_path):
         return step, embeddings
 
     step, ours = run("openvino", "ours")
-    assert runs.read(step.folder).parameters["backbone"]["engine_forward"] == "openvino"
+    assert open_step(step.folder).parameters["backbone"]["engine_forward"] == "openvino"
     _, theirs = run("torch", "theirs")
     assert ours.ids == theirs.ids
     assert (np.asarray(ours.vectors) * np.asarray(theirs.vectors)).sum(axis=1).min() >= 0.999
     assert ours.vectors.tobytes() != theirs.vectors.tobytes()
     if IN_BF16:
         chosen, _ = run("auto", "auto", workers=2)  # forked from a process in which OpenVINO has threads
-        assert runs.read(chosen.folder).parameters == runs.read(step.folder).parameters
+        assert open_step(chosen.folder).parameters == open_step(step.folder).parameters
 
 
 def test_a_missing_package_names_the_extra(create, monkeypatch):
@@ -303,7 +304,7 @@ def test_it_takes_as_many_threads_as_torch_has(create):
 
 def test_signals_arrive_when_models_have_come_and_gone(weights):
     code = (
-        "import os, signal; from imatch import backbones; from imatch.backbones import dinov3_openvino\n"
+        "import os, signal; from imatch import backbones; from imatch.features.base import dinov3_openvino\n"
         "given = {'engine_forward': 'openvino', 'precision': 'fp32'}\n"
         f"made = backbones.create('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
         "one = dinov3_openvino.forward(made); other = dinov3_openvino.forward(made); del one; del other\n"
@@ -340,4 +341,4 @@ def test_nothing_is_sent_to_intel(weights, tmp_path):
     done = subprocess.run(command, env={**home, **paths}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-    assert registry.cache_folder().parent != tmp_path / "cache"
+    assert settings.cache_folder().parent != tmp_path / "cache"

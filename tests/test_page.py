@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from imatch import page, pictures, store
-from imatch.records import Geometry, Matches, Tokens
-from imatch.steps.search import read_ranking
-from imatch.steps.shared import query_and_gallery
+from imatch.core import files
+from imatch.core.types import Geometry, Matches, Tokens
+from imatch.data.store import query_and_gallery, read_ranking
+from imatch.viz import html, pictures
 from tests.test_pictures import TURN, on_grid, planted
 from tests.test_steps import embedded, referenced, searched
 
@@ -83,7 +83,7 @@ def at(sheet, name):
 
 
 def test_pointing_at_a_patch_shows_where_it_went(true, opened):
-    sheet = opened(page.pair_page(true.pair, true.a, true.b, true.path))
+    sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
     assert not sheet.locator("#heat").is_visible()
     cells = sheet.locator("#heat rect")
     assert cells.count() == 80
@@ -107,7 +107,7 @@ def test_pointing_at_a_patch_shows_where_it_went(true, opened):
 
 
 def test_slider_and_box_choose_the_correspondences(true, opened):
-    sheet = opened(page.pair_page(true.pair, true.a, true.b, true.path))
+    sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
 
     def shown():
         return sheet.locator("#lines g:visible").count()
@@ -126,7 +126,7 @@ def test_slider_and_box_choose_the_correspondences(true, opened):
 
 
 def test_a_correspondence_says_what_it_is(true, opened):
-    sheet = opened(page.pair_page(true.pair, true.a, true.b, true.path))
+    sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
     pair, i = true.pair, 4
     hover(sheet, pair.xy_b[i], pair.sizes[1], right=True)
     said = sheet.locator("#said").inner_text()
@@ -146,7 +146,7 @@ def test_a_correspondence_says_what_it_is(true, opened):
 
 def test_names_are_shown_as_they_are(true, opened):
     """Angle brackets, quotes and Korean are letters of a name, and no markup."""
-    sheet = opened(page.pair_page(true.pair, true.a, true.b, true.path))
+    sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
     assert sheet.title() == sheet.locator("h1").inner_text() == f"{QUERY} \N{RIGHTWARDS ARROW} {CANDIDATE}"
     text = sheet.locator("body").inner_text()
     assert (
@@ -160,7 +160,7 @@ def test_names_are_shown_as_they_are(true, opened):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_light_and_dark(true, opened, scheme):
     """Contrast of 4.5 or more (WCAG 2.2, 1.4.3), of the quiet and the coloured words, too."""
-    sheet = opened(page.pair_page(true.pair, true.a, true.b, true.path))
+    sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
     sheet.emulate_media(color_scheme=scheme)
 
     def light(selector, what):
@@ -179,7 +179,7 @@ def test_text_stands_out_in_light_and_dark(true, opened, scheme):
 def test_keypoints_answer_for_their_surroundings(true, opened):
     """Of keypoints the nearest one's similarities are shown, as dots."""
     a, b = replace(true.a, grid=None), replace(true.b, grid=None)
-    sheet = opened(page.pair_page(true.pair, a, b, true.path))
+    sheet = opened(html.pair_page(true.pair, a, b, true.path))
     assert sheet.locator("#heat circle").count() == 80
     patch = 33
     hover(sheet, a.xy[patch] + np.array([7, -6]), true.pair.sizes[0])
@@ -191,15 +191,15 @@ def test_large_grids_are_thinned_and_the_page_says_so(true, opened):
     size, grid = true.pair.sizes[0], (40, 50)
     values = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float16)
     large = on_grid(values, grid, size)
-    sheet = opened(page.pair_page(true.pair, large, replace(large, grid=None), true.path))
+    sheet = opened(html.pair_page(true.pair, large, replace(large, grid=None), true.path))
     text = sheet.locator("body").inner_text()
     assert "Of A's 2000 patches 500 answer to the pointer: one row and column of every 2." in text
     assert "Of B's 2000 keypoints 1024 answer to the pointer, matched ones first" in text
     assert sheet.locator("#heat circle").count() == 1024
-    few = page._thinned(replace(large, grid=None), np.array([1999, 5]))
+    few = html._thinned(replace(large, grid=None), np.array([1999, 5]))
     assert np.array_equal(few.xy[-1], large.xy[1999])
-    assert page._thinned(on_grid(values[:1024], (32, 32), size), np.array([0])).grid == (32, 32)
-    assert len(page._thinned(on_grid(np.ones((4095, 2)), (65, 63), size), np.array([0])).xy) <= page.MOST
+    assert html._thinned(on_grid(values[:1024], (32, 32), size), np.array([0])).grid == (32, 32)
+    assert len(html._thinned(on_grid(np.ones((4095, 2)), (65, 63), size), np.array([0])).xy) <= html.MOST
 
 
 def test_a_pair_with_nothing_in_common_opens_too(true, opened):
@@ -209,7 +209,7 @@ def test_a_pair_with_nothing_in_common_opens_too(true, opened):
     row = {**true.pair.row, "verified": False, "rotation": None, "scale": None}
     pair = replace(true.pair, matches=nothing, geometry=found, xy_a=empty, xy_b=empty, row=row)
     lone = Tokens(np.ones(1), np.ones((1, 4)), np.array([[99.5, 79.5]]), grid=(1, 1))
-    sheet = opened(page.pair_page(pair, lone, lone, true.path))
+    sheet = opened(html.pair_page(pair, lone, lone, true.path))
     assert "Not verified: 0 correspondences are too few" in sheet.locator("body").inner_text()
     hover(sheet, (20, 20), pair.sizes[0])
     assert at(sheet, "best") == pytest.approx([99.5, 79.5])
@@ -217,11 +217,11 @@ def test_a_pair_with_nothing_in_common_opens_too(true, opened):
 
 
 def test_a_page_is_the_same_twice_and_needs_no_photographs(true):
-    first = page.pair_page(true.pair, true.a, true.b, true.path).read_bytes()
-    assert page.pair_page(true.pair, true.a, true.b, true.path).read_bytes() == first
+    first = html.pair_page(true.pair, true.a, true.b, true.path).read_bytes()
+    assert html.pair_page(true.pair, true.a, true.b, true.path).read_bytes() == first
     for path in true.pair.paths:
         path.unlink()
-    assert page.pair_page(true.pair, true.a, true.b, true.path).read_bytes() != first
+    assert html.pair_page(true.pair, true.a, true.b, true.path).read_bytes() != first
 
 
 # --- the contact sheet ------------------------------------------------------------------------------------------
@@ -237,13 +237,13 @@ def index(few_photographs, tmp_path_factory):
     metres = np.full(ranking.rows.shape, 42.25)
     metres[0, 1] = np.nan
     saved = {name: values for name, values in vars(ranking).items() if values is not None}
-    with store.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
+    with files.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **{**saved, "metres": metres})
     return step
 
 
 def test_pointing_at_a_hit_shows_it_large_beside_its_query(index, opened, tmp_path):
-    sheet = opened(page.sheet_page(index, tmp_path / "sheet.html"))
+    sheet = opened(html.sheet_page(index, tmp_path / "sheet.html"))
     query, gallery = query_and_gallery(index)
     ranking = read_ranking(index)
     assert sheet.locator("section").count() == len(query) == 8
@@ -262,7 +262,7 @@ def test_pointing_at_a_hit_shows_it_large_beside_its_query(index, opened, tmp_pa
 
 
 def test_the_sheet_frames_right_and_wrong_and_says_metres(index, opened, tmp_path):
-    sheet = opened(page.sheet_page(index, tmp_path / "sheet.html"))
+    sheet = opened(html.sheet_page(index, tmp_path / "sheet.html"))
     ranking = read_ranking(index)
     hits = sheet.locator("section .hit")
     classes = hits.evaluate_all("(hits) => hits.map((hit) => hit.classList.contains('right'))")
@@ -275,7 +275,7 @@ def test_the_sheet_frames_right_and_wrong_and_says_metres(index, opened, tmp_pat
 
 
 def test_a_sheet_of_some_queries_says_so(index, tmp_path):
-    text = page.sheet_page(index, tmp_path / "sheet.html", n=3, k=1).read_text(encoding="utf-8")
+    text = html.sheet_page(index, tmp_path / "sheet.html", n=3, k=1).read_text(encoding="utf-8")
     assert "3 of 8 queries and their best hits" in text
     assert text.count('class="hit ') == 3
-    assert page.sheet_page(index, tmp_path / "again.html", n=3, k=1).read_text(encoding="utf-8") == text
+    assert html.sheet_page(index, tmp_path / "again.html", n=3, k=1).read_text(encoding="utf-8") == text

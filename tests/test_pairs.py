@@ -15,11 +15,13 @@ import yaml
 from PIL import Image
 
 import imatch
-from imatch import images, report, runs, store, viz
-from imatch.records import ImatchError, ImatchWarning, StepError
-from imatch.steps import match as matching_step
-from imatch.steps.match import Matched
-from imatch.steps.shared import flat_name
+from imatch.core import files
+from imatch.core.step import flat_name, open_step, pair_path
+from imatch.core.types import ImatchError, ImatchWarning, StepError
+from imatch.data import images
+from imatch.data.pairs import Matched
+from imatch.steps import match, report
+from imatch.viz import figures
 from tests.benchmarks.bench_pairs import shared_ground
 from tests.test_resume import assert_same
 from tests.test_steps import embedded, matched, referenced
@@ -133,9 +135,9 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
     assert all(row["right"] is row["accepted"] is None for row in rows)
     for name in ("hit_at_1", "reranked_hit_at_1", "wrong_verified", "verified_right", "true_within_8px"):
         assert metrics[name] is None, name
-    figure = viz.match_summary(rows, metrics)
+    figure = figures.match_summary(rows, metrics)
     assert "nobody knows whether right (6)" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert viz.pair_sheet(step, rows).axes[0].images
+    assert figures.pair_sheet(step, rows).axes[0].images
     loaded = Matched(step).pair(rows[0])
     assert len(loaded.matches) == rows[0]["matches"]
     assert [path.name for path in loaded.paths] == [Path(id).name for id in named(rows)[0]]
@@ -206,11 +208,11 @@ def test_a_changed_csv_is_refused(data, tmp_path):
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(data, monkeypatch, capsys):
-    monkeypatch.setattr(matching_step, "MANY", 6)
+    monkeypatch.setattr(match, "MANY", 6)
     step, *_ = listed(data, "all", tag="fits")
     assert "6 pairs to match\nabout 0.0 GB (npy 0.0, rows 0.0)" in capsys.readouterr().out
     free = namedtuple("Free", "free")(10)
-    monkeypatch.setattr(matching_step.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(match.shutil, "disk_usage", lambda _: free)
     with pytest.raises(ImatchError, match=r"6 pairs take about .* of disk"):
         listed(data, "all", tag="full")
     assert not (step.folder.with_name("pairs-all_full") / "pairs").exists()
@@ -221,7 +223,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(data, monkeypatch, capsys):
 
 def test_a_killed_run_goes_on_with_the_same_bytes(data, tmp_path, monkeypatch):
     """Blocks of two pairs: of a query, those that are there stay and the others are matched."""
-    monkeypatch.setattr(matching_step, "BLOCK", 2)
+    monkeypatch.setattr(match, "BLOCK", 2)
     outputs = ["json", "csv", "npy", "png"]
     step, rows, _ = listed(data, "ordered", outputs=outputs, tag="killed")
     whole = tmp_path / "whole"
@@ -250,7 +252,7 @@ def test_workers_change_no_byte(data):
         **{key: step.parameters[key] for key in ("matcher", "matcher_options", "outputs")},
         candidates=1,
     )
-    assert imatch.match(other, workers=2) == rows
+    assert imatch.match_pairs(other, workers=2) == rows
     assert_same(other.folder / "pairs", step.folder / "pairs")
 
 
@@ -261,7 +263,7 @@ def test_json_holds_all_that_is_known_of_a_pair(tmp_path, few_photographs):
     data = embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize("long_side", long_side=128))
     step, rows, _ = listed(data, "all", outputs=["json", "npy"], matcher_options={"min_similarity": 0.5})
     row = max(rows, key=lambda row: row["matches"])
-    path = viz.pair_path(step, row)
+    path = pair_path(step, row)
     found, table = json.loads(path.with_suffix(".json").read_text()), np.load(path.with_suffix(".npy"))
     assert found["weight"] == "dsift"
     assert (
@@ -279,12 +281,12 @@ def test_json_holds_all_that_is_known_of_a_pair(tmp_path, few_photographs):
     assert np.allclose(found["xy_a"], table["xy_a"], atol=1e-3)
     assert np.allclose(found["xy_b"], table["xy_b"], atol=1e-3)
     assert found["inliers_mask"] == table["inlier"].tolist()
-    assert len(store.line(row)) < 2000
+    assert len(files.line(row)) < 2000
 
 
 def test_csv_has_a_row_a_correspondence(data):
     step, rows, _ = listed(data, "all", outputs=["csv", "npy"], tag="csv")
-    path = viz.pair_path(step, rows[0])
+    path = pair_path(step, rows[0])
     with path.with_suffix(".csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     table = np.load(path.with_suffix(".npy"))
@@ -322,7 +324,7 @@ def test_colmap_is_read_back_to_the_same_correspondences(data):
     assert sorted(matches) == list(itertools.combinations(IDS[:3], 2))  # one entry for both orders
     for row in rows:
         if (row["query"], row["candidate"]) in matches:
-            table = np.load(viz.pair_path(step, row).with_suffix(".npy"))
+            table = np.load(pair_path(step, row).with_suffix(".npy"))
             a, b = matches[row["query"], row["candidate"]].T
             assert np.allclose(points[row["query"]][a], table["xy_a"] + 0.5, atol=1e-3)
             assert np.allclose(points[row["candidate"]][b], table["xy_b"] + 0.5, atol=1e-3)
@@ -367,11 +369,11 @@ def test_colmap_wants_one_folder(data, tmp_path):
 def test_the_notebook_matches_all_pairs(few_photographs, tmp_path):
     for name in ("notebooks", "params"):
         (tmp_path / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "imatch.batch", "params/pairs.yaml", "-p", "dataset", str(few_photographs)]
+    command = [sys.executable, "-m", "imatch.cli.batch", "params/pairs.yaml", "-p", "dataset", str(few_photographs)]
     done = subprocess.run([*command, "--exports", "exports"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of 6 pairs verified" in done.stdout
-    step = runs.read(tmp_path / "exports/pairs/04_match/few/sift/scale1_raw/pairs-all")
+    step = open_step(tmp_path / "exports/pairs/04_match/few/sift/scale1_raw/pairs-all")
     assert (step.folder / "notebook.ipynb").is_file()
     assert step.metrics["pairs"] == 6
     assert len(list((step.folder / "pairs" / flat_name("a.png")).glob("*.png"))) == 3

@@ -11,10 +11,14 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import legacy, perimage, runs, store
-from imatch.records import ImatchError, StepError, Tokens
-from imatch.runs import Step
-from imatch.store import Embeddings
+from imatch.core import files as core_files
+from imatch.core.files import read_json, read_rows, relative, write_array, write_json, write_rows
+from imatch.core.step import Step, open_step, start_step
+from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
+from imatch.data import store
+from imatch.data.store import Embeddings
+from imatch.export import per_image
+from imatch.steps import import_tree
 
 ALL = ("global.npy", "patch.npy", "grid.npy", "denseft.npy", "denseft.png")
 PATCH, D = 16, 24
@@ -49,7 +53,7 @@ def tokens(seed: int, grid=(4, 6), size=(64, 96), dtype=np.float16, xy=None) -> 
     random = np.random.default_rng(seed)
     vector = random.normal(size=D)
     descriptors = random.normal(size=(grid[0] * grid[1], D)).astype(dtype)
-    xy = store.grid_xy(grid, size) if xy is None else xy
+    xy = grid_xy(grid, size) if xy is None else xy
     return Tokens((vector / np.linalg.norm(vector)).astype(np.float32), descriptors, xy, grid)
 
 
@@ -57,7 +61,7 @@ def made(folder: Path, rows: list[dict], name="01_embed", upstream=None, links=N
     """A finished step as 01_embed or 02_references leaves it."""
     given = {**PARAMETERS, **given}
     links = {"photographs": folder.parent, **(links or {})}
-    step = runs.start(folder, name, given, upstream or {}, links)
+    step = start_step(folder, name, given, upstream or {}, links)
     for shard in range(0, len(rows), 3):
         part = rows[shard : shard + 3]
         every = [tokens(shard + i, size=row["size"]) for i, row in enumerate(part)]
@@ -82,9 +86,9 @@ def survey(exports: Path, **given) -> Step:
 def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
     data = survey(exports)
     views = exports / "r" / "02_references" / "survey" / "isometric"
-    step = runs.start(views / "views", "02_references", {"crops": list(crops)}, {}, {"embed": data.folder})
+    step = start_step(views / "views", "02_references", {"crops": list(crops)}, {}, {"embed": data.folder})
     rows, described = [], []
-    for number, source in enumerate(store.read_rows(data.folder / "images.jsonl")):
+    for number, source in enumerate(read_rows(data.folder / "images.jsonl")):
         for angle in (0.0, 22.5, -45.0):
             for crop in crops:
                 id = f"{source['id'][:-4]}_{angle}_{crop}.jpg"
@@ -93,7 +97,7 @@ def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
                 described.append({"id": id, "angle": angle, "crop": crop, "source": source["id"]})
                 assert number < 4
     order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    store.write_rows(views / "views" / "references.jsonl", [described[i] for i in order])
+    write_rows(views / "views" / "references.jsonl", [described[i] for i in order])
     step.finish({})
     links = {"views": step.folder, "embed": data.folder}
     upstream = {"embed": str(data.fingerprint)}
@@ -104,7 +108,7 @@ def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
 
 
 def export(step: Step, folder: Path, outputs=ALL) -> int:
-    return perimage.export(step, Embeddings(step.folder), outputs, folder)
+    return per_image.export_files(step, Embeddings(step.folder), outputs, folder)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -184,7 +188,7 @@ def test_arrays_are_those_of_the_store(tmp_path):
 def test_meta_says_how_it_was_made(tmp_path):
     step = survey(tmp_path / "exports")
     export(step, tmp_path / "tree", ["patch.npy"])
-    meta = store.read_json(tmp_path / f"tree/survey/vits16+/low/PatchToken/PatchToken{LOW_7}_meta.json")
+    meta = read_json(tmp_path / f"tree/survey/vits16+/low/PatchToken/PatchToken{LOW_7}_meta.json")
     fingerprint = meta.pop("fingerprint")
     assert len(fingerprint) == 64
     assert meta == {
@@ -233,7 +237,7 @@ def test_second_export_writes_nothing(tmp_path):
 def test_killed_export_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     step = survey(tmp_path / "exports")
     export(step, tmp_path / "whole")
-    write, calls = store.write_array, []
+    write, calls = write_array, []
 
     def killed(path: Path, array: np.ndarray) -> None:
         calls.append(path)
@@ -241,10 +245,10 @@ def test_killed_export_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(path, array)
 
-    monkeypatch.setattr(store, "write_array", killed)
+    monkeypatch.setattr(core_files, "write_array", killed)
     with pytest.raises(KeyboardInterrupt):
         export(step, tmp_path / "tree")
-    monkeypatch.setattr(store, "write_array", write)
+    monkeypatch.setattr(core_files, "write_array", write)
     assert 0 < len(files(tmp_path / "tree")) < 36
     export(step, tmp_path / "tree")
     assert files(tmp_path / "tree") == files(tmp_path / "whole")
@@ -268,7 +272,7 @@ def test_files_made_differently_are_refused_or_made_anew(tmp_path):
 
 def test_foreign_files_are_not_overwritten(tmp_path):
     path = tmp_path / f"tree/survey/vits16+/low/GlobalToken/GlobalToken{LOW_7}.npy"
-    store.write_array(path, np.ones(3))
+    write_array(path, np.ones(3))
     with pytest.raises(StepError, match="no meta says how it was made"):
         export(survey(tmp_path / "exports"), tmp_path / "tree")
     assert list(files(tmp_path / "tree")) == [path.relative_to(tmp_path / "tree").as_posix()]
@@ -304,8 +308,8 @@ def test_keypoints_have_global_files_only(few_photographs, tmp_path):
 def test_tree_lies_beside_the_steps_unless_told(tmp_path):
     data, references = with_references(tmp_path / "exports")
     for step in (data, references):
-        assert perimage.export(step, Embeddings(step.folder), []) == 0
-        assert perimage.export(step, Embeddings(step.folder), ["global.json"]) == len(Embeddings(step.folder))
+        assert per_image.export_files(step, Embeddings(step.folder), []) == 0
+        assert per_image.export_files(step, Embeddings(step.folder), ["global.json"]) == len(Embeddings(step.folder))
     assert {path.name for path in (tmp_path / "exports/r/per_image").iterdir()} == {"survey"}
     assert len(files(tmp_path / "exports/r/per_image/survey/vits16+/low")) == 2 + 2 * 3
 
@@ -314,11 +318,11 @@ def test_tag_follows_the_configuration(tmp_path):
     plain = survey(tmp_path / "exports")
     tagged = plain.folder.with_name("res64_raw_new_try")
     shutil.copytree(plain.folder, tagged)
-    for step in (plain, runs.read(tagged)):
+    for step in (plain, open_step(tagged)):
         export(step, tmp_path / "tree", ["global.npy"])
     names = {Path(name).name for name in files(tmp_path / "tree")}
     assert {f"GlobalToken{LOW_7}.npy", f"GlobalToken{LOW_7.replace('_raw', '-new_try_raw')}.npy"} <= names
-    groups = {(group.cfg, group.variant, len(group.items)) for group in legacy.read_tree(tmp_path / "tree")}
+    groups = {(group.cfg, group.variant, len(group.items)) for group in import_tree.read_tree(tmp_path / "tree")}
     assert groups == {("res64", "raw", 4), ("res64-new_try", "raw", 4)}
 
 
@@ -327,7 +331,7 @@ def test_tag_follows_the_configuration(tmp_path):
 
 def named(*ids: str) -> list[str]:
     rows = [{"id": id, "frame": 3} for id in ids]
-    return ["/".join(name) for name in perimage.names(Step(Path("r/01_embed/beach/w/c"), "", {}, {}), rows).values()]
+    return ["/".join(name) for name in per_image.names(Step(Path("r/01_embed/beach/w/c"), "", {}, {}), rows).values()]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +374,7 @@ def test_longest_names_fit_a_file_system(tmp_path):
     folder = tmp_path / "e/r/01_embed/survey/vits16+" / f"res64_raw_{'tag' * 40}"
     export(made(folder, [row(f"{'f' * 100}/{'g' * 100}.jpg", 1)]), tmp_path / "tree", ["global.npy"])
     assert max(len(Path(name).name) for name in files(tmp_path / "tree")) < 200
-    (group,) = legacy.read_tree(tmp_path / "tree")
+    (group,) = import_tree.read_tree(tmp_path / "tree")
     assert group.cfg.startswith("res64-tagtag")
 
 
@@ -380,7 +384,7 @@ def test_our_own_trees_read_back(tag, tmp_path):
     rows = [row(id, i) for i, id in enumerate(["NONE/SAT.jpg", "a_raw/x_NONE_raw.jpg", "sub2_sift_NONE_x/1.jpg"])]
     backbone = {**PARAMETERS["backbone"], "hub_entry": "dinov2_vitb14_reg"}
     export(made(folder, rows, backbone=backbone), tmp_path / "tree", ["global.npy"])
-    (group,) = legacy.read_tree(tmp_path / "tree")
+    (group,) = import_tree.read_tree(tmp_path / "tree")
     assert (group.variant, group.hub_entry, len(group.items)) == ("raw", "dinov2-vitb14-reg", 3)
     assert {item.label for item in group.items} == {path.name for path in (tmp_path / "tree/survey/vits16+").iterdir()}
 
@@ -397,12 +401,12 @@ def test_two_captures_with_one_label_are_told_apart_whatever_is_selected(rows, t
     wanted = {CAPTURED[0]["id"]: ("1_low", "0007"), CAPTURED[1]["id"]: ("2_low", "0007")}
     wanted[CAPTURED[2]["id"]] = ("high", "2")
     key = tmp_path / "data_key.json"
-    store.write_json(key, {"datasets": {"beach": {"root": "b", "captures": {"1": "low", "2": "low", "3": "high"}}}})
-    links = {"data_key": store.relative(key, tmp_path / "r/01_embed/beach/w/c")}
+    write_json(key, {"datasets": {"beach": {"root": "b", "captures": {"1": "low", "2": "low", "3": "high"}}}})
+    links = {"data_key": relative(key, tmp_path / "r/01_embed/beach/w/c")}
     step = Step(tmp_path / "r/01_embed/beach/w/c", "01_embed", {"dataset": "beach"}, {}, links)
-    assert perimage.names(step, rows) == {row["id"]: wanted[row["id"]] for row in rows}
+    assert per_image.names(step, rows) == {row["id"]: wanted[row["id"]] for row in rows}
     key.unlink()
-    assert perimage.names(step, CAPTURED) == wanted
+    assert per_image.names(step, CAPTURED) == wanted
 
 
 # --- what changes, and what does not ----------------------------------------------------------------------
@@ -427,7 +431,7 @@ def test_fingerprints_depend_on_the_photographs(output, stale, tmp_path):
 def test_files_of_photographs_that_are_gone_are_refused_or_removed(tmp_path):
     before, after = changed(tmp_path, 3)
     export(before, tmp_path / "tree", ["global.npy"])
-    store.write_array(tmp_path / "tree/survey/w/f/GlobalToken/GlobalToken_res64_raw_x_LVD_f_9.npy", np.ones(3))
+    write_array(tmp_path / "tree/survey/w/f/GlobalToken/GlobalToken_res64_raw_x_LVD_f_9.npy", np.ones(3))
     with pytest.raises(StepError, match=r"_f_3: of a photograph that the step does not have \(any more\)"):
         export(after, tmp_path / "tree", ["global.npy"])
     after.on_change = "recompute"

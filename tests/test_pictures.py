@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imatch import components, geometry, pictures, sinks, store, viz
-from imatch.records import Geometry, ImatchError, Matches, Pair, Tokens
-from imatch.steps.match import Matched
-from imatch.steps.search import read_ranking
-from imatch.steps.shared import query_and_gallery
+from imatch.core.types import Geometry, ImatchError, Matches, Pair, Tokens, grid_xy
+from imatch.data.pairs import Matched
+from imatch.data.store import query_and_gallery, read_ranking
+from imatch.features import denseft
+from imatch.matching import geometry
+from imatch.steps import match
+from imatch.viz import figures, pictures
 from tests.test_steps import embedded, matched, referenced, searched
 
 TURN = np.array([[0.8, -0.6, 70.0], [0.6, 0.8, -20.0], [0, 0, 1]])
@@ -46,7 +48,7 @@ def planted(folder: Path, matrix: np.ndarray, size=(160, 200)) -> Pair:
 
 
 def on_grid(descriptors: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> Tokens:
-    return Tokens(np.ones(1, np.float32), descriptors, store.grid_xy(grid, size), grid)
+    return Tokens(np.ones(1, np.float32), descriptors, grid_xy(grid, size), grid)
 
 
 def inside(pair: Pair, margin: int = 6) -> np.ndarray:
@@ -200,12 +202,12 @@ def test_equal_patches_have_equal_colours_in_both_photographs():
     with pytest.raises(ImatchError, match="no grid"):
         pictures.principal(replace(left, grid=None), right, ((40, 60), (40, 40)))
     with pytest.raises(ImatchError, match="at least 4 tokens of 3 numbers, not 2 of 12"):
-        components.fit(lambda _: [kinds[:2]])
+        denseft.fit(lambda _: [kinds[:2]])
 
 
 def test_a_grid_of_the_middle_leaves_the_rest_dark():
     """A photograph embedded as a crop has tokens in its middle only."""
-    xy = store.grid_xy((4, 4), (40, 40)) + np.array([20, 0], np.float32)
+    xy = grid_xy((4, 4), (40, 40)) + np.array([20, 0], np.float32)
     tokens = Tokens(np.ones(1), np.random.default_rng(0).normal(size=(16, 8)), xy, (4, 4))
     drawn = pictures.principal(tokens, tokens, ((40, 80), (40, 80)))[:, :80]
     assert set(np.unique(drawn[:, :20])) == set(np.unique(drawn[:, 60:])) == {24}
@@ -236,7 +238,7 @@ def test_the_same_pictures_twice_and_grey_for_lost_photographs(tmp_path):
 
 def test_the_sink_writes_the_lines(tmp_path):
     pair = planted(tmp_path, TURN)
-    sinks.create("png")(tmp_path / "pair", pair)
+    match.create_output("png")(tmp_path / "pair", pair)
     assert (tmp_path / "pair.png").read_bytes() == pictures.encode(pictures.lines(pair))
 
 
@@ -256,7 +258,7 @@ def steps(request, few_photographs, tmp_path_factory):
 def test_a_pair_is_seen_in_all_views(steps):
     _, step, pairs = steps
     row = max(pairs, key=lambda row: row["inliers"])
-    figure = viz.pair_views(step, pairs)
+    figure = figures.pair_views(step, pairs)
     titles = [axis.get_title() for axis in figure.axes]
     said = ("A's outline", "every other square", "half transparent", "(ring)", "best (1)", "rincipal components")
     assert len(titles) == 6
@@ -272,9 +274,9 @@ def test_a_pair_is_seen_in_all_views(steps):
 
 def test_words_stand_where_a_pair_cannot_be_shown(steps):
     _, step, pairs = steps
-    nothing = viz.pair_views(step, [{**pairs[0], "candidate": None, "reason": "the backbone found nothing"}])
-    unsaved = viz.pair_views(step, [{**pairs[0], "rank": 77}])
-    none = viz.pair_views(step, [])
+    nothing = figures.pair_views(step, [{**pairs[0], "candidate": None, "reason": "the backbone found nothing"}])
+    unsaved = figures.pair_views(step, [{**pairs[0], "rank": 77}])
+    none = figures.pair_views(step, [])
     for figure, words in (
         (nothing, "found nothing"),
         (unsaved, "outputs that have 'npy'"),
@@ -290,7 +292,7 @@ def test_the_contact_sheet_says_angle_score_and_metres(steps):
     ranking = read_ranking(index)
     metres = np.full(ranking.rows.shape, 1234.5)
     metres[:, 1] = np.nan
-    figure = viz.hit_sheet(index, query, gallery, replace(ranking, metres=metres), n=2, k=3)
+    figure = figures.hit_sheet(index, query, gallery, replace(ranking, metres=metres), n=2, k=3)
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 8
     assert titles[0].startswith("query, turned by 0 deg\n")

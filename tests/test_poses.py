@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import evaluate, images, poses, rerank, store
-from imatch.backbones.sift import keypoints
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.images import Decoded
-from imatch.poses import Pose
-from imatch.records import ImatchError, StepError
-from imatch.steps.match import Matched
-from imatch.steps.poses import embed_poses, worth_trying
+from imatch.core import files
+from imatch.core.types import ImatchError, StepError
+from imatch.data import images, rotations, store
+from imatch.data.images import Decoded
+from imatch.data.pairs import Matched
+from imatch.data.rotations import Pose
+from imatch.evaluation import tables
+from imatch.features.sift import keypoints
+from imatch.retrieval import ranking as retrieval_ranking
+from imatch.retrieval.ranking import token_score
+from imatch.steps.embed import embed_poses, worth_trying
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
+from tools.sift_vocabulary import dead_leaves
 
 
 def photograph(h, w):
@@ -29,7 +33,7 @@ def photograph(h, w):
 def test_a_turned_photograph_knows_where_its_pixels_were(degrees):
     """Keypoints of the turned pixels lie where those of the upright ones do. Its size on disk is twice as large."""
     upright = photograph(150, 210)
-    turned = poses.turned(upright, degrees, patch=16)
+    turned = rotations.turned(upright, degrees, patch=16)
     if degrees % 90:
         assert not any(side % 16 for side in turned.pixels.shape[:2])
     there = upright.to_original(keypoints(upright.pixels, 50, 0.02)[0])
@@ -41,16 +45,16 @@ def test_a_turned_photograph_knows_where_its_pixels_were(degrees):
 def test_right_angles_change_no_pixel():
     upright = photograph(32, 48)
     for degrees in (90, 180, 270):
-        turned = poses.turned(upright, degrees, patch=16).pixels
+        turned = rotations.turned(upright, degrees, patch=16).pixels
         assert np.array_equal(turned, np.rot90(upright.pixels, degrees // 90))
 
 
 def test_tokens_outside_the_photograph_are_dropped():
-    from imatch.backbones.dsift import DenseSift
+    from imatch.features.sift import DenseSift
 
-    turned = poses.turned(photograph(96, 160), 45, patch=16)
+    turned = rotations.turned(photograph(96, 160), 45, patch=16)
     (tokens,) = DenseSift()(turned.pixels[None])
-    placed = poses.placed(tokens, turned)
+    placed = rotations.placed(tokens, turned)
     assert placed.grid is None
     assert len(placed.xy) == pytest.approx(
         96 * 160 / 16**2, rel=0.15
@@ -63,11 +67,11 @@ def test_tokens_outside_the_photograph_are_dropped():
 
 def test_only_sensible_poses():
     with pytest.raises(ImatchError, match="rotations is 5: use 1"):
-        poses.poses(5)
+        rotations.poses(5)
     with pytest.raises(ImatchError, match="zooms"):
-        poses.poses(4, [0.0])
-    assert len(poses.poses(8, [1.0, 2.0])) == 16
-    assert poses.poses(1) == [poses.UPRIGHT]
+        rotations.poses(4, [0.0])
+    assert len(rotations.poses(8, [1.0, 2.0])) == 16
+    assert rotations.poses(1) == [rotations.UPRIGHT]
 
 
 # --- steps
@@ -77,7 +81,7 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
     folder = tmp_path / "photographs"
     shutil.copytree(few_photographs, folder)
     step = embedded(folder, tmp_path / "exports", weight="dsift")
-    wanted = [*poses.poses(4), Pose(0.0, 2.0)]
+    wanted = [*rotations.poses(4), Pose(0.0, 2.0)]
     found = embed_poses(step.folder, wanted, workers=0)
     assert sorted(path.name for path in step.folder.parent.iterdir()) == [
         "scale1_raw",
@@ -100,7 +104,7 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
     with pytest.raises(StepError, match=r"changed: a\.png"):
         embed_poses(step.folder, wanted, workers=0)
     with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
-        embed_poses(step.folder, [poses.UPRIGHT, Pose(45.0)], workers=0)
+        embed_poses(step.folder, [rotations.UPRIGHT, Pose(45.0)], workers=0)
 
 
 def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_photographs, tmp_path):
@@ -109,22 +113,22 @@ def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_phot
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     (folder / "b.png").unlink()
     with pytest.raises(StepError, match=r"1 photographs of .* cannot be read any more, such as b\.png"):
-        embed_poses(step.folder, poses.poses(4), workers=0)
+        embed_poses(step.folder, rotations.poses(4), workers=0)
 
 
 def test_a_zoom_that_fits_no_patch_is_said_before_anything_is_written(few_photographs, tmp_path):
     long_side = imatch.Resize("long_side", long_side=96)
     step = embedded(few_photographs, tmp_path, weight="dsift", resize=long_side)
     with pytest.raises(ImatchError, match=r"zoom 1\.25: long_side 120 is not a multiple of patch 16"):
-        embed_poses(step.folder, poses.poses(1, [1.25]), workers=0)
+        embed_poses(step.folder, rotations.poses(1, [1.25]), workers=0)
     assert [path.name for path in step.folder.parent.iterdir()] == [step.folder.name]
     with pytest.raises(ImatchError, match="zooms"):
-        poses.poses(1, ["a"])
+        rotations.poses(1, ["a"])
 
 
 def test_a_backbone_that_turns_needs_no_poses(few_photographs, tmp_path, capsys):
     step = embedded(few_photographs, tmp_path)
-    assert worth_trying(step, poses.poses(8)) == [poses.UPRIGHT]
+    assert worth_trying(step, rotations.poses(8)) == [rotations.UPRIGHT]
     assert "sift turns and zooms with its photographs" in capsys.readouterr().out
     data, references = step, referenced(step)[1]
     started = indexed(data, references, "reference-data", rotations=8)
@@ -252,11 +256,11 @@ def test_rotations_find_what_was_turned_and_say_by_how_much(drawn):
     assert (plain["stage"], turned["stage"]) == ("plain", "4 rotations")
     assert plain["hit_at_1"]["value"] < 0.5
     assert turned["hit_at_1"]["value"] == metrics["hit_at_1"] == 1.0
-    assert evaluate.verdict(turned["difference"]) == "better"
+    assert tables.verdict(turned["difference"]) == "better"
     assert metrics["stages"] == [plain, turned]
     angles = [row["angle"] for row in rows]
     assert ranking.turn[:, 0].tolist() == [(-angle) % 360 for angle in angles]
-    record = store.read_json(next((step.folder / "queries").glob("*rot090*")))
+    record = files.read_json(next((step.folder / "queries").glob("*rot090*")))
     assert record["hits"][0]["turn"] == 270.0
     assert (step.folder / "hits.csv").read_text().splitlines()[0].endswith(",turn")
 
@@ -281,9 +285,9 @@ def test_whitening_expansion_and_tokens_against_loops(few_photographs, tmp_path)
     expanded = unit(q + (weights[:, :, None] * g[first]).sum(axis=1))
     order = np.argsort(-expanded @ g.T, axis=1)[:, :6]
     for row, hits in enumerate(order):
-        own = rerank.aggregate(query.tokens(row).descriptors, 16)
-        there = np.stack([rerank.aggregate(gallery.tokens(hit).descriptors, 16) for hit in hits[:4]])
-        again = np.argsort(-rerank.token_score(own, there), kind="stable")
+        own = store.aggregate(query.tokens(row).descriptors, 16)
+        there = np.stack([store.aggregate(gallery.tokens(hit).descriptors, 16) for hit in hits[:4]])
+        again = np.argsort(-token_score(own, there), kind="stable")
         assert ranking.rows[row].tolist() == [*hits[:4][again], *hits[4:]]
         assert ranking.scores[row] == pytest.approx((expanded @ g.T)[row, ranking.rows[row]], abs=1e-4)
     names = [stage["stage"] for stage in imatch.search_stages(step)]
@@ -298,7 +302,7 @@ def test_what_hurts_is_said(drawn):
     stages = {row["stage"]: row for row in imatch.search_stages(step)}
     searched(*drawn, "reference-data", rotations=4, tag="unhurt")
     assert stages["4 rotations"]["hit_at_1"]["value"] < 1
-    assert "whitened to 1" in evaluate.stage_table(list(stages.values()))
+    assert "whitened to 1" in tables.stage_table(list(stages.values()))
 
 
 def test_the_first_score_without_an_answer_is_of_the_first_wrong_hit(drawn):
@@ -348,7 +352,7 @@ def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rerank, "reorder", stop)
+        patch.setattr(retrieval_ranking, "reorder", stop)
         with pytest.raises(KeyboardInterrupt):
             imatch.search(killed, index, query, gallery)
     before = (killed.folder / "tokens" / "00000.npy").stat().st_mtime_ns

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import images, positions
-from imatch.positions import Places
-from imatch.records import ImatchError
+from imatch.core.types import ImatchError
+from imatch.data import images
+from imatch.retrieval import truth
+from imatch.retrieval.truth import Places
 
 DEGREE = 111_194.92664  # metres: pi * 6,371,000 / 180
 
@@ -63,13 +64,13 @@ def listed(answers):
     ids=str,
 )
 def test_haversine_by_hand(a, b, metres):
-    assert positions.haversine(np.array(a, float), np.array(b, float)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
-    assert positions.haversine(np.array(b, float), np.array(a, float)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
+    assert truth.haversine(np.array(a, float), np.array(b, float)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
+    assert truth.haversine(np.array(b, float), np.array(a, float)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
 
 
 def test_haversine_broadcasts_and_keeps_what_is_unknown():
     a = np.array([[0.0, 0], [np.nan, 0], [0, np.nan]])
-    found = positions.haversine(a[:, None], np.array([[0.0, 0], [0, 1]]))
+    found = truth.haversine(a[:, None], np.array([[0.0, 0], [0, 1]]))
     assert found.shape == (3, 2)
     assert found[0] == pytest.approx([0, DEGREE], abs=0.01)
     assert np.isnan(found[1:]).all()
@@ -116,7 +117,7 @@ def test_labels_of_a_csv(tmp_path, start, end):
         ",,,,,",
         "",
     ]
-    assert positions.read_labels(write(tmp_path, "labels.CSV", start + end.join(lines))) == {
+    assert truth.read_labels(write(tmp_path, "labels.CSV", start + end.join(lines))) == {
         "flight, 1/a.jpg": {"latitude": 37.25, "longitude": 127.5, "altitude": 80.5, "yaw": -90},
         "C:/survey/b.jpg": {"latitude": -37, "longitude": -127},
         "c.jpg": {"yaw": 10},
@@ -126,7 +127,7 @@ def test_labels_of_a_csv(tmp_path, start, end):
 @pytest.mark.parametrize("column", ["id", "imageref", "Image", "FILENAME"])
 def test_a_csv_names_photographs_by_any_of_four_columns(tmp_path, column):
     path = write(tmp_path, "labels.csv", f"x,y,{column}\n1,2,a.jpg\n1,2,a.jpg\n")
-    assert positions.read_labels(path) == {"a.jpg": {"x": 1, "y": 2}}
+    assert truth.read_labels(path) == {"a.jpg": {"x": 1, "y": 2}}
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "mark"])
@@ -144,7 +145,7 @@ def test_labels_of_a_json(tmp_path, start):
     ]
     path = write(tmp_path, "labels.json", start + json.dumps({"version": 1, "images": entries}))
     position = {"latitude": 37.25, "longitude": 127.5, "x": 1, "y": 2, "z": 3}
-    assert positions.read_labels(path) == {
+    assert truth.read_labels(path) == {
         "flight/a.jpg": position | {"yaw": 90, "pitch": -89.5, "roll": 0},
         "b.jpg": {"x": 5, "y": -6.5},
         "c.jpg": {},
@@ -180,7 +181,7 @@ def test_labels_of_a_json(tmp_path, start):
 )
 def test_a_csv_that_is_wrong(tmp_path, content, message):
     with pytest.raises(ImatchError, match=rf"labels .*labels.csv.*{message}"):
-        positions.read_labels(write(tmp_path, "labels.csv", content))
+        truth.read_labels(write(tmp_path, "labels.csv", content))
 
 
 @pytest.mark.parametrize(
@@ -212,14 +213,14 @@ def test_a_csv_that_is_wrong(tmp_path, content, message):
 )
 def test_a_json_that_is_wrong(tmp_path, content, message):
     with pytest.raises(ImatchError, match=rf"labels .*labels.json.*{message}"):
-        positions.read_labels(write(tmp_path, "labels.json", content))
+        truth.read_labels(write(tmp_path, "labels.json", content))
 
 
 def test_label_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ImatchError, match=r"none.csv cannot be read \(No such file.*give the path of a file"):
-        positions.read_labels(tmp_path / "none.csv")
+        truth.read_labels(tmp_path / "none.csv")
     with pytest.raises(ImatchError, match=r"unknown kind of file '.xlsx': give a .csv or a .json"):
-        positions.read_labels(write(tmp_path, "labels.xlsx", "id,x,y\na,1,2\n"))
+        truth.read_labels(write(tmp_path, "labels.xlsx", "id,x,y\na,1,2\n"))
 
 
 # --- photographs to places --------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_label_files_that_cannot_be_read(tmp_path):
 def labelled(ids, **labels):
     """Which x each photograph has, with labels of y 0."""
     numbers = {name: {"x": float(x), "y": 0.0} for name, x in labels.items()}
-    found = positions.places(ids, [None] * len(ids), numbers)
+    found = truth.places(ids, [None] * len(ids), numbers)
     return None if found is None else [None if math.isnan(x) else x for x in found.coordinates[:, 0].tolist()]
 
 
@@ -259,9 +260,9 @@ def test_which_label_a_photograph_has(ids, labels, expected):
 @pytest.mark.parametrize("said", ["NFC", "NFD"])
 def test_korean_names_in_either_form(tmp_path, on_disk, said):
     name = unicodedata.normalize(said, "항공/사진 1.jpg")
-    labels = positions.read_labels(label_json(tmp_path, {"imageref": name, "position": {"x": 1, "y": 2}}))
+    labels = truth.read_labels(label_json(tmp_path, {"imageref": name, "position": {"x": 1, "y": 2}}))
     for photograph in ("항공/사진 1.jpg", "부산/항공/사진 1.jpg"):
-        found = positions.places([unicodedata.normalize(on_disk, photograph)], [None], labels)
+        found = truth.places([unicodedata.normalize(on_disk, photograph)], [None], labels)
         assert found.coordinates.tolist() == [[1, 2]]
 
 
@@ -282,20 +283,20 @@ def test_ambiguous_labels_are_refused(ids, labels, message):
 
 def test_exif_places_and_labels_replace_them_as_a_whole():
     exif = [{"latitude": 37.5, "longitude": 127, "altitude": None}, None]
-    found = positions.places(["a.jpg", "b.jpg"], exif)
+    found = truth.places(["a.jpg", "b.jpg"], exif)
     assert found.system == "globe"
     np.testing.assert_array_equal(found.coordinates, [[37.5, 127], [np.nan, np.nan]])
     assert np.isnan(found.heading).all()
     assert found.coordinates.dtype == found.heading.dtype == np.float64
     assert found.known.tolist() == [True, False]
-    replaced = positions.places(["a.jpg", "b.jpg"], exif, {"b.jpg": {"latitude": 1.0, "longitude": 2.0}})
+    replaced = truth.places(["a.jpg", "b.jpg"], exif, {"b.jpg": {"latitude": 1.0, "longitude": 2.0}})
     assert replaced.known.tolist() == [False, True]
-    assert positions.places(["a.jpg", "b.jpg"], exif, {"c.jpg": {"x": 1.0, "y": 2.0}}) is None
-    assert positions.places(["a.jpg"], [None]) is None
-    assert positions.places([], []) is None
-    assert positions.places(["a.jpg"], [None], {"a.jpg": {"yaw": 5.0}}) is None
+    assert truth.places(["a.jpg", "b.jpg"], exif, {"c.jpg": {"x": 1.0, "y": 2.0}}) is None
+    assert truth.places(["a.jpg"], [None]) is None
+    assert truth.places([], []) is None
+    assert truth.places(["a.jpg"], [None], {"a.jpg": {"yaw": 5.0}}) is None
     with pytest.raises(ImatchError, match=r"position of photograph 'a.jpg': latitude 95 lies outside"):
-        positions.places(["a.jpg"], [{"latitude": 95, "longitude": 0}])
+        truth.places(["a.jpg"], [{"latitude": 95, "longitude": 0}])
 
 
 def test_which_system_labels_are_in():
@@ -303,7 +304,7 @@ def test_which_system_labels_are_in():
 
     def system(*labels):
         ids = [f"{i}.jpg" for i in range(len(labels))]
-        return positions.places(ids, [None] * len(ids), dict(zip(ids, labels, strict=True))).system
+        return truth.places(ids, [None] * len(ids), dict(zip(ids, labels, strict=True))).system
 
     assert system(on_globe | on_plane, on_globe | on_plane) == "globe"
     assert system(on_globe, on_globe | on_plane) == "globe"
@@ -317,9 +318,9 @@ def test_which_system_labels_are_in():
 
 def test_heading_of_turned_references():
     labels = {"a.jpg": {"x": 0.0, "y": 0.0, "yaw": 350.0}, "b.jpg": {"x": 0.0, "y": 0.0}}
-    found = positions.places(["a.jpg"] * 4 + ["b.jpg"], [None] * 5, labels, turned=[0, 30, 300, -20, 30])
+    found = truth.places(["a.jpg"] * 4 + ["b.jpg"], [None] * 5, labels, turned=[0, 30, 300, -20, 30])
     np.testing.assert_allclose(found.heading, [350, 20, 290, 330, np.nan])
-    west = positions.places(["a.jpg"], [None], {"a.jpg": {"x": 0.0, "y": 0.0, "yaw": -90.0}})
+    west = truth.places(["a.jpg"], [None], {"a.jpg": {"x": 0.0, "y": 0.0, "yaw": -90.0}})
     assert west.heading.tolist() == [270]
 
 
@@ -371,7 +372,7 @@ def test_within_is_what_brute_force_finds(where, max_heading, grouped):
     metres = all_metres(query, gallery)
     right = (metres <= 40) & all_allowed(query, gallery, max_heading, groups)
     expected = [np.flatnonzero(row).tolist() for row in right]
-    assert listed(positions.within(query, gallery, 40.0, max_heading, groups)) == expected
+    assert listed(truth.within(query, gallery, 40.0, max_heading, groups)) == expected
     assert sum(map(len, expected)) > 300  # otherwise nothing is tested
     assert all(not rows for rows, known in zip(expected, query.known, strict=True) if not known)
 
@@ -384,7 +385,7 @@ def test_nearest_is_what_brute_force_finds(where, max_heading, grouped):
     metres = np.where(all_allowed(query, gallery, max_heading, groups), all_metres(query, gallery), np.inf)
     metres[np.isnan(metres)] = np.inf
     expected = [[int(row.argmin())] if np.isfinite(row).any() else [] for row in metres]
-    assert listed(positions.nearest(query, gallery, max_heading, groups)) == expected
+    assert listed(truth.nearest(query, gallery, max_heading, groups)) == expected
     assert sum(map(len, expected)) > 100
 
 
@@ -394,33 +395,33 @@ def test_nearest_gives_all_that_are_equally_near(many):
     sites = np.array([[46.8, -92], [46.8003, -92], [46.801, -92]])
     source = np.tile([2, 0, 1], many)
     gallery = Places("globe", sites[source], np.full(3 * many, np.nan))
-    found = positions.nearest(globe(*sites), gallery)
+    found = truth.nearest(globe(*sites), gallery)
     assert listed(found) == [np.flatnonzero(source == site).tolist() for site in range(3)]
-    others = positions.nearest(globe(*sites), gallery, groups=(np.arange(3), source))
+    others = truth.nearest(globe(*sites), gallery, groups=(np.arange(3), source))
     assert listed(others) == [np.flatnonzero(source == site).tolist() for site in (1, 0, 1)]
 
 
 def test_equal_is_to_a_micrometre():
-    assert listed(positions.nearest(plane((0, 0)), plane((3, 4), (0, 5 + 5e-7), (5 + 5e-6, 0), (-5, 0)))) == [[0, 1, 3]]
+    assert listed(truth.nearest(plane((0, 0)), plane((3, 4), (0, 5 + 5e-7), (5 + 5e-6, 0), (-5, 0)))) == [[0, 1, 3]]
 
 
 def test_what_is_just_as_far_is_near():
     query, gallery = plane((0, 0)), plane((3, 4), (0, 5.0000001), (-5, 0), (6, 8))
-    assert listed(positions.within(query, gallery, 5.0)) == [[0, 2]]
+    assert listed(truth.within(query, gallery, 5.0)) == [[0, 2]]
     frames = globe((0, 179.9995), (0, -179.9995))
-    apart = float(positions.haversine(*frames.coordinates))
-    assert listed(positions.within(frames, frames, apart)) == [[0, 1], [0, 1]]
-    assert listed(positions.within(frames, frames, math.nextafter(apart, 0))) == [[0], [1]]
+    apart = float(truth.haversine(*frames.coordinates))
+    assert listed(truth.within(frames, frames, apart)) == [[0, 1], [0, 1]]
+    assert listed(truth.within(frames, frames, math.nextafter(apart, 0))) == [[0], [1]]
 
 
 def test_within_reaches_as_far_as_there_is():
     query, gallery = globe((0, 0)), globe((0, 180), (89, 0), (0, 1))
-    assert listed(positions.within(query, gallery, 20_000_000.0)) == [[1, 2]]
-    assert listed(positions.within(query, gallery, 20_015_087.0)) == [[0, 1, 2]]
-    assert listed(positions.within(query, gallery, 1e9)) == [[0, 1, 2]]
+    assert listed(truth.within(query, gallery, 20_000_000.0)) == [[1, 2]]
+    assert listed(truth.within(query, gallery, 20_015_087.0)) == [[0, 1, 2]]
+    assert listed(truth.within(query, gallery, 1e9)) == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("answer", [lambda q, g, h: positions.within(q, g, 10.0, h), positions.nearest])
+@pytest.mark.parametrize("answer", [lambda q, g, h: truth.within(q, g, 10.0, h), truth.nearest])
 def test_headings_over_north(answer):
     query = plane((0, 0), (0, 0), (0, 0), heading=[350, 10, np.nan])
     gallery = plane(*[(0, 0)] * 6, heading=[10, 350, 10.1, 180, np.nan, 0])
@@ -433,25 +434,25 @@ def test_headings_over_north(answer):
 
 def test_nothing_known_has_no_answer():
     known, unknown, empty = plane((0, 0)), plane((np.nan, np.nan)), Places("plane", np.zeros((0, 2)), np.zeros(0))
-    for answer in (lambda q, g: positions.within(q, g, 10.0), positions.nearest):
+    for answer in (lambda q, g: truth.within(q, g, 10.0), truth.nearest):
         assert listed(answer(known, unknown)) == [[]]
         assert listed(answer(unknown, known)) == [[]]
         assert listed(answer(known, empty)) == [[]]
         assert listed(answer(empty, known)) == []
-    assert listed(positions.nearest(known, known, groups=(np.array(["a"]), np.array(["a"])))) == [[]]
+    assert listed(truth.nearest(known, known, groups=(np.array(["a"]), np.array(["a"])))) == [[]]
 
 
 @pytest.mark.parametrize("radius", [0.0, -5.0, math.nan, math.inf])
 def test_a_radius_is_above_nothing(radius):
     with pytest.raises(ImatchError, match=rf"radius {radius} must be a number of metres above 0"):
-        positions.within(plane((0, 0)), plane((0, 0)), radius)
+        truth.within(plane((0, 0)), plane((0, 0)), radius)
 
 
 def test_questions_without_an_answer_are_refused():
     one, other = plane((0, 0), heading=[5.0]), globe((0, 0))
     with pytest.raises(ImatchError, match="queries are placed by x, y and the gallery by latitude, longitude"):
         one.metres(other, np.zeros((1, 1), int))
-    for answer in (lambda q, g, *rest: positions.within(q, g, 10.0, *rest), positions.nearest):
+    for answer in (lambda q, g, *rest: truth.within(q, g, 10.0, *rest), truth.nearest):
         with pytest.raises(ImatchError, match=r"placed by latitude, longitude and the gallery by x, y.*one kind"):
             answer(other, one)
         for max_heading in (-1.0, 181.0, math.nan):
@@ -474,7 +475,7 @@ def test_figures_by_hand():
     north = 46.8 + 40 / DEGREE
     gallery = globe((north, -92), (46.8, -92), (46.8 - 40 / DEGREE, -92), (np.nan, np.nan))
     metres = query.metres(gallery, np.array([[0, 1, 2], [3, 2, -1], [0, 1, 2]]))
-    found = positions.figures(metres)
+    found = truth.position_figures(metres)
     assert found == {
         "queries": 2,
         "unknown": 1,
@@ -488,7 +489,7 @@ def test_figures_by_hand():
 
 
 def test_figures_of_first_hits():
-    found = positions.figures(np.array([[10.0, 5], [20, 90], [120, 100], [0, 0]]))
+    found = truth.position_figures(np.array([[10.0, 5], [20, 90], [120, 100], [0, 0]]))
     assert (found["top1_metres_median"], found["top1_metres_mean"], found["least_metres_median"]) == (15, 37.5, 12.5)
     assert found["within"] == {"10": 0.5, "20": 0.75, "50": 0.75, "100": 0.75}
     assert found["within_top_k"] == {"10": 0.5, "20": 0.75, "50": 0.75, "100": 1.0}
@@ -496,7 +497,7 @@ def test_figures_of_first_hits():
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 5), (3, 0)])
 def test_figures_of_nothing_are_none(shape):
-    found = positions.figures(np.full(shape, np.nan))
+    found = truth.position_figures(np.full(shape, np.nan))
     nothing = dict.fromkeys(["10", "20", "50", "100"])
     medians = dict.fromkeys(["top1_metres_median", "top1_metres_mean", "least_metres_median"])
     counts = {"queries": 0, "unknown": shape[0]}
@@ -511,7 +512,7 @@ def test_a_real_flight(brighton_beach, tmp_path):
     files = sorted(brighton_beach.glob("*.jpg"))
     exif = [images.decode(path).position for path in files]
     ids = [path.name for path in files]
-    flight = positions.places(ids, exif)
+    flight = truth.places(ids, exif)
     assert (flight.system, len(ids), flight.known.all()) == ("globe", 18, True)
     metres = angles(flight.coordinates, flight.coordinates)
     everyone = np.tile(np.arange(18), (18, 1))
@@ -520,18 +521,18 @@ def test_a_real_flight(brighton_beach, tmp_path):
     itself = (np.arange(18), np.arange(18))
     others = np.where(np.eye(18, dtype=bool), np.inf, metres)
     near = [np.flatnonzero(row <= 60).tolist() for row in others]
-    assert listed(positions.within(flight, flight, 60.0, groups=itself)) == near
+    assert listed(truth.within(flight, flight, 60.0, groups=itself)) == near
     assert max(map(len, near)) > 1  # several right answers
-    assert listed(positions.nearest(flight, flight, groups=itself)) == [[int(row.argmin())] for row in others]
+    assert listed(truth.nearest(flight, flight, groups=itself)) == [[int(row.argmin())] for row in others]
 
     ranked = np.argsort(others, axis=1)[:, :5]
-    found = positions.figures(flight.metres(flight, ranked))
+    found = truth.position_figures(flight.metres(flight, ranked))
     assert found["top1_metres_median"] == pytest.approx(np.median(others.min(axis=1)), abs=1e-4)
     assert found["within"]["50"] == np.mean(others.min(axis=1) <= 50)
 
     lines = [f"D:\\survey\\{id},{one['latitude']!r},{one['longitude']!r}" for id, one in zip(ids, exif, strict=True)]
-    labels = positions.read_labels(write(tmp_path, "labels.csv", "\n".join(["filename,latitude,longitude", *lines])))
-    np.testing.assert_array_equal(positions.places(ids, [None] * 18, labels).coordinates, flight.coordinates)
+    labels = truth.read_labels(write(tmp_path, "labels.csv", "\n".join(["filename,latitude,longitude", *lines])))
+    np.testing.assert_array_equal(truth.places(ids, [None] * 18, labels).coordinates, flight.coordinates)
 
 
 def test_a_real_flight_is_searched_by_place(brighton_beach, tmp_path):

@@ -18,12 +18,14 @@ from urllib.parse import quote
 import jsonschema
 import pytest
 
-from imatch import runs, store
-from imatch.records import ImatchError, ImatchWarning
+from imatch.core import compute
+from imatch.core.files import read_json, write_json
+from imatch.core.step import start_step
+from imatch.core.types import ImatchError, ImatchWarning
+from imatch.retrieval.redis import Redis, RedisError
 from imatch.steps.send import message, send
 
 redis = pytest.importorskip("redis", reason="redis-py is not installed: pip install -c constraints.txt -e '.[redis]'")
-from imatch.sinks.redis import Redis, RedisError  # noqa: E402
 
 SCHEMA = json.loads((Path(inspect.getfile(Redis)).parent / "coarse_localisation.schema.json").read_text())
 EVENTS = "imatch:v1:demo:events"
@@ -98,7 +100,7 @@ def step(tmp_path, server, monkeypatch):
 
 def index_step(tmp_path, queries, weight="vits16", run="demo"):
     folder = tmp_path / "exports" / run / "03_index" / "few" / weight / "scale1" / "data-data"
-    step = runs.start(folder, "03_index", {"direction": "data-data"})
+    step = start_step(folder, "03_index", {"direction": "data-data"})
     hits = [
         {"rank": 0, "id": "x/caf\udce9.jpg", "path": "x/caf\udce9.jpg", "score": 0.93, "accepted": True},
         {"rank": 1, "id": "ö.jpg", "path": "ö.jpg", "score": -0.5, "accepted": False},
@@ -108,7 +110,7 @@ def index_step(tmp_path, queries, weight="vits16", run="demo"):
     rows = [{"query": query, **about, "hits": hits, "timing_ms": timing} for query in queries]
     rows[0]["hits"] = []
     index = {"backend": "faiss-cpu", "dimension": 384, "index_build_ms": 12.3}
-    store.write_json(folder / "results.json", {**about, **index, "queries": rows})
+    write_json(folder / "results.json", {**about, **index, "queries": rows})
     return step
 
 
@@ -134,7 +136,7 @@ def some(n, text=b"{}"):
 def test_every_message_fits_the_schema_and_says_what_was_found(step, server):
     said = send(step, ttl=TTL)
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    results = store.read_json(step.folder / "results.json")
+    results = read_json(step.folder / "results.json")
     with server.client() as client:
         for row in results["queries"]:
             got = json.loads(client.get(key(row["query"])).decode())
@@ -229,7 +231,7 @@ def test_redis_killed_in_the_middle_costs_nothing(servers, tmp_path, monkeypatch
     monkeypatch.setenv("REDIS_URL", server.url)
     queries = [f"{i:04d}.jpg" for i in range(2600)]
     step = index_step(tmp_path, queries)
-    progress = runs.progress
+    progress = compute.progress
 
     def kill_after_the_first(items, *about):
         for i, item in enumerate(progress(items, *about)):
@@ -238,7 +240,7 @@ def test_redis_killed_in_the_middle_costs_nothing(servers, tmp_path, monkeypatch
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "progress", kill_after_the_first)
+        patch.setattr(compute, "progress", kill_after_the_first)
         with pytest.warns(ImatchWarning, match=r"2600 messages wait in .*outbox: the next run of 03_index sends them"):
             assert send(step, ttl=TTL).startswith("2600 messages wait in ")
     (left,) = outbox(tmp_path)
@@ -252,7 +254,7 @@ def test_redis_killed_in_the_middle_costs_nothing(servers, tmp_path, monkeypatch
         assert send(other, ttl=TTL).startswith("2601 messages at ")
         assert sorted(queries_of(client.xrange(EVENTS))) == [*map(os.fsencode, queries), b"other.jpg"]
         assert client.dbsize() == 2602
-        assert store.read_json(step.folder / "sent.json") == {"run": "demo", "messages": 2600}
+        assert read_json(step.folder / "sent.json") == {"run": "demo", "messages": 2600}
         assert send(step, ttl=TTL).endswith(", 0 of them new")
     assert outbox(tmp_path) == []
 
@@ -297,7 +299,7 @@ def test_absent_redis_is_a_warning_and_the_next_run_sends_all(servers, tmp_path,
         send(second, ttl=TTL)
     server.start()
     assert send(second, ttl=TTL).startswith("3 messages at ")
-    assert [store.read_json(step.folder / "sent.json")["messages"] for step in (first, second)] == [2, 1]
+    assert [read_json(step.folder / "sent.json")["messages"] for step in (first, second)] == [2, 1]
     with server.client() as client:
         assert sorted(queries_of(client.xrange(EVENTS))) == [b"a.jpg", b"b.jpg", b"c.jpg"]
     assert outbox(tmp_path) == []
@@ -475,12 +477,12 @@ def test_without_url_or_redis_py_it_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ImatchError, match="ttl is 0 seconds"):
         send(step, ttl=0)
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "imatch.sinks.redis")
+    monkeypatch.delitem(sys.modules, "imatch.retrieval.redis")
     with pytest.raises(ImatchError, match=r"pip install -c constraints.txt -e '\.\[redis\]'"):
         send(step, ttl=TTL)
     assert outbox(tmp_path) == []
 
 
 def test_importing_send_does_not_import_redis():
-    code = "import imatch.sinks, imatch.steps.send, sys; sys.exit('redis' in sys.modules)"
+    code = "import imatch.export.outputs, imatch.steps.send, sys; sys.exit('redis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

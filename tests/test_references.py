@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import geometry, images, references, viz
-from imatch.records import ImatchError, StepError, View
+from imatch.core.types import ImatchError, StepError, View
+from imatch.data import images, references
+from imatch.matching import geometry
+from imatch.viz import figures
 
 SIZES = [(120, 180), (121, 181), (181, 120)]
 CROPS = [1.0, 0.75, 0.5]
@@ -299,18 +301,18 @@ def test_what_a_file_is_made_of_belongs_to_the_step(embedded):
 
 def test_both_kinds_are_shown_whichever_was_made(embedded, reference_kind):
     views, rows = made(embedded, "shown", reference_kind)
-    figure = viz.reference_kinds(views, rows)
+    figure = figures.reference_kinds(views, rows)
     titles = [axis.get_title() for axis in figure.axes]
     assert [title.split(" deg")[0] for title in titles] == [
         f"{kind}, {angle}" for kind in references.REFERENCES for angle in (0, 30, 90)
     ]
     assert "scale 1.00, 100% covered" in titles[0]
-    magenta = [(np.asarray(axis.images[0].get_array()) == viz.EMPTY).all(axis=2).mean() for axis in figure.axes]
+    magenta = [(np.asarray(axis.images[0].get_array()) == figures.EMPTY).all(axis=2).mean() for axis in figure.axes]
     assert magenta[0] == 0 < magenta[1] < 0.2
     assert magenta[3:] == [0, 0, 0]
 
 
 def test_outlines_say_what_crop_1_is(embedded):
     for kind, said in (("isometric", True), ("legacy", False)):
-        title = viz.reference_outlines(*made(embedded, "shown", kind)).axes[0].get_title()
+        title = figures.reference_outlines(*made(embedded, "shown", kind)).axes[0].get_title()
         assert ("largest square that fits at every angle" in title) == said

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from imatch import geometry, refine, store
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.records import ImatchError, Matches, Tokens
+from imatch.core.types import ImatchError, Matches, Tokens, grid_xy
+from imatch.matching import geometry, refine
+from tools.sift_vocabulary import dead_leaves
 
 LEAVES = cv2.GaussianBlur(dead_leaves(np.random.default_rng(0), side=240), None, 1)
 
@@ -29,7 +29,7 @@ def nearest(a, b):
 
 
 def test_patches_are_refined_between_their_centres():
-    b = smooth(store.grid_xy((10, 12), (160, 192)), (10, 12))
+    b = smooth(grid_xy((10, 12), (160, 192)), (10, 12))
     a = smooth(np.random.default_rng(1).uniform(32, 120, (50, 2)))
     matches = nearest(a, b)
     before, after = (
@@ -39,7 +39,7 @@ def test_patches_are_refined_between_their_centres():
 
 
 def test_the_border_of_the_grid_does_not_pull_inwards():
-    b = smooth(store.grid_xy((3, 6), (48, 96)), (3, 6))
+    b = smooth(grid_xy((3, 6), (48, 96)), (3, 6))
     a = smooth(b.xy)
     refined = refine.by_patch(a, b, nearest(a, b))
     rows, columns = np.divmod(np.arange(18), 6)
@@ -96,7 +96,7 @@ def test_what_lies_outside_or_is_flat_is_not_found():
 
 def test_other_pictures_are_seldom_found():
     other = cv2.GaussianBlur(dead_leaves(np.random.default_rng(7), side=240), None, 1)
-    xy = store.grid_xy((15, 15), (240, 240))
+    xy = grid_xy((15, 15), (240, 240))
     _, same = refine.by_pixels(LEAVES, LEAVES, xy, xy, moved(2, 1))
     _, wrong = refine.by_pixels(LEAVES, other, xy, xy, moved(2, 1))
     assert wrong.mean() < same.mean() / 3

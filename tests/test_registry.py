@@ -1,4 +1,4 @@
-"""imatch.registry: names of weights and data sets, where they lie, and what is refused."""
+"""imatch.data.registry: names of weights and data sets, where they lie, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imatch import datasets, plugins, registry
-from imatch.records import ImatchError
+from imatch.core import config, settings
+from imatch.core.types import ImatchError
+from imatch.data import datasets, registry
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / registry.DATA_KEY
+SHIPPED = ROOT / settings.DATA_KEY
 
 TWELVE = """
 vits16     | vit      | dinov3_vits16         | dinov3_vits16_pretrain_lvd1689m-08c60483.pth         | LVD
@@ -36,9 +37,9 @@ VITS = ["dinov3_vits16", "dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "LVD"]
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
     """An empty working folder, no variable set, no default of the container there."""
-    for name, (_, local) in registry.ROOTS.items():
+    for name, (_, local) in settings.ROOTS.items():
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.setitem(registry.ROOTS, name, (str(tmp_path / "no container"), local))
+        monkeypatch.setitem(settings.ROOTS, name, (str(tmp_path / "no container"), local))
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -82,36 +83,36 @@ def test_container_defaults():
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_roots_from_variable_container_and_working_folder(monkeypatch, tmp_path, bare, name):
-    assert registry.root(name) == bare / LOCAL[name]
+    assert settings.root(name) == bare / LOCAL[name]
     monkeypatch.setenv(name, "")
-    assert registry.root(name) == bare / LOCAL[name]
+    assert settings.root(name) == bare / LOCAL[name]
     container = tmp_path / "container"
-    monkeypatch.setitem(registry.ROOTS, name, (str(container), LOCAL[name]))
-    assert registry.root(name) == bare / LOCAL[name]
+    monkeypatch.setitem(settings.ROOTS, name, (str(container), LOCAL[name]))
+    assert settings.root(name) == bare / LOCAL[name]
     container.mkdir()
-    assert registry.root(name) == container
+    assert settings.root(name) == container
     monkeypatch.setenv(name, str(tmp_path / "set"))
-    assert registry.root(name) == tmp_path / "set"
+    assert settings.root(name) == tmp_path / "set"
     monkeypatch.setenv(name, "../relative")
-    assert registry.root(name) == tmp_path / "relative"
+    assert settings.root(name) == tmp_path / "relative"
 
 
 def test_roots_are_the_same_from_the_notebooks(monkeypatch, bare):
     (bare / "notebooks").mkdir()
     monkeypatch.chdir(bare / "notebooks")
-    assert registry.root("DATASET_ROOT") == bare / "data"
+    assert settings.root("DATASET_ROOT") == bare / "data"
 
 
 def test_exports_and_cache(monkeypatch, tmp_path, bare):
-    assert registry.exports_folder("") == bare / "exports"
-    assert registry.exports_folder("here") == bare / "here"
+    assert settings.exports_folder("") == bare / "exports"
+    assert settings.exports_folder("here") == bare / "here"
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "e"))
-    assert registry.exports_folder("") == tmp_path / "e"
+    assert settings.exports_folder("") == tmp_path / "e"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
-    assert registry.cache_folder() == tmp_path / "c" / "imatch"
+    assert settings.cache_folder() == tmp_path / "c" / "imatch"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert registry.cache_folder() == tmp_path / ".cache" / "imatch"
+    assert settings.cache_folder() == tmp_path / ".cache" / "imatch"
 
 
 # --- weights ----------------------------------------------------------------------------------------------
@@ -452,5 +453,5 @@ class Needy:
 def test_options_without_a_default_must_be_given(options, message):
     table = {"needy": f"{__name__}:Needy"}
     with pytest.raises(ImatchError, match=message):
-        plugins.create(table, "thing", "needy", options)
-    assert plugins.create(table, "thing", "needy", {"entry": "a", "size": None, "ratio": 2, "names": ("b",)}).ratio == 2
+        config.create(table, "thing", "needy", options)
+    assert config.create(table, "thing", "needy", {"entry": "a", "size": None, "ratio": 2, "names": ("b",)}).ratio == 2

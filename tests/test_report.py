@@ -8,10 +8,15 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import curves, labels, report, runs, store, viz
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.records import ImatchError, StepError
+from imatch.core import files
+from imatch.core.step import open_step
+from imatch.core.types import ImatchError, StepError
+from imatch.evaluation import verdicts
+from imatch.steps import report
+from imatch.viz import curves
+from imatch.viz.figures import show
 from tests.test_steps import embedded, matched, referenced, searched
+from tools.sift_vocabulary import dead_leaves
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,12 @@ def reported(exports, steps=None, tag=""):
 
 def drawn(step, rows):
     found = report.gather(step, rows)
-    viz.show(curves.pareto(rows, "ms", "hit_at_1"), step.folder / "time.png")
-    viz.show(curves.pareto(rows, "megabytes", "hit_at_1"), step.folder / "disk.png")
-    viz.show(curves.hit_by_angle(found.metrics), step.folder / "angles.png")
-    viz.show(curves.trust(found.queries, found.thresholds, found.k), step.folder / "trust.png")
-    viz.show(curves.metres(found.queries), step.folder / "metres.png")
-    viz.show(curves.errors(found.pairs), step.folder / "errors.png")
+    show(curves.pareto(rows, "ms", "hit_at_1"), step.folder / "time.png")
+    show(curves.pareto(rows, "megabytes", "hit_at_1"), step.folder / "disk.png")
+    show(curves.hit_by_angle(found.metrics), step.folder / "angles.png")
+    show(curves.trust(found.queries, found.thresholds, found.k), step.folder / "trust.png")
+    show(curves.metres(found.queries), step.folder / "metres.png")
+    show(curves.errors(found.pairs), step.folder / "errors.png")
     return report.write(step, rows)
 
 
@@ -60,10 +65,10 @@ def test_one_row_a_configuration_best_first(exports):
     assert {row["label"] for row in rows} == {"sift raw", "dsift raw", "dsift sub2"}
     assert [row["place"] for row in rows] == ["best", "worse", "worse"]
     for row in rows:
-        index = report.chain(runs.read(step.linked(row["name"])))["03_index"]
+        index = report.chain(open_step(step.linked(row["name"])))["03_index"]
         assert row["hit_at_1"] == pytest.approx(index.metrics["hit_at_1"])
         assert row["low"] <= row["hit_at_1"] <= row["high"]
-        assert row["fingerprints"]["03_index"] == store.read_json(index.folder / "step.json")["fingerprint"]
+        assert row["fingerprints"]["03_index"] == files.read_json(index.folder / "step.json")["fingerprint"]
         assert row["ms"] > 0
     thin = next(row for row in rows if row["variant"] == "sub2")
     raw = next(row for row in rows if row["label"] == "dsift raw")
@@ -89,9 +94,9 @@ def test_labels_enter_the_table_and_the_explorer_has_its_names(exports):
     assert {row["labelled"] for row in rows} == {None}
     found = report.matched(step, rows)
     assert set(found) == {"sift raw", "dsift raw"}
-    file = labels.path(found["sift raw"])
-    pairs = store.read_rows(found["sift raw"].folder / "pairs.jsonl")[:3]
-    labels.write(file, {(row["query"], row["candidate"]): "accept" for row in pairs})
+    file = verdicts.path(found["sift raw"])
+    pairs = files.read_rows(found["sift raw"].folder / "pairs.jsonl")[:3]
+    verdicts.write(file, {(row["query"], row["candidate"]): "accept" for row in pairs})
     try:
         again = reported(exports)  # labels are no part of a fingerprint, but what the report shows
         assert not again.finished
@@ -166,10 +171,10 @@ def test_a_report_is_made_anew_when_what_was_measured_changes(exports):
     step.finish({})
     assert reported(exports, tag="anew").finished
     (embed,) = (path.parent for path in exports.rglob("01_embed/**/sift/*/step.json"))
-    record = store.read_json(embed / "step.json")
-    store.write_json(embed / "step.json", {**record, "work": {"photographs": 10, "seconds": 99.0}})
+    record = files.read_json(embed / "step.json")
+    files.write_json(embed / "step.json", {**record, "work": {"photographs": 10, "seconds": 99.0}})
     assert not reported(exports, tag="anew").finished
-    store.write_json(embed / "step.json", record)
+    files.write_json(embed / "step.json", record)
 
 
 def test_one_configuration_alone_is_the_best():
@@ -188,7 +193,7 @@ def test_a_query_that_could_not_be_embedded_is_missed(photographs, tmp_path):
     leaves[30:130, 30:130] = np.linspace(100, 140, 100, dtype=np.uint8)[None, :, None]  # texture at its rim alone
     Image.fromarray(leaves).save(folder / "rim.png")
     data = embedded(folder, tmp_path / "exports")
-    with pytest.warns(imatch.records.ImatchWarning, match="nothing to describe"):
+    with pytest.warns(imatch.core.types.ImatchWarning, match="nothing to describe"):
         _, tokens = referenced(data, angles=(0, 90), crops=(0.5,))
     index, query, *_ = searched(data, tokens, "reference-data")
     (row,) = report.tabulate(reported(tmp_path / "exports"))
@@ -208,7 +213,7 @@ def test_files_agree_with_the_table(exports):
     step = reported(exports, tag="files")
     rows = report.tabulate(step)
     page = drawn(step, rows)
-    table = store.read_json(step.folder / "table.json")
+    table = files.read_json(step.folder / "table.json")
     assert [row["hit_at_1"] for row in table] == [row["hit_at_1"] for row in rows]
     assert "values" not in table[0]
     with (step.folder / "table.csv").open(newline="") as file:
@@ -231,7 +236,7 @@ def test_the_page_stands_alone_and_traces_to_fingerprints(exports):
     assert not re.search(r"(?:src|href)=\"(?!data:)|<script|@import|url\(", text)
     figures = re.findall(r"<figure.*?</figure>", text, re.S)
     assert len(figures) == len(report.PICTURES)
-    prints = {record["fingerprint"] for record in map(store.read_json, (exports / "r").rglob("step.json"))}
+    prints = {record["fingerprint"] for record in map(files.read_json, (exports / "r").rglob("step.json"))}
     for row in rows:
         assert set(row["fingerprints"].values()) <= prints
         assert all(value in text for value in row["fingerprints"].values())

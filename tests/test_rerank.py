@@ -4,10 +4,10 @@ import faiss
 import numpy as np
 import pytest
 
-from imatch import rerank
-from imatch.pooling import normalise
-from imatch.records import ImatchError
-from imatch.rerank import Whitening, aggregate, best_turn, expand, reorder, token_score
+from imatch.core.types import ImatchError, normalise
+from imatch.data.store import aggregate
+from imatch.retrieval import ranking
+from imatch.retrieval.ranking import Whitening, best_turn, expand, reorder, token_score
 
 
 def hit_at_1(queries, gallery):
@@ -95,7 +95,7 @@ def test_blocks_change_nothing(monkeypatch, n, d):
     vectors = np.random.default_rng(5).normal(size=(n, d))
     whole = Whitening.fit(vectors, 4)
     expected = whole(vectors)
-    monkeypatch.setattr(rerank, "BLOCK", 7 * d)
+    monkeypatch.setattr(ranking, "BLOCK", 7 * d)
     blocks = Whitening.fit(vectors, 4)
     np.testing.assert_allclose(blocks.matrix, whole.matrix, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(blocks(vectors), expected, atol=1e-6)

@@ -22,9 +22,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 import imatch
-from imatch import runs, store
-from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError
-from imatch.runs import Step
+from imatch.core import files
+from imatch.core.step import Step, open_step
+from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
 from tests.test_steps import indexed, judged, without_times
 
 PHOTOGRAPHS, SHARD = 16, 2
@@ -117,7 +117,7 @@ class House:
         return self._tokens(imatch.start_reference_tokens(self.views()))
 
     def index(self) -> Step:
-        data, references = (runs.read(self.folder(step)) for step in ("01_embed", "02_references"))
+        data, references = (open_step(self.folder(step)) for step in ("01_embed", "02_references"))
         step = indexed(data, references, "reference-data", k=self.k, on_change=self.on_change)
         step.finish(judged(step)[-1])
         return step
@@ -141,7 +141,7 @@ class House:
 
     def match(self) -> Step:
         step = self.start_match()
-        step.finish(imatch.match_metrics(step, imatch.match(step, workers=self.workers)))
+        step.finish(imatch.match_metrics(step, imatch.match_pairs(step, workers=self.workers)))
         return step
 
     def chain(self) -> None:
@@ -207,9 +207,9 @@ def content(folder: Path) -> dict[str, Any]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.name == "step.json":
-            found[name] = {**store.read_json(path), "seconds": None, "work": None}
+            found[name] = {**files.read_json(path), "seconds": None, "work": None}
         elif path.name == "seen.jsonl":
-            found[name] = [{**row, "stat": row["stat"][:1]} for row in store.read_rows(path)]
+            found[name] = [{**row, "stat": row["stat"][:1]} for row in files.read_rows(path)]
         elif path.is_file():
             found[name] = without_times(path)
     return found
@@ -285,7 +285,7 @@ def _nursery() -> None:
     import IPython.core.interactiveshell  # noqa: F401
     import torch.utils.data  # noqa: F401  (once for all jobs, like IPython and the steps below)
 
-    for room in ("imatch.backbones.sift", "imatch.steps.match"):
+    for room in ("imatch.features.sift", "imatch.steps.match"):
         importlib.import_module(room)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -357,8 +357,8 @@ def test_killed_views(run_killed, whole, empty):
     there = sorted((folder / "rows").glob("*.jsonl"))
     assert 4 <= len(there) <= 8 < PHOTOGRAPHS  # two workers; the first to come to its fifth photograph ended both
     assert list((folder / "rows").glob(".*.tmp"))  # which is no row
-    sources = {row["source"] for path in there for row in store.read_rows(path)}
-    made = [folder / row["id"] for path in there for row in store.read_rows(path)]
+    sources = {row["source"] for path in there for row in files.read_rows(path)}
+    made = [folder / row["id"] for path in there for row in files.read_rows(path)]
     before = state(folder)
 
     with opened(empty.photographs) as read:
@@ -772,7 +772,7 @@ def test_a_changed_photograph_reaches_every_step(house):
 
 def test_a_changed_view_is_refused(house):
     """A reference that somebody edited is no longer what its matrix says."""
-    row = store.read_rows(house.folder("views") / "references.jsonl")[0]
+    row = files.read_rows(house.folder("views") / "references.jsonl")[0]
     change(house.folder("views"), row["id"])
     before = state(house.exports)
     with pytest.raises(StepError, match=f"changed: {row['id']}"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import imatch
-from imatch import store
-from imatch.records import ImatchError, ImatchWarning
+from imatch.core import files
+from imatch.core.types import ImatchError, ImatchWarning
 from tests.test_steps import embedded, indexed, judged, referenced, searched
 
 
@@ -44,7 +44,7 @@ def test_a_recall_out_of_reach_is_said(house):
 
 def test_results_for_programs(house):
     step, query, gallery, ranking = searched(*house, "data-reference", k=3, tag="results")
-    results = store.read_json(step.folder / "results.json")
+    results = files.read_json(step.folder / "results.json")
     assert (results["weight"], results["variant"], results["direction"], results["k"]) == (
         "sift",
         "raw",

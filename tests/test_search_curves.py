@@ -7,7 +7,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-from imatch import evaluate, intervals, search_curves, viz
+from imatch.evaluation import intervals, tables
+from imatch.viz import curves, figures
 
 FEW = "3 photographs are too few, 8 are the least"
 GREEN, RED, GREY = "#009e73", "#d55e00", "#7f7f7f"
@@ -74,7 +75,7 @@ UNSURE = [stage("plain", 0.62, sure=False), stage("+ whitening", 0.7, difference
 
 def test_both_panels_show_every_point_that_was_tried():
     given = index()
-    left, right = search_curves.recall_curve(given).axes
+    left, right = curves.recall_curve(given).axes
     expected = [(point["effort"], point["recall"]) for point in given["curve"]]
     assert [tuple(point) for point in labelled(left, "what was tried").get_xydata()] == expected
     # the chosen one as it was timed beside exact search, not as the first of a row of searches
@@ -91,7 +92,7 @@ def test_both_panels_show_every_point_that_was_tried():
 
 
 def test_the_chosen_point_and_exact_search_are_marked_and_named():
-    left, right = search_curves.recall_curve(index()).axes
+    left, right = curves.recall_curve(index()).axes
     assert labelled(left, "chosen").get_xydata().tolist() == [[8, 0.967]]
     assert labelled(right, "chosen").get_xydata().tolist() == [[0.21, 0.967]]
     assert to_hex(labelled(left, "chosen").get_color()) == GREEN
@@ -101,7 +102,7 @@ def test_the_chosen_point_and_exact_search_are_marked_and_named():
 
 
 def test_the_words_say_what_it_is_and_what_it_is_measured_on():
-    told = words(search_curves.recall_curve(index()))
+    told = words(curves.recall_curve(index()))
     assert "ivf_pq of 200,000 vectors: 104 bytes a vector beside 1536 of the exact index" in told
     assert "Why ivf_pq: exact vectors would not fit. Recall@10" in told
     assert "256 queries" in told
@@ -109,27 +110,27 @@ def test_the_words_say_what_it_is_and_what_it_is_measured_on():
 
 
 def test_falling_short_and_saving_no_time_are_said():
-    figure = search_curves.recall_curve(index((0.3, 0.6, 0.8), 4))
+    figure = curves.recall_curve(index((0.3, 0.6, 0.8), 4))
     assert "FALLS SHORT" in labelled(figure.axes[0], "chosen").get_label()
     assert to_hex(labelled(figure.axes[1], "chosen").get_color()) == RED
-    reaching = search_curves.recall_curve(index())
+    reaching = curves.recall_curve(index())
     assert "FALLS SHORT" not in words(reaching)
     assert "saves no time" not in words(reaching)
-    assert "saves no time" in words(search_curves.recall_curve(index(exact_ms=0.205)))
+    assert "saves no time" in words(curves.recall_curve(index(exact_ms=0.205)))
 
 
 def test_exact_kinds_are_words_and_a_factory_has_no_panel_of_efforts():
-    figure = search_curves.recall_curve(index(kind="flat", curve=[], effort=None, bytes_a_vector=1536.0, search_ms=0.9))
+    figure = curves.recall_curve(index(kind="flat", curve=[], effort=None, bytes_a_vector=1536.0, search_ms=0.9))
     assert not figure.axes
     assert words(figure) == "flat is exact: recall 1 by definition; 0.9 ms a query, 1536 bytes a vector"
     point = {"effort": None, "recall": 0.93, "ms": 0.4}
-    (axis,) = search_curves.recall_curve(index(kind="factory", curve=[point], effort=None)).axes
+    (axis,) = curves.recall_curve(index(kind="factory", curve=[point], effort=None)).axes
     assert labelled(axis, "chosen").get_xydata().tolist() == [[0.21, 0.93]]
     assert [text.get_text() for text in axis.texts] == ["recall 0.930\n0.21 ms a query"]
 
 
 def test_many_efforts_leave_room_between_their_names():
-    figure = search_curves.recall_curve(index(np.linspace(0.05, 0.96, 17).tolist(), 2**16))
+    figure = curves.recall_curve(index(np.linspace(0.05, 0.96, 17).tolist(), 2**16))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].get_xticklabels()]
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
@@ -144,7 +145,7 @@ RISING = (0.3, 0.6, 0.86, 0.967, 1.0)
     [(RISING, 8), (RISING, 1), (RISING, 16), ((0.952, 0.981, 0.993, 1.0), 1), ((0.1, 0.3, 0.5, 0.7), 8), ((1.0,), 1)],
 )
 def test_what_names_the_chosen_point_covers_nothing(recalls, chosen):
-    figure = search_curves.recall_curve(index(recalls, chosen))
+    figure = curves.recall_curve(index(recalls, chosen))
     figure.draw_without_rendering()
     for axis in figure.axes:
         (text,) = axis.texts
@@ -176,7 +177,7 @@ def points(axis):
 
 
 def test_each_stage_is_a_row_with_its_interval_and_its_difference():
-    left, right = search_curves.stages(STAGES).axes
+    left, right = curves.stages(STAGES).axes
     assert [text.get_text() for text in left.get_yticklabels()] == [
         "plain\n0.2 ms a query",
         "+ whitening\n0.2 ms a query",
@@ -195,25 +196,25 @@ def test_each_stage_is_a_row_with_its_interval_and_its_difference():
 
 
 def test_without_intervals_nothing_is_told_apart_and_the_reason_is_given():
-    figure = search_curves.stages(UNSURE)
+    figure = curves.stages(UNSURE)
     assert not any(axis.collections for axis in figure.axes)
     assert points(figure.axes[1]) == [(GREY, 0.08, 1)]
     assert f"No interval: {FEW}." in words(figure)
     assert "95 %" not in words(figure)
-    assert "95 % intervals over 42 photographs" in words(search_curves.stages(STAGES))
+    assert "95 % intervals over 42 photographs" in words(curves.stages(STAGES))
 
 
 def test_nothing_added_and_nothing_to_count_are_said():
-    told = words(search_curves.stages(STAGES[:1]))
+    told = words(curves.stages(STAGES[:1]))
     assert told == "plain search; nothing was added: Hit@1 0.62 [0.56, 0.67], 0.2 ms a query"
     none = intervals.interval([], []).record()
     row = {"stage": "plain", "hit_at_1": none, "map": none, "ms": 0.2}
-    told = words(search_curves.stages([{**row, "difference": None}, {**row, "difference": none}]))
+    told = words(curves.stages([{**row, "difference": None}, {**row, "difference": none}]))
     assert told == "What the options add cannot be told: no queries to count."
 
 
 def test_every_line_of_the_table():
-    assert evaluate.stage_table(STAGES).splitlines() == [
+    assert tables.stage_table(STAGES).splitlines() == [
         "stage        Hit@1              mAP                ms a query  difference to the row above",
         "plain        0.62 [0.56, 0.67]  0.52 [0.56, 0.67]  0.20",
         "+ whitening  0.70 [0.64, 0.75]  0.60 [0.64, 0.75]  0.20        +0.080 [+0.030, +0.130]  better",
@@ -221,13 +222,13 @@ def test_every_line_of_the_table():
         "+ tokens     0.68 [0.62, 0.73]  0.58 [0.62, 0.73]  1234.50     +0.005 [-0.010, +0.020]  "
         "no difference that can be told",
     ]
-    assert evaluate.stage_table(UNSURE).splitlines()[1:] == [
+    assert tables.stage_table(UNSURE).splitlines()[1:] == [
         "plain        0.62   0.52  0.20",
         "+ whitening  0.70   0.60  0.20        +0.080  no difference that can be told",
         f"No interval: {FEW}.",
     ]
     none = intervals.interval([], []).record()
-    table = evaluate.stage_table([{"stage": "plain", "hit_at_1": none, "map": none, "ms": 0.2, "difference": None}])
+    table = tables.stage_table([{"stage": "plain", "hit_at_1": none, "map": none, "ms": 0.2, "difference": None}])
     assert table.splitlines()[1:] == ["plain  -      -    0.20", "No interval: no queries to count."]
 
 
@@ -242,7 +243,7 @@ def test_every_line_of_the_table():
     ],
 )
 def test_an_interval_that_touches_zero_tells_nothing(low, high, said):
-    assert evaluate.verdict({"value": 0.1, "low": low, "high": high}) == said
+    assert tables.verdict({"value": 0.1, "low": low, "high": high}) == said
 
 
 # --- how they look --------------------------------------------------------------------------------------------
@@ -252,10 +253,10 @@ def drawn():
     point = {"effort": None, "recall": 0.93, "ms": 0.4}
     costs = "$\\frac$ costs"  # signs that matplotlib would read as a formula
     return [
-        search_curves.recall_curve(index(reason=costs)),
-        search_curves.recall_curve(index(kind="factory", curve=[point], effort=None)),
-        search_curves.stages([*STAGES, stage(costs, 0.676, difference=record(0.005, -0.01, 0.02))]),
-        search_curves.stages(UNSURE),
+        curves.recall_curve(index(reason=costs)),
+        curves.recall_curve(index(kind="factory", curve=[point], effort=None)),
+        curves.stages([*STAGES, stage(costs, 0.676, difference=record(0.005, -0.01, 0.02))]),
+        curves.stages(UNSURE),
     ]
 
 
@@ -275,5 +276,5 @@ def test_all_is_laid_out_inside_and_no_letter_too_small():
 
 def test_the_same_bytes_again(tmp_path):
     for i, (figure, again) in enumerate(zip(drawn()[::2], drawn()[::2], strict=True)):
-        first, second = (viz.show(f, tmp_path / f"{i}{j}.png").data for j, f in enumerate((figure, again)))
+        first, second = (figures.show(f, tmp_path / f"{i}{j}.png").data for j, f in enumerate((figure, again)))
         assert first == second

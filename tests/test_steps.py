@@ -16,11 +16,13 @@ import pytest
 from PIL import ExifTags, Image
 
 import imatch
-from imatch import backbones, evaluate, intervals, runs, store
-from imatch.backbones.sift_vocabulary import dead_leaves
-from imatch.records import ImatchError, ImatchWarning, StepError, Tokens
+from imatch.core import files
+from imatch.core.step import flat_name, open_step
+from imatch.core.types import ImatchError, ImatchWarning, StepError, Tokens
+from imatch.evaluation import intervals, tables
+from imatch.features import base
 from imatch.steps.references import _reference_names
-from imatch.steps.shared import flat_name
+from tools.sift_vocabulary import dead_leaves
 
 
 def embedded(photographs, exports, weight="sift", resize=None, **given):
@@ -120,7 +122,7 @@ def matched(index, **given):
         **given,
     }
     step = imatch.start_match(str(index.folder), **options)
-    pairs = imatch.match(step, workers=0)
+    pairs = imatch.match_pairs(step, workers=0)
     return step, pairs, step.finish(imatch.match_metrics(step, pairs))
 
 
@@ -130,7 +132,7 @@ def without_times(path):
     timed = path.name in ("metrics.json", "results.json", "index.json", "stages.json") or path.parent.name == "queries"
     if not timed and (path.suffix != ".json" or "pairs" not in path.parts):
         return path.read_bytes()
-    return _without_times(store.read_json(path))
+    return _without_times(files.read_json(path))
 
 
 def _without_times(value):
@@ -199,8 +201,8 @@ class Lottery(Toy):
 def with_toys(monkeypatch):
     """Put the toys into the table of backbones until the test ends."""
     toys = {cls.__name__.lower(): f"tests.test_steps:{cls.__name__}" for cls in (Histogram, Pixels, Lottery)}
-    monkeypatch.setattr(backbones, "BACKBONES", {**backbones.BACKBONES, **toys})
-    monkeypatch.setattr(backbones, "CLASSICAL", (*backbones.CLASSICAL, *toys))
+    monkeypatch.setattr(base, "BACKBONES", {**base.BACKBONES, **toys})
+    monkeypatch.setattr(base, "CLASSICAL", (*base.CLASSICAL, *toys))
 
 
 def write_leaves(folder):
@@ -238,7 +240,7 @@ def house(few_photographs, tmp_path_factory):
 
 def test_references_are_named_and_placed_as_older_exports_were(house):
     _, views, _ = house
-    ids = [row["id"] for row in store.read_rows(views.folder / "references.jsonl")]
+    ids = [row["id"] for row in files.read_rows(views.folder / "references.jsonl")]
     assert ids == [
         f"references_few/{name}_rot{angle}_crop100.jpg"
         for name in ("Rfew/a", "Rfew/b", "Rfew/c", "Rflight 1/d")
@@ -302,7 +304,7 @@ def test_a_folder_of_the_same_name_does_not_take_a_step_over(tmp_path, few_photo
     step = embedded(tmp_path / "one" / "few", tmp_path / "exports")
     with pytest.raises(StepError, match=r"(?s)two/few are not those.*changed: a\.png"):
         embedded(tmp_path / "two" / "few", tmp_path / "exports")
-    assert runs.read(step.folder).linked("photographs") == tmp_path / "one" / "few"
+    assert open_step(step.folder).linked("photographs") == tmp_path / "one" / "few"
 
 
 OPEN = """
@@ -330,7 +332,7 @@ def test_any_number_of_shards_can_be_read(tmp_path, few_photographs):
 def test_reference_tokens_come_from_the_backbone_of_01(house):
     data, _, tokens = house
     assert tokens.parameters == data.parameters
-    assert tokens.upstream["embed"] == runs.read(data.folder).fingerprint
+    assert tokens.upstream["embed"] == open_step(data.folder).fingerprint
 
 
 def test_empty_corners_have_a_mask(house):
@@ -338,7 +340,7 @@ def test_empty_corners_have_a_mask(house):
 
     data, _, _ = house
     views, _ = referenced(data, kind="legacy", angles=(45,))
-    rows = store.read_rows(views.folder / "references.jsonl")
+    rows = files.read_rows(views.folder / "references.jsonl")
     assert all(row["covered"] < 1 for row in rows)
     for row in rows:
         mask = np.asarray(Image.open(views.folder / row["mask"]))
@@ -451,7 +453,7 @@ def test_the_own_source_is_matched_though_it_was_not_retrieved(house):
     index, query, gallery, hits = searched(data, references, "reference-data", k=1)
     wrong = (hits.rows + 1) % len(gallery)  # an index that misses everything
     missed = {**vars(hits), "rows": wrong, "right": np.zeros_like(hits.right)}
-    with store.atomic(index.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
+    with files.atomic(index.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **{name: values for name, values in missed.items() if values is not None})
     _, pairs, metrics = matched(index, candidates=1, outputs=["npy"], tag="wrong")
     own = [row for row in pairs if not row["retrieved"]]
@@ -513,7 +515,7 @@ def test_index_refuses_wrong_requests(house):
     with pytest.raises(ImatchError, match="at least 1"):
         searched(data, references, "data-data", k=0)
     with pytest.raises(StepError, match="no step at"):
-        runs.read(data.folder.parent)
+        open_step(data.folder.parent)
 
 
 def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photographs):
@@ -592,7 +594,7 @@ def test_a_backbone_that_is_blind_to_rotation_is_told_from_one_that_sees_it(monk
     difference = intervals.paired_difference(hits["histogram"], hits["pixels"], clusters)
     assert difference.value == pytest.approx(1 - metrics["pixels"]["hit_at_1"])
     assert 0 < difference.low < difference.value < difference.high
-    table = evaluate.retrieval_table(metrics["histogram"]).splitlines()
+    table = tables.retrieval_table(metrics["histogram"]).splitlines()
     assert table[0] == "48 queries in a gallery of 12"
     assert table[1] == "Hit@1        1.00 [0.74, 1.00]"
 
@@ -699,14 +701,14 @@ def test_metres_of_hits_by_hand(pixels):
     thirds = pytest.approx({"10": 1 / 3, "20": 1 / 3, "50": 1.0, "100": 1.0})
     assert figures["within"] == thirds
     assert figures["within_top_k"] == pytest.approx({"10": 2 / 3, "20": 2 / 3, "50": 1.0, "100": 1.0})
-    rows = store.read_rows(step.folder / "queries.jsonl")
+    rows = files.read_rows(step.folder / "queries.jsonl")
     assert [row["metres"] for row in rows] == pytest.approx([40, 40, 0], abs=0.01)
     assert [row["least_metres"] for row in rows] == pytest.approx([0, 40, 0], abs=0.01)
     assert [float(row["metres"]) for row in table_of(step)] == pytest.approx([40, 0, 40, 40, 0, 40], abs=0.01)
     for q, name in enumerate("abc"):
-        record = store.read_json(step.folder / "queries" / f"{name}.jpg.json")
+        record = files.read_json(step.folder / "queries" / f"{name}.jpg.json")
         assert [hit["metres"] for hit in record["hits"]] == pytest.approx(metres[q], abs=0.01)
-    assert "first hit 40.00 (median), nearest of all hits 0.00" in evaluate.retrieval_table(step.metrics)
+    assert "first hit 40.00 (median), nearest of all hits 0.00" in tables.retrieval_table(step.metrics)
 
 
 # truth and radius -> answers and right ranks of a, b and c
@@ -720,7 +722,7 @@ BY_PLACE = {
 @pytest.mark.parametrize(("truth", "radius"), BY_PLACE, ids=str)
 def test_right_answers_by_place(pixels, truth, radius):
     step, *_ = searched(pixels, None, "data-data", k=2, truth=truth, radius=radius)
-    rows = store.read_rows(step.folder / "queries.jsonl")
+    rows = files.read_rows(step.folder / "queries.jsonl")
     answers, ranks = BY_PLACE[truth, radius]
     assert [row["answers"] for row in rows] == answers
     assert [row["right_ranks"] for row in rows] == ranks
@@ -734,7 +736,7 @@ def test_right_answers_by_place(pixels, truth, radius):
 def test_labels_stand_before_the_exif(pixels, tmp_path):
     labels = labelled(tmp_path, "id,x,y\na.jpg,0,0\nb.jpg,3,4\n")  # c is nowhere
     step, *_ = searched(pixels, None, "data-data", k=2, truth="radius", radius=10.0, labels=labels)
-    rows = store.read_rows(step.folder / "queries.jsonl")
+    rows = files.read_rows(step.folder / "queries.jsonl")
     assert [row["answers"] for row in rows] == [1, 1, 0]
     assert [row["metres"] for row in rows] == [5.0, 5.0, None]
     assert [row["metres"] for row in table_of(step)] == ["5.000", "", "5.000", "", "", ""]
@@ -745,11 +747,11 @@ def test_labels_stand_before_the_exif(pixels, tmp_path):
 def test_headings_may_differ_so_much_and_no_more(pixels, tmp_path):
     labels = labelled(tmp_path, PLANE)
     step, *_ = searched(pixels, None, "data-data", truth="radius", heading=90.0, labels=labels, tag="90")
-    assert [row["answers"] for row in store.read_rows(step.folder / "queries.jsonl")] == [1, 1, 0]
+    assert [row["answers"] for row in files.read_rows(step.folder / "queries.jsonl")] == [1, 1, 0]
     step, *_ = searched(pixels, None, "data-data", truth="radius", heading=5.0, labels=labels, tag="5")
     assert step.metrics["without_answer"] == 3
     step, *_ = searched(pixels, None, "data-data", truth="nearest", heading=90.0, labels=labels, tag="nearest")
-    assert [row["right_ranks"] for row in store.read_rows(step.folder / "queries.jsonl")] == [[0], [0], []]
+    assert [row["right_ranks"] for row in files.read_rows(step.folder / "queries.jsonl")] == [[0], [0], []]
 
 
 def test_a_reference_lies_where_its_source_does_and_is_turned_from_it(pixels, tmp_path):
@@ -825,8 +827,8 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
 def test_queries_of_a_capture_count_together(pixels):
     with pytest.raises(ImatchError, match=r"cluster is capture, but a\.jpg belongs to none"):
         searched(pixels, None, "data-data", cluster="capture", tag="none")
-    rows = store.read_rows(pixels.folder / "images.jsonl")
-    store.write_rows(pixels.folder / "images.jsonl", [{**row, "capture": row["id"] == "a.jpg"} for row in rows])
+    rows = files.read_rows(pixels.folder / "images.jsonl")
+    files.write_rows(pixels.folder / "images.jsonl", [{**row, "capture": row["id"] == "a.jpg"} for row in rows])
     _, references = referenced(pixels)
     given = {"cluster": "capture", "truth": "radius", "radius": 60.0}
     for other, direction in ((None, "data-data"), (references, "reference-data")):
@@ -863,10 +865,10 @@ def test_what_is_believed_is_the_same_everywhere(house):
     assert believed.any()
     assert not believed[:, :4].all()
     found = ranking.rows >= 0
-    assert [row["accepted"] for row in store.read_rows(index.folder / "queries.jsonl")] == believed[:, 0].tolist()
+    assert [row["accepted"] for row in files.read_rows(index.folder / "queries.jsonl")] == believed[:, 0].tolist()
     assert [row["accepted"] == "1" for row in table_of(index)] == believed[found].tolist()
     for q, id in enumerate(query.ids):
-        record = store.read_json(index.folder / "queries" / f"{flat_name(id)}.json")
+        record = files.read_json(index.folder / "queries" / f"{flat_name(id)}.json")
         assert record["accepted"] == believed[q, 0]
         assert [hit["accepted"] for hit in record["hits"]] == believed[q][found[q]].tolist()
     _, pairs, _ = matched(index, outputs=["json"], candidates=4)
@@ -883,7 +885,7 @@ def test_nothing_is_believed_where_too_few_queries_could_tell(house):
     index, *_ = searched(data, references, "reference-data")
     assert index.metrics["threshold"]["value"] is None
     assert "59 of 59 would do" in index.metrics["threshold"]["why"]
-    assert not any(row["accepted"] for row in store.read_rows(index.folder / "queries.jsonl"))
+    assert not any(row["accepted"] for row in files.read_rows(index.folder / "queries.jsonl"))
     assert {row["accepted"] for row in table_of(index)} == {"0"}
     _, pairs, _ = matched(index, outputs=["json"], tag="none")
     assert not any(row["accepted"] for row in pairs)
@@ -919,7 +921,7 @@ def test_a_reference_in_which_nothing_was_found_counts_as_wrong(few_photographs,
         _, references = referenced(data, crops=(0.5,), file_type="png")
     step, query, _, ranking = searched(data, references, "reference-data", k=2)
     assert len(query) == 8
-    rows = store.read_rows(step.folder / "queries.jsonl")
+    rows = files.read_rows(step.folder / "queries.jsonl")
     missed = [row for row in rows if not row["embedded"]]
     assert {row["photograph"] for row in missed} == {"hollow.png"}
     assert [row["angle"] for row in missed] == [0.0, 90.0]

@@ -10,9 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imatch import store
-from imatch.records import StepError, Tokens
-from imatch.store import Embeddings
+from imatch.core.files import (
+    atomic,
+    line,
+    read_json,
+    read_rows,
+    relative,
+    write_array,
+    write_bytes,
+    write_json,
+    write_rows,
+)
+from imatch.core.types import StepError, Tokens, grid_xy
+from imatch.data import store
+from imatch.data.store import Embeddings
 
 SHARDS, SHARD, D = 4, 3, 8
 
@@ -76,7 +87,7 @@ def test_tokens_come_back(written, merged, grid):
         assert np.array_equal(back.descriptors, one.descriptors)
         assert np.array_equal(back.xy, one.xy)
         assert back.grid == grid
-    skipped = store.read_rows(merged / "skipped.jsonl")
+    skipped = read_rows(merged / "skipped.jsonl")
     assert [row["id"][-6:-4] for row in skipped] == ["01", "06", "07", "08"]
     assert str(embeddings).startswith("8 photographs, 4 skipped; global 8 numbers each; ")
 
@@ -103,7 +114,7 @@ def test_two_writers_of_one_process_id_do_not_share_a_file(tmp_path, monkeypatch
     """Containers on one disk number their processes alike."""
     monkeypatch.setattr("os.getpid", lambda: 7)
     path = tmp_path / "rows.jsonl"
-    with store.atomic(path) as one, store.atomic(path) as other:
+    with atomic(path) as one, atomic(path) as other:
         one.write_bytes(b"one\n")
         other.write_bytes(b"other\n")
         assert one.read_bytes() == b"one\n"
@@ -131,7 +142,7 @@ def test_removed_shard_leaves_nothing(tmp_path):
 def test_merging_refuses_vectors_that_are_missing(tmp_path):
     """Fewer vectors than rows in a part: nothing is marked as merged."""
     path = tmp_path / "local/00001.global.npy"
-    store.write_array(path, np.load(path)[:-1])
+    write_array(path, np.load(path)[:-1])
     with pytest.raises(StepError, match="vectors and rows do not fit"):
         store.merge(tmp_path)
     assert not store.is_merged(tmp_path)
@@ -148,37 +159,37 @@ def refused(folder: Path, reason: str) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_shuffled_rows_are_refused(seed, merged):
-    rows = store.read_rows(merged / "images.jsonl")
+    rows = read_rows(merged / "images.jsonl")
     order = np.random.default_rng(seed).permutation(len(rows))
-    store.write_rows(merged / "images.jsonl", [rows[i] for i in order])
+    write_rows(merged / "images.jsonl", [rows[i] for i in order])
     refused(merged, "does not follow the one before it|are not sorted and unique")
 
 
 def test_swapped_shards_are_refused(merged):
     """Rows of whole shards in another order: every shard fits in itself, the vectors do not."""
-    rows = store.read_rows(merged / "images.jsonl")
-    store.write_rows(merged / "images.jsonl", sorted(rows, key=lambda row: -row["shard"]))
+    rows = read_rows(merged / "images.jsonl")
+    write_rows(merged / "images.jsonl", sorted(rows, key=lambda row: -row["shard"]))
     refused(merged, "not sorted and unique")
 
 
 def test_swapped_ids_are_refused(merged):
-    rows = store.read_rows(merged / "images.jsonl")
+    rows = read_rows(merged / "images.jsonl")
     rows[0]["id"], rows[-1]["id"] = rows[-1]["id"], rows[0]["id"]
-    store.write_rows(merged / "images.jsonl", rows)
+    write_rows(merged / "images.jsonl", rows)
     refused(merged, "not sorted and unique")
 
 
 @pytest.mark.parametrize("row", [0, 3, 7])
 def test_missing_row_is_refused(row, merged):
-    rows = store.read_rows(merged / "images.jsonl")
-    store.write_rows(merged / "images.jsonl", rows[:row] + rows[row + 1 :])
+    rows = read_rows(merged / "images.jsonl")
+    write_rows(merged / "images.jsonl", rows[:row] + rows[row + 1 :])
     refused(merged, "does not follow the one before it|8 vectors for 7 photographs")
 
 
 @pytest.mark.parametrize("wanted", [7, 9])
 def test_missing_or_surplus_vector_is_refused(wanted, merged):
     vectors = np.load(merged / "global.npy")
-    store.write_array(merged / "global.npy", np.resize(vectors, (wanted, D)))
+    write_array(merged / "global.npy", np.resize(vectors, (wanted, D)))
     refused(merged, f"{wanted} vectors for 8 photographs")
 
 
@@ -186,7 +197,7 @@ def test_missing_or_surplus_vector_is_refused(wanted, merged):
 def test_shard_with_missing_or_surplus_descriptors_is_refused(more, merged):
     path = merged / "local/00001.npy"
     descriptors = np.load(path)
-    store.write_array(path, np.resize(descriptors, (len(descriptors) + more, D)))
+    write_array(path, np.resize(descriptors, (len(descriptors) + more, D)))
     refused(merged, f"shard 1 holds {len(descriptors) + more} descriptors, not {len(descriptors)}")
 
 
@@ -195,7 +206,7 @@ def test_shard_with_missing_positions_is_refused(tmp_path):
     store.merge(tmp_path)
     path = tmp_path / "local/00003.xy.npy"
     xy = np.load(path)
-    store.write_array(path, xy[:-1])
+    write_array(path, xy[:-1])
     refused(tmp_path, f"shard 3 holds {len(xy) - 1} positions for {len(xy)} descriptors")
 
 
@@ -221,7 +232,7 @@ def test_unmerged_shards_are_no_embeddings(tmp_path):
 
 def half_write(path: Path, error: BaseException) -> None:
     was = files(path.parent)
-    with store.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_bytes(b"half")
         assert files(path.parent) == {**was, temporary.name: b"half"}
         raise error
@@ -238,16 +249,16 @@ def test_atomic_leaves_nothing_behind_on_an_exception(error, tmp_path):
 @pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
 def test_atomic_keeps_the_old_file_on_an_exception(error, tmp_path):
     path = tmp_path / "file.bin"
-    store.write_bytes(path, b"old")
+    write_bytes(path, b"old")
     with pytest.raises(type(error)):
         half_write(path, error)
     assert files(tmp_path) == {"file.bin": b"old"}
-    store.write_bytes(path, b"new")
+    write_bytes(path, b"new")
     assert files(tmp_path) == {"file.bin": b"new"}
 
 
 def test_atomic_passes_on_what_is_not_a_full_disk(tmp_path):
-    with pytest.raises(FileNotFoundError), store.atomic(tmp_path / "file.bin"):
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "file.bin"):
         pass  # nothing was written
     assert files(tmp_path) == {}
 
@@ -256,9 +267,9 @@ def test_atomic_passes_on_what_is_not_a_full_disk(tmp_path):
 def test_nan_is_no_json(value, tmp_path):
     path = tmp_path / "metrics.json"
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.write_json(path, value)
+        write_json(path, value)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.write_rows(path, [{"fine": 1}, {"value": value}])
+        write_rows(path, [{"fine": 1}, {"value": value}])
     assert files(tmp_path) == {}
 
 
@@ -266,21 +277,21 @@ def test_json_and_rows_come_back(tmp_path):
     """Names of any kind: other alphabets, line separators, and bytes that are no UTF-8 at all."""
     names = ["서울.jpg", "a\nb.jpg", "a\u2028b.jpg", os.fsdecode(b"\xff.jpg"), 'q"uote\\.jpg']
     rows = [{"id": name, "score": 0.1 + 0.2, "size": [1, 2]} for name in names]
-    store.write_rows(tmp_path / "rows.jsonl", rows)
-    assert store.read_rows(tmp_path / "rows.jsonl") == rows
-    assert b"".join(map(store.line, rows)) == (tmp_path / "rows.jsonl").read_bytes()
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    assert b"".join(map(line, rows)) == (tmp_path / "rows.jsonl").read_bytes()
     assert (tmp_path / "rows.jsonl").read_bytes().count(b"\n") == len(rows)
-    store.write_json(tmp_path / "value.json", rows)
-    assert store.read_json(tmp_path / "value.json") == rows
+    write_json(tmp_path / "value.json", rows)
+    assert read_json(tmp_path / "value.json") == rows
     assert json.loads((tmp_path / "value.json").read_text("utf-8", "surrogateescape")) == rows
 
 
 def test_relative_is_relative_with_forward_slashes(tmp_path):
-    assert store.relative(tmp_path / "a" / "b", tmp_path / "c" / "d") == "../../a/b"
+    assert relative(tmp_path / "a" / "b", tmp_path / "c" / "d") == "../../a/b"
 
 
 def test_grid_positions_are_the_centres_of_patches():
-    xy = store.grid_xy((2, 3), (32, 48))
+    xy = grid_xy((2, 3), (32, 48))
     assert xy.dtype == np.float32
     assert xy.tolist() == [[7.5, 7.5], [23.5, 7.5], [39.5, 7.5], [7.5, 23.5], [23.5, 23.5], [39.5, 23.5]]
 
@@ -316,8 +327,8 @@ def test_one_bit_is_enough(merged):
 
 
 def test_vectors_know_their_rows_after_a_split(merged):
-    before = store.read_rows(merged / "images.jsonl")
+    before = read_rows(merged / "images.jsonl")
     store.split(merged)
     store.merge(merged)
     Embeddings(merged).check_rows()
-    assert store.read_rows(merged / "images.jsonl") == before
+    assert read_rows(merged / "images.jsonl") == before

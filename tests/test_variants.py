@@ -13,10 +13,14 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch import checks, keeping, registry, runs, store
-from imatch.backbones.dinov3 import Dinov3
-from imatch.images import Resize
-from imatch.records import ImatchError, StepError
+from imatch.core import settings
+from imatch.core.files import read_json
+from imatch.core.step import open_step
+from imatch.core.types import ImatchError, StepError
+from imatch.data import store
+from imatch.data.images import Resize
+from imatch.features.dinov3 import Dinov3
+from imatch.steps import preflight
 from imatch.steps.embed import start_embed
 from imatch.steps.references import start_reference_tokens, start_references
 from tests.test_steps import indexed
@@ -80,7 +84,7 @@ def test_crop_sees_the_middle_and_says_where(start):
 
 def test_crop_shows_the_pixels_that_it_says(tmp_path):
     """EXIF-turned JPEGs are cropped and decoded at reduced size before they are turned: the middle stays the middle."""
-    from imatch.images import decode
+    from imatch.data.images import decode
 
     y, x = np.mgrid[:1200, :1800]
     pixels = np.stack([x * 255 / 1799, y * 255 / 1199, 0 * x], axis=2).round().astype(np.uint8)
@@ -178,7 +182,7 @@ def test_several_devices_write_the_bytes_of_one(dinov3, tmp_path):
     apart = dinov3(shard_size=1, exports=str(tmp_path / "apart"))
     two = embedded(step, devices="cpu,cpu")
     assert files(two.folder) == files(embedded(apart, devices="cpu").folder)
-    assert store.read_json(step.folder / "step.json")["device"] == "cpu,cpu"
+    assert read_json(step.folder / "step.json")["device"] == "cpu,cpu"
     assert np.allclose(one.vectors, two.vectors, atol=1e-5)
 
 
@@ -202,7 +206,7 @@ def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
     for devices in ("cpu,cpu", "cpu"):
         with pytest.raises(ImatchError, match="2 of 8 photographs cannot be used, more than max_skipped"):
             imatch.embed(some_broken, devices=devices, workers=0)
-    with pytest.warns(imatch.records.ImatchWarning, match="2 of 8 photographs were skipped"):
+    with pytest.warns(imatch.core.types.ImatchWarning, match="2 of 8 photographs were skipped"):
         embeddings = imatch.embed(some_broken, devices="cpu,cpu", workers=0, max_skipped=0.5)
     assert embeddings.ids == [f"{i}.png" for i in (0, 1, 2, 3, 5, 6)]
 
@@ -231,7 +235,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
     while any(psutil.pid_exists(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in children)
-    with pytest.warns(imatch.records.ImatchWarning):
+    with pytest.warns(imatch.core.types.ImatchWarning):
         assert len(imatch.embed(some_broken, workers=0, max_skipped=1.0)) == 6
 
 
@@ -339,21 +343,21 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     said = capsys.readouterr().out
     for part in ("photographs  4 in", "SHA-256", "21.6 million parameters, normalises as LVD", "photographs/s", "disk"):
         assert part in said
-    one = checks.cost("dinov3_vits16", (96, 96))
+    one = preflight.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:
-        small.setattr(checks, "free_memory", lambda _: one.weights + int(2.5 * one.working))
+        small.setattr(preflight, "free_memory", lambda _: one.weights + int(2.5 * one.working))
         with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use batch_size 2"):
             imatch.preflight(step, batch_size=8)
         imatch.preflight(step, batch_size=2)
-        small.setattr(checks, "free_memory", lambda _: one.weights - 1)
+        small.setattr(preflight, "free_memory", lambda _: one.weights - 1)
         with pytest.raises(ImatchError, match="use a smaller model or size, or precision bf16"):
             imatch.preflight(step, batch_size=1)
         by_openvino = dinov3(backbone_options={"precision": "fp32", "engine_forward": "openvino"}, tag="openvino")
-        small.setattr(checks, "free_memory", lambda _: 4 * one.weights)
+        small.setattr(preflight, "free_memory", lambda _: 4 * one.weights)
         with pytest.raises(ImatchError, match="use a smaller model or size, or engine_forward torch"):
             imatch.preflight(by_openvino, batch_size=1)
     with monkeypatch.context() as full:
-        full.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        full.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(ImatchError, match=r"the result takes .* choose another disk for exports"):
             imatch.preflight(step, batch_size=8)
     embedded(step)
@@ -362,13 +366,13 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     assert "is there already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("keep", keeping.KEEPS)
+@pytest.mark.parametrize("keep", store.KEEPS)
 def test_preflight_tells_disk_by_what_is_kept_and_hours(dinov3, capsys, keep):
     step = dinov3(keep=keep)
     imatch.preflight(step, batch_size=8)
     said = capsys.readouterr().out
     assert re.search(r"time +about .* h here \(forward .* ms and decoding .* ms a photograph\), .* with 64 such", said)
-    assert f"stored is {keeping.KEEPS[keep]}\n" in said
+    assert f"stored is {store.KEEPS[keep]}\n" in said
     promised = 2**20 * float(re.search(r"disk +([\d.]+) MB a photograph", said)[1])
     embedded(step)
     kept = [path for path in step.folder.rglob("*") if path.suffix in (".npy", ".jsonl")]
@@ -379,11 +383,11 @@ def test_preflight_tells_disk_by_what_is_kept_and_hours(dinov3, capsys, keep):
 
 def test_hours_here_are_of_the_network_and_of_the_decoding(monkeypatch):
     """A GPU leaves the cores to the decoding; without one both are done by them."""
-    monkeypatch.setattr(registry, "cores", lambda: 2)
-    million = checks._time(1_000_000, 0.36, 0.072, ["cpu"])
+    monkeypatch.setattr(settings, "cores", lambda: 2)
+    million = preflight._time(1_000_000, 0.36, 0.072, ["cpu"])
     assert million.startswith("about 110 h here (forward 360 ms and decoding 36 ms a photograph), 14 h with 8, ")
-    assert checks._time(1_000_000, 0.36, 0.072, ["cuda:0"]).startswith("about 100 h here")
-    assert checks._time(1_000_000, 0.001, 0.072, ["cuda:0"]).startswith("about 10 h here")
+    assert preflight._time(1_000_000, 0.36, 0.072, ["cuda:0"]).startswith("about 100 h here")
+    assert preflight._time(1_000_000, 0.001, 0.072, ["cuda:0"]).startswith("about 10 h here")
 
 
 @pytest.mark.parametrize(("key", "entry"), [("vits16", "dinov3_vits16"), ("cxTiny", "dinov3_convnext_tiny")])
@@ -392,10 +396,10 @@ def test_preflight_knows_the_memory_that_a_pass_takes(weights, key, entry):
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from imatch import backbones
-    from imatch.checks import cost
+    from imatch.features import base
+    from imatch.steps.preflight import cost
 
-    backbone = backbones.create(key, TORCH, data_key=str(weights / "data_key.json"))
+    backbone = base.create_backbone(key, TORCH, data_key=str(weights / "data_key.json"))
     photographs = torch.zeros(4, 256, 256, 3, dtype=torch.uint8)
     backbone.features(photographs)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -423,7 +427,7 @@ def test_a_large_photograph_among_small_ones_is_no_batch_of_large_ones(weights, 
 
 
 def test_runs_records_what_was_asked(dinov3):
-    parameters = runs.read(embedded(dinov3(variant="sub2", cfg="own")).folder).parameters
+    parameters = open_step(embedded(dinov3(variant="sub2", cfg="own")).folder).parameters
     assert parameters["backbone"]["pooling"] == "cls"
     assert parameters["backbone"]["family"] == "LVD"
     assert (parameters["cfg"], parameters["variant"]) == ("own", "sub2")

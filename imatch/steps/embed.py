@@ -13,24 +13,34 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imatch import backbones, engines, images, keeping, poses, registry, runs, store
-from imatch.backbones import Backbone
-from imatch.engines import Engine, Place
-from imatch.engines.local import LOCAL, Local
-from imatch.engines.processes import Processes
-from imatch.images import Decoded, Resize
-from imatch.poses import UPRIGHT, Pose
-from imatch.records import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
-from imatch.runs import Step
-from imatch.steps.shared import decodable, named, run_and_dataset, tagged, view_rows
-from imatch.store import Embeddings, Row
+from imatch.core import compute, files, settings
+from imatch.core.compute import LOCAL, Engine, Local, PartDoneError, Place, Processes
+from imatch.core.files import Row
+from imatch.core.step import (
+    Step,
+    checked_name,
+    decodable,
+    open_step,
+    refuse_or_say,
+    run_and_dataset,
+    start_step,
+    tagged,
+    view_rows,
+)
+from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
+from imatch.data import images, registry, store
+from imatch.data.images import Decoded, Resize
+from imatch.data.rotations import UPRIGHT, Pose
+from imatch.data.store import Embeddings, Posed, _beside, open_poses
+from imatch.features import base
+from imatch.features.base import Backbone, _decode, _placed, stride_of
 
 ON_ERROR = ("skip", "stop")
 HELD = 2**28
@@ -54,7 +64,7 @@ def start_embed(
     resize: Resize,
     cfg: str = "",
     variant: str = "raw",
-    keep: str = keeping.DEFAULT,
+    keep: str = store.KEEP_DEFAULT,
     shard_size: int,
     tag: str,
     on_change: str,
@@ -72,14 +82,14 @@ def start_embed(
         resize: how large the backbone sees the photographs.
         cfg: the name of this size in folders and files; "" takes one from `resize`.
         variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
-        keep: what is stored of the local descriptors, one of `keeping.KEEPS`: all in "float16" or "int8", or
+        keep: what is stored of the local descriptors, one of `store.KEEPS`: all in "float16" or "int8", or
             "aggregated" tokens without positions, or "global": none.
         shard_size: photographs a shard, the unit of resuming.
         tag: appended to the folder's name, to keep two configurations apart.
         on_change: "refuse" or "recompute" what was made from something else.
 
     Raises:
-        ImatchError: no such folder, weight, option or weight file; see also `runs.start`.
+        ImatchError: no such folder, weight, option or weight file; see also `step.start_step`.
     """
     if not run:
         raise ImatchError("run is empty: name this piece of work as run")
@@ -87,49 +97,31 @@ def start_embed(
         raise ImatchError(f"shard_size {shard_size} must be at least 1")
     stride_of(variant)
     photographs = registry.dataset(dataset, data_key)
-    backbone = backbones.create(weight, backbone_options, weight_set=weight_set, data_key=data_key)
+    backbone = base.create_backbone(weight, backbone_options, weight_set=weight_set, data_key=data_key)
     resize.check(backbone.patch)
     parameters = {
         "dataset": photographs.key if photographs.registered else "",
         "image_groups": list(image_groups),
         "weight": weight,
-        "backbone": backbones.identity(backbone),
+        "backbone": base.backbone_identity(backbone),
         "weights_digest": backbone.digest,
         "resize": {"mode": resize.mode, **_side(resize)},
         "pixels": images.RESAMPLING[backbone.resampling],
-        "cfg": named("cfg", cfg) or str(resize),
+        "cfg": checked_name("cfg", cfg) or str(resize),
         "variant": variant,
         "shard_size": shard_size,
-        **keeping.parameter(keep),
+        **store.keep_parameter(keep),
     }
-    name = f"{parameters['cfg']}_{keeping.variant(parameters)}{tagged(tag)}"
-    folder = registry.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
+    name = f"{parameters['cfg']}_{store.variant_of(parameters)}{tagged(tag)}"
+    folder = settings.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
     links = {"photographs": photographs.root}
     if photographs.registered:
-        links["data_key"] = registry.resolve(data_key)
-    return runs.start(folder, "01_embed", parameters, {}, links, on_change)
+        links["data_key"] = settings.resolve(data_key)
+    return start_step(folder, "01_embed", parameters, {}, links, on_change)
 
 
 def _side(resize: Resize) -> dict[str, float]:
     return {"scale": resize.scale} if resize.mode == "scale" else {"long_side": resize.long_side}
-
-
-def stride_of(variant: str) -> int:
-    """1 for "raw", s for "sub{s}".
-
-    Raises:
-        ImatchError: it is neither.
-
-    >>> stride_of("raw"), stride_of("sub2")
-    (1, 2)
-    """
-    if variant == "raw":
-        return 1
-    if variant.startswith("sub") and variant[3:].isdecimal() and int(variant[3:]) > 1:
-        return int(variant[3:])
-    raise ImatchError(
-        f"variant {variant!r} is not known: use raw, or sub2, sub3, ... for every 2nd, 3rd row and column"
-    )
 
 
 def chosen(step: Step) -> dict[str, Row]:
@@ -165,7 +157,7 @@ def embed(
 
     Args:
         step: from `start_embed` or `start_reference_tokens`.
-        engine: of `engines.create`. The bytes are the same with all of them.
+        engine: of `compute.create_engine`. The bytes are the same with all of them.
         devices: where a network runs: "auto" (all GPUs, else the CPU), "cpu", or several, such as "cuda:0,cuda:1".
             Each of several gets a process of its own. On a CPU, "auto" with engine "processes" or "dask" is one process
             for every four cores, and at least two.
@@ -178,17 +170,17 @@ def embed(
         PhotographError: the first bad photograph, with on_error="stop".
         StepError: photographs changed since the last run and the step may not recompute.
         ImatchError: no photographs, none that could be used, or too many bad ones. What was finished stays.
-        PartDoneError: see `engines.do`.
+        PartDoneError: see `compute.do`.
     """
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
-    engines.check_parts(engine.shard, step.on_change)
+    compute.check_parts(engine.shard, step.on_change)
     root = step.linked("photographs")
     about = chosen(step)
     ids = sorted(about)
     size = step.parameters["shard_size"]
     plan = [ids[first : first + size] for first in range(0, len(ids), size)]
-    first, of = engines.numbered("" if store.is_merged(step.folder) else engine.shard)
+    first, of = compute.numbered("" if store.is_merged(step.folder) else engine.shard)
     mine = range(first, sys.maxsize, of)  # numbers of shards: a part looks at no others, nor at their photographs
     looked_at = [id for part in plan[first::of] for id in part]
     seen = _Seen(step.folder / SEEN, root)
@@ -214,7 +206,7 @@ def embed(
         one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
         ran_on = set()
         try:
-            with closing(engines.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
+            with closing(compute.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
                 for row in rows:
                     ran_on.add(row["device"])
                     for id, reason in row["skipped"].items():
@@ -235,7 +227,7 @@ def embed(
 
 def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
     """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
-    skipped = store.read_rows(step.folder / "skipped.jsonl")
+    skipped = files.read_rows(step.folder / "skipped.jsonl")
     contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *skipped]]
     local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
     metrics = {
@@ -244,7 +236,7 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
         "global_dimension": embeddings.vectors.shape[1],
         "descriptors": sum(row["n"] for row in embeddings.rows),
         "local_megabytes": round(local / 2**20, 3),
-        "photographs_digest": runs.digest([[row["id"], row["sha256"]] for row in decodable(step.folder)]),
+        "photographs_digest": files.digest([[row["id"], row["sha256"]] for row in decodable(step.folder)]),
     }
     return step.finish(metrics, contents)
 
@@ -262,38 +254,6 @@ def _timed_forward(backbone: Backbone, photographs: np.ndarray) -> tuple[list[To
     return backbone(photographs), started, time.perf_counter()
 
 
-def _decode(path: Path, resize: Resize, backbone: Backbone, degrees: float) -> Decoded | PhotographError:
-    try:
-        decoded = images.decode(path, resize, backbone.patch, backbone.resampling)
-        decoded = replace(decoded, look=images.look(decoded.pixels))
-        return poses.turned(decoded, degrees, backbone.patch) if degrees else decoded
-    except PhotographError as error:
-        return error
-
-
-def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pose: Pose = UPRIGHT) -> Embedded:
-    """One photograph as a step with such parameters sees it; nothing is written.
-
-    Raises:
-        PhotographError: it cannot be decoded.
-    """
-    resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
-    decoded = _decode(path, resize, backbone, pose.turn)
-    if isinstance(decoded, PhotographError):
-        raise decoded
-    (tokens,) = backbone(np.stack([decoded.pixels]))  # a copy, for torch wants to be allowed to write
-    return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, stride_of(parameters["variant"])))
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A photograph's (h, w) in pixels, the SHA-256 of its file, and its tokens."""
-
-    size: tuple[int, int]
-    sha256: str
-    tokens: Tokens
-
-
 def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
     """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it, which keeps
     all, holds without another forward pass."""
@@ -301,16 +261,16 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
     if "pose" in parameters:
         return
     all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
-    stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{keeping.variant(parameters)}"
+    stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
     beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
     if parameters == all_of_it or not todo or not (beside / "metrics.json").is_file():
         return
-    if runs.read(beside).parameters != all_of_it:
+    if open_step(beside).parameters != all_of_it:
         return
-    raw, shards, whole = Embeddings(beside), store.shard_rows(beside), runs.read(beside).work
+    raw, shards, whole = Embeddings(beside), store.shard_rows(beside), open_step(beside).work
     place = {id: row for row, id in enumerate(raw.ids)}
-    step.runs_on(runs.read(beside).device)  # a thinned photograph costs what its raw one did, and where it did
-    for shard in runs.progress(todo, "thin"):
+    step.runs_on(open_step(beside).device)  # a thinned photograph costs what its raw one did, and where it did
+    for shard in compute.progress(todo, "thin"):
         rows = shards.get(shard, [])
         if [row["id"] for row in rows] != list(plan[shard]) or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
             continue
@@ -332,11 +292,11 @@ def devices_of(step: Step, devices: str, several: bool = False) -> list[str]:
         ImatchError: one that is not there.
     """
     weight, options = step.parameters["weight"], step.parameters["backbone"]
-    used = [backbones.create(weight, options, device=name.strip()).device for name in devices.split(",")]
+    used = [base.create_backbone(weight, options, device=name.strip()).device for name in devices.split(",")]
     if devices != "auto":
         return used
     if used == ["cpu"]:
-        return used * max(min(2, registry.cores()), registry.cores() // GROUP) if several else used
+        return used * max(min(2, settings.cores()), settings.cores() // GROUP) if several else used
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -365,7 +325,7 @@ class _Shard:
 @dataclass(frozen=True)
 class _Work:
     """Embeds shards, one after the other: photographs are decoded ahead, the next batch is put together while one goes
-    through the backbone, and a shard is written while the next is computed. See `engines.Work`."""
+    through the backbone, and a shard is written while the next is computed. See `compute.Work`."""
 
     step: Step
     root: Path
@@ -381,9 +341,9 @@ class _Work:
         shards, coming = itertools.tee(jobs)
         paths = (self.root / id for shard in coming for id in shard.readable)
         workers = place.workers(self.workers)
-        decoded = runs.ahead(decode, paths, workers, self.batch_size + 2 * workers)
+        decoded = compute.ahead(decode, paths, workers, self.batch_size + 2 * workers)
         if not place.quiet:
-            decoded = runs.progress(decoded, step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
+            decoded = compute.progress(decoded, step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
         pending: Future[Row] | None = None
         begun = time.perf_counter()
         backbone.load()
@@ -416,7 +376,7 @@ class _Work:
         """The step's backbone, loaded once."""
         if device not in self._backbones:
             parameters = self.step.parameters
-            backbone = backbones.create(parameters["weight"], parameters["backbone"], device=device)
+            backbone = base.create_backbone(parameters["weight"], parameters["backbone"], device=device)
             if backbone.digest != parameters["weights_digest"]:
                 raise StepError(
                     f"{self.step.name}: the weights of {parameters['weight']} have changed since 01_embed "
@@ -507,20 +467,12 @@ class _Work:
         return row, found, [tokens[row["id"]] for row in found if row["id"] in tokens]
 
 
-def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
-    """The tokens with positions in pixels of the original photograph, every `stride`-th row and column of a grid."""
-    if photograph.turned:
-        return poses.placed(tokens if stride == 1 else tokens.thinned(stride), photograph)
-    placed = store.settled(replace(tokens, xy=photograph.to_original(tokens.xy)), photograph.size)
-    return placed if stride == 1 else placed.thinned(stride)
-
-
 def _write_shard(step: Step, row: Row, rows: Sequence[Row], tokens: Sequence[Tokens], seen: Sequence[Row]) -> Row:
     """Write a shard, remember its photographs even if the run is killed now, and put down what the shard took."""
     started, folder = time.perf_counter(), step.folder
-    keeping.write_shard(folder, row["shard"], rows, tokens, keeping.of(step.parameters))
-    lines = b"".join(store.line(known) for known in seen)
-    with store.writing(folder / SEEN), (folder / SEEN).open("ab", buffering=0) as file:
+    store.write_kept_shard(folder, row["shard"], rows, tokens, store.keep_of(step.parameters))
+    lines = b"".join(files.line(known) for known in seen)
+    with files.writing(folder / SEEN), (folder / SEEN).open("ab", buffering=0) as file:
         file.write(b"\n" + lines)  # a first end of line, for one that a kill left torn; at once, for others write, too
     row["work"]["write"] = time.perf_counter() - started
     store.write_work(folder, row["shard"], row["work"])
@@ -540,7 +492,7 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], mine: range, seen
     if store.is_merged(step.folder):
         differences += [f"new: {id}" for id in sorted(now - before)]
     if differences:
-        runs.refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
+        refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
 
     def valid(shard: int) -> bool:
         ids = [row["id"] for row in done.get(shard, [])]
@@ -578,9 +530,9 @@ class _Seen:
 
     def check_headers(self, ids: Sequence[str]) -> None:
         """Look at the files: the headers of those that are new or changed are read."""
-        workers = 2 * registry.cores()
-        looked = runs.ahead(self._look, ids, workers, 16 * workers)
-        self._known = dict(zip(ids, runs.progress(looked, "headers", len(ids)), strict=True))
+        workers = 2 * settings.cores()
+        looked = compute.ahead(self._look, ids, workers, 16 * workers)
+        self._known = dict(zip(ids, compute.progress(looked, "headers", len(ids)), strict=True))
 
     def digest(self, id: str) -> str | None:
         """See `_digest`."""
@@ -600,8 +552,8 @@ class _Seen:
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""
         rows = [self._known[id] for id in sorted(self._known)]
-        if not self.path.is_file() or self.path.read_bytes() != b"".join(map(store.line, rows)):
-            store.write_rows(self.path, rows)
+        if not self.path.is_file() or self.path.read_bytes() != b"".join(map(files.line, rows)):
+            files.write_rows(self.path, rows)
 
     def _look(self, id: str) -> Row:
         known, stat = self._known.get(id), self._stat(id)
@@ -669,7 +621,7 @@ class _Bad:
             )
 
     def warn(self) -> None:
-        rows = store.read_rows(self.step.folder / "skipped.jsonl")
+        rows = files.read_rows(self.step.folder / "skipped.jsonl")
         if rows:
             listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
             more = (
@@ -677,3 +629,94 @@ class _Bad:
             )
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
             warnings.warn(message, ImatchWarning, stacklevel=3)
+
+
+def worth_trying(step: Step, poses: Sequence[Pose]) -> list[Pose]:
+    """The poses that are worth trying with a step's backbone: the upright one alone, which is said, if it turns and
+    zooms with its photographs.
+
+    Raises:
+        StepError: the step was imported, without its photographs.
+    """
+    weight = step.parameters["weight"]
+    if len(poses) > 1 and step.parameters.get("imported"):
+        raise StepError(f"{step.folder} was imported, and its photographs are not known to be there: run 01_embed")
+    if len(poses) > 1 and weight in base.INVARIANT:
+        print(f"{weight} turns and zooms with its photographs: only the upright ones are used")
+        return [UPRIGHT]
+    return list(poses)
+
+
+def embed_poses(
+    folder: Path,
+    poses: Sequence[Pose],
+    *,
+    engine: Engine = LOCAL,
+    devices: str = "auto",
+    workers: int = -1,
+    batch_size: int = 8,
+    on_change: str = "refuse",
+) -> Posed:
+    """Embed the photographs of a finished step of embeddings in other poses, those that are missing.
+
+    Each pose becomes a step of its own in a folder beside it, such as `scale1_raw_rot090`, and is reused.
+
+    Args:
+        folder: of the 01_embed or 02_references step.
+        poses: of `poses.poses`.
+        engine, devices, workers, batch_size: as in `embed`.
+        on_change: as in `start_embed`.
+
+    Raises:
+        StepError: photographs were changed since the upright ones were embedded; or the step was imported.
+        ImatchError: a zoom that gives sides which are no multiple of the patch.
+    """
+    source, upright = open_step(folder), Embeddings(folder)
+    unfinished: PartDoneError | None = None
+    for pose in (pose for pose in poses if pose != UPRIGHT):
+        _check_zoom(source, pose)
+        step = _start(source, pose, on_change)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
+            try:
+                embeddings = embed(
+                    step, engine=engine, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0
+                )
+            except PartDoneError as part:  # this part of the other poses can be done all the same
+                unfinished = part
+                continue
+        _check_whole(upright, embeddings)
+        finish_embed(step, embeddings)
+    if unfinished:
+        raise unfinished
+    return open_poses(folder, poses)
+
+
+def _check_zoom(source: Step, pose: Pose) -> None:
+    """Raise ImatchError, before anything is written, when a zoom gives sides that are no multiple of the patch."""
+    if pose.zoom == 1 or (_beside(source.folder, pose) / "metrics.json").is_file():
+        return
+    backbone = base.create_backbone(source.parameters["weight"], source.parameters["backbone"])
+    try:
+        Resize(**source.parameters["resize"]).zoomed(pose.zoom).check(backbone.patch)
+    except ImatchError as error:
+        raise ImatchError(f"zoom {pose.zoom:g}: {error}") from None
+
+
+def _check_whole(upright: Embeddings, embeddings: Embeddings) -> None:
+    """Raise StepError when a photograph could be decoded for 01_embed, but not any more."""
+    skipped = files.read_rows(embeddings.folder / "skipped.jsonl")
+    seen = {*embeddings.ids, *(row["id"] for row in skipped if "size" in row)}
+    gone = [id for id in upright.ids if id not in seen]
+    if gone:
+        raise StepError(
+            f"{len(gone)} photographs of {upright.folder} cannot be read any more, such as {files.printable(gone[0])}: "
+            f"bring them back, delete {embeddings.folder} and run again"
+        )
+
+
+def _start(source: Step, pose: Pose, on_change: str) -> Step:
+    folder = _beside(source.folder, pose)
+    parameters = {**source.parameters, "pose": asdict(pose)}
+    links = {name: source.linked(name) for name in source.links}
+    return start_step(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)

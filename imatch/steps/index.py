@@ -8,42 +8,43 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imatch import (
-    calibrate,
-    evaluate,
-    images,
-    indexes,
-    keeping,
-    plugins,
-    poses,
-    positions,
-    registry,
-    runs,
-    searcher,
-    store,
-)
-from imatch.calibrate import Threshold
-from imatch.engines import Engine
-from imatch.engines.local import LOCAL
-from imatch.records import ImatchError, ImatchWarning, Ranking, StepError
-from imatch.runs import Step
-from imatch.searcher import Searcher
-from imatch.steps.poses import worth_trying
-from imatch.steps.search import search_stages
-from imatch.steps.send import sink_of
-from imatch.steps.shared import (
+from imatch.core import compute, config, files, settings
+from imatch.core.compute import LOCAL, Engine
+from imatch.core.files import Row
+from imatch.core.step import (
+    Step,
     clusters,
     flat_name,
-    missed,
+    kind_of_reference,
+    open_step,
     run_and_dataset,
+    start_step,
     tagged,
     views_by_id,
 )
-from imatch.store import Embeddings, Row
+from imatch.core.types import ImatchError, ImatchWarning, Ranking, StepError
+from imatch.data import images, store
+from imatch.data.rotations import poses
+from imatch.data.store import Embeddings, missed, read_ranking
+from imatch.evaluation import calibration, intervals
+from imatch.evaluation.alarms import SAME, _alike, _copies, _guessing, _promise
+from imatch.evaluation.calibration import Threshold
+from imatch.evaluation.metrics import asked_twice, average_precision, chance, hit_at_k, retrieval_metrics
+from imatch.features import base
+from imatch.features.base import Backbone, embed_one
+from imatch.retrieval import index as searcher
+from imatch.retrieval import kinds
+from imatch.retrieval.index import Searcher
+from imatch.retrieval.ranking import HELD, _found, _joined, _Stage, _Ways
+from imatch.retrieval.truth import _count, _left_out, _places, _truth, position_figures, read_labels
+from imatch.steps.embed import embed_poses, worth_trying
+from imatch.steps.send import sink_of
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
 TRUTHS = ("photograph", "nearest", "radius")
@@ -85,23 +86,23 @@ def start_index(
         references_step: folder of the finished 02_references made from it, or of another 01_embed in their place, made
             with the same backbone at the same size; "" for the direction "data-data".
         direction: "<query>-<gallery>", one of `DIRECTIONS`.
-        index: a name of `indexes.INDEXES`, or "auto": exact while it fits and is fast enough (`searcher.choose`).
+        index: a name of `kinds.INDEXES`, or "auto": exact while it fits and is fast enough (`index.choose`).
         index_options: fields of that kind.
         memory_gb: GB that the index may take; 0 is half of what is free.
         recall: of an approximate index, the recall@k that it is tuned to, in (0, 1].
         float16: whether a GPU keeps vectors in 16 bits.
         k: neighbours a query.
-        whiten: dimensions of a PCA-whitening learned from the gallery (`rerank.Whitening`); 0 is none.
+        whiten: dimensions of a PCA-whitening learned from the gallery (`ranking.Whitening`); 0 is none.
         rotations: 1, or 4 or 8: each query is also searched turned, and a candidate counts by its best turn.
-        expand: neighbours that expand a query before it is searched again (`rerank.expand`); 0 is none.
+        expand: neighbours that expand a query before it is searched again (`ranking.expand`); 0 is none.
         rerank: so many first hits are put in the order of how alike their aggregated tokens are
-            (`rerank.token_score`); 0 is none.
+            (`ranking.token_score`); 0 is none.
         tokens: aggregated tokens a photograph, for that.
         exclude_siblings: leave out what was made from the query's own photograph: the other references of it in
             "reference-reference"; with truth by position, in any direction, the photograph itself, too.
         truth: what a right answer is: "photograph" (it shows the query's own), "nearest" (it was taken nearest) or
             "radius" (all that were taken within `radius`).
-        labels: a CSV or JSON of positions (`positions.read_labels`); "" takes them from the EXIF.
+        labels: a CSV or JSON of positions (`truth.read_labels`); "" takes them from the EXIF.
         radius: metres.
         heading: degrees that two headings may differ by at most; 180 asks for none.
         cluster: what intervals resample, for its queries fall or stand together: "photograph" or "capture".
@@ -112,39 +113,39 @@ def start_index(
     Raises:
         StepError: the references were not made from that 01_embed, or differ in backbone, pooling, family or size; or
             rerank, and a side kept too little for it.
-        ImatchError: an unknown direction or index; see also `runs.start`.
+        ImatchError: an unknown direction or index; see also `step.start_step`.
     """
     if direction not in DIRECTIONS:
-        raise ImatchError(plugins.unknown("direction", direction, DIRECTIONS))
+        raise ImatchError(config.unknown("direction", direction, DIRECTIONS))
     if k < 1:
         raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
     for what, value, known in (("truth", truth, TRUTHS), ("cluster", cluster, CLUSTERS)):
         if value not in known:
-            raise ImatchError(plugins.unknown(what, value, known))
+            raise ImatchError(config.unknown(what, value, known))
     if not (0 < radius < math.inf and 0 < heading <= 180 and 0 < precision < 1):
         raise ImatchError(
             f"radius {radius} must be above 0 metres, heading {heading} above 0 and up to 180 degrees, "
             f"precision {precision} between 0 and 1"
         )
     sink_of(send, ttl)
-    poses.poses(rotations)
+    poses(rotations)
     if min(whiten, expand, rerank) < 0 or tokens < 1:
         raise ImatchError(
             f"whiten {whiten}, expand {expand} and rerank {rerank} must be 0 (off) or more, tokens {tokens} at least 1"
         )
     if index != "auto":
-        indexes.create(index, index_options)
+        kinds.create_kind(index, index_options)
     if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):
         raise ImatchError(f"recall {recall} must be above 0 and up to 1, memory_gb {memory_gb} 0 or more")
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
-    found = {"data": runs.read(registry.step_folder(embed_step))}
+    found = {"data": open_step(settings.step_folder(embed_step))}
     kind = ""
     if "reference" in sides.values():
         if not references_step:
             raise ImatchError(
                 f"direction {direction} needs references: give references_step, the folder of 02_references"
             )
-        found["reference"] = runs.read(registry.step_folder(references_step))
+        found["reference"] = open_step(settings.step_folder(references_step))
         kind = kind_of_reference(found["reference"], found["data"])
     of_gallery = found[sides["gallery"]].metrics
     most = min(of_gallery["global_dimension"], of_gallery["photographs"] - 1)
@@ -155,7 +156,7 @@ def start_index(
         )
     if rerank:
         _check_tokens([found[side] for side in sides.values()], tokens)
-    tries = worth_trying(found[sides["query"]], poses.poses(rotations))
+    tries = worth_trying(found[sides["query"]], poses(rotations))
     exports, dataset = run_and_dataset(found["data"])
     weight, configuration = found["data"].folder.parts[-2:]
     folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{tagged(tag)}"
@@ -182,41 +183,22 @@ def start_index(
     upstream = {side: str(found[name].fingerprint) for side, name in sides.items()}
     links = {side: found[name].folder for side, name in sides.items()}
     if labels:
-        links["labels"] = registry.resolve(labels)
-        positions.read_labels(links["labels"])  # refuses a bad file before anything is written
+        links["labels"] = settings.resolve(labels)
+        read_labels(links["labels"])  # refuses a bad file before anything is written
         upstream["labels"] = images.file_digest(links["labels"])
     # the index knows by itself what of it still holds
-    return runs.start(folder, "03_index", parameters, upstream, links, on_change, keep=("index",))
+    return start_step(folder, "03_index", parameters, upstream, links, on_change, keep=("index",))
 
 
 def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
     """Raise StepError when a side of an index has not so many aggregated tokens to compare by."""
     for side in sides:
-        keeping.check(side.folder, side.parameters, "rerank", keeping.LOCAL)
-        if keeping.of(side.parameters) == "aggregated" and tokens > keeping.TOKENS:
+        store.check_keeps(side.folder, side.parameters, "rerank", store.KEEPS_LOCAL)
+        if store.keep_of(side.parameters) == "aggregated" and tokens > store.AGGREGATED:
             raise StepError(
-                f"tokens is {tokens}, and {side.folder} keeps {keeping.TOKENS} a photograph: set tokens to "
-                f"{keeping.TOKENS}, or run 01_embed with keep {' or '.join(keeping.PLACED)}"
+                f"tokens is {tokens}, and {side.folder} keeps {store.AGGREGATED} a photograph: set tokens to "
+                f"{store.AGGREGATED}, or run 01_embed with keep {' or '.join(store.KEEPS_PLACED)}"
             )
-
-
-def kind_of_reference(reference: Step, data: Step) -> str:
-    """The ending that the other side of an index gives to its folder's name, after checking that the two belong
-    together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
-    if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
-        raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
-    compared = ("weight", "backbone", "weights_digest", "resize", "pixels")
-    of_data, of_reference = ({key: step.parameters.get(key) for key in compared} for step in (data, reference))
-    if differences := runs.compare(of_data, of_reference):
-        raise StepError(
-            f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
-            + "\n  ".join(differences)
-            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
-        )
-    if reference.name == "02_references":
-        return f"_{reference.folder.parent.parent.name}"
-    _, dataset = run_and_dataset(reference)
-    return f"_{dataset}-{reference.folder.name}"
 
 
 def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, device: str = "auto") -> Searcher:
@@ -227,13 +209,13 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
     Args:
         step: of `start_index`.
         gallery: what is searched.
-        engine: of `engines.create`; what is learned is learned once, here, and the vectors are added shard by shard.
+        engine: of `compute.create_engine`; what is learned is learned once, here, and the vectors are added shard by shard.
         device: "auto" (all GPUs, if FAISS sees some), "cpu", "cuda", or such as "cuda:0".
 
     Raises:
         ImatchError: it does not fit into the memory, or a device that is not there.
         StepError: a finished step's index is not whole, or older than the gallery.
-        PartDoneError: see `engines.do`.
+        PartDoneError: see `compute.do`.
     """
     folder, asked = step.folder / "index", step.parameters
     keys = gallery.digests
@@ -264,7 +246,7 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
     if step.finished:
         return dict(step.metrics["index"])
     k = min(step.parameters["k"], len(index.vectors))
-    sample = store.take(query.vectors, searcher.sample(len(query)))
+    sample = files.take(query.vectors, searcher.sample(len(query)))
     points = index.curve(sample, k)
     chosen, wanted = index.tune(points, step.parameters["recall"]), step.parameters["recall"]
     if chosen is not None and chosen.recall < wanted:
@@ -325,12 +307,12 @@ def self_check(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tupl
             index do not belong together.
     """
     row = searcher.sample(len(gallery), sample)
-    vectors = store.take(gallery.vectors, row)
+    vectors = files.take(gallery.vectors, row)
     hits = index.search(vectors, 1)
     own = np.einsum("nd,nd->n", vectors, vectors)
     # what came first must score, by the store's own vectors, as high as the vector itself
     found = hits.rows[:, 0] >= 0
-    first = np.where(found, np.einsum("nd,nd->n", vectors, store.take(gallery.vectors, hits.rows[:, 0])), -np.inf)
+    first = np.where(found, np.einsum("nd,nd->n", vectors, files.take(gallery.vectors, hits.rows[:, 0])), -np.inf)
     other = hits.rows[:, 0] != row
     wrong = other & (first < own - 1e-5)
     if wrong.any() and (index.kind.exact or wrong.mean() > 0.5):
@@ -345,7 +327,7 @@ def judge(
     """Say of every query what it found, and from which score on a hit is to be believed.
 
     The threshold is calibrated on the queries themselves, each asked twice: as it is, and with its right answers left
-    out of the gallery, when nothing it finds is right (`calibrate.calibrate`).
+    out of the gallery, when nothing it finds is right (`calibration.calibrate`).
 
     Writes queries.jsonl (one row a query), hits.csv (one row a hit), queries/<id>.json (one file a query), results.json
     (all of these), ids.npy (Q, k) text, "" where there is no hit, and scores.npy (Q, k) float32.
@@ -385,12 +367,12 @@ def judge(
                 "least_metres": _finite(np.min(metres, where=~np.isnan(metres), initial=np.inf)),
             }
         )
-    threshold = calibrate.calibrate(*evaluate.asked_twice(found), precision=step.parameters["precision"])
+    threshold = calibration.calibrate(*asked_twice(found), precision=step.parameters["precision"])
     believed = ranking.scores >= (math.inf if threshold.value is None else threshold.value)
     rows = [{**row, "accepted": bool(first)} for row, first in zip(found, believed[:, 0], strict=True)]
     if not step.finished:
         _write_hits(step, [row["query"] for row in rows], gallery, ranking, believed, index)
-        store.write_rows(step.folder / "queries.jsonl", rows)
+        files.write_rows(step.folder / "queries.jsonl", rows)
     return rows, threshold
 
 
@@ -411,7 +393,7 @@ def _write_hits(
     believed: np.ndarray,
     index: Mapping[str, Any],
 ) -> None:
-    asked = runs.read(step.linked("query"))
+    asked = open_step(step.linked("query"))
     about = {
         "weight": asked.parameters["weight"],
         "variant": asked.parameters["variant"],
@@ -425,7 +407,7 @@ def _write_hits(
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres", "turn"])
-    for q, id in runs.progress(list(enumerate(queries)), "write hits"):
+    for q, id in compute.progress(list(enumerate(queries)), "write hits"):
         found = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):
             metres = None if ranking.metres is None else _finite(ranking.metres[q, rank])
@@ -444,13 +426,13 @@ def _write_hits(
             last = "" if metres is None else f"{metres:.3f}", "" if turn is None else f"{turn:g}"
             table.writerow([id, rank, hit["id"], score, right, accepted, *last])
         record = {"query": id, **about, "accepted": bool(believed[q, 0]), "hits": found, "timing_ms": timing}
-        store.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
+        files.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
         records.append(record)
     searched = {"backend": index["backend"], "dimension": index["dimension"], "index_build_ms": index["build_ms"]}
-    store.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
-    store.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
-    store.write_array(step.folder / "scores.npy", ranking.scores)
-    store.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
+    files.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
+    files.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
+    files.write_array(step.folder / "scores.npy", ranking.scores)
+    files.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
 
 
 def index_metrics(
@@ -464,20 +446,205 @@ def index_metrics(
     checked: tuple[int, int],
 ) -> dict[str, Any]:
     """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`self_check`), retrieval
-    (`evaluate.retrieval_metrics`), chance, threshold, stages (`search_stages`), and metres where positions are known.
+    (`metrics.retrieval_metrics`), chance, threshold, stages (`search_stages`), and metres where positions are known.
     Counted apart: queries that have no answer in the gallery, and photographs that could not be embedded and so never
     became queries."""
     unit = f"{step.parameters['cluster']}s"
     return {
-        **evaluate.retrieval_metrics(rows, step.parameters["k"], unit),
+        **retrieval_metrics(rows, step.parameters["k"], unit),
         "gallery": len(gallery),
         "dimension": gallery.vectors.shape[1],
         "index": dict(index),
         "twins": checked[0],
         "not_found": checked[1],
-        "queries_skipped": len(store.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
-        "chance": evaluate.chance(ranking.answers, ranking.candidates),
+        "queries_skipped": len(files.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
+        "chance": chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),
         "stages": search_stages(step),
-        "positions": None if ranking.metres is None else positions.figures(ranking.metres),
+        "positions": None if ranking.metres is None else position_figures(ranking.metres),
     }
+
+
+def search(
+    step: Step,
+    index: Searcher,
+    query: Embeddings,
+    gallery: Embeddings,
+    *,
+    engine: Engine = LOCAL,
+    devices: str = "auto",
+    workers: int = -1,
+    batch_size: int = 8,
+) -> Ranking:
+    """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
+
+    The index goes deep enough to know, too, what each query would find if its right answers were not there. What was
+    asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
+    before, and what each adds is measured on the same queries (`search_stages`).
+
+    Writes ranking.npz and stages.json; for whiten also whitening.npz, whitened.npy and index_whitened/, for rerank
+    tokens/, for rotations a step a turn beside that of the queries.
+
+    Args:
+        step: of `start_index`.
+        index: of `build_index`.
+        query, gallery: the two sides.
+        devices, workers, batch_size: of `embed`, for queries that are turned.
+
+    Raises:
+        ImatchError: truth by position, and no positions or headings are known.
+        StepError: of `embed_poses`.
+    """
+    if step.finished:
+        return read_ranking(step)
+    asked, lost = step.parameters, missed(query)
+    k, about = asked["k"], [*query.rows, *lost]
+    shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
+    own = _left_out(step, query, gallery, shows)
+    here, there = _places(step, about, gallery.rows)
+    truth = _truth(step, shows, gallery.shows, here, there, own)
+    kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
+    depth = max(k, int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
+    depth = max(k, min(depth, len(gallery)))
+    turn = partial(
+        embed_poses,
+        engine=engine,
+        devices=devices,
+        workers=workers,
+        batch_size=batch_size,
+        on_change=step.on_change,
+    )
+    ways = _Ways(step, index, query, gallery, depth, own, min(len(gallery), depth + int(kin.max())), turn)
+    stages, numbers = ways.stages(), query.vectors.shape[1]
+    block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
+    parts, without = [], []
+    for first in compute.progress(range(0, len(query), block), "search"):
+        part = slice(first, min(first + block, len(query)))
+        found, alone = _found(stages, part, truth)
+        parts.append(found.cut(k))
+        without.append(alone)
+    last = _joined(parts, len(lost), k)
+    metres = here.metres(there, last.rows) if here and there and here.system == there.system else None
+    ranking = {
+        "rows": last.rows,
+        "scores": last.scores,
+        "right": truth.right(last.rows),
+        "answers": truth.count,
+        "candidates": len(gallery) - kin,
+        "without": np.concatenate([*without, np.full(len(lost), -np.inf, np.float32)]),
+        "metres": metres,
+        "turn": last.turn if asked["rotations"] > 1 else None,
+    }
+    with files.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **{name: values for name, values in ranking.items() if values is not None})
+    names = [row["id"] for row in about]
+    files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, clusters(step, about), asked))
+    return Ranking(**ranking)
+
+
+def search_stages(step: Step) -> list[Row]:
+    """What each option of the search added: rows as `tables.stage_table` takes them, the plain search first."""
+    return list(files.read_json(step.folder / "stages.json"))
+
+
+def _added(
+    stages: Sequence[_Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], asked: Row
+) -> list[Row]:
+    """Rows of stages.json. Only queries that have an answer count; those that were not embedded are missed."""
+    counted = np.flatnonzero(answers)
+    within, unit = [of[q] for q in counted], f"{asked['cluster']}s"
+    rows: list[Row] = []
+    before: dict[str, float] = {}
+    for stage in stages:
+        right = np.zeros((len(answers), asked["k"]), bool)
+        found = np.concatenate(stage.right) if stage.right else right[:0]
+        right[: len(found), : found.shape[1]] = found
+        hit = hit_at_k(right[counted], 1)
+        precision = average_precision(right[counted], answers[counted])
+        now = {names[q]: value for q, value in zip(counted, hit.tolist(), strict=True)}
+        clustered = {names[q]: of[q] for q in counted}
+        rows.append(
+            {
+                "stage": stage.name,
+                "hit_at_1": intervals.interval(hit, within, unit=unit).record(),
+                "map": intervals.interval(precision, within, unit=unit).record(),
+                "ms": round(1000 * stage.seconds / max(1, len(found)), 4),
+                "difference": intervals.paired_difference(now, before, clustered, unit=unit).record() if rows else None,
+            }
+        )
+        before = now
+    return rows
+
+
+def audit(
+    step: Step, query: Embeddings, gallery: Embeddings, metrics: Mapping[str, Any], *, spot_check: int = 2
+) -> list[str]:
+    """Look for silent faults of a 03_index step.
+
+    Args:
+        step: a 03_index step.
+        query, gallery: its two sides.
+        metrics: of `index_metrics`.
+        spot_check: how many photographs of each side are embedded again and compared with what is stored; 0 is none.
+
+    Returns:
+        One sentence an alarm, each also given as a warning: queries that are photographs of the gallery, photographs
+        that look alike, a Hit@1 that guessing reaches, a threshold that does not hold, a side that could not be
+        checked.
+
+    Raises:
+        StepError: numbers that belong to other photographs or to another backbone, which make every figure void.
+    """
+    sides = {"queries": query} if query.folder == gallery.folder else {"queries": query, "gallery": gallery}
+    for embeddings in sides.values():
+        embeddings.check_rows()
+    said = [
+        f"the {name} were embedded by an earlier version that noted no digests: whose vector is whose was not checked"
+        for name, embeddings in sides.items()
+        if any("vector" not in row for row in embeddings.rows)
+    ]
+    said += [*_embedded_again(sides, spot_check), *_copies(query, gallery), *_alike(step), *_guessing(metrics)]
+    said += _promise(metrics["threshold"])
+    for alarm in said:
+        warnings.warn(alarm, ImatchWarning, stacklevel=2)
+    return said
+
+
+def _embedded_again(sides: Mapping[str, Embeddings], n: int) -> list[str]:
+    """Embed n photographs of each side again: their vectors must be those of the store."""
+    if n < 1:
+        return []
+    steps = {name: open_step(embeddings.folder) for name, embeddings in sides.items()}
+    imported = [name for name, side in steps.items() if side.parameters.get("imported")]
+    said = [f"the {name} were imported without their photographs, so none was embedded again" for name in imported]
+    there = {name: embeddings for name, embeddings in sides.items() if name not in imported}
+    if not there:
+        return said
+    first = steps[next(iter(there))].parameters  # both sides are made alike, or 03_index would not have started
+    try:
+        backbone = base.create_backbone(first["weight"], first["backbone"])
+    except ImatchError as error:
+        return [*said, f"nothing could be embedded again to compare: {error}"]
+    for name, embeddings in there.items():
+        for row in np.unique(np.linspace(0, len(embeddings) - 1, n).round().astype(int)):
+            said += _compared(embeddings, int(row), steps[name].linked("photographs"), backbone, first)
+    return said
+
+
+def _compared(embeddings: Embeddings, row: int, root: Path, backbone: Backbone, made_by: Row) -> list[str]:
+    id = embeddings.ids[row]
+    try:
+        photograph = embed_one(root / id, backbone, made_by)
+        if photograph.sha256 != embeddings.rows[row]["sha256"]:
+            return [f"{id} has changed since it was embedded: run its notebook again"]
+        again = photograph.tokens.vector
+    except ImatchError as error:
+        return [f"{id} could not be embedded again to compare: {error}"]
+    stored = embeddings.vectors[row]
+    cosine = float(again @ stored) if again.shape == stored.shape else math.nan
+    if not cosine >= SAME:
+        raise StepError(
+            f"{id}, embedded again, has cosine {cosine:.3f} with its vector in {embeddings.folder}: the store is "
+            "another backbone's, another size's, or its rows have slipped. Delete that folder, run its notebook again"
+        )
+    return []

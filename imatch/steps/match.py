@@ -10,25 +10,28 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 
-from imatch import engines, evaluate, geometry, images, keeping, matching, poses, runs, sinks, store
-from imatch.aligning import Aligner, Alignment
-from imatch.engines import Engine
-from imatch.engines.local import LOCAL
-from imatch.poses import Pose
-from imatch.records import Geometry, ImatchError, Matches, Pair, PhotographError, StepError, Tokens
-from imatch.runs import Step
+from imatch.core import compute, config, files
+from imatch.core.compute import LOCAL, Engine
+from imatch.core.files import Row
+from imatch.core.step import Step, core_each, flat_name, pair_path, sides, start_step, tagged, views_by_id
+from imatch.core.types import ImatchError, Pair, Tokens
+from imatch.data import store
+from imatch.data.pairs import poses_of
+from imatch.data.rotations import Pose, poses
+from imatch.data.store import open_poses
+from imatch.evaluation import metrics
+from imatch.export.outputs import Sink
+from imatch.matching import geometry, matchers
+from imatch.matching.align import Alignment, _options, aligned, aligner
 from imatch.steps import pairs as sources
+from imatch.steps.embed import embed_poses, worth_trying
 from imatch.steps.pairs import Candidate, Source
-from imatch.steps.poses import embed_poses, open_poses, worth_trying
-from imatch.steps.shared import core_each, flat_name, pair_path, query_and_gallery, sides, tagged, views_by_id
-from imatch.store import Row
 
 BLOCK = 64
 """Candidates of a query that one worker matches at a time: what a kill loses at most."""
@@ -74,27 +77,27 @@ def start_match(
         gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references
             made from `embed_step`, that its candidates come from; "" is `embed_step` itself. Two different sides
             have no pair twice, so "all" and "ordered" are every query against every candidate.
-        matcher: a name of `matching.MATCHERS`.
+        matcher: a name of `matchers.MATCHERS`.
         matcher_options: fields of that matcher.
         rotations, zooms: poses of each query that are tried (`poses.poses`); the one with the most inliers is kept.
-        refine: one of `aligning.REFINEMENTS`: "off" leaves correspondences at the centres of patches, "patch" puts them
+        refine: one of `align.REFINEMENTS`: "off" leaves correspondences at the centres of patches, "patch" puts them
             between, "pixel" then follows them in the photographs.
         model, method, threshold, confidence, iterations, min_inliers, min_share: of `geometry.Estimator`. A threshold
             of 0 means 3 pixels between keypoints and after refinement "pixel", and half a patch on a grid; a share of 0
             means 0.1 there and 0.3 on a grid, where neighbours see the same pixels and their agreement counts less.
-        outputs: names of `sinks.SINKS`.
+        outputs: names of `match.OUTPUTS`.
         tag, on_change: as in `start_embed`.
 
     Raises:
         StepError: a side kept no local descriptors, or no positions of them.
-        ImatchError: an unknown name or photograph, or a number out of its range; see also `runs.start`.
+        ImatchError: an unknown name or photograph, or a number out of its range; see also `step.start_step`.
     """
     planned = sources.plan(index_step, candidates, pairs, one, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
-        keeping.check(side.folder, side.parameters, "04_match")
-    matching.create(matcher, matcher_options)
+        store.check_keeps(side.folder, side.parameters, "04_match")
+    matchers.create_matcher(matcher, matcher_options)
     for output in outputs:
-        sinks.create(output)
+        create_output(output)
     chosen = {
         "model": model,
         "method": method,
@@ -113,13 +116,13 @@ def start_match(
         "outputs": sorted(outputs),
     }
     aligner(parameters, None)  # refuses bad values before anything is written
-    tries = worth_trying(planned.query, poses.poses(rotations, zooms))
+    tries = worth_trying(planned.query, poses(rotations, zooms))
     parameters["poses"] = [dataclasses.asdict(pose) for pose in tries]
     folder = planned.folder.with_name(f"{planned.folder.name}{tagged(tag)}")
-    return runs.start(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
+    return start_step(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
 
 
-def match(
+def match_pairs(
     step: Step, *, engine: Engine = LOCAL, devices: str = "auto", workers: int = -1, batch_size: int = 8
 ) -> list[Row]:
     """Match every query with its candidates, those that are missing.
@@ -129,7 +132,7 @@ def match(
 
     Args:
         step: of `start_match`.
-        engine: of `engines.create`.
+        engine: of `compute.create_engine`.
         devices, batch_size: as in `embed`, for queries in other poses.
         workers: processes; -1 is one a core, 0 none.
 
@@ -141,7 +144,7 @@ def match(
 
     Raises:
         ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
-        PartDoneError: see `engines.do`.
+        PartDoneError: see `compute.do`.
     """
     if not step.finished:
         _check_memory(step)
@@ -157,23 +160,23 @@ def match(
         job = _Match(step)
         blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
-        for _ in engines.do(engine, engines.each(job, workers, "match"), blocks, "match", core_each(), job.is_done):
+        for _ in compute.do(engine, compute.each(job, workers, "match"), blocks, "match", core_each(), job.is_done):
             pass
-        store.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
+        files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
         for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
-            rows = (row for row in store.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
+            rows = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
             sink.gather(step.folder / name, ((pair_path(step, row), row) for row in rows))
-    return store.read_rows(step.folder / "pairs.jsonl")
+    return files.read_rows(step.folder / "pairs.jsonl")
 
 
 def match_metrics(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
-    """The figures of 04_match (`evaluate.match_metrics`); counted apart: photographs that could not be decoded."""
+    """The figures of 04_match (`metrics.match_metrics`); counted apart: photographs that could not be decoded."""
     source = sources.source(step)
     return {
         "pairs": sum(row["candidate"] is not None for row in pairs),
         "pairs_verified": sum(row["verified"] for row in pairs),
         "queries_skipped": source.skipped,
-        **evaluate.match_metrics(pairs, source.unit),
+        **metrics.match_metrics(pairs, source.unit),
     }
 
 
@@ -194,8 +197,8 @@ def _blocks(source: Source) -> Iterator[_Block]:
 def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[Row]:
     """The rows of all pairs, a query at a time, each with its place after re-ranking."""
     for _, of_query in itertools.groupby(blocks, lambda block: block.query):
-        rows = [{**row, "reranked": None} for block in of_query for row in store.read_rows(job.done(block))]
-        for place, row in enumerate(evaluate.rerank(rows)):
+        rows = [{**row, "reranked": None} for block in of_query for row in files.read_rows(job.done(block))]
+        for place, row in enumerate(metrics.rerank(rows)):
             row["reranked"] = place
         yield from rows
     yield from job.source.unmatched
@@ -226,7 +229,7 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
             candidates = job.candidates(todo[i])
             pair = job.pair(todo[i].query, job.posed.tokens(todo[i].query), candidates[len(candidates) // 2])
             job.write(Path(elsewhere) / str(i), pair)
-            taken["rows"] += 2 * len(store.line(pair.row))  # in the query's folder and in pairs.jsonl
+            taken["rows"] += 2 * len(files.line(pair.row))  # in the query's folder and in pairs.jsonl
         for path in Path(elsewhere).iterdir():
             taken[path.suffix[1:]] += path.stat().st_size
     hours = (time.perf_counter() - start) / SAMPLE * pairs / 3600
@@ -256,7 +259,7 @@ class _Match:
         self.weight = both[0].parameters["weight"]
         self.posed = open_poses(both[0].folder, poses_of(self.step))
         parameters = self.step.parameters
-        self.sinks = [sinks.create(name) for name in parameters["outputs"]]
+        self.sinks = [create_output(name) for name in parameters["outputs"]]
 
     def __getstate__(self) -> Step:
         return self.step
@@ -282,7 +285,7 @@ class _Match:
             pair = self.pair(block.query, a, candidate)
             self.write(pair_path(self.step, pair.row), pair)
             rows.append(pair.row)
-        store.write_rows(self.done(block), rows)
+        files.write_rows(self.done(block), rows)
         return {"pairs": len(rows)}
 
     def write(self, path: Path, pair: Pair) -> None:
@@ -338,118 +341,6 @@ class _Match:
         )
 
 
-class Matched:
-    """A 04_match and what it was made from, opened once; tokens are memory-mapped.
-
-    Args:
-        step: of `start_match`.
-    """
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.query, self.gallery = query_and_gallery(step)
-        both = sides(step)
-        self.posed = open_poses(both[0].folder, poses_of(step))
-        self._roots = [side.linked("photographs") for side in both]
-        self._places = [{id: place for place, id in enumerate(side.ids)} for side in (self.query, self.gallery)]
-
-    def tokens(self, row: Row) -> tuple[Tokens, Tokens]:
-        """The tokens of a row of pairs.jsonl: A's in the pose that it was matched in, and B's."""
-        a, b = self._where(row)
-        return dict(self.posed.tokens(a))[Pose(row["turn"], row["zoom"])], self.gallery.tokens(b)
-
-    def upright(self, row: Row) -> Tokens:
-        """A's tokens of a row of pairs.jsonl as 01_embed left them."""
-        return self.query.tokens(self._where(row)[0])
-
-    def files(self, row: Row) -> tuple[tuple[Path, Path], tuple[tuple[int, int], tuple[int, int]]]:
-        """The photographs of a row of pairs.jsonl: where they lie, and their (h, w)."""
-        a, b = self._where(row)
-        paths = self._roots[0] / row["query"], self._roots[1] / row["candidate"]
-        return paths, (tuple(self.query.rows[a]["size"]), tuple(self.gallery.rows[b]["size"]))
-
-    def pair(self, row: Row) -> Pair:
-        """A row of pairs.jsonl with its correspondences.
-
-        Raises:
-            StepError: these were not saved: the outputs had no "npy".
-        """
-        path = pair_path(self.step, row).with_suffix(".npy")
-        if not path.is_file():
-            raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-        table = np.load(path)
-        error = math.nan if row["reprojection_error"] is None else row["reprojection_error"]
-        matrix = None if row["matrix"] is None else np.array(row["matrix"])
-        found = Geometry(matrix, table["inlier"], error, row["verified"], row["reason"])
-        matches = Matches(table["index_a"], table["index_b"], table["similarity"])
-        return Pair(row, *self.files(row), table["xy_a"], table["xy_b"], matches, found)
-
-    def _where(self, row: Row) -> tuple[int, int]:
-        return self._places[0][row["query"]], self._places[1][row["candidate"]]
-
-
-def _options(matcher: matching.Matcher) -> dict[str, Any]:
-    """The options of a matcher that its answers depend on."""
-    fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
-    return {field.name: getattr(matcher, field.name) for field in fields if field.compare}
-
-
-def poses_of(step: Step) -> list[Pose]:
-    """The poses in which a 04_match shows its queries."""
-    return [Pose(**pose) for pose in step.parameters["poses"]]
-
-
-def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
-    """What a 04_match with such parameters aligns a pair with; what was left at 0 is chosen for keypoints or a grid.
-
-    Args:
-        parameters: of the step.
-        b: tokens of the right photograph; None stands for keypoints.
-    """
-    chosen, refinement = parameters["geometry"], parameters["refine"]
-    patch = 0.0 if b is None or b.grid is None else max(b.spacing)
-    coarse = max(3.0, patch / 2)
-    fine = not patch or refinement == "pixel"
-    threshold = chosen["threshold"] or (3.0 if fine else coarse)
-    share = chosen["min_share"] or (0.1 if fine else 0.3)
-    estimator = geometry.Estimator(**{**chosen, "threshold": threshold, "min_share": share})
-    search = dataclasses.replace(estimator, model="similarity", method="auto", threshold=max(threshold, coarse))
-    matcher = matching.create(parameters["matcher"], parameters["matcher_options"])
-    return Aligner(matcher, search, estimator, refinement)
-
-
-def aligned(
-    align: Aligner,
-    seen: Sequence[tuple[Pose, Tokens]],
-    b: Tokens,
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    paths: tuple[Path, Path],
-) -> Alignment[Pose]:
-    """One pair. A photograph that is gone or broken by now must not end a run: its pixels are not compared, and the
-    pair is not verified.
-
-    Args:
-        align: of `aligner`.
-        seen: A's tokens in each pose.
-        b: B's tokens.
-        sizes: (h, w) of A and of B, upright.
-        paths: of the two photographs.
-    """
-    try:
-        return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])))
-    except PhotographError as error:
-        found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes)
-        reason = f"the photographs cannot be compared: {error}"
-        unsure = dataclasses.replace(found.geometry, verified=False, reason=reason)
-        return dataclasses.replace(found, geometry=unsure)
-
-
-@lru_cache(maxsize=2)
-def _pixels(path: Path) -> np.ndarray:
-    """A photograph in full; a query, which is asked for again and again, stays."""
-    return images.decode(path).pixels
-
-
 def _judged(found: Alignment[Pose], size: tuple[int, int], truth: np.ndarray | None) -> Row:
     """What was found, and how far it is from the true matrix where that is known: the geometric part of a row."""
     explained, wanted = found.geometry, None if truth is None else geometry.rotation_scale(truth, size)
@@ -474,7 +365,7 @@ def _judged(found: Alignment[Pose], size: tuple[int, int], truth: np.ndarray | N
     }
     if truth is not None:
         row["true_matrix"] = truth.tolist()
-        row["accuracy"] = geometry.matching_accuracy(found.xy_a, found.xy_b, truth, evaluate.ACCURACY)
+        row["accuracy"] = geometry.matching_accuracy(found.xy_a, found.xy_b, truth, metrics.ACCURACY)
         if explained.matrix is not None:
             error = geometry.corner_error(explained.matrix, truth, size)
             row["corner_error"] = error if math.isfinite(error) else None
@@ -489,3 +380,22 @@ def _truth(a: Row | None, b: Row | None) -> np.ndarray:
     into_a = np.eye(3) if a is None else np.array(a["matrix"])
     into_b = np.eye(3) if b is None else np.array(b["matrix"])
     return np.asarray(into_b @ np.linalg.inv(into_a))
+
+
+OUTPUTS = {
+    "colmap": "imatch.export.colmap:Colmap",
+    "csv": "imatch.export.outputs:Csv",
+    "json": "imatch.export.outputs:Json",
+    "npy": "imatch.export.outputs:Npy",
+    "png": "imatch.viz.pictures:Png",
+}
+
+
+def create_output(sink: str) -> Sink:
+    """Make a sink.
+
+    Raises:
+        ImatchError: unknown sink, with the nearest known one.
+    """
+    made: Sink = config.create(OUTPUTS, "output", sink)
+    return made

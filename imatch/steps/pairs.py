@@ -13,13 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from imatch import images, plugins, registry, runs, store
-from imatch.records import ImatchError
-from imatch.runs import Step
-from imatch.steps.index import kind_of_reference
-from imatch.steps.search import read_ranking
-from imatch.steps.shared import flat_name, missed, query_and_gallery, run_and_dataset, sides, views_by_id
-from imatch.store import Embeddings, Row
+from imatch.core import config, files, settings
+from imatch.core.files import Row
+from imatch.core.step import Step, flat_name, kind_of_reference, open_step, run_and_dataset, sides, views_by_id
+from imatch.core.types import ImatchError
+from imatch.data import images
+from imatch.data.store import Embeddings, missed, query_and_gallery, read_ranking
 
 LISTS = ("all", "ordered", "one")
 """Lists that need no file: each pair once, N x (N - 1) ordered pairs, one photograph against all others."""
@@ -77,7 +76,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a 04_match writes and what its pairs were made from, for `runs.start`; and the steps of its two sides."""
+    """Where a 04_match writes and what its pairs were made from, for `step.start_step`; and the steps of its two sides."""
 
     query: Step
     gallery: Step
@@ -96,9 +95,9 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
     if one and pairs != "one":
         raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: set pairs to one, too")
     if not pairs:
-        return _plan_of_index(runs.read(registry.step_folder(index_step)), candidates)
-    query = runs.read(registry.step_folder(embed_step))
-    gallery = runs.read(registry.step_folder(gallery_step)) if gallery_step else query
+        return _plan_of_index(open_step(settings.step_folder(index_step)), candidates)
+    query = open_step(settings.step_folder(embed_step))
+    gallery = open_step(settings.step_folder(gallery_step)) if gallery_step else query
     kind = "" if gallery.folder == query.folder else kind_of_reference(gallery, query)
     parameters: dict[str, Any] = {"pairs": pairs if pairs in LISTS else "listed"}
     upstream = {"query": str(query.fingerprint), "gallery": str(gallery.fingerprint)}
@@ -109,11 +108,9 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
         parameters["one"] = one
         name = f"one-{flat_name(one)}"
     elif pairs not in LISTS:
-        path = registry.resolve(pairs)
+        path = settings.resolve(pairs)
         if not path.is_file():
-            raise ImatchError(
-                f"{plugins.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}"
-            )
+            raise ImatchError(f"{config.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}")
         read_pairs(path, Embeddings(query.folder), Embeddings(gallery.folder))  # refuses a bad file now
         upstream["pairs"], links["pairs"] = images.file_digest(path), path
         name = f"csv-{path.stem}"
@@ -151,7 +148,7 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
             nearest known one.
     """
     rows = [{id: row for row, id in enumerate(side.ids)} for side in (query, gallery)]
-    skipped = [{row["id"] for row in store.read_rows(side.folder / "skipped.jsonl")} for side in (query, gallery)]
+    skipped = [{row["id"] for row in files.read_rows(side.folder / "skipped.jsonl")} for side in (query, gallery)]
     pairs: dict[int, dict[int, None]] = {}
     left_out, unknown = [], [dict[str, int](), dict[str, int]()]
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -180,7 +177,7 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
 def _row_of(id: str, embeddings: Embeddings) -> int:
     if id in embeddings.ids:
         return embeddings.ids.index(id)
-    for row in store.read_rows(embeddings.folder / "skipped.jsonl"):
+    for row in files.read_rows(embeddings.folder / "skipped.jsonl"):
         if row["id"] == id:
             raise ImatchError(f"one is {id!r}, which was skipped ({row['skipped']}): choose another photograph")
     raise ImatchError(f"one is {id!r}, an unknown photograph: {_nearest(id, embeddings)}")
@@ -199,14 +196,14 @@ class Retrieved:
     """
 
     def __init__(self, step: Step) -> None:
-        index = runs.read(step.linked("index"))
+        index = open_step(step.linked("index"))
         self.query, self.gallery = query_and_gallery(index)
         self.unit = f"{index.parameters['cluster']}s"
         self.skipped = index.metrics["queries_skipped"]
         self.said: list[str] = []
         self._most = step.parameters["candidates"]
         self._ranking = read_ranking(index)
-        self._judged = store.read_rows(index.folder / "queries.jsonl")
+        self._judged = files.read_rows(index.folder / "queries.jsonl")
         believed = index.metrics["threshold"]["value"]
         self._believed = math.inf if believed is None else believed
         self._same = self.query.folder == self.gallery.folder
@@ -260,7 +257,7 @@ class Listed:
         self._kind, self._same = step.parameters["pairs"], self.query.folder == self.gallery.folder
         self._one = _row_of(step.parameters["one"], self.query) if self._kind == "one" else None
         self._views = views_by_id(sides(step)[0].folder)
-        skipped = store.read_rows(self.query.folder / "skipped.jsonl")
+        skipped = files.read_rows(self.query.folder / "skipped.jsonl")
         self.skipped = sum("size" not in row for row in skipped)
         self.said = [f"{len(skipped)} photographs were skipped, {skipped[0]['id']} and others"] if skipped else []
         self._last: tuple[int, list[Candidate]] = (-1, [])
@@ -295,7 +292,7 @@ class Listed:
     def _scored(self, q: int) -> list[Candidate]:
         rows = np.asarray(self._rows(q), np.int64)
         # not @, whose last digit may depend on the number of threads
-        scores = np.einsum("nd,d->n", store.take(self.gallery.vectors, rows), np.asarray(self.query.vectors[q]))
+        scores = np.einsum("nd,d->n", files.take(self.gallery.vectors, rows), np.asarray(self.query.vectors[q]))
         shown = self.query.shows[q]
         return [
             Candidate(row, float(scores[i]), rank, True if self.gallery.shows[row] == shown else None, None)

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imatch import engines, images, plugins, references, registry, runs, store
-from imatch.engines import Engine, PartDoneError
-from imatch.engines.local import LOCAL
-from imatch.records import ImatchError, PhotographError, StepError
-from imatch.runs import Step
-from imatch.steps.shared import core_each, decodable, run_and_dataset, tagged
-from imatch.store import Row
+from imatch.core import compute, config, files, settings
+from imatch.core.compute import LOCAL, Engine, PartDoneError
+from imatch.core.files import Row
+from imatch.core.step import Step, core_each, decodable, open_step, run_and_dataset, start_step, tagged
+from imatch.core.types import ImatchError, PhotographError, StepError
+from imatch.data import images, references
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 
@@ -52,16 +51,16 @@ def start_references(
         tag, on_change: as in `start_embed`.
 
     Raises:
-        ImatchError: an unknown kind or file type, or a number out of its range; see also `runs.start`.
+        ImatchError: an unknown kind or file type, or a number out of its range; see also `step.start_step`.
     """
-    source = runs.read(registry.step_folder(embed_step))
+    source = open_step(settings.step_folder(embed_step))
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.create(kind, {"resize_to_original": resize_to_original})
     if not angles or not crops:
         raise ImatchError("angles and crops must name at least one value each")
     for value in (*angles, *crops):
-        if not plugins.fits(value, float) or not math.isfinite(value):
+        if not config.fits(value, float) or not math.isfinite(value):
             raise ImatchError(f"angles {list(angles)} and crops {list(crops)} must be numbers, {value!r} is none")
     views = [references.name("", angle, crop) for angle in {*angles} for crop in {*crops}]
     if len(views) != len({*views}):
@@ -84,7 +83,7 @@ def start_references(
     }
     upstream = {"photographs": source.metrics["photographs_digest"]}
     links = {"photographs": source.linked("photographs"), "embed": source.folder}
-    return runs.start(folder, "02_references", parameters, upstream, links, on_change)
+    return start_step(folder, "02_references", parameters, upstream, links, on_change)
 
 
 def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) -> list[Row]:
@@ -95,7 +94,7 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
 
     Args:
         step: of `start_references`.
-        engine: of `engines.create`.
+        engine: of `compute.create_engine`.
         workers: processes; -1 is one a core, 0 none.
 
     Returns:
@@ -104,7 +103,7 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
 
     Raises:
         ImatchError: a photograph changed since it was embedded, or cannot be read any more.
-        PartDoneError: see `engines.do`.
+        PartDoneError: see `compute.do`.
     """
     if not step.finished:
         source = decodable(step.linked("embed"))
@@ -117,8 +116,8 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
 
         problems, part = [], None
         try:
-            for row in engines.do(
-                engine, engines.each(make, workers, "references"), jobs, "references", core_each(), done
+            for row in compute.do(
+                engine, compute.each(make, workers, "references"), jobs, "references", core_each(), done
             ):
                 problems += [row["problem"]] if row["problem"] else []
         except PartDoneError as error:
@@ -128,11 +127,11 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
         if part:
             raise part
         parts = (step.folder / "rows" / f"{number:08d}.jsonl" for _, _, number in jobs)
-        rows = sorted((row for part in parts for row in store.read_rows(part)), key=lambda row: row["id"])
-        store.write_rows(step.folder / "references.jsonl", rows)
+        rows = sorted((row for part in parts for row in files.read_rows(part)), key=lambda row: row["id"])
+        files.write_rows(step.folder / "references.jsonl", rows)
         step.finish({"references": len(rows), "photographs": len(source)})
     shutil.rmtree(step.folder / "rows", ignore_errors=True)
-    return store.read_rows(step.folder / "references.jsonl")
+    return files.read_rows(step.folder / "references.jsonl")
 
 
 def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> Row:
@@ -154,13 +153,13 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> Row:
             id = f"{references.name(name, angle, crop)}.{given['file_type']}"
             data = BytesIO()
             Image.fromarray(view.pixels).save(data, FILE_TYPES[given["file_type"]], **lossy)
-            store.write_bytes(step.folder / id, data.getvalue())
+            files.write_bytes(step.folder / id, data.getvalue())
             mask = None
             if not view.mask.all():
                 mask = f"{references.name(name, angle, crop)}_mask.png"
                 data = BytesIO()
                 Image.fromarray(view.mask).save(data, "PNG")
-                store.write_bytes(step.folder / "masks" / mask, data.getvalue())
+                files.write_bytes(step.folder / "masks" / mask, data.getvalue())
             rows.append(
                 {
                     "id": id,
@@ -177,7 +176,7 @@ def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> Row:
                     "mask": mask and f"masks/{mask}",
                 }
             )
-    store.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
+    files.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
     return {"problem": None}
 
 
@@ -204,8 +203,8 @@ def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
 
 def start_reference_tokens(views: Step) -> Step:
     """Start the second half of 02_references: the tokens of the views, by the backbone of the 01_embed step."""
-    source = runs.read(views.linked("embed"))
+    source = open_step(views.linked("embed"))
     folder = views.folder.parent / source.folder.parent.name / source.folder.name
     links = {"photographs": views.folder, "views": views.folder, "embed": source.folder}
-    upstream = {"views": str(runs.read(views.folder).fingerprint), "embed": str(source.fingerprint)}
-    return runs.start(folder, "02_references", source.parameters, upstream, links, views.on_change)
+    upstream = {"views": str(open_step(views.folder).fingerprint), "embed": str(source.fingerprint)}
+    return start_step(folder, "02_references", source.parameters, upstream, links, views.on_change)

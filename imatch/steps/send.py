@@ -7,16 +7,13 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from imatch import plugins, registry, runs, store
-from imatch.records import ImatchError, ImatchWarning
-from imatch.runs import Step
-from imatch.steps.shared import run_and_dataset
-from imatch.store import Row
-
-if TYPE_CHECKING:
-    from imatch.sinks.redis import Redis
+from imatch.core import compute, config, files, settings
+from imatch.core.files import Row
+from imatch.core.step import Step, run_and_dataset
+from imatch.core.types import ImatchError, ImatchWarning
+from imatch.retrieval import redis
 
 Message = tuple[str, bytes]
 """A query's id, and what is sent of it."""
@@ -46,16 +43,16 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     sink = sink_of(to, ttl)
     if sink is None:
         return "nothing is sent: set send to redis to do so"
-    from imatch.sinks.redis import PREFIX, RedisError
+    from imatch.retrieval.redis import PREFIX, RedisError
 
     run, _ = run_and_dataset(step)
-    results = store.read_json(step.folder / "results.json")
+    results = files.read_json(step.folder / "results.json")
     _refuse_same_queries(run, step.folder, {row["query"] for row in results["queries"]})
     own = _outbox(run, step.folder)
-    lines = [_line(store.relative(step.folder, run))]
+    lines = [_line(files.relative(step.folder, run))]
     for row in results["queries"]:
         lines += [_line(row["query"]), message(results, row)]
-    store.write_bytes(own, b"\n".join(lines))
+    files.write_bytes(own, b"\n".join(lines))
     sent = new = 0
     try:  # the step's own last: what is left of a step that was deleted must not take its place
         for path in [*sorted({*own.parent.glob("*.jsonl")} - {own}), own]:
@@ -69,7 +66,7 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     return f"{sent} messages at {PREFIX}:{run.name}:* on {sink.place}, {new} of them new"
 
 
-def sink_of(to: str, ttl: int) -> Redis | None:
+def sink_of(to: str, ttl: int) -> redis.Redis | None:
     """Where `send` will send to; None is nowhere. Connects to nothing.
 
     Raises:
@@ -79,16 +76,16 @@ def sink_of(to: str, ttl: int) -> Redis | None:
     True
     """
     if to not in ("", "redis"):
-        raise ImatchError(plugins.unknown("send", to, ["redis"]))
+        raise ImatchError(config.unknown("send", to, ["redis"]))
     if not to:
         return None
     try:
-        from imatch.sinks.redis import Redis
+        from imatch.retrieval.redis import Redis
     except ModuleNotFoundError as error:
         raise ImatchError(
             "sending to Redis needs redis-py: .venv/bin/pip install -c constraints.txt -e '.[redis]'"
         ) from error
-    return Redis(registry.redis_url(), ttl)
+    return Redis(settings.redis_url(), ttl)
 
 
 def message(results: Mapping[str, Any], row: Row) -> bytes:
@@ -130,7 +127,7 @@ def _line(value: object) -> bytes:
 
 def _outbox(run: Path, folder: Path) -> Path:
     """The file in which the messages of the step in a folder wait: a line of its path, then two a message, id first."""
-    return run / "outbox" / f"{runs.digest(store.relative(folder, run))[:12]}.jsonl"
+    return run / "outbox" / f"{files.digest(files.relative(folder, run))[:12]}.jsonl"
 
 
 def _read(path: Path) -> tuple[str, list[Message]]:
@@ -142,16 +139,16 @@ def _read(path: Path) -> tuple[str, list[Message]]:
         raise ImatchError(f"{path} is no outbox of imatch ({error}): delete it, and send its step again") from error
 
 
-def _deliver(sink: Redis, run: Path, path: Path) -> tuple[int, int]:
+def _deliver(sink: redis.Redis, run: Path, path: Path) -> tuple[int, int]:
     """Send the messages of a file, remove it and say so in its step's folder: how many, and how many of them new.
 
     Unless all were acknowledged the file stays whole, for a server that was killed may have lost what it acknowledged.
     """
     folder, messages = _read(path)
     batches = -(-len(messages) // sink.batch)
-    counts = list(runs.progress(sink(run.name, messages), "send", batches))
+    counts = list(compute.progress(sink(run.name, messages), "send", batches))
     if (run / folder).is_dir():
-        store.write_json(run / folder / "sent.json", {"run": run.name, "messages": len(messages)})
+        files.write_json(run / folder / "sent.json", {"run": run.name, "messages": len(messages)})
     path.unlink(missing_ok=True)
     return len(messages), sum(new for _, new in counts)
 
@@ -160,11 +157,11 @@ def _refuse_same_queries(run: Path, folder: Path, queries: set[str]) -> None:
     """Raise ImatchError if another step of the run has sent, or waits to send, messages of some of these queries."""
     for path in sorted((run / "03_index").rglob("results.json")):
         mark = path.with_name("sent.json")
-        there = mark.is_file() and store.read_json(mark)["run"] == run.name
+        there = mark.is_file() and files.read_json(mark)["run"] == run.name
         if path.parent == folder or not (there or _outbox(run, path.parent).is_file()):
             continue
-        if same := queries & {row["query"] for row in store.read_json(path)["queries"]}:
+        if same := queries & {row["query"] for row in files.read_json(path)["queries"]}:
             raise ImatchError(
-                f"{len(same)} queries of {folder}, such as {store.printable(min(same, key=os.fsencode))}, were sent by "
+                f"{len(same)} queries of {folder}, such as {files.printable(min(same, key=os.fsencode))}, were sent by "
                 f"{path.parent} already: their messages would take the place of those; use another run"
             )

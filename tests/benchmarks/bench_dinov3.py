@@ -30,11 +30,14 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import imatch
-from imatch import backbones, checks, demo, devices, images, registry, runs
-from imatch.backbones import dinov3
-from imatch.engines import Engine
-from imatch.engines.local import LOCAL
-from imatch.records import ImatchWarning
+from imatch.cli import demo
+from imatch.core import compute, settings
+from imatch.core.compute import LOCAL, Engine
+from imatch.core.step import open_step
+from imatch.core.types import ImatchWarning
+from imatch.data import images
+from imatch.features import base, dinov3
+from imatch.steps import preflight
 from tests import random_weights
 
 PHOTOGRAPHS, SIZE, SIDE, REPEATS = 40, (1024, 682), 256, 3
@@ -42,7 +45,7 @@ PHOTOGRAPHS, SIZE, SIDE, REPEATS = 40, (1024, 682), 256, 3
 
 def main() -> None:
     """Make the photographs and the weights, run the sides in turn, print the best of each."""
-    registry.share_cores()
+    settings.share_cores()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
@@ -58,7 +61,7 @@ def main() -> None:
             "imatch.embed": lambda to: embed(photographs, data_key, to, "auto"),
             "imatch fp32": lambda to: embed(photographs, data_key, to, "fp32"),
         }
-        precision = "bf16" if dinov3.computes_in_bf16(devices.resolved("auto")) else "fp32"
+        precision = "bf16" if dinov3.computes_in_bf16(compute.resolved("auto")) else "fp32"
         if precision == "fp32":
             del sides["imatch fp32"]  # that is what auto means here
         best = dict.fromkeys(sides, float("inf"))
@@ -69,19 +72,19 @@ def main() -> None:
                 side(folder / f"{turn} {name}")
                 took = time.perf_counter() - start
                 best[name] = min(best[name], took) if turn else best[name]
-            checks.rate.cache_clear()
-            rates.append(checks.rate("cpu", precision))
+            preflight.rate.cache_clear()
+            rates.append(preflight.rate("cpu", precision))
         report(best, max(rates), precision)
 
 
 def report(best: dict[str, float], rate: float, precision: str) -> None:
     """Print the table."""
-    print(f"{PHOTOGRAPHS} JPEGs of {SIZE[0]} x {SIZE[1]}, ViT-S/16 at {SIDE} px, {registry.cores()} cores")
+    print(f"{PHOTOGRAPHS} JPEGs of {SIZE[0]} x {SIZE[1]}, ViT-S/16 at {SIDE} px, {settings.cores()} cores")
     print(f"{'':<14}{'seconds':>9}{'photographs/s':>15}{'imatch.embed is':>18}")
     for name, took in best.items():
         times = f"{took / best['imatch.embed']:.2f} times as fast"
         print(f"{name:<14}{took:>9.2f}{PHOTOGRAPHS / took:>15.1f}{times:>24}")
-    flop = checks.cost("dinov3_vits16", (SIDE, SIDE)).flop * PHOTOGRAPHS
+    flop = preflight.cost("dinov3_vits16", (SIDE, SIDE)).flop * PHOTOGRAPHS
     done = flop / best["imatch.embed"]
     print(
         f"\n{precision}: {done / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s of matrix products, a share of {done / rate:.2f}"
@@ -92,7 +95,7 @@ def report(best: dict[str, float], rate: float, precision: str) -> None:
 @contextmanager
 def at_hand(count: int) -> Iterator[tuple[Path, Path, Path]]:
     """A folder for results, so many photographs, and the registry of a ViT-S/16 with random weights."""
-    registry.share_cores()
+    settings.share_cores()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
@@ -115,7 +118,7 @@ def write_photographs(folder: Path, count: int) -> Path:
 
 def plain(data_key: Path) -> dinov3.Dinov3:
     """The model that the plain loop uses."""
-    backbone = backbones.create("vits16", {"precision": "fp32"}, data_key=str(data_key))
+    backbone = base.create_backbone("vits16", {"precision": "fp32"}, data_key=str(data_key))
     assert isinstance(backbone, dinov3.Dinov3)
     return backbone
 
@@ -166,7 +169,7 @@ def embed(
     shard_size: int = 64,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """The notebook's calls; what they took (`runs.Step.work`)."""
+    """The notebook's calls; what they took (`step.Step.work`)."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error", ImatchWarning)
         step = imatch.start_embed(
@@ -184,7 +187,7 @@ def embed(
         )
         embeddings = imatch.embed(step, engine=by, devices=devices, batch_size=batch_size)
         imatch.finish_embed(step, embeddings)
-    return runs.read(step.folder).work
+    return open_step(step.folder).work
 
 
 def memory(folder: Path, data_key: Path) -> None:

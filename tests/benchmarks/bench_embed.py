@@ -25,7 +25,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import imatch
-from imatch import backbones, demo, images, registry
+from imatch.cli import demo
+from imatch.core import settings
+from imatch.data import images
+from imatch.features import base
 
 SIZE = imatch.Resize("long_side", long_side=640)
 LARGE, LONG_SIDE, QUALITY = 12, 4000, 90
@@ -42,7 +45,7 @@ class Time:
 
 def main() -> None:
     """Make the photographs, run both sides in turn, print the best of each."""
-    registry.share_cores()
+    settings.share_cores()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         photographs = write_photographs(folder / "photographs")
@@ -59,7 +62,7 @@ def main() -> None:
                 times[name] += [took] if turn else []
     best = {name: Time(min(t.wall for t in found), min(t.cpu for t in found)) for name, found in times.items()}
     print(f"{len(ids)} photographs, {megabytes:.0f} MB: {len(demo.PHOTOGRAPHS)} small, {LARGE} of 12 megapixels")
-    print(f"{registry.cores()} cores ({os.uname().machine}), best of {REPEATS} turns each, in turn\n")
+    print(f"{settings.cores()} cores ({os.uname().machine}), best of {REPEATS} turns each, in turn\n")
     print(f"{'':<14}{'seconds':>9}{'photographs/s':>15}{'CPU seconds':>13}")
     for name, took in best.items():
         print(f"{name:<14}{took.wall:>9.2f}{len(ids) / took.wall:>15.1f}{took.cpu:>13.2f}")
@@ -96,7 +99,7 @@ def write_photographs(folder: Path) -> Path:
 def loop(photographs: Path, ids: list[str], to: Path) -> None:
     """What one writes first: one photograph after the other."""
     to.mkdir()
-    backbone = backbones.create("sift")
+    backbone = base.create_backbone("sift")
     for id in ids:
         with Image.open(photographs / id) as image:
             pixels = ImageOps.exif_transpose(image).convert("RGB")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from imatch import engines, registry
+from imatch.core import compute, settings
 from tests.benchmarks import bench_dinov3
 
 PHOTOGRAPHS, TURNS = 200, 3
@@ -27,9 +27,9 @@ def main() -> None:
     with bench_dinov3.at_hand(PHOTOGRAPHS) as (folder, photographs, data_key):
         with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
             sides = {
-                "local": engines.create("local"),
-                "dask, one worker": engines.create("dask", scheduler=cluster.scheduler_address),
-                "processes, one": engines.create("processes"),
+                "local": compute.create_engine("local"),
+                "dask, one worker": compute.create_engine("dask", scheduler=cluster.scheduler_address),
+                "processes, one": compute.create_engine("processes"),
             }
             best = dict.fromkeys(sides, float("inf"))
             for turn in range(TURNS):
@@ -40,7 +40,7 @@ def main() -> None:
                     best[name] = min(best[name], time.perf_counter() - started)
         for name, took in best.items():
             print(f"{name:<18}{1000 * took / PHOTOGRAPHS:7.1f} ms a photograph{best['local'] / took:7.2f} of local")
-        print(f"{registry.cores()} cores, {Path(sys.executable).name} {' '.join(sys.argv)}")
+        print(f"{settings.cores()} cores, {Path(sys.executable).name} {' '.join(sys.argv)}")
 
 
 if __name__ == "__main__":

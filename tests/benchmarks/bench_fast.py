@@ -4,7 +4,7 @@
 
 200 JPEGs of 1024 x 682, ViT-S/16 at 256 px with random weights, on the CPU, in bf16 where it computes in that. The bare
 forward pass has its photographs decoded in memory, in batches of 8; its share is of the machine's rate of matrix
-products (`imatch.checks.rate`). `imatch.embed` reads, decodes, hashes and writes; its share is of the bare forward pass
+products (`imatch.steps.preflight.rate`). `imatch.embed` reads, decodes, hashes and writes; its share is of the bare forward pass
 of the same engine. The plain loop is bench_dinov3's (batch 1, fp32, two passes, full decode) on every fifth photograph.
 Each side's best turn counts, without the start of its model; CPU milliseconds (of all processes, those of 01_embed's
 start included) say the same where others use the machine, too.
@@ -29,8 +29,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from imatch import backbones, checks, images, registry
-from imatch.backbones import dinov3, dinov3_openvino
+from imatch.core import settings
+from imatch.data import images
+from imatch.features import base, dinov3, openvino
+from imatch.steps import preflight
 from tests.benchmarks import bench_dinov3
 
 BATCH, FIFTH, HELD, SIDE = 8, 5, 64, bench_dinov3.SIDE
@@ -58,14 +60,14 @@ def main() -> None:
         for path in sorted(photographs.iterdir())[::FIFTH]:
             os.link(path, fifth / path.name)
         precision = "bf16" if dinov3.computes_in_bf16("cpu") else "fp32"
-        engines = [name for name in ("torch", "openvino") if name == "torch" or dinov3_openvino.installed()]
+        engines = [name for name in ("torch", "openvino") if name == "torch" or openvino.installed()]
         sides: dict[str, tuple[int, Callable[[Path], object]]] = {
             "matrix products": (PRODUCTS, lambda _: products(precision))
         }
         pixels = decoded(photographs)
         for engine in engines:
             given = {"engine_forward": engine, "precision": precision}
-            backbone = backbones.create("vits16", given, data_key=str(data_key), device="cpu")
+            backbone = base.create_backbone("vits16", given, data_key=str(data_key), device="cpu")
             assert isinstance(backbone, dinov3.Dinov3)
             sides[f"forward, {engine}"] = (len(pixels), partial(forward, backbone, pixels))
             sides[f"imatch.embed, {engine}"] = (
@@ -91,9 +93,9 @@ def report(took: dict[str, list[Took]], precision: str, count: int) -> None:
     best = {
         name: Took(min(turn.wall for turn in turns), min(turn.cpu for turn in turns)) for name, turns in took.items()
     }
-    flop, product = checks.cost("dinov3_vits16", (SIDE, SIDE)).flop, best.pop("matrix products")
+    flop, product = preflight.cost("dinov3_vits16", (SIDE, SIDE)).flop, best.pop("matrix products")
     ideal = Took(*(flop * each / (2 * PRODUCT**3) for each in (product.wall, product.cpu)))
-    print(f"{platform.machine()}, {cpu_name()}, {registry.cores()} cores, {datetime.datetime.now():%Y-%m-%d}")
+    print(f"{platform.machine()}, {cpu_name()}, {settings.cores()} cores, {datetime.datetime.now():%Y-%m-%d}")
     print(
         f"{count} JPEGs of {' x '.join(map(str, bench_dinov3.SIZE))}, ViT-S/16 at {SIDE} px, {precision}, batches of 8"
     )
@@ -127,7 +129,7 @@ def cpu_seconds() -> float:
 
 
 def products(precision: str) -> None:
-    """Matrix products, as `imatch.checks.rate` multiplies."""
+    """Matrix products, as `imatch.steps.preflight.rate` multiplies."""
     n = PRODUCT
     a = torch.rand(n, n).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     for _ in range(PRODUCTS):

@@ -4,7 +4,7 @@
 
 Forward passes of random weights in bf16, of each model at each size of photograph: as they are, by torch.compile, and
 of ConvNeXts with the channels last in memory. Shares are of the GPU's rate of bf16 matrix products
-(`imatch.checks.rate`), measured in the same run. `imatch.embed` reads photographs that need no decoding (PPM files of
+(`imatch.steps.preflight.rate`), measured in the same run. `imatch.embed` reads photographs that need no decoding (PPM files of
 just the size that the model sees), hashes them, and writes what `keep` says; its share is of the bare forward pass.
 The bars are ViT-L at 512 px: 0.50 of the matrix products in the forward pass, 0.85 of that end to end, so these come
 first. `--device cpu --keys vits16 --sides 64 --photographs 70` runs without a GPU, to see that it runs.
@@ -27,8 +27,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from imatch import backbones, checks, registry
-from imatch.backbones.dinov3 import Dinov3
+from imatch.core import settings
+from imatch.features import base
+from imatch.features.dinov3 import Dinov3
+from imatch.steps import preflight
 from tests import random_weights
 from tests.benchmarks import bench_dinov3
 
@@ -54,9 +56,9 @@ def main() -> None:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
         data_key = random_weights.write(folder / "weights", options.keys)
-        rate = checks.rate(device, "bf16")
+        rate = preflight.rate(device, "bf16")
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        print(f"{name}, {registry.cores()} cores, {datetime.datetime.now():%Y-%m-%d}, torch {torch.__version__}")
+        print(f"{name}, {settings.cores()} cores, {datetime.datetime.now():%Y-%m-%d}, torch {torch.__version__}")
         print(f"bf16 matrix products: {rate / 1e12:.3g} TFLOP/s\n")
         head = "| model | px | batch | | photographs/s | share of the matrix products | GB at most |"
         print(f"{head}\n|---|---:|---:|---|---:|---:|---:|")
@@ -95,7 +97,7 @@ def forward(key: str, data_key: Path, device: str, way: str, side: int, batch: i
     """Photographs a second, gigabytes that were taken at most, FLOP of a photograph."""
     torch._dynamo.reset()  # else the graphs of another model or size count as this one's
     given = {"precision": "bf16", "compile": way == "compiled", "engine_forward": "torch"}
-    backbone = backbones.create(key, given, data_key=str(data_key), device=device)
+    backbone = base.create_backbone(key, given, data_key=str(data_key), device=device)
     assert isinstance(backbone, Dinov3)
     backbone.load()
     if way == "channels last":
@@ -116,7 +118,7 @@ def forward(key: str, data_key: Path, device: str, way: str, side: int, batch: i
         backbone.features(x)
     seconds = synchronised(device) - started
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else float("nan")
-    return passes * batch / seconds, peak, checks.cost(backbone.hub_entry, (side, side)).flop
+    return passes * batch / seconds, peak, preflight.cost(backbone.hub_entry, (side, side)).flop
 
 
 def synchronised(device: str) -> float:

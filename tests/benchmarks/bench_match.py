@@ -19,8 +19,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from imatch import matching
-from imatch.records import Tokens
+from imatch.core.types import Tokens
+from imatch.matching.matchers import MATCHERS, Matcher, create_matcher
 
 SIZES, LARGE, BAR, TURNS = ((32, 384), (64, 128)), (128, 384), 1.4, 7
 IN_A_ROW = 5
@@ -44,7 +44,7 @@ def speed(side: int, d: int) -> None:
     a, b = photographs(side, d)
     x, y = (torch.nn.functional.normalize(torch.from_numpy(tokens.descriptors)) for tokens in (a, b))
     options = {"mutual": {"min_similarity": -1.0}, "ratio": {"max_ratio": 1.0}, "dual_softmax": {}}
-    matchers = {name: matching.create(name, {**given, "max_matches": 0}) for name, given in options.items()}
+    matchers = {name: create_matcher(name, {**given, "max_matches": 0}) for name, given in options.items()}
     work: dict[str, Callable[[], Pairs]] = {
         "torch": lambda: plain(x, y, transposed=False),
         "torch, transposed": lambda: plain(x, y, transposed=True),
@@ -71,7 +71,7 @@ def memory() -> None:
     """The peak of a process that makes the tokens and matches them, for each matcher one of its own."""
     side, d = LARGE
     print(f"{side**2:,} x {side**2:,} tokens of {d}; the matrix alone would be {4 * side**4 / 2**30:.2f} GB")
-    for name in matching.MATCHERS:
+    for name in MATCHERS:
         process = multiprocessing.get_context("spawn").Process(target=peak, args=(name,))
         process.start()
         process.join()
@@ -81,7 +81,7 @@ def peak(name: str) -> None:
     """Match once, and print what it took."""
     a, b = photographs(*LARGE)
     started = time.perf_counter()
-    n = len(matching.create(name)(a, b))
+    n = len(create_matcher(name)(a, b))
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{name:<14}{n:>6} matches, {time.perf_counter() - started:5.1f} s, peak {gigabytes:.2f} GB (bar 1)")
 
@@ -95,7 +95,7 @@ def plain(a: torch.Tensor, b: torch.Tensor, transposed: bool) -> Pairs:
     return set(zip(rows.tolist(), of_a[rows].tolist(), strict=True))
 
 
-def pairs(match: matching.Matcher, a: Tokens, b: Tokens) -> Pairs:
+def pairs(match: Matcher, a: Tokens, b: Tokens) -> Pairs:
     """What a matcher finds."""
     matches = match(a, b)
     return set(zip(matches.index_a.tolist(), matches.index_b.tolist(), strict=True))

@@ -33,10 +33,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from imatch import backbones, demo, evaluate, geometry, images, matching, poses, references
-from imatch.aligning import REFINEMENTS, Aligner, Alignment
-from imatch.geometry import Estimator
-from imatch.records import Matches, Tokens
+from imatch.cli import demo
+from imatch.core.types import Matches, Tokens
+from imatch.data import images, references, rotations
+from imatch.evaluation import metrics
+from imatch.features import base
+from imatch.matching import geometry, matchers
+from imatch.matching.align import REFINEMENTS, Aligner, Alignment
+from imatch.matching.geometry import Estimator
 from tests import random_weights
 
 DRONE = Path(__file__).parents[3] / "shared" / "data" / "brighton_beach"
@@ -49,7 +53,7 @@ GROUND = (36.6, 65.0)
 class Remembered:
     """A matcher that answers the same question once: refinements share it."""
 
-    matcher: matching.Matcher
+    matcher: matchers.Matcher
     known: dict[tuple[int, int], Matches] = field(default_factory=dict)
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
@@ -72,7 +76,7 @@ def main() -> None:
         demo.write(folder / "demo")
         print("backbone refinement pairs  median px  AUC@5  AUC@1  verified  others refused")
         for weight in given.backbones:
-            if weight not in backbones.CLASSICAL:
+            if weight not in base.CLASSICAL:
                 os.environ["WEIGHTS_ROOT"] = str(folder)
                 random_weights.write(folder, [weight])
             work = partial(photograph, folder=folder, weight=weight, every=given.every)
@@ -80,7 +84,7 @@ def main() -> None:
                 told = [row for rows in pool.map(work, range(len(demo.PHOTOGRAPHS))) for row in rows]
             for refinement in dict.fromkeys(row[0] for row in told):
                 _, errors, verified, fooled = zip(*(row for row in told if row[0] == refinement), strict=True)
-                aucs = "  ".join(f"{evaluate.corner_auc(errors, pixels):5.3f}" for pixels in (5, 1))
+                aucs = "  ".join(f"{metrics.corner_auc(errors, pixels):5.3f}" for pixels in (5, 1))
                 print(
                     f"{weight:8} {refinement:10} {len(errors):5} {np.median(errors):10.2f}  {aucs} "
                     f"{np.mean(verified):9.3f} {1 - np.mean(fooled):15.4f}",
@@ -97,12 +101,12 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def backbone(folder: Path, weight: str) -> backbones.Backbone:
+def backbone(folder: Path, weight: str) -> base.Backbone:
     """The backbone of a weight, on the CPU."""
-    return backbones.create(weight, data_key=str(folder / "data_key.json"), device="cpu")
+    return base.create_backbone(weight, data_key=str(folder / "data_key.json"), device="cpu")
 
 
-def aligner(refinement: str, patch: int, matcher: matching.Matcher) -> Aligner:
+def aligner(refinement: str, patch: int, matcher: matchers.Matcher) -> Aligner:
     """The settings that are measured; a patch of 1 stands for keypoints."""
     coarse = max(3.0, patch / 2)
     fine = patch == 1 or refinement == "pixel"
@@ -118,7 +122,7 @@ def photograph(number: int, folder: Path, weight: str, every: int) -> list[tuple
     """One photograph's references: (refinement, corner error, verified, another photograph verified) for each."""
     sees = backbone(folder, weight)
     paths = [folder / "demo" / demo.PHOTOGRAPHS[i % len(demo.PHOTOGRAPHS)] for i in (number, number + 1)]
-    gallery = [(images.decode(path).pixels, shown(sees, path, poses.UPRIGHT)) for path in paths]
+    gallery = [(images.decode(path).pixels, shown(sees, path, rotations.UPRIGHT)) for path in paths]
     turns = 1 if weight == "sift" else 8
     told = []
     for i, (crop, angle) in enumerate((crop, angle) for crop in CROPS for angle in ANGLES):
@@ -127,8 +131,8 @@ def photograph(number: int, folder: Path, weight: str, every: int) -> list[tuple
         view = references.create("isometric")(gallery[0][0], angle, crop)
         path, size = folder / f"{weight}_{number}_{i}.png", view.pixels.shape[:2]
         Image.fromarray(view.pixels).save(path)
-        posed = [(pose, shown(sees, path, pose)) for pose in poses.poses(turns)]
-        matcher = Remembered(matching.create("mutual"))
+        posed = [(pose, shown(sees, path, pose)) for pose in rotations.poses(turns)]
+        matcher = Remembered(matchers.create_matcher("mutual"))
         truth = np.linalg.inv(view.matrix)
         for refinement in REFINEMENTS:
             if weight == "sift" and refinement == "patch":
@@ -148,24 +152,24 @@ def pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def shown(sees: backbones.Backbone, path: Path, pose: poses.Pose) -> Tokens:
+def shown(sees: base.Backbone, path: Path, pose: rotations.Pose) -> Tokens:
     """A photograph's tokens in a pose, xy in pixels of the upright one, as 01_embed makes them."""
     upright = images.decode(path, images.Resize(), sees.patch)
-    decoded = poses.turned(upright, pose.turn, sees.patch) if pose.turn else upright
+    decoded = rotations.turned(upright, pose.turn, sees.patch) if pose.turn else upright
     (tokens,) = sees(np.stack([decoded.pixels]))
     if pose.turn:
-        return poses.placed(tokens, decoded)
+        return rotations.placed(tokens, decoded)
     return Tokens(tokens.vector, tokens.descriptors, decoded.to_original(tokens.xy), tokens.grid)
 
 
-def drone(sees: backbones.Backbone, weight: str) -> None:
+def drone(sees: base.Backbone, weight: str) -> None:
     """How many overlapping neighbours verify, and how many pairs without overlap are refused."""
     frames = [images.decode(path) for path in sorted(DRONE.glob("*.jpg"))]
-    tokens = [shown(sees, path, poses.UPRIGHT) for path in sorted(DRONE.glob("*.jpg"))]
+    tokens = [shown(sees, path, rotations.UPRIGHT) for path in sorted(DRONE.glob("*.jpg"))]
     overlap = shared_ground(frames)
     neighbours = [(i, i + 1) for i in range(len(frames) - 1) if overlap[i, i + 1] >= 0.3]
     apart = [(i, j) for j in range(len(frames)) for i in range(j) if overlap[i, j] == 0]
-    matcher = Remembered(matching.create("mutual"))
+    matcher = Remembered(matchers.create_matcher("mutual"))
     for refinement in REFINEMENTS:
         if weight == "sift" and refinement == "patch":
             continue

@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/bench_redis.py
 
 10,000 messages of ten results go to a redis-server of its own on the loopback. The loop calls `client.set(key, payload,
-ex=ttl)` for each, and makes no events; `imatch.sinks.redis` compares, writes, and makes an event for each. Sent again,
+ex=ttl)` for each, and makes no events; `imatch.retrieval.redis` compares, writes, and makes an event for each. Sent again,
 they are compared only. The loop mostly waits for the server to wake up, so the ratio says something of the machine:
 it falls where other programs keep the cores awake.
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import redis
 
-from imatch import registry
-from imatch.sinks.redis import PREFIX, Redis
+from imatch.core import settings
+from imatch.retrieval.redis import PREFIX, Redis
 from imatch.steps.send import message
 
 MESSAGES, RESULTS, TTL = 10_000, 10, 600
@@ -68,7 +68,7 @@ def measure(url: str) -> None:
         for _ in range(REPEATS):
             for name, side, empty in (
                 ("one SET a message", loop, True),
-                ("imatch.sinks.redis", ours, True),
+                ("imatch.retrieval.redis", ours, True),
                 ("the same again", ours, False),
             ):
                 if empty:
@@ -80,11 +80,11 @@ def measure(url: str) -> None:
     size = sum(len(payload) for _, payload in messages) / len(messages)
     print(f"{MESSAGES} messages of {size:.0f} bytes, {RESULTS} results each; batches of {sink.batch}")
     busy = f"{os.getloadavg()[0]:.1f} busy before"
-    print(f"{registry.cores()} cores ({os.uname().machine}), {busy}; best of {REPEATS} turns each, in turn\n")
+    print(f"{settings.cores()} cores ({os.uname().machine}), {busy}; best of {REPEATS} turns each, in turn\n")
     print(f"{'':<20}{'seconds':>9}{'messages/s':>13}")
     for name, took in best.items():
         print(f"{name:<20}{took:>9.3f}{MESSAGES / took:>13,.0f}")
-    print(f"\nimatch.sinks.redis is {best['one SET a message'] / best['imatch.sinks.redis']:.1f} times as fast")
+    print(f"\nimatch.sinks.redis is {best['one SET a message'] / best['imatch.retrieval.redis']:.1f} times as fast")
     print(f"{Path(sys.executable).name} {' '.join(sys.argv)}")
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from imatch import registry, searcher, store
+from imatch.core import files, settings
+from imatch.retrieval import index as searcher
 
 N, D, QUERIES, K, FEW = 200_000, 384, 1000, 10, 40
 LARGE, NARROW, PLACES, PART = 2_000_000, 128, 20_000, 100_000
@@ -29,7 +30,7 @@ LARGE, NARROW, PLACES, PART = 2_000_000, 128, 20_000, 100_000
 
 def main() -> None:
     """Speed by default, or memory."""
-    registry.share_cores()
+    settings.share_cores()
     with tempfile.TemporaryDirectory() as temporary:
         if "--memory" in sys.argv:
             memory(Path(temporary))
@@ -74,7 +75,7 @@ def speed(folder: Path) -> None:
     for _ in range(3):
         for name, (side, n) in sides.items():
             rates[name] = max(rates[name], n / measure(side))
-    print(f"{N:,} x {D}, {registry.cores()} cores, best of 3 turns each, in turn\n")
+    print(f"{N:,} x {D}, {settings.cores()} cores, best of 3 turns each, in turn\n")
     for name, found in rates.items():
         print(f"{name:<34}{found:>8.0f} queries/s")
     ours = rates["imatch, 1,000 at once"]
@@ -94,7 +95,7 @@ def memory(folder: Path) -> None:
     writer.start()
     writer.join()
     vectors, every = np.load(folder / "v.npy", mmap_mode="r"), np.load(folder / "keys.npy")
-    queries = store.take(vectors, np.arange(0, LARGE, LARGE // 1000))
+    queries = files.take(vectors, np.arange(0, LARGE, LARGE // 1000))
     started = time.perf_counter()
     searcher.build(folder / "index", vectors, every, memory=2**28, shard_rows=500_000)
     built = time.perf_counter() - started

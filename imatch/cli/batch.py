@@ -1,0 +1,416 @@
+"""YAML or a manifest -> checked parameters -> papermill: the notebooks, headless, in a chain.
+
+    python -m imatch.cli.batch params/demo.yaml -p NAME VALUE --exports DIR
+    python -m imatch.cli.batch params/manifest.json
+
+The parameters cell of each notebook is its schema. A `sweep` in the YAML expands lists into one executed notebook
+per point, a manifest into one per weight, size and variant; notebooks that a point shares with another run once. A
+parameter called <name>_step that nobody set is the folder of the notebook <nn>_<name> that ran before it. A notebook
+with a parameter `steps` runs once, after all points, on the last step of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import itertools
+import json
+import logging
+import math
+import sys
+import time
+import tokenize
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import nbformat
+import yaml
+from pydantic import Field
+
+from imatch.cli import manifest
+from imatch.core import compute, config, files, settings
+from imatch.core.compute import PartDoneError
+from imatch.core.step import MIME
+from imatch.core.types import ImatchError
+from imatch.data import registry
+from imatch.evaluation import tables
+
+NAMED = frozenset(
+    {
+        "dataset",
+        "run",
+        "exports",
+        "weight",
+        "resize",
+        "long_side",
+        "scale",
+        "cfg",
+        "variant",
+        "keep",
+        "kind",
+        "direction",
+        "pairs",
+        "one",
+        "tag",
+    }
+)
+"""Parameters that a step's folder is named by; a sweep over any other one gives its points a tag."""
+UPSTREAM = ("index", "query", "gallery", "embed")
+"""Links of a step to the steps it was made from."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A line of a parameters cell: its default, whose type is the wanted one, and its help."""
+
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file asks for: notebooks in order, parameters for all of them, lists to sweep over.
+
+    A manifest has `points` in place of a sweep: what each is called by -> its parameters.
+    """
+
+    notebooks: list[str]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    points: dict[str, dict[str, Any]] | None = None
+
+
+class _File(config.Said):
+    notebooks: list[str]
+    parameters: dict[str, Any] = Field({})
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
+
+
+def schema(notebook: Path) -> dict[str, Parameter]:
+    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help.
+
+    Raises:
+        ImatchError: there is no such cell, or something in it is no literal.
+    """
+    cells = [c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ImatchError(f"{notebook} has {len(cells)} cells tagged `parameters`, not one")
+    source = cells[0].source
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    helps = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
+    for statement in ast.parse(source).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                try:
+                    found[name] = Parameter(ast.literal_eval(value), helps.get(statement.lineno, ""))
+                except ValueError as error:
+                    raise ImatchError(f"{notebook}: parameter {name} is no literal: {error}") from error
+            case _:
+                raise ImatchError(f"{notebook}: `{ast.unparse(statement)}` is no parameter: write name = literal")
+    return found
+
+
+def check(name: str, value: Any, wanted: Parameter) -> Any:
+    """`value` if it may stand where the parameter's default does.
+
+    Raises:
+        ImatchError: another type; the message has the parameter's help.
+
+    >>> check("long_side", 512, Parameter(640, "pixels"))
+    512
+    """
+    default = wanted.default
+    if not config.fits(value, type(default)):
+        said = f"wants {type(default).__name__}, such as {default!r} ({wanted.help})"
+        raise ImatchError(f"parameter {name} {said}; got {value!r}")
+    return value
+
+
+def from_text(name: str, text: str, wanted: Parameter) -> Any:
+    """A value from the command line: text stays text where text is wanted, else it is read as YAML.
+
+    >>> from_text("angles", "[0, 90]", Parameter([0], "")), from_text("dataset", "2024", Parameter("", ""))
+    ([0, 90], '2024')
+    """
+    if isinstance(wanted.default, str):
+        return text
+    try:
+        return check(name, yaml.safe_load(text), wanted)
+    except yaml.YAMLError as error:
+        raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
+
+
+def load(
+    path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path
+) -> tuple[Recipe, dict[str, dict[str, Parameter]]]:
+    """Read a YAML file or a manifest and check every name and type in it against the notebooks, before anything runs.
+
+    Args:
+        path: the file.
+        overrides: (name, text) pairs from the command line; they also replace a sweep over that name, and what a
+            manifest says of it.
+        notebooks: the folder of notebooks.
+
+    Returns:
+        The recipe and the schema of each of its notebooks.
+
+    Raises:
+        ImatchError: an unknown or mistyped name, with the nearest known one.
+    """
+    if not path.is_file():
+        raise ImatchError(f"no file {path}: give a YAML file or a manifest, such as params/demo.yaml")
+    content = config.read_file(path)
+    points = manifest.is_manifest(content)
+    if points:
+        recipe = Recipe(manifest.ROLES[manifest.role(path)])
+    else:
+        recipe = Recipe(**dict(config.checked(_File, content, f"{path}: ")))
+    for name in recipe.notebooks:
+        if not (notebooks / f"{name}.ipynb").is_file():
+            known = [p.stem for p in notebooks.glob("*.ipynb")]
+            raise ImatchError(f"{path}: {config.unknown('notebook', name, known)}")
+    schemas = {name: schema(notebooks / f"{name}.ipynb") for name in recipe.notebooks}
+    known = {name: parameter for schema in schemas.values() for name, parameter in schema.items()}
+
+    def wanted(name: str) -> Parameter:
+        if name not in known:
+            raise ImatchError(config.unknown("parameter", name, known))
+        return known[name]
+
+    given = {name: from_text(name, text, wanted(name)) for name, text in overrides}
+    if points:
+        found = manifest.read(path, given.get("data_key", settings.DATA_KEY), given)
+        recipe = Recipe(found.notebooks, found.parameters, points=found.points)
+    for name, value in recipe.parameters.items():
+        check(name, value, wanted(name))
+    for name, values in recipe.sweep.items():
+        for value in values:
+            check(name, value, wanted(name))
+    for point in (recipe.points or {}).values():
+        for name, value in point.items():
+            check(name, value, wanted(name))
+    for name, value in given.items():
+        recipe.parameters[name] = value
+        recipe.sweep.pop(name, None)
+    return recipe, schemas
+
+
+def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a sweep; one empty point without one.
+
+    >>> points({"weight": ["sift", "dsift"], "scale": [1.0]})
+    [{'weight': 'sift', 'scale': 1.0}, {'weight': 'dsift', 'scale': 1.0}]
+    """
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def run(
+    recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]], notebooks: Path
+) -> tuple[dict[str, Path], list[str]]:
+    """Execute the notebooks of every point; a point that fails is reported and the others go on.
+
+    Returns:
+        name of each point -> folder of its last step, and one message a failure.
+    """
+    finished: dict[str, Path] = {}
+    failures: list[str] = []
+    ran: dict[str, Path | str | None] = {}
+    exports = settings.exports_folder(recipe.parameters.get("exports", ""))
+    together = [name for name in recipe.notebooks if "steps" in schemas[name]]
+    each = [name for name in recipe.notebooks if name not in together]
+    todo = recipe.points if each else {}
+    if todo is None:
+        swept = points(recipe.sweep)
+        todo = {" ".join(f"{name}={value}" for name, value in point.items()) or "run": point for point in swept}
+    for label, point in todo.items():
+        steps: dict[str, Path] = {}
+        for name in each:
+            values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
+            key = json.dumps([name, values], sort_keys=True)
+            if recipe.parameters.get("shard") and "shard" not in schemas[name]:
+                print(f"== {label}: {name} has no parts, run it without --shard", flush=True)
+                break
+            if key not in ran:
+                print(f"== {label}: {name}", flush=True)
+                ran[key] = execute(notebooks / f"{name}.ipynb", values, exports)
+            result = ran[key]
+            if result is None:
+                break
+            if isinstance(result, str):
+                failures.append(f"{label}: {name}: {result}")
+                print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
+                break
+            steps[name] = result
+        else:
+            finished[label] = result
+    found = [str(folder) for folder in finished.values()]
+    for name in [] if recipe.parameters.get("shard") else together:
+        values = _values(schemas[name], {"steps": found, **recipe.parameters}, {}, {})
+        if not values["steps"]:
+            failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
+            continue
+        print(f"== all: {name}", flush=True)
+        result = execute(notebooks / f"{name}.ipynb", values, exports)
+        if isinstance(result, str):
+            failures.append(f"{name}: {result}")
+            print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
+        else:
+            finished[name] = result
+    return finished, failures
+
+
+def _values(
+    schema: Mapping[str, Parameter], given: Mapping[str, Any], steps: Mapping[str, Path], sweep: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = {name: value for name, value in given.items() if name in schema}
+    for name, folder in steps.items():
+        parameter = f"{name[3:]}_step"
+        if parameter in schema and parameter not in values:
+            values[parameter] = str(folder)
+    tagged = [f"{name}{values[name]}" for name in sorted(sweep) if name in schema and name not in NAMED]
+    if tagged and "tag" in schema:
+        text = "_".join([*([values["tag"]] if values.get("tag") else []), *tagged])
+        values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text)
+    return values
+
+
+def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | str | None:
+    """Run one notebook by papermill and put it, executed, into its step's folder as notebook.ipynb.
+
+    While it runs, and when it fails, it lies in <exports>/.running.
+
+    Returns:
+        The step's folder; what went wrong; or None when it did its part (`compute.do`), and others are to do theirs.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    report = exports / ".running" / f"{notebook.stem}_{files.digest(dict(values))[:12]}.ipynb"
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        with files.writing(report), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # papermill's and nbclient's own
+            report.parent.mkdir(parents=True, exist_ok=True)
+            executed = papermill.execute_notebook(
+                notebook,
+                report,
+                dict(values),
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(settings.workspace()),
+                stdout_file=_Lines(sys.stdout),
+                stderr_file=_Lines(sys.stderr),
+                extra_arguments=["--IPKernelApp.log_level=50"],  # its words on encryption and on being stopped alarm
+            )
+    except (ImatchError, OSError) as error:
+        return f"cannot write to {exports}: {error}; choose another folder with --exports"
+    except PapermillExecutionError as error:
+        if error.ename == PartDoneError.__name__:
+            print(error.evalue, flush=True)
+            report.unlink()
+            return None
+        return f"{error.ename}: {error.evalue}\n  see {report}"
+    except DeadKernelError as error:
+        said = "killed, or out of memory; run the same command again, it goes on where it stopped"
+        return f"the notebook's process ended ({error}): {said}\n  see {report}"
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    published = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
+    if not published:
+        return f"it finished no step (its last cell must call finish)\n  see {report}"
+    folder = Path(published[-1]["folder"])
+    files.write_bytes(folder / "notebook.ipynb", report.read_bytes())  # the step may lie on another disk
+    report.unlink()
+    return folder
+
+
+class _Lines(io.TextIOBase):
+    """Passes a notebook's output on. Where nobody watches a terminal, a bar that redraws itself becomes a line of
+    the log every ten seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.last = stream, -math.inf
+
+    def write(self, text: str) -> int:
+        shown = text
+        if not self.stream.isatty() and text.startswith("\r"):
+            now = time.monotonic()
+            if now - self.last < 10 and "100%" not in text:
+                return len(text)
+            self.last = now
+            shown = text.strip("\r\n") + "\n"
+        self.stream.write(shown)
+        self.stream.flush()
+        return len(text)
+
+
+def report(finished: Mapping[str, Path]) -> str:
+    """The summary table of the points whose last step is 04_match, and where reports and pictures lie."""
+    matched = {label: folder for label, folder in finished.items() if (folder / "pairs.jsonl").is_file()}
+    lines = []
+    if matched:
+        metrics = {label: files.read_json(folder / "metrics.json") for label, folder in matched.items()}
+        lines = [tables.summary_table(metrics), ""]
+    for label, folder in finished.items():
+        lines.append(f"{label}:")
+        lines += [f"  {what}: {path}" for what, path in _reports(folder)]
+    return "\n".join(lines)
+
+
+def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
+    chain = [folder]
+    while True:
+        links = files.read_json(chain[-1] / "step.json")["links"]
+        above = [settings.resolve(chain[-1] / link) for name, link in links.items() if name in UPSTREAM]
+        if not above:
+            break
+        chain.append(max(above, key=lambda step: str(files.read_json(step / "step.json")["step"])))
+    for step in reversed(chain):
+        yield files.read_json(step / "step.json")["step"], step / "notebook.ipynb"
+    for page in folder.glob("report.html"):
+        yield "open in a browser", page
+    for picture in sorted(folder.glob("*.png")):
+        yield "picture", picture
+    if (folder / "pairs").is_dir():
+        yield "pictures of the pairs", folder / "pairs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 if every point finished, 1 if one failed, 2 for a bad request."""
+    parser = argparse.ArgumentParser(
+        prog="python -m imatch.cli.batch", description="Run the notebooks of a YAML file or manifest."
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file or a manifest, such as params/demo.yaml")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter (repeatable)"
+    )
+    parser.add_argument("--exports", help="where results go (default: EXPORT_ROOT, else exports/)")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="do only the I-th of N parts, such as 0/8 to 7/8 of an array of jobs"
+    )
+    options = parser.parse_args(arguments)
+    settings.share_cores()
+    given = {"exports": options.exports, "shard": options.shard}
+    overrides = [*map(tuple, options.p), *((name, value) for name, value in given.items() if value)]
+    folder = settings.resolve("notebooks")
+    try:
+        recipe, schemas = load(settings.resolve(options.recipe), overrides, folder)
+        asked = {name: recipe.parameters[name] for name in ("shard", "on_change") if name in recipe.parameters}
+        compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
+        if recipe.points:  # all of them need it: one message in place of one each
+            registry.dataset(recipe.parameters["dataset"], recipe.parameters["data_key"])
+    except ImatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finished, failures = run(recipe, schemas, folder)
+    print()
+    if finished:
+        print(report(finished))
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,1 @@
+"""What everything stands on: nouns, files, the environment, a step on disk, and who does the work."""

@@ -1,0 +1,287 @@
+"""What files and callers say, checked by pydantic; and how a table of plug-ins ("name" -> "module:Class") becomes an
+object. Importing a table imports no plug-in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import json
+import re
+import typing
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import yaml
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from imatch.core.settings import resolve
+from imatch.core.types import ImatchError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+T = TypeVar("T")
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that nobody knows, with the nearest known one.
+
+    >>> unknown("weight", "sfit", ["sift", "dsift"])
+    "unknown weight 'sfit': did you mean 'sift'? Known: dsift, sift"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}: {hint}Known: {', '.join(names)}"
+
+
+def listed(value: Any) -> Any:
+    """One thing as a list of it: a validator that runs before pydantic's.
+
+    >>> listed(256), listed(["A", "B"])
+    ([256], ['A', 'B'])
+    """
+    return value if isinstance(value, list) else [value]
+
+
+class Said(BaseModel):
+    """An object of a file: the fields that it may have, and what each wants to be; null is as if not given."""
+
+    model_config = STRICT
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        aliases = [field.validation_alias or name for name, field in cls.model_fields.items()]
+        known = [name for at in aliases for name in (at.choices if isinstance(at, AliasChoices) else [at])]
+        if not isinstance(value, Mapping):
+            return value
+        for name in value if cls.model_config["extra"] == "forbid" else ():
+            if name not in known:  # pydantic forbids it, too, but does not say the nearest
+                raise PydanticCustomError("unknown", "{said}", {"said": unknown("field", name, known), "name": name})
+        return {name: content for name, content in value.items() if content is not None}
+
+
+def checked(kind: type[T], value: Any, where: str) -> T:
+    """`value` as a `Said`, or a list of them.
+
+    Args:
+        kind: the class, or list[class].
+        value: what the file holds there.
+        where: for messages: "FILE: models[0].run"; at the top of a file "FILE: ".
+
+    Raises:
+        ImatchError: it is something else; one line says what, where in the file and what would do.
+
+    >>> class Sub(Said):
+    ...     stride: int = 2
+    >>> checked(Sub, {"stride": None}, "manifest.json: ")
+    Sub(stride=2)
+    >>> checked(Sub, {"strid": 2}, "manifest.json: ")
+    Traceback (most recent call last):
+    imatch.core.types.ImatchError: manifest.json: strid: unknown field 'strid': did you mean 'stride'? Known: stride
+    """
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        # not chained: pydantic's own text has everything that was given, over several lines
+        raise ImatchError(_line(error, where)) from None
+
+
+def fits(value: object, wanted: Any) -> bool:
+    """Whether a value may stand where a `wanted` is: an int may be a float, a bool is not an int.
+
+    >>> fits(1, float), fits(True, int), fits("1", int), fits(None, int | None)
+    (True, False, False, True)
+    """
+    try:
+        _adapter(wanted).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=STRICT if typing.get_origin(kind) is list else None)  # models have their own
+
+
+def _line(error: ValidationError, where: str) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    kind, path, given, said, about = first["type"], first["loc"], first["input"], first["msg"], first.get("ctx", {})
+    parts = [*path, *([about["name"]] if kind == "unknown" else [])]
+    # "[...]" is no part of a file: pydantic calls keys of dicts so, and unions here are told apart by such tags
+    inside = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in parts if not str(at).startswith("["))
+    place = (where + inside.removeprefix(".") if where.endswith(" ") else where + inside).removesuffix(": ")
+    if kind == "missing":
+        return f"{place} is missing"
+    if kind == "extra_forbidden":  # of a known name
+        return f"{place} is another name of a field that is given, too: keep one"
+    if kind in ("unknown", "value_error"):
+        return f"{place}: {about.get('error', said)}"
+    must = said.removeprefix("Input should").split(" or instance")[0]
+    return f"{place} must{must}, got {given!r}" if must != said else f"{place}: {said}, got {given!r}"
+
+
+def create(table: Mapping[str, str], what: str, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Make the plug-in `name` of `table`, a dataclass, from its options.
+
+    Args:
+        table: name -> "module:Class".
+        what: what the table holds, for messages.
+        options: the dataclass' fields; those left out keep their defaults.
+
+    Raises:
+        ImatchError: for an unknown name, an unknown option, an option of the wrong type or one that must be given.
+
+    >>> from imatch.matching.matchers import MATCHERS
+    >>> create(MATCHERS, "matcher", "mutual", {"min_similarity": 0.9}).min_similarity
+    0.9
+    """
+    if name not in table:
+        raise ImatchError(unknown(what, name, table))
+    module, _, attribute = table[name].partition(":")
+    plugin = getattr(importlib.import_module(module), attribute)
+    known, given = _options(plugin), dict(options or {})
+    for option in given:
+        if option not in known.model_fields:
+            raise ImatchError(unknown(f"option of {what} {name}", option, known.model_fields))
+    checked(known, given, f"{what} {name}: option ")
+    return plugin(**given)
+
+
+def check(plugin: Any) -> None:
+    """Check a plug-in's fields, for its `__post_init__`: ranges are said by its type hints, as pydantic writes them.
+
+    Raises:
+        ImatchError: a field of the wrong type, or out of its range.
+
+    >>> from imatch.matching.matchers import Mutual
+    >>> Mutual(k=0)
+    Traceback (most recent call last):
+    imatch.core.types.ImatchError: Mutual: option k must be greater than 0, got 0
+    """
+    fields = {name: getattr(plugin, name) for name in _options(type(plugin)).model_fields}
+    checked(_options(type(plugin)), fields, f"{type(plugin).__name__}: option ")
+
+
+@functools.cache
+def _options(plugin: type) -> type[BaseModel]:
+    """The fields of a dataclass as a model."""
+    hints = typing.get_type_hints(plugin, include_extras=True)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is field.default_factory is dataclasses.MISSING else None)
+        for field in dataclasses.fields(plugin)
+        if field.init
+    }
+    return pydantic.create_model(plugin.__name__, __config__=STRICT, **fields)
+
+
+def read_file(path: str | Path) -> Any:
+    """What a JSON or YAML file holds; a name given twice is an error, for one of the two would be lost.
+
+    Raises:
+        ImatchError: no such file, or it cannot be read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "a.yaml").write_text("a: [1, 2]")
+    ...     read_file(Path(folder) / "a.yaml")
+    {'a': [1, 2]}
+    """
+    path = resolve(path)
+    kind = {".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}.get(path.suffix.lower())
+    if not path.is_file():
+        raise ImatchError(f"no file {path}: give an existing YAML or JSON file")
+    if kind is None:
+        raise ImatchError(f"{path} ends in {path.suffix!r}: give a file that ends in .json, .yaml or .yml")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte-order mark
+        return json.loads(text, object_pairs_hook=_once) if kind == "JSON" else yaml.load(text, _Yaml)
+    except OSError as error:
+        raise ImatchError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError, ImatchError) as error:
+        raise ImatchError(f"{path} is no {kind}: {error}") from error
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ImatchError(f"{name!r} is given {count} times: keep one")
+    return dict(pairs)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which no name may be given twice, as in JSON."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
+def folder_name(name: str, what: str) -> str:
+    """`name` if it may be the name of a folder anywhere: keys and configurations name folders of results.
+
+    >>> folder_name("vits16+", "weight")
+    'vits16+'
+    """
+    if not name.strip(".") or not all(c.isalnum() or c in "-_.+" for c in name):
+        said = "it becomes the name of a folder: use letters, digits, '-', '_', '.', '+'"
+        raise ImatchError(f"{what} {name!r}: {said}")
+    return name
+
+
+NAMED = 10
+"""How many things a message lists."""
+
+
+def names(listed: Iterable[object]) -> str:
+    """What a message lists: the first of many.
+
+    >>> names(range(12))
+    '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    """
+    said = [str(name) for name in listed]
+    more = f" and {len(said) - NAMED} more" if len(said) > NAMED else ""
+    return ", ".join(said[:NAMED]) + more
+
+
+def below(text: str, where: str, above: object) -> str:
+    """`text` if, as a path, it stays below the folder that it is relative to, on any system.
+
+    Only the text is looked at: a link that lies below the folder is followed, on purpose, wherever it leads.
+
+    Raises:
+        ImatchError: it is absolute, has a drive, or goes up by "..".
+
+    >>> below("flights/2024", "root", "DATASET_ROOT")
+    'flights/2024'
+    """
+    windows = PureWindowsPath(text)
+    leaves = windows.drive or windows.root or PurePosixPath(text).is_absolute() or ".." in re.split(r"[\\/]", text)
+    if leaves or "\0" in text:
+        raise ImatchError(f"{where} {text!r} would leave {above}: give a path below it, without '..' or a drive")
+    return text
+
+
+def _nfc(text: str) -> str:
+    """Letters in one piece: names that come from a Mac have them in parts (NFD), Korean ones above all."""
+    return unicodedata.normalize("NFC", text)
+
+
+def label_token(label: str) -> str:
+    """A label as part of a file's or folder's name.
+
+    >>> label_token("80 m / north"), label_token("..")
+    ('80_m___north', '__')
+    """
+    token = "".join(c if c.isalnum() or c in "-.+" else "_" for c in label)
+    return token if token.strip(".") else "_" * len(token)  # dots alone are no name but a way out of the folder

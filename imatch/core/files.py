@@ -1,0 +1,170 @@
+"""Write and read JSON, rows and arrays: every file goes to a temporary name, then is renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imatch.core.types import ImatchError
+
+Row = dict[str, Any]
+LINES = 1000
+"""How many rows are read at once: their keys are then held once for all of them, half of the memory."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path`, whole and synced, when the block ends.
+
+    Raises:
+        ImatchError: the disk is full; nothing is left behind and what was finished stays valid.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # other machines have the same process ids
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say clearly that the disk is full when that is why something inside cannot write `path`.
+
+    Raises:
+        ImatchError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free / 2**20
+        raise ImatchError(
+            f"disk full while writing {path} ({free:.1f} MB free): what was finished stays valid; free some space "
+            "or choose another disk for exports, then run it again"
+        ) from error
+
+
+def printable(id: str) -> str:
+    """An id for people: bytes that are no text become a question mark.
+
+    >>> printable("caf\\udce9.jpg")
+    'caf\ufffd.jpg'
+    """
+    return os.fsencode(id).decode(errors="replace")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON that people can read, atomically. NaN is refused (ValueError): it is not JSON."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="surrogateescape"))
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote."""
+    return json.loads(path.read_bytes().decode(errors="surrogateescape"))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, one a row, atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.writelines(line(row) for row in rows)
+
+
+def line(row: Mapping[str, Any]) -> bytes:
+    """One JSON line."""
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="surrogateescape")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read JSON lines."""
+    rows: list[Row] = []
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        while lines := list(itertools.islice(file, LINES)):
+            rows += json.loads(f"[{','.join(lines)}]")
+    return rows
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy`, atomically."""
+    array = np.ascontiguousarray(array)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data.cast("B") if array.size else b"")  # not tofile, which hides why it wrote too little
+
+
+def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    """A copy of some rows; of a memory map, the pages that were read for it are given back, so that memory does not
+    grow with what has been looked at.
+
+    >>> take(np.eye(2, dtype=np.float32), slice(1, 2)).tolist()
+    [[0.0, 1.0]]
+    """
+    if not (isinstance(vectors, np.memmap) and vectors.nbytes > 2**26 and hasattr(vectors.base, "madvise")):
+        return np.array(vectors[rows], np.float32)
+    if isinstance(rows, slice):
+        taken = np.array(vectors[rows], np.float32)
+        vectors.base.madvise(mmap.MADV_DONTNEED)
+        return taken
+    taken = np.empty((len(rows), *vectors.shape[1:]), np.float32)
+    for first in range(0, len(rows), 64):  # each row may bring a megabyte of the file around it
+        taken[first : first + 64] = vectors[rows[first : first + 64]]
+        vectors.base.madvise(mmap.MADV_DONTNEED)
+    return taken
+
+
+def relative(path: Path, start: Path) -> str:
+    """`path` as seen from the folder `start`, with forward slashes, so that exports can be moved as a whole.
+
+    On another drive than `start` (Windows) it stays absolute.
+    """
+    return Path(os.path.relpath(path, start) if path.drive == start.drive else path).as_posix()
+
+
+def compare(before: object, now: object, name: str = "") -> list[str]:
+    """The differences between two JSON values, a line each.
+
+    >>> compare({"scale": 1.0, "run": {"k": 5}}, {"scale": 0.5, "run": {"k": 5}})
+    ['scale: 1.0 -> 0.5']
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [
+            line
+            for key in keys
+            for line in compare(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == now else [f"{name}: {json.dumps(before)} -> {json.dumps(now)}"]
+
+
+def digest(value: object) -> str:
+    """The SHA-256 of a JSON value, independent of the order of its keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,334 @@
+"""A step's folder: started, fingerprinted, reused or refused, finished. And the loop that steps share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from imatch.core import files, settings
+from imatch.core.files import Row, compare, digest
+from imatch.core.types import ImatchError, StepError
+
+ON_CHANGE = ("refuse", "recompute")
+MIME = "application/vnd.imatch.step+json"
+VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch", "timm")
+
+
+@dataclass
+class Step:
+    """One step of work and its folder on disk.
+
+    Attributes:
+        folder: where it writes. `step.json` is there from the start, `metrics.json` only when finished.
+        name: the notebook's name, such as "01_embed".
+        parameters: what was asked; all that changes the result and nothing else.
+        upstream: fingerprints of what it was made from.
+        links: paths of the steps it reads, relative to `folder`.
+        on_change: "refuse" or "recompute", what to do with results made from something else.
+        device: where it was computed, for the record.
+        work: for the record, too, what was computed over all runs, that of several processes added up: {"photographs",
+            "seconds"} and, of embeddings, the seconds of them in "forward" passes, in "wait" for the next one, and in
+            "decode" and "write" beside those; in "start" the seconds before, until the model was loaded.
+    """
+
+    folder: Path
+    name: str
+    parameters: dict[str, Any]
+    upstream: dict[str, str]
+    links: dict[str, str] = field(default_factory=dict)
+    on_change: str = "refuse"
+    fingerprint: str | None = None
+    device: str = "cpu"
+    work: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        """Whether metrics.json, which is written last, is there."""
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the step recorded when it finished."""
+        return files.read_json(self.folder / "metrics.json")
+
+    def linked(self, link: str) -> Path:
+        """The folder of the step that this one reads under the name `link`."""
+        return Path(settings.resolve(self.folder / self.links[link]))
+
+    def runs_on(self, device: str) -> None:
+        """Record where an unfinished step is being computed."""
+        self.device = device
+        self._write()
+
+    def did(self, work: Mapping[str, float]) -> None:
+        """Add to the record of what an unfinished step has computed."""
+        for name, amount in work.items():
+            self.work[name] = round(self.work.get(name, 0) + amount, 3)
+        self._write()
+
+    def unfinish(self) -> None:
+        """Take the finished mark away before anything below is changed."""
+        (self.folder / "metrics.json").unlink(missing_ok=True)
+
+    def finish(self, metrics: Mapping[str, Any], contents: object = None) -> dict[str, Any]:
+        """Record the metrics, last, and say where the step is (batch reads that from the notebook).
+
+        Args:
+            metrics: figures for people, tests and the summary; plain JSON.
+            contents: what the results were made from beyond parameters and upstream (content hashes);
+                it enters the fingerprint. None when there is nothing more.
+
+        Returns:
+            The metrics as they stand on disk. A step that was reused keeps the ones it had.
+        """
+        if not self.finished:
+            self.fingerprint = digest([_identity(self), contents])
+            self._write(seconds=round(time.monotonic() - self.started, 3))
+            for left in self.folder.rglob(".*.tmp"):  # by a kill
+                left.unlink(missing_ok=True)
+            files.write_json(self.folder / "metrics.json", dict(metrics))
+        record = files.read_json(self.folder / "step.json")
+        if record["links"] != self.links:  # the same inputs, moved
+            files.write_json(self.folder / "step.json", {**record, "links": self.links})
+        _publish(self)
+        return self.metrics
+
+    def _write(self, seconds: float | None = None) -> None:
+        record = {
+            **_identity(self),
+            "fingerprint": self.fingerprint,
+            "links": self.links,
+            "device": self.device,
+            "machine": platform.machine(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+            "seconds": seconds,
+            "work": self.work,
+        }
+        files.write_json(self.folder / "step.json", record)
+
+
+def start_step(
+    folder: Path,
+    name: str,
+    parameters: Mapping[str, Any],
+    upstream: Mapping[str, str] | None = None,
+    links: Mapping[str, Path] | None = None,
+    on_change: str = "refuse",
+    keep: Sequence[str] = (),
+) -> Step:
+    """Open the step at `folder`: a new one, one to go on with, or a finished one to reuse.
+
+    Args:
+        folder: where it writes.
+        name: the notebook's.
+        parameters, upstream, links, on_change: of `Step`; links as paths.
+        keep: names in the folder that outlive a recomputation, for they know by themselves what of them still holds.
+
+    Raises:
+        StepError: the folder holds a step made with other parameters or from other inputs and
+            `on_change` is "refuse"; the message lists every difference.
+    """
+    if on_change not in ON_CHANGE:
+        raise StepError(f"on_change {on_change!r} is not known: use {' or '.join(ON_CHANGE)}")
+    relative = {key: files.relative(path, folder) for key, path in (links or {}).items()}
+    step = Step(folder, name, json.loads(json.dumps(dict(parameters))), dict(upstream or {}), relative, on_change)
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if (folder / "step.json").is_file():
+        before = open_step(folder, finished=False)
+        nothing_done = not before.finished and {path.name for path in folder.iterdir()} <= {"step.json", "seen.jsonl"}
+        differences = [] if nothing_done else compare(_identity(before), _identity(step))
+        if nothing_done:
+            step._write()  # of a run that was refused before it computed anything
+        if not differences:
+            step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
+            print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
+            return step
+        refuse_or_say(step, f"{folder} was made differently", differences)
+        folder.rename(aside)  # at once, so that a kill leaves no half of a step
+        for kept in keep:
+            if (aside / kept).exists():
+                folder.mkdir(exist_ok=True)
+                (aside / kept).rename(folder / kept)
+        shutil.rmtree(aside)
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    step._write()
+    print(f"{name}: new at {folder}")
+    return step
+
+
+def refuse_or_say(step: Step, what: str, differences: Sequence[str]) -> None:
+    """Print the differences and return when the step may recompute; raise StepError with them otherwise."""
+    shown = [*differences[:20], *([f"... and {len(differences) - 20} more"] if len(differences) > 20 else [])]
+    message = f"{step.name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
+    if step.on_change == "refuse":
+        raise StepError(
+            f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "
+            "To keep both: set another run or tag."
+        )
+    print(f"{message}\n  so what depends on it is computed again")
+
+
+def open_step(folder: Path, finished: bool = True) -> Step:
+    """Open a step that another one reads.
+
+    Raises:
+        StepError: it is not there, or not finished though it should be.
+    """
+    if not (folder / "step.json").is_file():
+        raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
+    record = files.read_json(folder / "step.json")
+    step = Step(
+        folder,
+        record["step"],
+        record["parameters"],
+        record["upstream"],
+        record["links"],
+        fingerprint=record["fingerprint"],
+        device=record["device"],
+        work=record.get("work", {}),
+    )
+    if finished and not step.finished:
+        raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
+    return step
+
+
+def _identity(step: Step) -> dict[str, Any]:
+    return {"step": step.name, "parameters": step.parameters, "upstream": step.upstream}
+
+
+def _publish(step: Step) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.display import display
+
+    text = f"{step.name} finished: {step.folder}"
+    if not InteractiveShell.initialized():
+        print(text)
+        return
+    display({MIME: {"step": step.name, "folder": str(step.folder)}, "text/plain": text}, raw=True)
+
+
+def core_each() -> list[str]:
+    """A device for each core: where loops that need no network run in several processes."""
+    return ["cpu"] * settings.cores()
+
+
+def flat_name(id: str) -> str:
+    """An id as one file name: another for every id, and never too long for a file system.
+
+    >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
+    ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
+    """
+    name, data = id.replace("/", "__"), os.fsencode(id)
+    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
+        return name
+    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"
+
+
+def tagged(tag: str) -> str:
+    """What a tag adds to a folder's name."""
+    return f"_{checked_name('tag', tag)}" if tag else ""
+
+
+def checked_name(what: str, name: str) -> str:
+    """`name` if it may be part of a folder's name; ImatchError if it may not."""
+    if not all(c.isalnum() or c in "-_.+" for c in name):
+        raise ImatchError(f"{what} {name!r} becomes part of a folder's name: use letters, digits, '-', '_', '.', '+'")
+    return name
+
+
+def run_and_dataset(step: Step) -> tuple[Path, str]:
+    """<exports>/<run> and the data set's name, from where a step of 01 or 02 lies."""
+    for folder in step.folder.parents:
+        if folder.parent.name == step.name:
+            return folder.parent.parent, folder.name
+    raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
+
+
+def view_rows(step: Step) -> list[Row]:
+    """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
+    return files.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
+
+
+def views_by_id(folder: Path) -> dict[str, Row]:
+    """`view_rows` of the step in a folder, by id."""
+    return {row["id"]: row for row in view_rows(open_step(folder))}
+
+
+def _photographs(folder: Path) -> Step:
+    """The step of the photographs behind one of embeddings: itself or, of references, the one they were made from."""
+    step = open_step(folder)
+    return open_step(step.linked("embed")) if "embed" in step.links else step
+
+
+def source_rows(folder: Path) -> dict[str, Row]:
+    """id -> row of the photographs of a step of embeddings or, when it has references, of their sources."""
+    return {row["id"]: row for row in decodable(_photographs(folder).folder)}
+
+
+def photographs_root(folder: Path) -> Path:
+    """The folder that those photographs lie in; of imported ones, which have none, that of the data set's steps."""
+    step = _photographs(folder)
+    return step.linked("photographs") if "photographs" in step.links else step.folder.parents[1]
+
+
+def decodable(folder: Path) -> list[Row]:
+    """The rows of all photographs that could be decoded, whether the backbone found something in them or not."""
+    rows = files.read_rows(folder / "images.jsonl") + files.read_rows(folder / "skipped.jsonl")
+    return sorted((row for row in rows if "size" in row), key=lambda row: row["id"])
+
+
+def sides(step: Step) -> tuple[Step, Step]:
+    """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown."""
+    of = step if "query" in step.links else open_step(step.linked("index"))
+    return open_step(of.linked("query")), open_step(of.linked("gallery"))
+
+
+def pair_path(step: Step, row: Row) -> Path:
+    """Where 04_match puts a pair, without the suffix of the sink."""
+    name = "source" if row["rank"] is None else f"{row['rank']:02d}"
+    return step.folder / "pairs" / flat_name(row["query"]) / name
+
+
+def clusters(step: Step, queries: Sequence[Row]) -> list[str]:
+    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
+    if step.parameters["cluster"] == "photograph":
+        return [row.get("source_sha256", row["sha256"]) for row in queries]
+    sources = source_rows(step.linked("query"))
+    captures = [sources.get(row.get("source", row["id"]), {}).get("capture") for row in queries]
+    if None in captures:
+        raise ImatchError(
+            f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
+            "data_key.json and run 01_embed anew, or set cluster to photograph"
+        )
+    return captures
+
+
+def kind_of_reference(reference: Step, data: Step) -> str:
+    """The ending that the other side of an index gives to its folder's name, after checking that the two belong
+    together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
+    if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
+        raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
+    compared = ("weight", "backbone", "weights_digest", "resize", "pixels")
+    of_data, of_reference = ({key: step.parameters.get(key) for key in compared} for step in (data, reference))
+    if differences := files.compare(of_data, of_reference):
+        raise StepError(
+            f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
+            + "\n  ".join(differences)
+            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
+        )
+    if reference.name == "02_references":
+        return f"_{reference.folder.parent.parent.name}"
+    _, dataset = run_and_dataset(reference)
+    return f"_{dataset}-{reference.folder.name}"

@@ -1,0 +1,411 @@
+"""Photographs: list them, check their headers, decode, orient and resize them, read their position.
+
+Every photograph is read from disk once: its SHA-256 is that of the very bytes that were decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import ExifTags, Image
+
+from imatch.core.types import ImatchError, PhotographError
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
+)
+UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and values out of range need nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MAX_PIXELS = 300_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
+MODES = ("scale", "long_side", "stretch", "crop")
+RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
+"""Who resizes photographs, and what steps record of it, so that numbers of another way are not mixed with these."""
+REDUCED = 6
+"""From so many times the wanted size on, blocks of pixels are averaged before a photograph is resized."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How large a photograph is when the backbone sees it.
+
+    Attributes:
+        mode: "long_side": its longer side becomes `long_side` pixels; "scale": both sides are multiplied by
+            `scale`, the same for all photographs, so that a crop is not enlarged to the size of its source (both
+            keep the aspect to the nearest patch); "stretch": a square of `long_side`, whatever the aspect;
+            "crop": a square of `long_side` of the largest square in its middle.
+        long_side: pixels, a multiple of the backbone's patch.
+        scale: factor, larger than 0.
+
+    >>> Resize("long_side", long_side=512).target((600, 1000), patch=16)
+    (304, 512)
+    >>> Resize("scale", scale=0.5).target((600, 1000), patch=1)
+    (300, 500)
+    >>> Resize("crop", long_side=256).target((600, 1000), patch=16), Resize("crop", long_side=256).box((600, 1000))
+    ((256, 256), (200.0, 0.0, 800.0, 600.0))
+    """
+
+    mode: str = "scale"
+    long_side: int = 640
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ImatchError(f"resize {self.mode!r} is not known: use {', '.join(MODES[:-1])} or {MODES[-1]}")
+        if self.long_side < 1 or not 0 < self.scale < math.inf:
+            raise ImatchError(f"long_side {self.long_side} and scale {self.scale} must be numbers larger than 0")
+
+    def check(self, patch: int) -> None:
+        """Raise ImatchError when `long_side` is not a multiple of `patch`.
+
+        >>> Resize("long_side", long_side=518).check(16)
+        Traceback (most recent call last):
+        imatch.core.types.ImatchError: long_side 518 is not a multiple of patch 16: use 512 or 528
+        """
+        if self.mode != "scale" and self.long_side % patch:
+            low = self.long_side // patch * patch
+            use = f"{low} or {low + patch}" if low else f"{patch}"
+            raise ImatchError(f"long_side {self.long_side} is not a multiple of patch {patch}: use {use}")
+
+    def zoomed(self, zoom: float) -> Resize:
+        """The same with every side multiplied by `zoom`.
+
+        >>> str(Resize("long_side", long_side=512).zoomed(0.5))
+        'ls256'
+        """
+        return replace(self, long_side=round(self.long_side * zoom), scale=self.scale * zoom)
+
+    def target(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
+        """The (h, w) that a photograph of (h, w) pixels is resized to: multiples of `patch`, at least one each."""
+        self.check(patch)
+        if self.mode in ("stretch", "crop"):
+            return self.long_side, self.long_side
+        factor = self.long_side / max(size) if self.mode == "long_side" else self.scale
+        h, w = (max(1, round(side * factor / patch)) * patch for side in size)
+        return h, w
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part (left, top, right, bottom) of a photograph of (h, w) pixels that is seen, in pixel edges."""
+        h, w = size
+        side = min(size)
+        left, top = (w - side) / 2, (h - side) / 2
+        return (left, top, left + side, top + side) if self.mode == "crop" else (0.0, 0.0, float(w), float(h))
+
+    def __str__(self) -> str:
+        names = {
+            "scale": f"scale{self.scale:g}".replace(".", "p"),
+            "long_side": f"ls{self.long_side}",
+            "stretch": f"res{self.long_side}",
+            "crop": f"crop{self.long_side}",
+        }
+        return names[self.mode]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A photograph in memory.
+
+    Attributes:
+        pixels: (h, w, 3) uint8 RGB, upright, resized as asked.
+        size: (H, W) of the upright photograph before resizing.
+        sha256: hexadecimal digest of the file's bytes.
+        position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
+        box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
+        look: what `look` says of the pixels, "" if nobody asked.
+        turned: (3, 3), where the pixels were before they were turned (`poses.turned`), and the (h, w) of all of them
+            then; None when nobody turned them.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    sha256: str
+    position: dict[str, float | None] | None
+    box: tuple[float, float, float, float]
+    look: str = ""
+    turned: tuple[np.ndarray, tuple[int, int]] | None = None
+
+    def to_original(self, xy: np.ndarray) -> np.ndarray:
+        """Positions (n, 2) in `pixels` as float32 positions in the upright photograph as it lies on disk."""
+        origin, corner = np.array(self.box[:2]), np.array(self.box[2:])
+        size = self.pixels.shape[:2]
+        if self.turned:
+            back, size = self.turned
+            xy = xy @ back[:2, :2].T + back[:2, 2]
+        factor = (corner - origin) / size[::-1]
+        return np.asarray((xy + 0.5) * factor + origin - 0.5, np.float32)
+
+
+def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
+    """The ids of all photographs below `root`, but for those below `leave_out`: POSIX paths relative to it, sorted.
+
+    Linked folders are followed, a link back to a folder above itself is not. Hidden files are left out.
+
+    Raises:
+        ImatchError: a folder cannot be listed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("b.jpg", "a.PNG", "notes.txt"):
+    ...         _ = (Path(folder) / name).write_bytes(b"")
+    ...     list_photographs(Path(folder))
+    ['a.PNG', 'b.jpg']
+    """
+    return sorted(path.relative_to(root).as_posix() for path in _walk(root, (), leave_out))
+
+
+def _walk(folder: Path, above: tuple[str, ...], leave_out: Path | None) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above or folder == leave_out:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ImatchError(
+            f"folder {folder} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
+        ) from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if _is_folder(entry):
+            yield from _walk(folder / entry.name, (*above, real), leave_out)
+        elif Path(entry.name).suffix.lower() in SUFFIXES:
+            yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points to itself: listed as a file, its header check says what is wrong
+        return False
+
+
+def check_header(path: Path) -> tuple[int, int]:
+    """The (h, w) of a photograph as it lies in the file, not yet upright, from its header alone.
+
+    Raises:
+        PhotographError: the file cannot be opened, is empty, is no photograph or is too large to decode.
+    """
+    with _reasons():
+        if path.stat().st_size == 0:
+            raise PhotographError("empty file")
+        with Image.open(path) as image:
+            _check_size(image)
+            # no EXIF: in a PNG it can lie behind the pixels, which would all be read
+            return image.size[::-1]
+
+
+def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
+    """Read a photograph from disk: RGB, 8 bits, upright, at the size the backbone wants.
+
+    JPEGs much larger than that are decoded at a half, a quarter or an eighth (Pillow's draft mode; the exact
+    box is kept, so nothing shifts). Where parts of pixels are cut off, Pillow resizes, bicubically; else OpenCV, by
+    the mean of the area or, to enlarge, bicubically, or torch, as networks are used to. 16-bit grey is scaled to 8;
+    transparent pixels lie on white, as viewers show them; of an animation the first frame is taken.
+
+    Args:
+        path: the file.
+        resize: None keeps the photograph's own size.
+        patch: sides become multiples of it.
+        by: who resizes, one of `RESAMPLING`.
+
+    Raises:
+        PhotographError: the file cannot be decoded; the message is the reason.
+    """
+    with _reasons():
+        data = path.read_bytes()
+        if not data:
+            raise PhotographError("empty file")
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image)
+            exif = _exif(image)
+            turn = _turn(image, exif)
+            size = image.size if _sideways(turn) else image.size[::-1]
+            target = resize.target(size, patch) if resize else size
+            lying = _sideways(turn)
+            # a box in the middle is the same box before and after turning upright, but for its sides
+            left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
+            box = (top, left, bottom, right) if lying else (left, top, right, bottom)
+            pixels = _resized(image, target[::-1] if lying else target, box, by)
+            if turn in UPRIGHT:
+                pixels = pixels.transpose(UPRIGHT[turn])
+            return Decoded(
+                np.asarray(pixels), size, hashlib.sha256(data).hexdigest(), _position(exif), (left, top, right, bottom)
+            )
+
+
+def thumbnail(path: Path, size: tuple[int, int], side: int) -> np.ndarray:
+    """A photograph for a picture, its longer side `side` pixels.
+
+    Args:
+        path: the file. Where it is not there, or broken by now, a grey one of the right aspect stands for it: a figure
+            must not end a run, and an imported store may have no photographs.
+        size: its (h, w), for that.
+        side: pixels.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+
+    >>> thumbnail(Path("gone.jpg"), (60, 120), 20).shape
+    (10, 20, 3)
+    """
+    resize = Resize("long_side", long_side=side)
+    try:
+        return decode(path, resize).pixels
+    except PhotographError:
+        return np.full((*resize.target(size, 1), 3), 160, np.uint8)
+
+
+def look(pixels: np.ndarray) -> str:
+    """What a photograph looks like in 256 bits: whether grey rises from each of 16 x 17 cells to the next on its right.
+
+    Photographs that differ by compression or size alone differ in few bits, others in about half of them (difference
+    hash: N. Krawetz, "Kind of Like That", hackerfactor.com, 2013).
+
+    Args:
+        pixels: (h, w, 3) uint8 RGB.
+
+    Returns:
+        64 hexadecimal digits.
+
+    >>> look(np.tile(np.arange(34, dtype=np.uint8)[:, None], (32, 1, 3)))[:8]
+    'ffffffff'
+    """
+    cells = Image.fromarray(pixels).convert("L").resize((17, 16), Image.Resampling.BOX)
+    grey = np.asarray(cells, np.int16)
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, hexadecimal."""
+    with _reasons(), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_size(image: Image.Image) -> None:
+    w, h = image.size
+    if w * h > MAX_PIXELS:
+        raise PhotographError(f"too large to decode: {w} x {h} are {w * h} pixels, more than {MAX_PIXELS}")
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever a decoder raises into a PhotographError that gives the reason in one line."""
+    try:
+        yield
+    except PhotographError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise PhotographError("not a photograph: no decoder knows its bytes") from None
+    except OSError as error:
+        raise PhotographError(error.strerror or str(error)) from None
+    except Exception as error:  # decoders raise what they like on broken bytes; one file must not end a run
+        raise PhotographError(f"{type(error).__name__}: {error}") from error
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """The EXIF of a photograph; nothing when it is broken, for the pixels are good all the same."""
+    if image.format == "PNG":
+        image.load()  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
+    try:
+        return image.getexif()
+    except Exception:  # like decoders, it raises what it likes on broken bytes
+        return Image.Exif()
+
+
+def _turn(image: Image.Image, exif: Image.Exif) -> int:
+    """The EXIF orientation that is left to apply: Pillow turns TIFFs itself, and has their upright size at once."""
+    turn = 1 if image.format == "TIFF" else exif.get(ExifTags.Base.Orientation, 1)
+    return turn if turn in UPRIGHT else 1
+
+
+def _sideways(turn: int) -> bool:
+    return turn >= 5
+
+
+def _resized(
+    image: Image.Image, target: tuple[int, int], box: tuple[float, float, float, float], by: str
+) -> Image.Image:
+    h, w = target
+    whole = (w, h) == image.size
+    if not whole:
+        # the size at which the box alone has twice the pixels that are wanted
+        full = image.size
+        wanted = (math.ceil(2 * w * full[0] / (box[2] - box[0])), math.ceil(2 * h * full[1] / (box[3] - box[1])))
+        drafted = image.draft(None, wanted)  # None unless the decoder can (JPEG)
+        if drafted:
+            fx, fy = drafted[1][2] / full[0], drafted[1][3] / full[1]
+            box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
+    image = _rgb(image)
+    if whole:
+        return image
+    much = by == "torch" and (image.width >= REDUCED * w or image.height >= REDUCED * h)
+    if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and neither cuts out parts of pixels
+        return image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2)
+    if by == "opencv":
+        small = min(w, image.width), min(h, image.height)  # first what shrinks, for INTER_AREA does not enlarge
+        pixels = cv2.resize(np.asarray(image), small, interpolation=cv2.INTER_AREA)
+        return Image.fromarray(cv2.resize(pixels, (w, h), interpolation=cv2.INTER_CUBIC))
+    from torch import from_numpy
+    from torch.nn.functional import interpolate
+
+    # Pillow's numbers, to 1 or 2 in a few of a thousand of them, in a quarter of its time
+    planes = from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return Image.fromarray(interpolate(planes, target, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy())
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise PhotographError("32-bit floating point pixels have no fixed white: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise PhotographError("32-bit pixels have no fixed white: convert it to 8 or 16 bits")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _position(exif: Image.Exif) -> dict[str, float | None] | None:
+    try:
+        gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
+        longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef], "EW")
+    except Exception:  # absent or malformed: the photograph has no position, which is what None says
+        return None
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):  # so written, NaN is refused too
+        return None
+    return {"latitude": latitude, "longitude": longitude, "altitude": _altitude(gps)}
+
+
+def _degrees(parts: tuple[Any, Any, Any], side: str, sides: str) -> float:
+    """Degrees from (degrees, minutes, seconds), negative on the second of two `sides`."""
+    degrees = sum(float(part) / 60**power for power, part in enumerate(parts))
+    return degrees * (1, -1)[sides.index(side[0])]
+
+
+def _altitude(gps: dict[int, Any]) -> float | None:
+    try:
+        metres = float(gps[ExifTags.GPS.GPSAltitude])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    below = gps.get(ExifTags.GPS.GPSAltitudeRef) in (b"\1", 1)
+    return (-metres if below else metres) if math.isfinite(metres) else None

@@ -1,0 +1,619 @@
+"""Embeddings on disk: shards written atomically, read by memory map; and the small files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imatch.core import config, files
+from imatch.core.files import Row, atomic, read_json, read_rows, write_array, write_json, write_rows
+from imatch.core.step import Step, sides
+from imatch.core.types import ImatchError, Ranking, StepError, Tokens, _check, grid_xy, normalise
+from imatch.data.rotations import UPRIGHT, Pose
+
+PLACED = ("grid", "xy", "shard", "first", "n", "vector")
+"""What a row says of where its tokens lie."""
+MAPS = 16
+"""How many shards are kept mapped: each map holds an open file, of which a process may have some 1,000."""
+
+
+def settled(tokens: Tokens, size: tuple[int, int]) -> Tokens:
+    """The same tokens; positions that are those of a grid over the whole photograph but for rounding become just those.
+
+    >>> tokens = Tokens(np.ones(1), np.ones((1, 1)), np.array([[7.50001, 7.5]]), grid=(1, 1))
+    >>> settled(tokens, (16, 16)).xy.tolist()
+    [[7.5, 7.5]]
+    """
+    if tokens.grid is None:
+        return tokens
+    xy = grid_xy(tokens.grid, size)
+    return replace(tokens, xy=xy) if np.allclose(tokens.xy, xy, rtol=0, atol=1e-3) else tokens
+
+
+def write_shard(
+    folder: Path,
+    shard: int,
+    rows: Sequence[Row],
+    tokens: Sequence[Tokens],
+    dtype: type[np.floating | np.int8] | None = np.float16,
+) -> None:
+    """Write the photographs of one shard; its `.jsonl`, written last, says that it is whole.
+
+    Args:
+        folder: the step's folder.
+        shard: its number.
+        rows: one a photograph in order, skipped ones (with "skipped") included.
+        tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs. Positions
+            are written unless they are those of grids that cover their photographs (`grid_xy`), or NaN: nowhere.
+        dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale a descriptor beside it (`to_int8`).
+    """
+    base = folder / "local" / f"{shard:05d}"
+    used = [row for row in rows if "skipped" not in row]
+    placed_apart = any(
+        not _nowhere(one) and (one.grid is None or not np.array_equal(one.xy, grid_xy(one.grid, row["size"])))
+        for row, one in zip(used, tokens, strict=True)
+    )
+    if tokens:
+        local = np.concatenate([t.descriptors for t in tokens])
+        if dtype is np.int8:
+            local, scale = to_int8(local)
+            write_array(base.with_suffix(".scale.npy"), scale)
+        write_array(base.with_suffix(".npy"), local.astype(dtype or local.dtype))
+        write_array(base.with_suffix(".global.npy"), np.stack([t.vector for t in tokens]).astype(np.float32))
+        if placed_apart:
+            write_array(base.with_suffix(".xy.npy"), np.concatenate([t.xy for t in tokens]).astype(np.float32))
+    first, placed, rest = 0, [], iter(tokens)
+    for row in rows:
+        if "skipped" not in row:
+            one = next(rest)
+            where = {"shard": shard, "first": first, "n": len(one.descriptors), "vector": vector_digest(one.vector)}
+            row = {**row, "grid": one.grid, "xy": placed_apart, **where}
+            first += len(one.descriptors)
+        placed.append({**row, "shard": shard})
+    write_rows(base.with_suffix(".jsonl"), placed)
+
+
+def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Descriptors as a byte a number: each is its whole numbers times its scale, and no number is off by more than half
+    a scale, max |x| / 254.
+
+    Args:
+        descriptors: (n, d) float.
+
+    Returns:
+        whole: (n, d) int8 in [-127, 127].
+        scale: (n,) float32, max |x| / 127 of each; in float16 it would lose digits where a descriptor is small.
+
+    >>> whole, scale = to_int8(np.array([[254.0, -127.5], [0.0, 0.0]]))
+    >>> whole.tolist(), scale.tolist()
+    ([[127, -64], [0, 0]], [2.0, 0.0])
+    """
+    scale = (np.abs(descriptors.astype(np.float32)).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
+    steps = descriptors / np.where(scale > 0, scale, 1)[:, None]
+    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
+
+
+def _nowhere(tokens: Tokens) -> bool:
+    """Whether descriptors have no positions: those of aggregated tokens are NaN."""
+    return bool(len(tokens.xy) and np.isnan(tokens.xy).all())
+
+
+def vector_digest(vector: np.ndarray) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a global vector as float32: which row it belongs to.
+
+    >>> vector_digest(np.ones(2)) == vector_digest(np.ones(2, np.float32))
+    True
+    """
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()[:16]
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether the shards' rows and vectors have been gathered into images.jsonl and global.npy."""
+    return (folder / "images.jsonl").is_file()
+
+
+def shard_rows(folder: Path, wanted: Container[int] | None = None) -> dict[int, list[Row]]:
+    """The rows, skipped ones included, of every whole shard, or of those wanted, before or after merging; sorted by
+    id."""
+    if is_merged(folder):
+        rows = sorted(read_rows(folder / "images.jsonl") + read_rows(folder / "skipped.jsonl"), key=lambda r: r["id"])
+        shards: dict[int, list[Row]] = {}
+        for row in rows:
+            if wanted is None or row["shard"] in wanted:
+                shards.setdefault(row["shard"], []).append(row)
+        return shards
+    paths = {int(path.stem): path for path in sorted((folder / "local").glob("*.jsonl"))}
+    return {shard: read_rows(path) for shard, path in paths.items() if wanted is None or shard in wanted}
+
+
+def is_whole(folder: Path, shard: int) -> bool:
+    """Whether a shard is there in full."""
+    return (folder / "local" / f"{shard:05d}.jsonl").is_file()
+
+
+def write_work(folder: Path, shard: int, work: Mapping[str, float]) -> None:
+    """Put down what a shard took, until `merge` adds it up: processes that know nothing of each other write shards."""
+    write_json(folder / "local" / f"{shard:05d}.work.json", dict(work))
+
+
+def merge(folder: Path) -> dict[str, float]:
+    """Gather the shards' vectors and rows: global.npy, skipped.jsonl and, last, images.jsonl.
+
+    Returns:
+        What the shards took (`write_work`), added up.
+    """
+    shards = shard_rows(folder)
+    rows = [row for shard in sorted(shards) for row in shards[shard]]
+    images = [row for row in rows if "skipped" not in row]
+    parts = [folder / "local" / f"{shard:05d}.global.npy" for shard in sorted({row["shard"] for row in images})]
+    shapes = [_shape(part) for part in parts]
+    if sum(shape[0] for shape in shapes) != len(images):
+        raise StepError(f"{folder}: the shards' vectors and rows do not fit; delete the folder and run again")
+    with atomic(folder / "global.npy") as temporary, temporary.open("wb") as file:
+        shape = (len(images), shapes[0][1])
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for part in parts:  # one at a time, so that memory does not grow with the number of photographs
+            file.write(np.load(part).data.cast("B"))
+    write_rows(folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
+    work: Counter[str] = Counter()
+    for path in (folder / "local").glob("*.work.json"):
+        work.update(read_json(path))
+    write_rows(folder / "images.jsonl", images)
+    remove_parts(folder)
+    return dict(work)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what merging has made needless."""
+    for pattern in ("*.jsonl", "*.global.npy", "*.work.json"):
+        for path in (folder / "local").glob(pattern):
+            path.unlink()
+
+
+def remove_shard(folder: Path, shard: int) -> None:
+    """Remove a shard, its mark of being whole first."""
+    base = folder / "local" / f"{shard:05d}"
+    for suffix in (".jsonl", ".npy", ".scale.npy", ".xy.npy", ".global.npy", ".work.json"):
+        base.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def split(folder: Path) -> None:
+    """Undo `merge`, so that single shards can be computed again."""
+    vectors = np.load(folder / "global.npy", mmap_mode="r")
+    row = 0
+    for shard, rows in sorted(shard_rows(folder).items()):
+        n = sum("skipped" not in r for r in rows)
+        base = folder / "local" / f"{shard:05d}"
+        if n:
+            write_array(base.with_suffix(".global.npy"), np.asarray(vectors[row : row + n]))
+        write_rows(base.with_suffix(".jsonl"), rows)
+        row += n
+    (folder / "images.jsonl").unlink()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The tokens of a set of photographs, memory-mapped from a step's folder.
+
+    Row i of `vectors` belongs to `rows[i]`; that is checked when it is opened.
+
+    Attributes:
+        folder: the step's folder.
+
+    Raises:
+        StepError: the folder holds no embeddings, or its files do not fit each other.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not is_merged(self.folder):
+            raise StepError(f"no embeddings at {self.folder}: run the step's notebook, it goes on where it stopped")
+        ends: dict[int, int] = {}
+        for row in self.rows:
+            if row["first"] != ends.get(row["shard"], 0):
+                raise StepError(f"{self.folder}: the row of {row['id']} does not follow the one before it")
+            ends[row["shard"]] = row["first"] + row["n"]
+        if len(self.rows) != len(self.vectors):
+            raise StepError(f"{self.folder}: {len(self.vectors)} vectors for {len(self.rows)} photographs")
+        if self.ids != sorted(set(self.ids)):
+            raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
+        apart = {row["shard"] for row in self.rows if _apart(row)}
+        for shard, end in ends.items():
+            (n, _), dtype = _header(self._path(shard))
+            if n != end:
+                raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
+            if dtype == np.int8 and (n := _shape(self._path(shard, ".scale.npy"))[0]) != end:
+                raise StepError(f"{self.folder}: shard {shard} holds {n} scales for {end} descriptors")
+            if shard in apart and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
+                raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One a photograph: id, size (h, w), sha256, position, look (`images.look`), grid, xy (whether positions have a
+        file of their own), shard, first, n, vector (`vector_digest`); where a registry knows them,
+        capture, label and frame; of a reference also source and source_sha256."""
+        return read_rows(self.folder / "images.jsonl")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The photographs' ids, in row order."""
+        return [row["id"] for row in self.rows]
+
+    @cached_property
+    def shows(self) -> list[str]:
+        """What each row shows: the SHA-256 of its own file or, for a reference, of the photograph it was made from.
+
+        Two photographs with equal content show the same, so either is a right answer for the other.
+        """
+        return [row.get("source_sha256", row["sha256"]) for row in self.rows]
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """(N, D) float32, L2-normalised global vectors."""
+        return _mapped(self.folder / "global.npy")
+
+    @property
+    def digests(self) -> np.ndarray:
+        """(N,) uint64, the `vector_digest` of each row: those of the list, or of the vectors if it has none."""
+        found = (row.get("vector") or vector_digest(self.vectors[i]) for i, row in enumerate(self.rows))
+        return np.fromiter((int(digest, 16) for digest in found), np.uint64, len(self))
+
+    def _path(self, shard: int, suffix: str = ".npy") -> Path:
+        return self.folder / "local" / f"{shard:05d}{suffix}"
+
+    @cached_property
+    def _maps(self) -> dict[Path, np.ndarray]:
+        return {}
+
+    def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
+        path = self._path(shard, suffix)
+        self._maps[path] = self._maps.pop(path, None) if path in self._maps else _mapped(path)
+        while len(self._maps) > MAPS:
+            self._maps.pop(next(iter(self._maps)))  # the one not used for longest
+        return self._maps[path]
+
+    def tokens(self, row: int) -> Tokens:
+        """The tokens of one photograph: descriptors (n, d) as stored, or float32 of what int8 and scale say; xy (n, 2)
+        in pixels of the original, NaN where they have no positions."""
+        meta = self.rows[row]
+        part = slice(meta["first"], meta["first"] + meta["n"])
+        grid = None if meta["grid"] is None else tuple(meta["grid"])
+        local = np.asarray(self._local(meta["shard"])[part])
+        if local.dtype == np.int8:
+            local = local * self._local(meta["shard"], ".scale.npy")[part, None]
+        if _apart(meta):
+            xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part])
+        else:
+            xy = np.full((meta["n"], 2), np.nan, np.float32) if grid is None else grid_xy(grid, meta["size"])
+        return Tokens(np.asarray(self.vectors[row]), local, xy, grid)
+
+    @property
+    def unplaced(self) -> str:
+        """Why local descriptors have no positions, in words for people; "" where they have."""
+        if not any(row["n"] for row in self.rows):
+            return "no local descriptors were kept"
+        if self.rows[0]["grid"] is None and not _apart(self.rows[0]):
+            return "only aggregated tokens were kept, which have no positions"
+        return ""
+
+    def check_rows(self) -> None:
+        """Compare every row of the list with its vector: a moment for 40,000 of them.
+
+        Raises:
+            StepError: a vector is not the one that was written for its row; the message names the first such row and,
+                where it is another's, whose.
+        """
+        found = [vector_digest(vector) for vector in self.vectors]
+        wrong = [i for i, row in enumerate(self.rows) if row.get("vector", found[i]) != found[i]]
+        if wrong:
+            owner = {row.get("vector"): row["id"] for row in self.rows}.get(found[wrong[0]])
+            whose = f"the vector of {owner}" if owner else "a vector that no photograph of the list has"
+            raise StepError(
+                f"{self.folder}: {len(wrong)} of {len(self)} rows of global.npy do not belong to images.jsonl: the row "
+                f"of {self.ids[wrong[0]]} holds {whose}. Delete the folder and run its notebook again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        n = sum(row["n"] for row in self.rows)
+        d = _shape(self._path(self.rows[0]["shard"]))[1]
+        skipped = len(read_rows(self.folder / "skipped.jsonl"))
+        return (
+            f"{len(self)} photographs, {skipped} skipped; global {self.vectors.shape[1]} numbers each; "
+            f"local {n} descriptors of {d} ({n / len(self):.0f} a photograph)"
+        )
+
+
+def _apart(row: Row) -> bool:
+    """Whether a row's positions have a file of their own; stores of before there was `xy` have one for keypoints."""
+    return bool(row.get("xy", row["grid"] is None))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    with _readable(path):
+        return np.load(path, mmap_mode="r")
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    return _header(path)[0]
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and type of a .npy file, from its header, if the file is as long as that says."""
+    with _readable(path), path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        expected = file.tell() + math.prod(shape) * dtype.itemsize
+        if path.stat().st_size != expected:
+            raise ValueError(f"{path.stat().st_size} bytes, not {expected}")
+        return tuple(shape), dtype
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        raise StepError(
+            f"{path} cannot be read ({error}): delete its step's folder and run the notebook again"
+        ) from error
+
+
+ITERATIONS = 10
+"""Of k-means."""
+
+
+def aggregate(descriptors: np.ndarray, tokens: int) -> np.ndarray:
+    """A photograph's local descriptors as a few tokens: the centres of a spherical k-means (FAISS, fixed seed).
+
+    Args:
+        descriptors: (n, d) float of one photograph; each is L2-normalised first, and those that are zero left out.
+        tokens: K, how many to make.
+
+    Returns:
+        (K, d) float32 of L2 norm 1. With K descriptors or fewer, these themselves, then rows of zeros.
+
+    Raises:
+        ImatchError: tokens is below 1, or a descriptor is not finite.
+
+    >>> aggregate(np.array([[3.0, 4.0], [0.0, 0.0]]), 2).round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    if tokens < 1:
+        raise ImatchError(f"tokens is {tokens}: ask for at least 1")
+    _check("descriptor", descriptors)
+    directions = normalise(descriptors.astype(np.float32))
+    directions = np.ascontiguousarray(directions[directions.any(axis=1)])
+    n, d = directions.shape
+    if n <= tokens:
+        return np.pad(directions, ((0, tokens - n), (0, 0)))
+    import faiss  # an extra that only this function needs
+
+    # without the last two, FAISS warns of few points and leaves out some of many
+    few = {"min_points_per_centroid": 1, "max_points_per_centroid": n}
+    means = faiss.Kmeans(d, tokens, niter=ITERATIONS, spherical=True, seed=0, **few)
+    means.train(directions)
+    return normalise(means.centroids)
+
+
+KEEPS = {
+    "float16": "all local descriptors",
+    "int8": "all local descriptors, a byte a number",
+    "aggregated": "64 aggregated tokens a photograph, which have no positions",
+    "global": "no local descriptors",
+}
+KEEP_DEFAULT = "float16"
+KEEPS_PLACED = ("float16", "int8")
+"""Those that keep positions."""
+KEEPS_LOCAL = ("float16", "int8", "aggregated")
+"""Those that keep local descriptors."""
+AGGREGATED = 64
+"""Aggregated tokens a photograph."""
+
+
+def keep_parameter(keep: str) -> dict[str, str]:
+    """What `keep` adds to the parameters of a step: nothing by default, so that steps of before there was `keep` stay
+    what they were.
+
+    Raises:
+        ImatchError: it is not known; the message has the nearest.
+
+    >>> keep_parameter("int8"), keep_parameter("float16")
+    ({'keep': 'int8'}, {})
+    """
+    if keep not in KEEPS:
+        raise ImatchError(config.unknown("keep", keep, KEEPS))
+    return {} if keep == KEEP_DEFAULT else {"keep": keep}
+
+
+def keep_of(parameters: Mapping[str, Any]) -> str:
+    """What a step of embeddings with such parameters keeps.
+
+    >>> keep_of({"variant": "raw"})
+    'float16'
+    """
+    return str(parameters.get("keep", KEEP_DEFAULT))
+
+
+def variant_of(parameters: Mapping[str, Any]) -> str:
+    """The variant of a step of embeddings and, where it is not the default, what it keeps: a part of folders' names.
+
+    >>> variant_of({"variant": "raw"}), variant_of({"variant": "sub2", "keep": "int8"})
+    ('raw', 'sub2_int8')
+    """
+    return "_".join([parameters["variant"], *keep_parameter(keep_of(parameters)).values()])
+
+
+def check_keeps(folder: Path, parameters: Mapping[str, Any], what: str, enough: Sequence[str] = KEEPS_PLACED) -> None:
+    """Refuse what needs more than a step of embeddings kept.
+
+    Args:
+        folder, parameters: of the step.
+        what: who needs it, for the message.
+        enough: those of `KEEPS` that will do.
+
+    Raises:
+        StepError: it keeps another one.
+
+    >>> check_keeps(Path("vits16/res256_raw_global"), {"keep": "global"}, "04_match")
+    Traceback (most recent call last):
+    imatch.core.types.StepError: 04_match needs local descriptors with positions, and vits16/res256_raw_global keeps ...
+    """
+    if (keep := keep_of(parameters)) not in enough:
+        places = "" if "aggregated" in enough else " with positions"
+        raise StepError(
+            f"{what} needs local descriptors{places}, and {folder} keeps {KEEPS[keep]} (keep {keep}): run 01_embed, "
+            f"and 02_references, with keep {' or '.join(enough)}"
+        )
+
+
+def as_kept(tokens: Tokens, keep: str) -> Tokens:
+    """The tokens of a photograph as they are to be stored.
+
+    Args:
+        tokens: as the backbone gave them.
+        keep: one of `KEEPS`.
+
+    Returns:
+        "float16": the same. "int8": the same, rounded to float16. "aggregated": at most `TOKENS` directions
+        (`store.aggregate`), positions NaN. "global": no descriptors.
+
+    >>> tokens = Tokens(np.ones(1, "f4"), np.eye(3, dtype="f4"), np.zeros((3, 2), "f4"))
+    >>> [as_kept(tokens, keep).descriptors.shape for keep in KEEPS]
+    [(3, 3), (3, 3), (3, 3), (0, 3)]
+    """
+    if keep == KEEP_DEFAULT:
+        return tokens
+    rounded = tokens.descriptors.astype(np.float16)
+    if keep == "int8":
+        return replace(tokens, descriptors=rounded)
+    if keep == "global":
+        return Tokens(tokens.vector, rounded[:0], np.zeros((0, 2), np.float32))
+    few = aggregate(rounded, AGGREGATED)
+    few = few[few.any(axis=1)]
+    return Tokens(tokens.vector, few, np.full((len(few), 2), np.nan, np.float32))
+
+
+def write_kept_shard(folder: Path, shard: int, rows: Sequence[files.Row], tokens: Sequence[Tokens], keep: str) -> None:
+    """Write one shard (`store.write_shard`) of what is kept.
+
+    Args:
+        folder, shard, rows, tokens: as `store.write_shard` takes them.
+        keep: one of `KEEPS`.
+
+    >>> import tempfile
+    >>> tokens = Tokens(np.ones(1, "f4"), np.eye(3, dtype="f4"), np.zeros((3, 2), "f4"))
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     write_kept_shard(Path(name), 0, [{"id": "a.jpg", "size": (9, 9), "sha256": ""}], [tokens], "int8")
+    ...     sorted(path.name for path in (Path(name) / "local").iterdir())
+    ['00000.global.npy', '00000.jsonl', '00000.npy', '00000.scale.npy', '00000.xy.npy']
+    """
+    dtype = np.int8 if keep == "int8" else np.float16
+    write_shard(folder, shard, rows, [as_kept(one, keep) for one in tokens], dtype)
+
+
+def kept_bytes(keep: str, n: int, d: int) -> int:
+    """Bytes of one photograph's n local descriptors of d numbers on disk, without positions (8 n more for keypoints;
+    a grid has none).
+
+    >>> [kept_bytes(keep, 256, 384) for keep in KEEPS]
+    [196608, 99328, 49152, 0]
+    """
+    each = {"float16": 2 * d, "int8": d + 4, "aggregated": 2 * d, "global": 0}
+    return each[keep] * (min(n, AGGREGATED) if keep == "aggregated" else n)
+
+
+def missed(embeddings: Embeddings) -> list[Row]:
+    """The photographs that could be decoded, but in which the backbone found nothing: queries that find nothing."""
+    return [row for row in files.read_rows(embeddings.folder / "skipped.jsonl") if "size" in row]
+
+
+def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
+    """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches."""
+    query, gallery = sides(step)
+    return Embeddings(query.folder), Embeddings(gallery.folder)
+
+
+def open_poses(folder: Path, poses: Sequence[Pose]) -> Posed:
+    """Open what `embed_poses` made."""
+    posed = {pose: Embeddings(_beside(folder, pose)) for pose in poses if pose != UPRIGHT}
+    return Posed(Embeddings(folder), posed)
+
+
+def _beside(folder: Path, pose: Pose) -> Path:
+    return folder.with_name(f"{folder.name}_{pose}")
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Photographs in several poses.
+
+    Attributes:
+        upright: their embeddings as they are.
+        posed: the other poses; a photograph in which the backbone then found nothing is not there.
+
+    Raises:
+        StepError: a pose is of other photographs.
+    """
+
+    upright: Embeddings
+    posed: Mapping[Pose, Embeddings]
+
+    def __post_init__(self) -> None:
+        known = dict(zip(self.upright.ids, self.upright.rows, strict=True))
+        for embeddings in self.posed.values():
+            for row in embeddings.rows:
+                if row["id"] in known and row["sha256"] != known[row["id"]]["sha256"]:
+                    raise StepError(f"{row['id']} has changed since {self.upright.folder} was made: run 01_embed again")
+
+    @cached_property
+    def _places(self) -> dict[Pose, np.ndarray]:
+        """(N,) row of each photograph in a pose, -1 where it is not there."""
+        places = {}
+        for pose, embeddings in self.posed.items():
+            row = {id: i for i, id in enumerate(embeddings.ids)}
+            places[pose] = np.array([row.get(id, -1) for id in self.upright.ids])
+        return places
+
+    def tokens(self, row: int) -> list[tuple[Pose, Tokens]]:
+        """A photograph's tokens in each pose, the upright one first; xy in pixels of the upright original."""
+        found = [(UPRIGHT, self.upright.tokens(row))]
+        for pose, embeddings in self.posed.items():
+            if (place := self._places[pose][row]) >= 0:
+                found.append((pose, embeddings.tokens(place)))
+        return found
+
+    def vectors(self, part: slice) -> list[tuple[Pose, np.ndarray]]:
+        """(n, D) float32 global vectors of some photographs in each pose, the upright one first; zero where a
+        photograph is not there."""
+        found = [(UPRIGHT, files.take(self.upright.vectors, part))]
+        for pose, embeddings in self.posed.items():
+            places = self._places[pose][part]
+            vectors = files.take(embeddings.vectors, np.maximum(places, 0))
+            vectors[places < 0] = 0
+            found.append((pose, vectors))
+        return found
+
+
+def read_ranking(step: Step) -> Ranking:
+    """What `search` found.
+
+    Raises:
+        StepError: there is no ranking, as in a step of an earlier version.
+    """
+    if not (step.folder / "ranking.npz").is_file():
+        raise StepError(f"no ranking in {step.folder}: run 03_index again and set on_change to recompute")
+    with np.load(step.folder / "ranking.npz") as saved:
+        return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})

@@ -1,0 +1,106 @@
+"""What people say of matched pairs: accept or reject, one CSV for a data set (not the positions that 03_index reads).
+
+A label is about two photographs, so it holds whatever backbone or matcher found the pair. References of another kind
+are other photographs and have a file of their own. The file lies beside the steps, not in one of them: it is a person's
+work, and a step's folder goes when the step is computed anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from imatch.core import files
+from imatch.core.step import Step, run_and_dataset, sides
+from imatch.core.types import ImatchError
+from imatch.evaluation.metrics import Row, _mean
+
+COLUMNS = ("query", "candidate", "label")
+LABELS = ("accept", "reject")
+Labels = dict[tuple[str, str], str]
+"""(query, candidate) -> accept or reject."""
+
+
+def path(step: Step) -> Path:
+    """Where the labels of a 04_match step are, or will be: <exports>/<run>/labels/<dataset>.csv, of references with
+    their kind, such as <dataset>_isometric.csv."""
+    run, dataset = run_and_dataset(step)
+    kinds = sorted({side.folder.parents[1].name for side in sides(step) if side.name == "02_references"})
+    return run / "labels" / f"{'_'.join([dataset, *kinds])}.csv"
+
+
+def read(file: Path) -> Labels:
+    """Read a CSV of labels: the columns query, candidate and label (accept or reject), in any order.
+
+    Args:
+        file: where it is; none yet is no labels.
+
+    Raises:
+        ImatchError: a column is missing, a label is unknown, or a pair has two labels; the message names the line.
+
+    >>> read(Path("none.csv"))
+    {}
+    """
+    if not file.is_file():
+        return {}
+    lines = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig", errors="surrogateescape"), newline=""))
+    if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
+        raise ImatchError(f"{file} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)}")
+    labels: Labels = {}
+    for row in lines:
+        where = f"{file}, line {lines.line_num}"
+        pair, label = (row["query"], row["candidate"]), row["label"]
+        if label not in LABELS:
+            raise ImatchError(f"{where}: label {label!r} is not known: use {' or '.join(LABELS)}, or remove the line")
+        if labels.setdefault(pair, label) != label:
+            raise ImatchError(f"{where}: {files.printable(pair[0])} and {files.printable(pair[1])} have both labels")
+    return labels
+
+
+def write(file: Path, labels: Mapping[tuple[str, str], str]) -> None:
+    """Write the labels, sorted and atomically.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(Path(folder) / "a.csv", {("b", "x"): "reject", ("a", "x"): "accept"})
+    ...     list(read(Path(folder) / "a.csv").items())
+    [(('a', 'x'), 'accept'), (('b', 'x'), 'reject')]
+    """
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    table.writerows((*pair, labels[pair]) for pair in sorted(labels))
+    files.write_bytes(file, text.getvalue().encode(errors="surrogateescape"))
+
+
+def label_metrics(pairs: Iterable[Row], labels: Mapping[tuple[str, str], str]) -> dict[str, Any] | None:
+    """How well `verified` agrees with what people say of pairs.
+
+    Args:
+        pairs: rows of pairs.jsonl.
+        labels: (query, candidate) -> "accept" or "reject", such as `verdicts.read` gives them.
+
+    Returns:
+        labelled (how many of the pairs have a label), accepted and rejected of them; precision: the share of verified
+        ones that people accept; recall: the share of those accepted that are verified. Shares are None where nothing
+        could be counted. None when no pair has a label.
+
+    >>> pairs = [{"query": "q", "candidate": c, "verified": c != "c"} for c in "abc"]
+    >>> label_metrics(pairs, {("q", "a"): "accept", ("q", "b"): "reject"})
+    {'labelled': 2, 'accepted': 1, 'rejected': 1, 'precision': 0.5, 'recall': 1.0}
+    """
+    named = [(row["verified"], (row["query"], row["candidate"])) for row in pairs]
+    said = [(verified, labels[pair] == "accept") for verified, pair in named if pair in labels]
+    if not said:
+        return None
+    accepted = sum(accept for _, accept in said)
+    return {
+        "labelled": len(said),
+        "accepted": accepted,
+        "rejected": len(said) - accepted,
+        "precision": _mean(accept for verified, accept in said if verified),
+        "recall": _mean(verified for verified, accept in said if accept),
+    }

@@ -1,0 +1,104 @@
+"""Pairs for COLMAP, as text that its `feature_importer` and `matches_importer` read
+(https://colmap.github.io/tutorial.html, "Feature Detection and Extraction" and "Feature Matching")."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from imatch.core import files
+from imatch.core.files import Row
+from imatch.core.types import ImatchError, ImatchWarning, Pair
+from imatch.export.outputs import Sink
+
+CENTRE = 0.5
+"""Where COLMAP has the centre of the top-left pixel; ours is at 0."""
+DESCRIPTOR = " ".join(["1 0"] + ["0"] * 128)
+"""Scale 1, orientation 0 and 128 numbers that the format asks for; matches are given, so nobody reads them."""
+
+
+@dataclass(frozen=True)
+class Colmap(Sink):
+    """Keypoints, and matches between them.
+
+    The folder colmap/ of the step has keypoints/<id>.txt, the positions of a photograph over all its pairs;
+    matches.txt, all correspondences, for COLMAP to verify; inliers.txt, those that the geometry of a verified pair
+    explains. A homography explains one plane, so a scene with depth wants matches.txt:
+
+        colmap feature_importer --database_path D --image_path PHOTOGRAPHS --import_path colmap/keypoints
+        colmap matches_importer --database_path D --match_list_path colmap/matches.txt --match_type raw
+
+    or inliers.txt with --match_type inliers. <path>.colmap holds a pair until then: a .npy, (m, 5) float32, x and y in
+    A and B in COLMAP's pixels, inlier (1 or 0).
+    """
+
+    def __call__(self, path: Path, pair: Pair) -> None:
+        """See `Sink`; writes `<path>.colmap`.
+
+        Raises:
+            ImatchError: the photographs do not lie in one folder, which COLMAP's names are relative to.
+        """
+        roots = {
+            str(of).removesuffix(pair.row[side]) for of, side in zip(pair.paths, ("query", "candidate"), strict=True)
+        }
+        if len(roots) > 1:
+            raise ImatchError(
+                f"COLMAP wants all photographs in one folder, but {' and '.join(sorted(roots))} are two: match the "
+                "pairs of one 01_embed, or leave colmap out of outputs"
+            )
+        table = np.column_stack([pair.xy_a + CENTRE, pair.xy_b + CENTRE, pair.geometry.inliers]).astype(np.float32)
+        files.write_array(path.with_name(path.name + ".colmap"), table)
+
+    def gather(self, folder: Path, pairs: Iterable[tuple[Path, Row]]) -> None:
+        """See `Sink`. Refined positions are of one pair alone, so a photograph's keypoints are all that its pairs have.
+
+        A photograph whose name holds a space is left out, with a warning: a list of matches cannot name it.
+        """
+        tables: dict[tuple[str, str], tuple[Path, bool]] = {}
+        left_out = set()
+        for path, row in pairs:
+            names = (row["query"], row["candidate"])
+            spaced = {name for name in names if any(c.isspace() for c in name)}
+            left_out |= spaced
+            if not spaced and names[0] != names[1] and names[::-1] not in tables:  # COLMAP has one for both orders
+                tables[names] = path.with_name(path.name + ".colmap"), row["verified"]
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} photographs are not in {folder}, such as {min(left_out)!r}: COLMAP's lists of "
+                "matches cannot hold names with spaces; rename them if you need them there",
+                ImatchWarning,
+                stacklevel=2,
+            )
+        keypoints: dict[str, np.ndarray] = {}
+        for names, (path, _) in tables.items():
+            table = np.load(path)
+            for name, xy in zip(names, (table[:, :2], table[:, 2:4]), strict=True):
+                keypoints[name] = np.union1d(keypoints.get(name, np.zeros(0, np.complex64)), _points(xy))
+        for name, points in keypoints.items():
+            lines = [f"{len(points)} 128", *(f"{p.real:.3f} {p.imag:.3f} {DESCRIPTOR}" for p in points)]
+            files.write_bytes(folder / "keypoints" / f"{name}.txt", _text(lines))
+        for name, only_inliers in (("matches.txt", False), ("inliers.txt", True)):
+            with files.atomic(folder / name) as temporary, temporary.open("wb") as file:
+                for names, (path, verified) in tables.items():
+                    table = np.load(path)
+                    table = table[table[:, 4] > 0] if only_inliers else table
+                    if len(table) and (verified or not only_inliers):
+                        of_a, of_b = (
+                            np.searchsorted(keypoints[of], _points(xy))
+                            for of, xy in zip(names, (table[:, :2], table[:, 2:4]), strict=True)
+                        )
+                        rows = (f"{a} {b}" for a, b in zip(of_a.tolist(), of_b.tolist(), strict=True))
+                        file.write(_text([" ".join(names), *rows, ""]))
+
+
+def _points(xy: np.ndarray) -> np.ndarray:
+    """(m, 2) float32 as (m,) complex64, which numpy can sort and look up."""
+    return np.ascontiguousarray(xy, np.float32).view(np.complex64)[:, 0]
+
+
+def _text(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")

@@ -1,0 +1,298 @@
+"""Photographs -> Tokens, in one forward pass. A backbone is one class in one file and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from imatch.core import config
+from imatch.core.types import ImatchError, PhotographError, Tokens, normalise
+from imatch.data import images, registry, rotations, store
+from imatch.data.images import Decoded, Resize
+from imatch.data.rotations import UPRIGHT, Pose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+BACKBONES = {
+    "sift": "imatch.features.sift:Sift",
+    "dsift": "imatch.features.sift:DenseSift",
+    "dinov3": "imatch.features.dinov3:Dinov3",
+}
+CLASSICAL = ("sift", "dsift")
+"""Those that need no weights and are named by themselves; the others are named by their weights."""
+INVARIANT = ("sift",)
+"""Those that turn and zoom with their photographs, so that turned ones say nothing new."""
+
+
+class Backbone(Protocol):
+    """What imatch asks of a backbone. Its options are the fields of its frozen dataclass; those with compare=False say
+    how it is worked through and change no number."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu", "cuda" or "cuda:1"."""
+
+    @property
+    def patch(self) -> int:
+        """Both sides of a photograph must be multiples of this many pixels."""
+
+    @property
+    def resampling(self) -> str:
+        """Who resizes its photographs, one of `images.RESAMPLING`."""
+
+    @property
+    def digest(self) -> str:
+        """What the numbers depend on beside the options (weights, whose code), for the fingerprint."""
+
+    def load(self) -> None:
+        """Bring into memory what else the first photograph would wait for.
+
+        Raises:
+            ImatchError: what it needs is missing or broken.
+        """
+
+    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
+        """The tokens of a batch of one shape.
+
+        Args:
+            photographs: (B, h, w, 3) uint8 RGB, h and w multiples of `patch`.
+
+        Returns:
+            B Tokens; xy in pixels of what was given. A photograph's tokens do not depend on its batch.
+        """
+
+
+def create_backbone(
+    weight: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    weight_set: str = "",
+    data_key: str = "params/data_key.json",
+    device: str = "auto",
+) -> Backbone:
+    """Make the backbone that a weight names.
+
+    Args:
+        weight: "sift", "dsift", or a key of the registry's weights, such as "vits16".
+        options: the backbone's fields; those of `identity` make the same backbone without the registry.
+        weight_set: where in the registry a key is looked up that stands in several sets.
+        data_key: the registry's file.
+        device: where a network runs; "auto" is the GPU, if there is one. Classical backbones run on the CPU.
+
+    Raises:
+        ImatchError: unknown weight or option, with the nearest known one.
+
+    >>> create_backbone("sift", {"max_keypoints": 500}).max_keypoints
+    500
+    """
+    given = dict(options or {})
+    if {"filename", "precision"} <= set(given):  # what a step recorded; before there was a choice, it was torch
+        given = {"engine_forward": "torch", **given}
+    backbone: Backbone
+    if weight in CLASSICAL:
+        if device not in ("auto", "cpu"):
+            raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
+        backbone = config.create(BACKBONES, "weight", weight, given)
+        return backbone
+    if "filename" not in given:
+        known = registry.load(data_key)
+        if weight not in {entry.key for entry in known.weights}:
+            raise ImatchError(config.unknown("weight", weight, [*CLASSICAL, *(entry.key for entry in known.weights)]))
+        entry = known.weight(weight, weight_set)
+        given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
+    backbone = config.create(BACKBONES, "weight", "dinov3", {**given, "device": device})
+    return backbone
+
+
+def backbone_identity(backbone: Backbone) -> dict[str, Any]:
+    """The options of a backbone that its numbers depend on.
+
+    >>> backbone_identity(create_backbone("dsift"))
+    {'patch': 16, 'width': 48.0, 'p': 3.0}
+    """
+    fields = dataclasses.fields(backbone)  # type: ignore[arg-type]
+    return {field.name: getattr(backbone, field.name) for field in fields if field.compare}
+
+
+POOLINGS = ("cls", "mean", "cls+mean", "gem", "legacy_mean")
+
+
+def root_sift(descriptors: np.ndarray) -> np.ndarray:
+    """SIFT histograms to RootSIFT: the square root of the L1-normalised histogram.
+
+    Its dot product is the Hellinger kernel, and its L2 norm is 1 by construction.
+    Source: Arandjelovic and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012.
+
+    Args:
+        descriptors: (n, 128) float, not negative.
+
+    Returns:
+        (n, 128) float32; the histogram of a flat patch stays zero.
+
+    >>> root_sift(np.array([[1.0, 3.0]])).round(3).tolist()
+    [[0.5, 0.8659999966621399]]
+    """
+    total = descriptors.sum(axis=1, keepdims=True)
+    return np.sqrt(descriptors / np.where(total > 0, total, 1)).astype(np.float32)
+
+
+def gem(descriptors: np.ndarray, p: float = 3.0) -> np.ndarray:
+    """Generalised mean of descriptors that are not negative: (mean(x ** p)) ** (1 / p), L2-normalised.
+
+    Source: Radenovic, Tolias and Chum, "Fine-tuning CNN image retrieval with no human annotation", TPAMI 2018.
+
+    Args:
+        descriptors: (n, d) float, not negative.
+        p: 1 is the mean, infinity the maximum.
+
+    Returns:
+        (d,) float32 of norm 1; zeros when there are no descriptors.
+
+    >>> gem(np.eye(2)).round(3).tolist()
+    [0.7070000171661377, 0.7070000171661377]
+    """
+    if not len(descriptors):
+        return np.zeros(descriptors.shape[1], np.float32)
+    pooled = np.mean(descriptors.astype(np.float64) ** p, axis=0) ** (1 / p)
+    return normalise(pooled).astype(np.float32)
+
+
+def pool(method: str, cls: Tensor, patches: Tensor, before: Tensor, p: float = 3.0) -> Tensor:
+    """One global vector a photograph from the tokens of a vision transformer or ConvNeXt.
+
+    - "cls": the normalised class token, as DINOv3's authors retrieve with (Simeoni et al., "DINOv3", 2025);
+    - "mean": the mean of the normalised patch tokens;
+    - "cls+mean": the two side by side, each of L2 norm 1, so that neither outweighs the other;
+    - "gem": the generalised mean of the normalised patch tokens with their signs kept, sign(x) |x| ** p
+      (Radenovic, Tolias and Chum, TPAMI 2018; signed as in Keetha et al., "AnyLoc", RA-L 2023);
+    - "legacy_mean": the mean of all tokens before the last normalisation, class token and registers included. It is
+      what older exports hold; it is here to be compared with them, not to be chosen.
+
+    Args:
+        method: one of `POOLINGS`.
+        cls: (B, D) float, the normalised class token.
+        patches: (B, n, D) float, the normalised patch tokens.
+        before: (B, m, D) float, all tokens before the last normalisation.
+        p: exponent of "gem".
+
+    Returns:
+        (B, D) or, for "cls+mean", (B, 2 D), each of L2 norm 1.
+
+    Raises:
+        ImatchError: an unknown method, with the nearest known one.
+
+    >>> import torch
+    >>> cls, patches = torch.tensor([[3.0, 4.0]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> pool("cls+mean", cls, patches, patches).numpy().round(3).tolist()
+    [[0.42399999499320984, 0.5659999847412109, 0.5, 0.5]]
+    """
+    match method:
+        case "cls":
+            pooled = cls
+        case "mean":
+            pooled = patches.mean(dim=1)
+        case "cls+mean":
+            import torch
+
+            pooled = torch.cat([_unit(cls), _unit(patches.mean(dim=1))], dim=1)
+        case "gem":
+            powered = (patches.sign() * patches.abs() ** p).mean(dim=1)
+            pooled = powered.sign() * powered.abs() ** (1 / p)
+        case "legacy_mean":
+            pooled = before.mean(dim=1)
+        case _:
+            raise ImatchError(config.unknown("pooling", method, POOLINGS))
+    return _unit(pooled)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def vlad(descriptors: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Vector of locally aggregated descriptors, intra-normalised.
+
+    Each descriptor adds its difference from its nearest word to that word's block; every block is
+    L2-normalised, then the whole. Sources: Jegou et al., "Aggregating local descriptors into a compact image
+    representation", CVPR 2010; Arandjelovic and Zisserman, "All about VLAD", CVPR 2013.
+
+    Args:
+        descriptors: (n, d) float.
+        words: (k, d) float, the vocabulary.
+
+    Returns:
+        (k * d,) float32 of norm 1; zeros when there are no descriptors.
+
+    >>> vlad(np.array([[1.0, 1.0]]), words=np.array([[1.0, 0.0], [9.0, 9.0]])).tolist()
+    [0.0, 1.0, 0.0, 0.0]
+    """
+    blocks = np.zeros(words.shape)
+    # the nearest word by |x - w|^2 = |x|^2 - 2 x.w + |w|^2, where |x|^2 is the same for all words
+    nearest = np.argmin((words**2).sum(axis=1) - 2 * descriptors @ words.T, axis=1)
+    np.add.at(blocks, nearest, descriptors - words[nearest])
+    return normalise(normalise(blocks).ravel()).astype(np.float32)
+
+
+def stride_of(variant: str) -> int:
+    """1 for "raw", s for "sub{s}".
+
+    Raises:
+        ImatchError: it is neither.
+
+    >>> stride_of("raw"), stride_of("sub2")
+    (1, 2)
+    """
+    if variant == "raw":
+        return 1
+    if variant.startswith("sub") and variant[3:].isdecimal() and int(variant[3:]) > 1:
+        return int(variant[3:])
+    raise ImatchError(
+        f"variant {variant!r} is not known: use raw, or sub2, sub3, ... for every 2nd, 3rd row and column"
+    )
+
+
+def _decode(path: Path, resize: Resize, backbone: Backbone, degrees: float) -> Decoded | PhotographError:
+    try:
+        decoded = images.decode(path, resize, backbone.patch, backbone.resampling)
+        decoded = replace(decoded, look=images.look(decoded.pixels))
+        return rotations.turned(decoded, degrees, backbone.patch) if degrees else decoded
+    except PhotographError as error:
+        return error
+
+
+def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pose: Pose = UPRIGHT) -> Embedded:
+    """One photograph as a step with such parameters sees it; nothing is written.
+
+    Raises:
+        PhotographError: it cannot be decoded.
+    """
+    resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
+    decoded = _decode(path, resize, backbone, pose.turn)
+    if isinstance(decoded, PhotographError):
+        raise decoded
+    (tokens,) = backbone(np.stack([decoded.pixels]))  # a copy, for torch wants to be allowed to write
+    return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, stride_of(parameters["variant"])))
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A photograph's (h, w) in pixels, the SHA-256 of its file, and its tokens."""
+
+    size: tuple[int, int]
+    sha256: str
+    tokens: Tokens
+
+
+def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
+    """The tokens with positions in pixels of the original photograph, every `stride`-th row and column of a grid."""
+    if photograph.turned:
+        return rotations.placed(tokens if stride == 1 else tokens.thinned(stride), photograph)
+    placed = store.settled(replace(tokens, xy=photograph.to_original(tokens.xy)), photograph.size)
+    return placed if stride == 1 else placed.thinned(stride)

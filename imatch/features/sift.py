@@ -1,0 +1,168 @@
+"""SIFT keypoints with RootSIFT descriptors and a VLAD global vector: no weights to bring, any rotation."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from imatch.core import config, settings
+from imatch.core.types import Tokens, grid_xy
+from imatch.features import base
+
+PIXELS = 16_000_000
+"""How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
+VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
+
+
+@dataclass(frozen=True)
+class Sift:
+    """The embedded default. Source of the keypoints: Lowe, "Distinctive image features from scale-invariant
+    keypoints", IJCV 2004 (OpenCV's implementation); of the rest: `imatch.features.base`.
+
+    Attributes:
+        max_keypoints: how many of the strongest keypoints are kept.
+        contrast: OpenCV's contrastThreshold; smaller finds keypoints in flatter places.
+
+    Raises:
+        ImatchError: a number out of its range.
+
+    >>> noise = np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), np.uint8)
+    >>> (tokens,) = Sift(max_keypoints=50)(noise)
+    >>> tokens.vector.shape, tokens.descriptors.shape[1], tokens.xy.shape[1], tokens.grid
+    ((8192,), 128, 2, None)
+    """
+
+    max_keypoints: PositiveInt = 1000
+    contrast: NonNegativeFloat = 0.02
+
+    @property
+    def patch(self) -> int:
+        """Any size will do."""
+        return 1
+
+    @property
+    def device(self) -> str:
+        """It runs on the CPU."""
+        return "cpu"
+
+    @property
+    def resampling(self) -> str:
+        """OpenCV, as SIFT does without torch."""
+        return "opencv"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the vocabulary's file, and whose SIFT it is."""
+        return f"{hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()}, OpenCV {cv2.__version__}"
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """(64, 128) float32, the visual words; made by `python -m tools.sift_vocabulary`."""
+        return np.load(VOCABULARY).astype(np.float32)
+
+    def __post_init__(self) -> None:
+        config.check(self)
+
+    def load(self) -> None:
+        """The visual words."""
+        _ = self.words
+
+    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
+        """Tokens of (B, h, w, 3) uint8 RGB photographs, without a grid, the strongest keypoint first."""
+        h, w = photographs.shape[1:3]
+        with ThreadPoolExecutor(max(1, min(settings.cores(), PIXELS // (h * w)))) as pool:
+            return list(pool.map(self._tokens, photographs))
+
+    def _tokens(self, photograph: np.ndarray) -> Tokens:
+        xy, descriptors = keypoints(photograph, self.max_keypoints, self.contrast)
+        return Tokens(base.vlad(descriptors, self.words), descriptors, xy)
+
+
+def keypoints(photograph: np.ndarray, n: int, contrast: float) -> tuple[np.ndarray, np.ndarray]:
+    """The n strongest keypoints of a photograph.
+
+    Returns:
+        xy (m, 2) float32 and RootSIFT descriptors (m, 128) float32, m <= n, strongest first.
+    """
+    # without the precise upscaling every keypoint would sit a quarter of a pixel off, and turn with the photograph
+    detector = cv2.SIFT_create(contrastThreshold=contrast, enable_precise_upscale=True)
+    grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
+    found = sorted(detector.detect(grey, None), key=lambda k: (-k.response, k.pt, k.angle, k.size))[:n]
+    if not found:
+        return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
+    found, descriptors = detector.compute(grey, found)
+    return np.array([k.pt for k in found], np.float32), base.root_sift(descriptors)
+
+
+@dataclass(frozen=True)
+class DenseSift:
+    """One upright descriptor at the centre of every patch, global vector by GeM. It does not turn with the
+    photograph: that is what it is compared for.
+
+    Attributes:
+        patch: side of a patch in pixels.
+        width: side of the square that a descriptor looks at, in pixels.
+        p: exponent of the generalised mean.
+
+    Raises:
+        ImatchError: a number out of its range.
+
+    >>> noise = np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), np.uint8)
+    >>> (tokens,) = DenseSift()(noise)
+    >>> tokens.vector.shape, tokens.as_grid().shape
+    ((128,), (4, 6, 128))
+    """
+
+    patch: PositiveInt = 16
+    width: PositiveFloat = 48.0
+    p: PositiveFloat = 3.0
+
+    @property
+    def device(self) -> str:
+        """It runs on the CPU."""
+        return "cpu"
+
+    @property
+    def resampling(self) -> str:
+        """OpenCV, as SIFT does without torch."""
+        return "opencv"
+
+    @property
+    def digest(self) -> str:
+        """There are no weights; whose SIFT it is."""
+        return f"OpenCV {cv2.__version__}"
+
+    def __post_init__(self) -> None:
+        config.check(self)
+
+    def load(self) -> None:
+        """Nothing: there are no weights."""
+
+    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
+        """Tokens of (B, h, w, 3) uint8 RGB photographs, on a grid of (h / patch, w / patch)."""
+        with ThreadPoolExecutor(settings.cores()) as pool:
+            return list(pool.map(self._tokens, photographs))
+
+    def _tokens(self, photograph: np.ndarray) -> Tokens:
+        size = photograph.shape[:2]
+        grid = (size[0] // self.patch, size[1] // self.patch)
+        xy = grid_xy(grid, size)
+        grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
+        shift = 0.0
+        if self.patch % 2 == 0:
+            # OpenCV rounds a keypoint to a whole pixel and the centre of an even patch lies between pixels:
+            # after this mean of 2 x 2, pixel (x, y) shows what was at (x - 0.5, y - 0.5)
+            grey = cv2.blur(grey, (2, 2), anchor=(1, 1), borderType=cv2.BORDER_REFLECT_101)
+            shift = 0.5
+        # a SIFT descriptor is 4 x 4 cells, each three times the keypoint's radius wide: 6 sizes in all
+        points = [cv2.KeyPoint(float(x) + shift, float(y) + shift, self.width / 6, 0.0) for x, y in xy]
+        _, raw = cv2.SIFT_create().compute(grey, points)
+        descriptors = base.root_sift(raw)
+        return Tokens(base.gem(descriptors, self.p), descriptors, xy, grid)

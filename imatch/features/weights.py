@@ -1,0 +1,418 @@
+"""DINOv3's weight files: found, checked against their names, and loaded strictly into timm's models or into Meta's own.
+
+Nothing here is lenient. A file is what its name says (SHA-256), holds tensors and no code, and every tensor finds its
+place; the few that have none are named in `NEEDLESS`, with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imatch.core import compute, files, settings
+from imatch.core.config import unknown
+from imatch.core.types import ImatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+State = dict[str, "Tensor"]
+ARCHITECTURES = {
+    "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",
+    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "dinov3_vitb16": "vit_base_patch16_dinov3_qkvb",
+    "dinov3_vitl16": "vit_large_patch16_dinov3_qkvb",
+    "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3_qkvb",
+    "dinov3_vit7b16": "vit_7b_patch16_dinov3",  # this one has no biases of queries, keys and values
+    "dinov3_convnext_tiny": "convnext_tiny",
+    "dinov3_convnext_small": "convnext_small",
+    "dinov3_convnext_base": "convnext_base",
+    "dinov3_convnext_large": "convnext_large",
+}
+"""Meta's hub entry -> timm's model. The _qkvb builds keep biases that timm's plain ones leave out as near zero."""
+NEEDLESS = {
+    r"rope_embed\.periods": "a constant that timm computes; the file's is checked and taken over",
+    r"blocks\.\d+\.attn\.qkv\.bias_mask": "multiplied into the bias, as Meta's code does at every pass",
+    r"mask_token": "used in training only",
+    r"local_cls_norm\.(weight|bias)": "used in training only (ViT-L SAT, ViT-7B)",
+    r"norms\.3\.(weight|bias)": "the last norm of a ConvNeXt under a second name",
+}
+"""Tensors of Meta's files that timm's models have no place for, and why that is right."""
+HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|safetensors)$")
+SUFFIXES = (".pth", ".safetensors")
+
+
+def patch_side(hub_entry: str) -> int:
+    """The side of a patch in pixels: 16, and 32 for a ConvNeXt, the stride of its last stage.
+
+    >>> patch_side("dinov3_vits16"), patch_side("dinov3_convnext_tiny")
+    (16, 32)
+    """
+    return 32 if "convnext" in hub_entry else 16
+
+
+def find(filename: str) -> Path:
+    """The path of a weight file under WEIGHTS_ROOT, in that folder itself.
+
+    Raises:
+        ImatchError: it is not there; the message names a file that may be it under another name, or says how to get it.
+    """
+    root = settings.root("WEIGHTS_ROOT")
+    path = root / filename
+    if path.is_file():
+        return path
+    if not root.is_dir():
+        raise ImatchError(
+            f"no weights folder {root}: make it, put {filename} there, or set WEIGHTS_ROOT to the folder that holds it"
+        )
+    there = sorted(entry.name for entry in root.iterdir() if entry.suffix in SUFFIXES)
+    hashed = HASH.search(filename)
+    signs = (hashed[1], filename[: hashed.start()]) if hashed else (Path(filename).stem,)
+    near = [name for name in there if any(sign in name for sign in signs)]
+    if near:
+        raise ImatchError(f"no {filename} in {root}, but {near[0]}: if it is that file renamed, rename it back")
+    raise ImatchError(
+        f"no {filename} in {root}: ask for DINOv3's weights at https://ai.meta.com/resources/models-and-libraries/"
+        "dinov3-downloads/ and put the file there unrenamed, or set WEIGHTS_ROOT to the folder that holds it"
+    )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal; remembered by size and time of change, for weights are gigabytes."""
+    memory = settings.cache_folder() / "checksums.json"
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    known: dict[str, str] = {}
+    if memory.is_file():
+        try:
+            known = files.read_json(memory)
+        except ValueError:  # torn by something else: the files are only read once more
+            known = {}
+    if key not in known:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            blocks = iter(lambda: file.read(2**24), b"")
+            for block in compute.progress(blocks, f"check {path.name[:40]}", total=-(-stat.st_size // 2**24), delay=3):
+                digest.update(block)
+        known = {name: value for name, value in known.items() if not name.startswith(f"{path.resolve()}|")}
+        known[key] = digest.hexdigest()
+        try:
+            files.write_json(memory, known)
+        except OSError:  # a home that cannot be written to: it is read again next time
+            return known[key]
+    return known[key]
+
+
+def check_name(path: Path) -> str:
+    """The SHA-256 of a weight file, after checking that it begins with the eight digits at the end of its name.
+
+    Raises:
+        ImatchError: it does not: the download broke off, or the file is another one.
+    """
+    if path.suffix == ".pth" and not zipfile.is_zipfile(path):
+        _refuse_no_archive(path)
+    digest = sha256(path)
+    named = HASH.search(path.name)
+    if named and not digest.startswith(named[1]):
+        raise ImatchError(
+            f"{path} is not the file that its name says: its SHA-256 begins with {digest[:8]}, not with {named[1]}. "
+            "Download it again; if it was saved under another file's name, rename it"
+        )
+    return digest
+
+
+def _refuse_no_archive(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(2)
+    size = f"{path.stat().st_size / 2**20:.1f} MB"
+    if start == b"PK":
+        raise ImatchError(f"{path} is truncated ({size}): its end is missing. Download it again")
+    raise ImatchError(f"{path} ({size}) is no weight file of PyTorch: Download it again, from Meta's own link")
+
+
+def read(path: Path) -> State:
+    """The tensors of a `.pth` or `.safetensors` file, in Meta's names, memory-mapped. No code in it is ever run.
+
+    Hugging Face's names (`model.safetensors` of Meta's repositories there) are turned into Meta's.
+
+    Raises:
+        ImatchError: the file is truncated, holds code in place of tensors, or is no state dict.
+    """
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return _in_metas_names(load_file(path))
+        except SafetensorError as error:
+            raise ImatchError(f"{path} cannot be read ({error}): it is truncated; download it again") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ImatchError(
+            f"{path} holds more than tensors: loading it would run code, so it was not loaded. Take the file from "
+            "Meta's own link; a checkpoint of your own must be saved again as torch.save(model.state_dict(), path)"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ImatchError(f"{path} cannot be read ({error}): it is truncated; download it again") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+        raise ImatchError(f"{path} is no state dict of a backbone (it holds {names}): take Meta's pretrained backbone")
+    return _in_metas_names(dict(state))
+
+
+def _in_metas_names(state: State) -> State:
+    """A state dict in Meta's names, from Hugging Face's if it has those."""
+    if "embeddings.patch_embeddings.weight" in state:
+        return _vit_from_transformers(state)
+    if any(name.endswith("stages.0.layers.0.depthwise_conv.weight") for name in state):
+        return _convnext_from_transformers(state)
+    return state
+
+
+def _vit_from_transformers(state: State) -> State:
+    import torch
+
+    names = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.register_tokens": "storage_tokens",
+        "embeddings.mask_token": "mask_token",
+        "embeddings.patch_embeddings": "patch_embed.proj",
+        "attention.o_proj": "attn.proj",
+        "layer_scale1.lambda1": "ls1.gamma",
+        "layer_scale2.lambda1": "ls2.gamma",
+        "mlp.gate_proj": "mlp.w1",
+        "mlp.up_proj": "mlp.w2" if any("gate_proj" in name for name in state) else "mlp.fc1",
+        "mlp.down_proj": "mlp.w3" if any("gate_proj" in name for name in state) else "mlp.fc2",
+    }
+    found: State = {}
+    for name, value in state.items():
+        meta = re.sub(r"^(model\.)?layer\.", "blocks.", name)
+        for theirs, ours in names.items():
+            meta = meta.replace(theirs, ours)
+        found[meta] = value[0] if meta == "mask_token" and value.ndim == 3 else value
+    for name in [name for name in found if ".attention.q_proj." in name]:
+        block, kind = name.split(".attention.q_proj.")
+        q, v = found.pop(name), found.pop(f"{block}.attention.v_proj.{kind}")
+        k = found.pop(f"{block}.attention.k_proj.{kind}", None)  # keys have no bias
+        found[f"{block}.attn.qkv.{kind}"] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+    return found
+
+
+def _convnext_from_transformers(state: State) -> State:
+    renamed = {}
+    for name, value in state.items():
+        meta = re.sub(r"^(model\.)?stages\.(\d)\.downsample_layers\.", r"downsample_layers.\2.", name)
+        meta = re.sub(r"^(model\.)?stages\.(\d)\.layers\.", r"stages.\2.", meta)
+        meta = re.sub(r"^layer_norm\.", "norm.", meta)
+        for theirs, ours in (
+            ("depthwise_conv", "dwconv"),
+            ("layer_norm", "norm"),
+            ("pointwise_conv", "pwconv"),
+        ):
+            meta = meta.replace(theirs, ours)
+        renamed[meta] = value
+    return renamed
+
+
+def skeleton(hub_entry: str) -> nn.Module:
+    """timm's model for a hub entry, without memory for its weights (on torch's meta device).
+
+    Raises:
+        ImatchError: an unknown hub entry, with the nearest known one.
+    """
+    import timm
+    import torch
+
+    if hub_entry not in ARCHITECTURES:
+        raise ImatchError(unknown("hub entry", hub_entry, ARCHITECTURES))
+    with torch.device("meta"):
+        return timm.create_model(ARCHITECTURES[hub_entry], pretrained=False, num_classes=0).eval()
+
+
+def layout(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors that Meta's file for a timm model must hold: name -> shape.
+
+    >>> shapes = layout(skeleton("dinov3_vits16"))
+    >>> shapes["storage_tokens"], shapes["blocks.0.attn.qkv.bias"]
+    ((1, 4, 384), (1152,))
+    """
+    shapes = {}
+    gated = any(".mlp.fc1_g." in name for name in model.state_dict())
+    for name, value in model.state_dict().items():
+        if name.endswith("attn.v_bias"):
+            continue  # one tensor with the queries' in Meta's file
+        shape = tuple(value.shape)
+        if name.endswith("attn.q_bias"):
+            shape = (3 * shape[0],)
+        for timm_name, meta_name in _METAS_NAMES:
+            name = re.sub(timm_name, meta_name, name)
+        if gated:
+            name = name.replace(".mlp.fc2.", ".mlp.w3.")
+        shapes[name] = shape
+    return shapes
+
+
+_METAS_NAMES = (
+    (r"^reg_token$", "storage_tokens"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+    (r"\.attn\.q_bias$", ".attn.qkv.bias"),
+    (r"^(blocks\.\d+\.mlp)\.fc1_g\.", r"\1.w1."),
+    (r"^(blocks\.\d+\.mlp)\.fc1_x\.", r"\1.w2."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"^(stages.*)\.mlp\.fc", r"\1.pwconv"),
+    (r"^head\.norm\.", "norm."),
+)
+
+
+def problems(state: State, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps a state dict from being exactly the wanted tensors, a line each; empty when nothing does.
+
+    >>> import torch
+    >>> problems({"cls_token": torch.zeros(1, 1, 384)}, {"cls_token": (1, 1, 768)})
+    ['cls_token is (1, 1, 384), not (1, 1, 768)']
+    """
+    needless = re.compile("|".join(NEEDLESS))
+    missing = [f"{name} is missing" for name in sorted(set(shapes) - set(state))]
+    extra = [f"{name} has no place" for name in sorted(set(state) - set(shapes)) if not needless.fullmatch(name)]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)}, not {shape}"
+        for name, shape in sorted(shapes.items())
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    return missing + extra + wrong
+
+
+def load(hub_entry: str, path: Path) -> nn.Module:
+    """timm's model for a hub entry with the weights of a file, float32 on the CPU, ready to infer.
+
+    A ViT's last normalisation is taken out of the forward pass and kept as `last_norm`, so that one pass gives the
+    tokens before and after it.
+
+    Raises:
+        ImatchError: the file does not hold exactly this architecture; the message says which one it holds.
+    """
+    import torch
+    from timm.models import convnext, eva
+
+    model = skeleton(hub_entry)
+    state = read(path)
+    _refuse(problems(state, layout(model)), state, hub_entry, path)
+    _mask_biases(state, path)
+    needless = re.compile("|".join(NEEDLESS))
+    kept = {name: value.float() for name, value in state.items() if not needless.fullmatch(name)}
+    convert = convnext.checkpoint_filter_fn if "convnext" in hub_entry else eva.checkpoint_filter_fn
+    model.load_state_dict(convert(kept, model), strict=True, assign=True)
+    for module in model.modules():  # constants that no file holds
+        unmade = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in unmade.items():
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if unmade:
+            module.init_non_persistent_buffers()
+    if "convnext" not in hub_entry:
+        model.rope.periods.copy_(_periods(state, model.rope.periods, path))
+        model.last_norm, model.norm = model.norm, torch.nn.Identity()
+    return model
+
+
+@cache
+def _layout(hub_entry: str) -> dict[str, tuple[int, ...]]:
+    return layout(skeleton(hub_entry))
+
+
+def _refuse(found: list[str], state: State, hub_entry: str, path: Path) -> None:
+    if not found:
+        return
+    other = [name for name in ARCHITECTURES if name != hub_entry and not problems(state, _layout(name))]
+    said = f"it is a {other[0]}: correct its hub entry in data_key" if other else "take Meta's own file for it"
+    more = f"\n  ... and {len(found) - 10} more" if len(found) > 10 else ""
+    raise ImatchError(f"{path} is no {hub_entry}, {said}:\n  " + "\n  ".join(found[:10]) + more)
+
+
+def _mask_biases(state: State, path: Path) -> None:
+    """Multiply the masks into the biases, as Meta's layers do. (In the files that Meta released both are all zero.)"""
+    for name in [name for name in state if name.endswith(".qkv.bias")]:
+        mask = state.get(f"{name}_mask")
+        if mask is not None and mask.shape != state[name].shape:
+            raise ImatchError(f"{path}: {name}_mask is {tuple(mask.shape)}, not {tuple(state[name].shape)}")
+        state[name] = state[name] if mask is None else state[name] * mask
+        if not bool((state[name].chunk(3)[1] == 0).all()):
+            raise ImatchError(f"{path}: {name} gives keys a bias, which timm's model has not: use source hub")
+
+
+def _periods(state: State, exact: Tensor, path: Path) -> Tensor:
+    """The periods of the position embedding: Meta's files hold them rounded to bfloat16, and Meta's code uses them so;
+    Hugging Face's files hold none, and are given the same, so that the same weights give the same tokens."""
+    found: Tensor = state.get("rope_embed.periods", exact.bfloat16().float())
+    if found.shape != exact.shape or not bool(((found / exact - 1).abs() < 0.01).all()):
+        raise ImatchError(f"{path}: rope_embed.periods are not those of DINOv3: use source hub, or Meta's own file")
+    return found
+
+
+def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
+    """Meta's own model, from the checkout of Meta's repository at DINOV3_REPO, with the weights of a file.
+
+    Raises:
+        ImatchError: no checkout there, packages that it imports are missing, or the weights do not fit it exactly.
+    """
+    import torch
+
+    repository = settings.root("DINOV3_REPO")
+    if not (repository / "hubconf.py").is_file():
+        raise ImatchError(
+            f"no checkout of Meta's DINOv3 at {repository}: clone https://github.com/facebookresearch/dinov3, set "
+            "DINOV3_REPO to where it lies, or use source timm, which needs none"
+        )
+    if hub_entry not in ARCHITECTURES:
+        raise ImatchError(unknown("hub entry", hub_entry, ARCHITECTURES))
+    try:
+        model: Any = torch.hub.load(str(repository), hub_entry, source="local", pretrained=False)
+    except ModuleNotFoundError as error:
+        raise ImatchError(
+            f"Meta's code at {repository} imports {error.name}, which is not installed: pip install -c constraints.txt "
+            "-e '.[hub]' in imatch's folder, or use source timm, which does not need it"
+        ) from error
+    state = read(path)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    training_only = {name for name in state if name.startswith("local_cls_norm.")} - set(wanted)
+    kept = {name: value.float() for name, value in state.items() if name not in training_only}
+    # by Hugging Face's names a file lacks what never changes; Meta's own model has it from its construction
+    constant = {name for name in wanted if re.fullmatch("|".join(NEEDLESS), name)} - set(kept)
+    found = problems(kept, {name: shape for name, shape in wanted.items() if name not in constant})
+    _refuse(found, state, hub_entry, path)
+    model.load_state_dict({**{name: model.state_dict()[name] for name in constant}, **kept}, strict=True)
+    return model.eval()
+
+
+def timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of timm's model before and after its last normalisation: two (B, m, D) float32."""
+    import torch
+    from torch import nn
+
+    if hasattr(model, "num_prefix_tokens"):
+        tokens = model.forward_features(x).float()
+        return tokens, model.last_norm(tokens)
+    maps = model.forward_features(x).float()
+    patches = maps.flatten(2).transpose(1, 2)
+    norm = model.head.norm
+    # as Meta's code has it: the pooled vector goes through the norm as one more token
+    normalised = nn.functional.layer_norm(
+        torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1),
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
+    return patches, normalised

@@ -1,0 +1,213 @@
+"""One pair of photographs from tokens to geometry: the best pose, finer correspondences, what explains them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from imatch.core.config import unknown
+from imatch.core.types import Geometry, ImatchError, Matches, PhotographError, Tokens
+from imatch.data import images
+from imatch.data.rotations import Pose
+from imatch.matching import matchers, refine
+from imatch.matching.geometry import FEWEST, Estimator, degenerate, transform
+from imatch.matching.matchers import Matcher
+
+P = TypeVar("P")
+REFINEMENTS = ("off", "patch", "pixel")
+ROUNDS = 2
+"""How often the photographs are compared: the second time by the geometry that the first has found."""
+
+
+@dataclass(frozen=True)
+class Alignment(Generic[P]):
+    """How A lies on B.
+
+    Attributes:
+        pose: the pose of A that was best.
+        matches: between A's tokens in that pose and B's, (m).
+        xy_a: (m, 2) float32 pixels of the upright A.
+        xy_b: (m, 2) float32 pixels of B, refined as far as was asked, and where they were found.
+        geometry: A -> B.
+    """
+
+    pose: P
+    matches: Matches
+    xy_a: np.ndarray
+    xy_b: np.ndarray
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """Aligns A with B: matches every pose of A, keeps the one with the most inliers, refines it and estimates again.
+
+    Attributes:
+        matcher: makes the correspondences.
+        search: the first geometry, from coarse positions. It chooses the pose, and pixels are compared from it. Few and
+            coarse points fix a similarity better than a homography.
+        estimator: the geometry that is given back.
+        refinement: "off" (centres of patches), "patch" (`refine.by_patch`) or "pixel" (`refine.by_pixels` after it).
+
+    Raises:
+        ImatchError: unknown refinement, or a search that is off.
+
+    >>> from imatch.core.types import Tokens
+    >>> from imatch.matching import matchers
+    >>> from imatch.matching.geometry import Estimator
+    >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2)).astype(np.float32)
+    >>> tokens = Tokens(np.ones(1), np.eye(40, dtype=np.float32), xy)
+    >>> align = Aligner(matchers.create_matcher("mutual"), Estimator("similarity"), Estimator("affine"))
+    >>> found = align([("upright", tokens)], tokens, (100, 100), (100, 100))
+    >>> found.pose, int(found.geometry.inliers.sum()), found.geometry.verified
+    ('upright', 40, True)
+    """
+
+    matcher: Matcher
+    search: Estimator
+    estimator: Estimator
+    refinement: str = "off"
+
+    def __post_init__(self) -> None:
+        if self.refinement not in REFINEMENTS:
+            raise ImatchError(unknown("refinement", self.refinement, REFINEMENTS))
+        if self.search.model == "off":
+            raise ImatchError("the first geometry cannot be off, it chooses the pose: use similarity")
+        if self.refinement == "pixel" and self.estimator.model == "off":
+            raise ImatchError("refinement pixel starts from a geometry: use model similarity, affine or homography")
+
+    def __call__(
+        self,
+        poses: Sequence[tuple[P, Tokens]],
+        b: Tokens,
+        size_a: tuple[int, int],
+        size_b: tuple[int, int],
+        photographs: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> Alignment[P]:
+        """Align one pair.
+
+        Args:
+            poses: A's tokens in one pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
+            b: B's tokens.
+            size_a, size_b: (h, w) of the upright photographs.
+            photographs: gives the pixels of A and of B, both upright and (h, w, 3) uint8 RGB, in their full size.
+                Called at most once, and only where pixels are compared.
+
+        Raises:
+            ImatchError: no pose at all, or no photographs for refinement "pixel".
+        """
+        if not poses:
+            raise ImatchError("there is no pose of A to align: give at least the upright one")
+        if self.refinement == "pixel" and photographs is None:
+            raise ImatchError("refinement pixel compares photographs: give them, or use refinement patch")
+        first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
+        tried = [self._tried(pose, a, b, size_a, size_b, first) for pose, a in poses]
+        best = max(tried, key=lambda alignment: alignment.geometry.inliers.sum())  # the first of equal ones
+        if self.refinement == "pixel" and photographs is not None:
+            if _usable(best.geometry, size_a):
+                return self._compared(best, size_a, size_b, *photographs())
+            reason = f"no first geometry to compare the photographs from: {best.geometry.reason}"
+            return replace(best, geometry=replace(best.geometry, verified=False, reason=reason))
+        if first is self.estimator:
+            return best
+        return replace(best, geometry=self.estimator(best.xy_a, best.xy_b, size_a, size_b))
+
+    def _tried(
+        self, pose: P, a: Tokens, b: Tokens, size_a: tuple[int, int], size_b: tuple[int, int], estimator: Estimator
+    ) -> Alignment[P]:
+        matches = self.matcher(a, b)
+        xy_a = a.xy[matches.index_a]
+        xy_b = b.xy[matches.index_b] if self.refinement == "off" else refine.by_patch(a, b, matches)
+        return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, size_a, size_b))
+
+    def _compared(
+        self,
+        coarse: Alignment[P],
+        size_a: tuple[int, int],
+        size_b: tuple[int, int],
+        photograph_a: np.ndarray,
+        photograph_b: np.ndarray,
+    ) -> Alignment[P]:
+        """The geometry of what is found in the photographs; correspondences that are not stay where they are."""
+        best, matrix = None, coarse.geometry.matrix
+        for _ in range(ROUNDS):
+            xy_b = coarse.xy_b.copy()
+            near = np.linalg.norm(transform(matrix, coarse.xy_a) - xy_b, axis=1) <= self.search.threshold
+            xy_b[near], found = refine.by_pixels(photograph_a, photograph_b, coarse.xy_a[near], xy_b[near], matrix)
+            rows, inliers = np.flatnonzero(near)[found], np.zeros(len(xy_b), bool)
+            geometry = self.estimator(coarse.xy_a[rows], xy_b[rows], size_a, size_b)
+            if not _usable(geometry, size_a):
+                break
+            inliers[rows] = geometry.inliers
+            best, matrix = replace(coarse, xy_b=xy_b, geometry=replace(geometry, inliers=inliers)), geometry.matrix
+        if best is None:
+            reason = f"the photographs do not confirm it: {geometry.reason}"
+            return replace(coarse, geometry=replace(coarse.geometry, verified=False, reason=reason))
+        return best
+
+
+def _usable(geometry: Geometry, size: tuple[int, int]) -> bool:
+    return geometry.matrix is not None and geometry.inliers.sum() >= FEWEST and not degenerate(geometry.matrix, size)
+
+
+def _options(matcher: matchers.Matcher) -> dict[str, Any]:
+    """The options of a matcher that its answers depend on."""
+    fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
+    return {field.name: getattr(matcher, field.name) for field in fields if field.compare}
+
+
+def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
+    """What a 04_match with such parameters aligns a pair with; what was left at 0 is chosen for keypoints or a grid.
+
+    Args:
+        parameters: of the step.
+        b: tokens of the right photograph; None stands for keypoints.
+    """
+    chosen, refinement = parameters["geometry"], parameters["refine"]
+    patch = 0.0 if b is None or b.grid is None else max(b.spacing)
+    coarse = max(3.0, patch / 2)
+    fine = not patch or refinement == "pixel"
+    threshold = chosen["threshold"] or (3.0 if fine else coarse)
+    share = chosen["min_share"] or (0.1 if fine else 0.3)
+    estimator = Estimator(**{**chosen, "threshold": threshold, "min_share": share})
+    search = dataclasses.replace(estimator, model="similarity", method="auto", threshold=max(threshold, coarse))
+    matcher = matchers.create_matcher(parameters["matcher"], parameters["matcher_options"])
+    return Aligner(matcher, search, estimator, refinement)
+
+
+def aligned(
+    align: Aligner,
+    seen: Sequence[tuple[Pose, Tokens]],
+    b: Tokens,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    paths: tuple[Path, Path],
+) -> Alignment[Pose]:
+    """One pair. A photograph that is gone or broken by now must not end a run: its pixels are not compared, and the
+    pair is not verified.
+
+    Args:
+        align: of `aligner`.
+        seen: A's tokens in each pose.
+        b: B's tokens.
+        sizes: (h, w) of A and of B, upright.
+        paths: of the two photographs.
+    """
+    try:
+        return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])))
+    except PhotographError as error:
+        found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes)
+        reason = f"the photographs cannot be compared: {error}"
+        unsure = dataclasses.replace(found.geometry, verified=False, reason=reason)
+        return dataclasses.replace(found, geometry=unsure)
+
+
+@lru_cache(maxsize=2)
+def _pixels(path: Path) -> np.ndarray:
+    """A photograph in full; a query, which is asked for again and again, stays."""
+    return images.decode(path).pixels

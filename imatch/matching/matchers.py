@@ -1,0 +1,480 @@
+"""Two photographs' Tokens -> one-to-one correspondences. A matcher is one class in one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from threadpoolctl import ThreadpoolController
+
+from imatch.core import compute, config
+from imatch.core.types import ImatchError, Matches, Tokens
+
+MATCHERS = {
+    "mutual": "imatch.matching.matchers:Mutual",
+    "ratio": "imatch.matching.matchers:Ratio",
+    "dual_softmax": "imatch.matching.matchers:DualSoftmax",
+}
+
+
+class Matcher(Protocol):
+    """What imatch asks of a matcher. Its options are the fields of its frozen dataclass; those with compare=False say
+    where it is worked out."""
+
+    @property
+    def device(self) -> str:
+        """Where it works: "cpu", "cuda" or "cuda:1"."""
+
+    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+        """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
+
+        Any local descriptors with positions will do, on a grid or not; those of norm 0 are never matched. The roles
+        are equal: exchanging A and B exchanges the two sides of the answer, but where pairs are equally strong.
+
+        Returns:
+            strongest first, equally strong ones in the order of A; none where a side has no descriptors.
+
+        Raises:
+            ImatchError: the two sides' descriptors are not of one kind.
+        """
+
+
+def create_matcher(matcher: str, options: Mapping[str, Any] | None = None) -> Matcher:
+    """Make a matcher.
+
+    Raises:
+        ImatchError: unknown matcher or option, with the nearest known one.
+    """
+    made: Matcher = config.create(MATCHERS, "matcher", matcher, options)
+    return made
+
+
+TILE, ROWS = 2**20, 256
+"""How many cosines are in memory at once: 4 MB, which stay in the processor's cache; and how many rows of them are
+copied at once to look along the columns."""
+_BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
+
+
+@dataclass(frozen=True)
+class Side:
+    """The descriptors of a photograph that take part in matching.
+
+    Attributes:
+        rows: (n,) int64, which rows of the Tokens they are, rising.
+        directions: (n, d) float32 of norm 1.
+        xy: (n, 2) float32, their positions in pixels.
+    """
+
+    rows: np.ndarray
+    directions: np.ndarray
+    xy: np.ndarray
+
+
+class Nearest(NamedTuple):
+    """The k best partners of each of n rows, best first; of equally good ones the one with the smaller index.
+
+    Attributes:
+        score: (n, k) float32.
+        index: (n, k) int64.
+    """
+
+    score: np.ndarray
+    index: np.ndarray
+
+
+def sides(a: Tokens, b: Tokens, min_norm: float = 0.0) -> tuple[Side, Side]:
+    """Make both photographs ready to be compared. Descriptors of norm 0 point nowhere and are left out.
+
+    Args:
+        a, b: their tokens.
+        min_norm: the share of its photograph's largest norm, 0 to 1, below which a descriptor is left out.
+
+    Raises:
+        ImatchError: the two sides' descriptors are not of one kind.
+
+    >>> xy = np.zeros((3, 2), np.float32)
+    >>> tokens = Tokens(np.ones(1), np.array([[3.0, 4], [0, 0], [0.5, 0]]), xy)
+    >>> [side.rows.tolist() for side in (*sides(tokens, tokens), *sides(tokens, tokens, 0.2))]
+    [[0, 2], [0, 2], [0], [0]]
+    """
+    if a.descriptors.shape[1] != b.descriptors.shape[1]:
+        raise ImatchError(
+            f"descriptors of {a.descriptors.shape[1]} and {b.descriptors.shape[1]} numbers cannot be compared: "
+            "embed both sides with the same backbone"
+        )
+    return _side(a, min_norm), _side(b, min_norm)
+
+
+def _side(tokens: Tokens, min_norm: float) -> Side:
+    directions = tokens.descriptors.astype(np.float32, copy=False)
+    norms = np.sqrt(np.einsum("ij,ij->i", directions, directions))
+    rows = np.flatnonzero((norms > 0) & (norms >= min_norm * norms.max(initial=0)))
+    if len(rows) < len(norms):
+        directions, norms = directions[rows], norms[rows]
+    return Side(rows, directions / norms[:, None], tokens.xy[rows])
+
+
+def on_cpu(array: Any) -> np.ndarray:
+    """An array of either library as numpy's.
+
+    >>> on_cpu(np.ones(1)).tolist()
+    [1.0]
+    """
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+def products(a: Side, b: Side, device: str) -> Iterator[Any]:
+    """The cosines of A's and B's directions, some rows of A at a time: `TILE` numbers, or one row.
+
+    Args:
+        a, b: n_a and n_b descriptors.
+        device: "cpu", for numpy's arrays, or what torch knows, for torch's.
+
+    Yields:
+        (t, n_b) float32, in the memory of the one before; one of (0, n_b) when A is empty.
+
+    >>> eye = np.eye(3, dtype=np.float32)
+    >>> a, b = (Side(np.arange(3), directions, eye[:, :2]) for directions in (eye, eye[::-1]))
+    >>> next(products(a, b, "cpu")).tolist()
+    [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+    library: Any = np
+    of_a, of_b = a.directions, b.directions
+    if device != "cpu":
+        import torch
+
+        library = torch
+        of_a, of_b = (torch.from_numpy(directions).to(device) for directions in (of_a, of_b))
+    n = max(1, min(len(of_a), TILE // max(1, len(of_b))))
+    tile = library.empty((n, len(of_b)), dtype=of_a.dtype, device=of_a.device)
+    for first in range(0, max(1, len(of_a)), n):
+        rows = of_a[first : first + n]
+        # OpenBLAS rounds differently with another number of threads, and the engines differ in that. The lock is there
+        # because the limit is the whole process's
+        with _BLAS_LOCK, _BLAS.limit(limits=1):
+            library.matmul(rows, of_b.T, out=tile[: len(rows)])
+        yield tile[: len(rows)]
+
+
+def largest(scores: Any, k: int) -> Nearest:
+    """The k largest of each row of (n, m) scores; of equal ones the first. With k > 1 they are overwritten.
+
+    >>> largest(np.array([[0.1, 0.9, 0.3]]), 2).index.tolist()
+    [[1, 2]]
+    """
+    n, k = len(scores), min(k, scores.shape[1])
+    found, rows = Nearest(np.empty((n, k), np.float32), np.empty((n, k), np.int64)), np.arange(n)
+    for place in range(k):
+        index = found.index[:, place] = on_cpu(scores.argmax(1))
+        found.score[:, place] = on_cpu(scores[rows, index])
+        if place + 1 < k:
+            scores[rows, index] = -np.inf
+    return found
+
+
+def nearest(tiles: Iterable[Any], k: int) -> tuple[Nearest, Nearest]:
+    """The k largest scores of each row, and of each column, from one pass.
+
+    Args:
+        tiles: (t, n_b) float32 scores that follow each other downwards, at least one; they are overwritten.
+        k: how many; where there are fewer, all.
+
+    Returns:
+        for A's rows (n_a, min(k, n_b)), and for B's columns (n_b, min(k, n_a)).
+
+    >>> of_a, of_b = nearest([np.array([[0.1, 0.9], [0.3, 0.9]], np.float32)], 1)
+    >>> of_a.index.tolist(), of_b.index.tolist()
+    ([[1], [1]], [[1], [0]])
+    """
+    of_rows: list[Nearest] = []
+    of_columns, first = Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
+    for part in (tile[n : n + ROWS] for tile in tiles for n in range(0, max(1, len(tile)), ROWS)):
+        below = largest(part.T.copy() if isinstance(part, np.ndarray) else part.T.contiguous(), k)  # rows read faster
+        below.index[:] += first
+        if first:  # those of earlier tiles stand first, so that the smaller index wins
+            both = Nearest(*(np.concatenate(pair, axis=1) for pair in zip(of_columns, below, strict=True)))
+            best = largest(both.score, k)
+            below = Nearest(best.score, np.take_along_axis(both.index, best.index, axis=1))
+        of_columns, first = below, first + len(part)
+        of_rows.append(largest(part, k))
+    return Nearest(*map(np.concatenate, zip(*of_rows, strict=True))), of_columns
+
+
+def mutual(of_a: Nearest, of_b: Nearest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs in which each is among the other's nearest.
+
+    Args:
+        of_a: for n_a rows, indices below n_b.
+        of_b: for n_b rows, indices below n_a.
+
+    Returns:
+        (m,) int64 rows of A, (m,) int64 rows of B and (m,) float32 scores, by the rows of A.
+
+    >>> a, b = np.array([[0.9, 0.8], [0.7, 0.6]]), np.array([[0.9, 0.7], [0.8, 0.6]])
+    >>> of_a, of_b = (Nearest(score, np.array([[0, 1], [0, 1]])) for score in (a, b))
+    >>> [found.tolist() for found in mutual(of_a, of_b)[:2]]
+    [[0, 0, 1, 1], [0, 1, 0, 1]]
+    """
+    i = np.arange(len(of_a.index))[:, None]
+    chosen = (of_b.index[of_a.index] == i[..., None]).any(axis=2)
+    return np.nonzero(chosen)[0], of_a.index[chosen], of_a.score[chosen]
+
+
+def correspondences(
+    a: Side, b: Side, index_a: np.ndarray, index_b: np.ndarray, max_matches: int, one_to_one: bool = True
+) -> Matches:
+    """The answer of a matcher from the pairs that it found: strongest first, equally strong ones by the rows of A.
+
+    Args:
+        a, b: the two sides.
+        index_a, index_b: (m,) int64, their rows.
+        max_matches: how many of the strongest are kept; 0 keeps all.
+        one_to_one: keep a pair only if neither of its two is in a stronger pair that was kept.
+
+    >>> directions = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8]], np.float32)
+    >>> side = Side(np.arange(3), directions, np.zeros((3, 2), np.float32))
+    >>> found = correspondences(side, side, np.array([0, 0, 2]), np.array([2, 1, 1]), 0)
+    >>> found.index_a.tolist(), found.index_b.tolist()
+    ([2, 0], [1, 2])
+    """
+    similarity = _cosines(a.directions, b.directions, index_a, index_b)
+    order = np.lexsort((index_b, index_a, -similarity))
+    if one_to_one:
+        order = order[_greedy(index_a[order], index_b[order])]
+    order = order[: max_matches or None]
+    return Matches(a.rows[index_a[order]], b.rows[index_b[order]], similarity[order])
+
+
+def _cosines(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """(m,) float32, of pairs of rows, once more and in float64: equal pairs are equally strong, wherever they stood in
+    the tiles, and 1 is 1. Their order counts, for robust estimators draw by it."""
+    found = np.empty(len(i), np.float32)
+    for part in (slice(first, first + ROWS) for first in range(0, len(i), ROWS)):
+        x, y = a[i[part]], b[j[part]]
+        xy, xx, yy = (np.einsum("ij,ij->i", *two, dtype=np.float64) for two in ((x, y), (x, x), (y, y)))
+        found[part] = xy / np.sqrt(xx * yy)
+    return found
+
+
+def _greedy(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Which of the pairs, strongest first, are kept one after the other where neither side is taken: (m,) bool.
+
+    A pair that is the first of both its sides is kept whatever happens to the others, so that all such go at once.
+    """
+    kept = np.zeros(len(i), bool)
+    left = np.arange(len(i))
+    while len(left):
+        firsts = np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (i, j)))
+        taken = left[firsts]
+        kept[taken] = True
+        left = left[~(np.isin(i[left], i[taken]) | np.isin(j[left], j[taken]))]
+    return kept
+
+
+@dataclass(frozen=True)
+class Mutual:
+    """Pairs in which each side is among the other's nearest neighbours by cosine.
+
+    Attributes:
+        k: among how many nearest neighbours. 1 is strict; with more, repeated things get a second chance, and
+            `one_to_one` chooses.
+        min_similarity: cosine below which a pair is dropped.
+        min_relative: the share of the strongest pair's cosine, 0 to 1, below which a pair is dropped; 0 drops none.
+        min_norm: the share of its photograph's largest norm, 0 to 1, below which a descriptor is left out. The norms
+            of DINOv3's tokens differ, SIFT's are 1.
+        one_to_one: whether a descriptor takes part in one pair only, the strongest whose other side is free.
+        max_matches: how many of the strongest pairs are kept; 0 keeps all.
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one), where numbers are rounded
+            otherwise.
+
+    Raises:
+        ImatchError: a number out of its range, or a missing device.
+
+    >>> import numpy as np
+    >>> eye = np.eye(3, dtype=np.float32)
+    >>> a, b = (Tokens(eye[0], d, np.zeros((3, 2), np.float32)) for d in (eye, eye[::-1]))
+    >>> matches = Mutual(min_similarity=0.5)(a, b)
+    >>> matches.index_a.tolist(), matches.index_b.tolist()
+    ([0, 1, 2], [2, 1, 0])
+    """
+
+    k: PositiveInt = 1
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.8
+    min_relative: config.Share = 0.0
+    min_norm: config.Share = 0.0
+    one_to_one: bool = True
+    max_matches: NonNegativeInt = 2000
+    device: str = field(default="cpu", compare=False)
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        object.__setattr__(self, "device", compute.resolved(self.device))
+
+    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+        """See `Matcher`."""
+        of_a, of_b = sides(a, b, self.min_norm)
+        tiles = products(of_a, of_b, self.device)
+        i, j, similarity = mutual(*nearest(tiles, self.k))
+        kept = similarity >= self.min_similarity
+        if self.min_relative and len(similarity):
+            kept &= similarity >= self.min_relative * similarity.max()
+        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches, self.one_to_one)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Mutual nearest neighbours that are clearly nearer than anything elsewhere, seen from either photograph.
+
+    A pair is kept when its angle is below `max_ratio` times the angle to its rival, the most similar descriptor in
+    another place of the same photograph. Beside the best descriptor of a grid lies one that shows nearly the same, so
+    the rival is looked for outside a circle around the best; Lowe, too, takes the second neighbour from another object.
+    The circle's radius is `apart` times the spacing of that photograph's positions: the median distance from a position
+    to its nearest other one, which is the side of a cell on a grid (turned or not), and for keypoints how densely they
+    lie. An unrelated descriptor, at 90 degrees, is always among the rivals, for where nothing lies outside the circle.
+
+    Source: Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 2004, section 7.1; angles in place
+    of distances as in his published program, nearly the same where angles are small.
+
+    Attributes:
+        max_ratio: of the two angles, above 0 and at most 1; smaller is stricter. Lowe's is 0.8, for distances.
+        apart: in spacings, at least 0; 1.5 excludes the eight neighbours of a cell.
+        max_matches: how many of the strongest pairs are kept; 0 keeps all.
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
+
+    Raises:
+        ImatchError: a number out of its range, or a missing device.
+
+    >>> xy = np.array([[0.0, 0], [9, 0], [18, 0]], np.float32)
+    >>> a = Tokens(np.ones(1), np.eye(3), xy)
+    >>> b = Tokens(np.ones(1), np.array([[9, 1, 0], [0, 9, 1.0], [0, 9, 1.1]]), xy)
+    >>> [Ratio(apart=apart)(a, b).index_a.tolist() for apart in (0.0, 1.5)]
+    [[0], [0, 1]]
+    """
+
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.8
+    apart: NonNegativeFloat = 1.5
+    max_matches: NonNegativeInt = 2000
+    device: str = field(default="cpu", compare=False)
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        object.__setattr__(self, "device", compute.resolved(self.device))
+
+    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+        """See `Matcher`."""
+        of_a, of_b = sides(a, b)
+        in_b, rival_in_b = _with_rivals(of_a, of_b, self.apart * spacing(b.xy), self.device)
+        in_a, rival_in_a = _with_rivals(of_b, of_a, self.apart * spacing(a.xy), self.device)
+        i, j, similarity = mutual(in_b, in_a)
+        kept = _angle(similarity) < self.max_ratio * _angle(np.maximum(rival_in_b[i], rival_in_a[j]))
+        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
+
+
+def spacing(xy: np.ndarray) -> float:
+    """The median distance in pixels from a position to its nearest other one; 0 where there are less than two.
+
+    Args:
+        xy: (n, 2) float; positions that occur more than once, as keypoints of several directions do, count once.
+
+    >>> spacing(np.array([[0.0, 0], [0, 0], [3, 0], [3, 4], [7, 4]]))
+    3.5
+    """
+    from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
+
+    places = np.unique(xy, axis=0)
+    return float(np.median(KDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else 0.0
+
+
+def _with_rivals(a: Side, b: Side, radius: float, device: str) -> tuple[Nearest, np.ndarray]:
+    """The most similar of B for each of A, n of them, and (n,) float32 the best cosine outside the circle around it, or
+    0."""
+    from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
+
+    found, rivals, places = [], [], KDTree(b.xy)
+    for tile in products(a, b, device):
+        best = largest(tile, 1)
+        around = KDTree(b.xy[best.index.ravel()]).sparse_distance_matrix(places, radius, output_type="ndarray")
+        tile[around["i"], around["j"]] = 0.0
+        found.append(best)
+        rivals.append(largest(tile, 1).score.ravel())
+    return Nearest(*map(np.concatenate, zip(*found, strict=True))), np.concatenate(rivals)
+
+
+def _angle(cosine: np.ndarray) -> np.ndarray:
+    """Radians, float64."""
+    return np.arccos(cosine.astype(np.float64).clip(-1, 1))
+
+
+@dataclass(frozen=True)
+class DualSoftmax:
+    """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
+
+    The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor
+    that resembles many has none that is likely.
+
+    Source: Sun et al., "LoFTR: Detector-free local feature matching with transformers", CVPR 2021, equation 3.
+
+    Attributes:
+        temperature: what cosines are divided by before the softmax, from 0.001 on; smaller is sharper. LoFTR's 0.1 is
+            for features of its own, which are not of norm 1; among 1,000 SIFT 0.02 finds what the ratio test does.
+        min_probability: 0 to 1; a pair below it is dropped. 0.2 is LoFTR's.
+        max_matches: how many of the strongest (by cosine) are kept; 0 keeps all.
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
+
+    Raises:
+        ImatchError: a number out of its range, or a missing device.
+
+    >>> tokens = Tokens(np.ones(1), np.eye(3)[[0, 1, 2, 2]], np.zeros((4, 2), np.float32))
+    >>> DualSoftmax(min_probability=0.5)(tokens, tokens).index_a.tolist()
+    [0, 1]
+    """
+
+    temperature: Annotated[float, Field(ge=0.001)] = 0.02
+    min_probability: config.Share = 0.2
+    max_matches: NonNegativeInt = 2000
+    device: str = field(default="cpu", compare=False)
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        object.__setattr__(self, "device", compute.resolved(self.device))
+
+    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+        """See `Matcher`."""
+        of_a, of_b = sides(a, b)
+        scores = _log_probabilities(of_a, of_b, self.temperature, self.device)
+        i, j, score = mutual(*nearest(scores, 1))
+        kept = np.exp(score) >= self.min_probability
+        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
+
+
+def _log_probabilities(a: Side, b: Side, temperature: float, device: str) -> Iterator[Any]:
+    """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one."""
+    if not (len(a.rows) and len(b.rows)):
+        yield from products(a, b, device)  # the empty tile, of which there is no sum
+        return
+    of_rows, of_columns = [], None
+    for tile in products(a, b, device):
+        tile /= temperature
+        of_rows.append(_log_sum_exp(tile, 1))
+        below = _log_sum_exp(tile, 0)
+        of_columns = below if of_columns is None else _log_add_exp(of_columns, below)
+    for tile, of_these in zip(products(a, b, device), of_rows, strict=True):
+        tile *= 2 / temperature
+        tile -= of_these[:, None]
+        tile -= of_columns
+        yield tile
+
+
+def _log_sum_exp(x: Any, axis: int) -> Any:
+    if not isinstance(x, np.ndarray):
+        return x.logsumexp(axis)
+    top = x.max(axis=axis, keepdims=True)
+    return np.log(np.exp(x - top).sum(axis=axis)) + top.squeeze(axis)
+
+
+def _log_add_exp(x: Any, y: Any) -> Any:
+    return np.logaddexp(x, y) if isinstance(x, np.ndarray) else x.logaddexp(y)

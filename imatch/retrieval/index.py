@@ -1,0 +1,624 @@
+"""Nearest neighbours among the vectors of a gallery: an index on disk in shards, built, kept up to date, searched.
+
+    index.json      what was asked and chosen, written first; the names of its shards, written last
+    trained.faiss   what was learned from a sample (kinds that learn)
+    00000.faiss     a shard: an index of some of the vectors, mapped into memory when it is searched
+    00000.npy       (n,) uint64: whose vectors these are, by their digests
+
+Which row of the gallery a vector is follows from the digests, so that photographs may come and go: only shards that
+hold a vector which is gone are made anew, and new vectors become new shards, all with what was learned before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import psutil
+
+from imatch.core import compute, files, settings
+from imatch.core.compute import LOCAL, Engine
+from imatch.core.files import Row
+from imatch.core.types import Hits, ImatchError, StepError
+from imatch.data import store
+from imatch.retrieval import kinds
+
+DEVICES = ("auto", "cpu", "cuda")
+SHARD = 2**30
+"""Bytes of a shard."""
+BLOCK = 2**24
+"""Numbers that are held at once while vectors are read or compared."""
+PRODUCTS = 8
+"""From so many queries on FAISS compares by matrix products. Its own limit, 128,000 numbers, is 333 queries of 384:
+below it every query reads all vectors anew (`make bench` shows both)."""
+EXACT = 10**9
+"""n d up to which exact search is fast enough: some 20 ms a query on two cores in batches."""
+TIE = 1e-6
+"""Cosines that differ by less are equal but for rounding."""
+SAMPLE = 256
+"""Queries at most that recall is measured on."""
+
+
+def choose(n: int, d: int, memory: int) -> tuple[str, str]:
+    """The kind of index for n vectors of d numbers, and why: exact while it fits and is fast enough, then whole vectors
+    in lists, then fewer bytes a vector.
+
+    Args:
+        n, d: how many vectors of how many numbers.
+        memory: bytes that the index may take.
+
+    Raises:
+        ImatchError: not even the smallest fits.
+
+    >>> choose(40_000, 384, 2**30)[0], choose(100_000_000, 384, 2**36)[0]
+    ('flat', 'ivf_pq')
+    """
+    told = []
+    for kind in ("flat", "ivf_flat", "ivf_pq", "ivf_rabitq"):
+        needed = kinds.create_kind(kind).memory(n, d)
+        size = f"{kind} takes {_gb(needed)}"
+        if needed > memory:
+            told.append(f"{size}, more than {_gb(memory)}")
+        elif kind == "flat" and n * d > EXACT:
+            told.append(f"{size}, but compares {n * d:.1e} numbers a query, more than {EXACT:.0e}")
+        else:
+            return kind, "; ".join([*told, f"{size} of {_gb(memory)}"])
+    raise ImatchError(f"no index of {n} vectors of {d} numbers fits: {'; '.join(told)}. Give more as memory_gb")
+
+
+def sample(n: int, most: int = SAMPLE) -> np.ndarray:
+    """Which of n rows to measure on: all, or so many evenly spread ones.
+
+    >>> sample(10, 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return np.unique(np.linspace(0, n - 1, min(most, n)).astype(int))
+
+
+def digests(vectors: np.ndarray) -> np.ndarray:
+    """(N,) uint64, the `store.vector_digest` of each vector, as a number.
+
+    >>> one = np.ones((1, 2), np.float32)
+    >>> f"{digests(one)[0]:016x}" == store.vector_digest(one[0])
+    True
+    """
+    found = (int(store.vector_digest(vector), 16) for block in _blocks(vectors) for vector in block)
+    return np.fromiter(found, np.uint64, len(vectors))
+
+
+def build(
+    folder: Path,
+    vectors: np.ndarray,
+    keys: np.ndarray,
+    *,
+    kind: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    memory: int = 0,
+    shard_rows: int = 0,
+    engine: Engine = LOCAL,
+) -> None:
+    """Build the index of a gallery in a folder, or bring the one that is there up to date.
+
+    A killed build goes on where it stopped (of a gallery that has changed meanwhile, before the index was whole for the
+    first time, most shards are made anew). Vectors are looked at where they are added; where some are not normalised,
+    an index that was whole before stays as it is. What was learned stays while the gallery has between half and twice
+    as many vectors as it was learned from.
+
+    Args:
+        folder: of the index alone.
+        vectors: (N, D) float32, L2-normalised; a memory map is read block by block.
+        keys: (N,) uint64, their `digests`.
+        kind: a name of `kinds.INDEXES`, or "auto" (`choose`).
+        options: fields of that kind.
+        memory: bytes it may take; 0 is half of what is free.
+        shard_rows: vectors a shard; 0 fills `SHARD` bytes.
+        engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
+
+    Raises:
+        ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
+            of an index that is there and only wants to be brought up to date.
+        PartDoneError: see `compute.do`.
+    """
+    if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
+        raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
+    if len(keys) != len(vectors):
+        raise ImatchError(f"{len(keys)} digests for {len(vectors)} vectors")
+    n, d = vectors.shape
+    asked = {"asked": kind, "given": dict(options or {}), "dimension": d, "memory": memory}
+    plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
+    lasts = all(plan.get(name) == value for name, value in asked.items()) and n / 2 <= plan["learned_of"] <= 2 * n
+    begun = bool(plan)
+    if engine.shard:
+        _check_part(folder, begun, lasts, kind, memory)
+    if not lasts:
+        plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "learned_of": n, "shards": [], "build_ms": 0.0}
+        if not engine.shard:
+            if begun:
+                _check(vectors, np.arange(n))
+            shutil.rmtree(folder, ignore_errors=True)
+        files.write_json(folder / "index.json", plan)
+    started = time.perf_counter()
+    made = kinds.create_kind(plan["kind"], plan["options"])
+    _trained(folder, made, vectors, plan["learned_of"])
+    stays, others = _standing(folder, keys)
+    missing = _left(n, stays)
+    was_whole = "vectors" in plan
+    if engine.shard and was_whole and len(missing):
+        raise ImatchError(f"the index at {folder} wants only some more vectors: run it once without a shard")
+    if was_whole:
+        _check(vectors, missing)
+    kept = stays if was_whole else {}  # else all parts find the same jobs, whatever is done of them
+    jobs = _jobs(kept, keys, shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n)))
+    adding = _Adding(folder, plan, vectors)
+    fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
+    places = ["cpu"] * min(fit, settings.cores())
+    deque(compute.do(engine, compute.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
+    names, changes = [*kept, *(job.name for job in jobs)], len(missing) > 0 or others
+    spent = 1000 * (time.perf_counter() - started) if changes else 0
+    said = {"build_ms": round(plan["build_ms"] + spent, 3), "effort": None if changes else plan.get("effort")}
+    files.write_json(folder / "index.json", {**plan, "shards": sorted(names), **said, "vectors": n})
+    for path in [*folder.glob("[0-9]*.faiss"), *folder.glob("[0-9]*.npy")]:
+        if path.stem not in names:
+            path.unlink()
+
+
+def _check_part(folder: Path, begun: bool, lasts: bool, kind: str, memory: int) -> None:
+    """Refuse a part of an index that would not be that of the other parts, or would take theirs away."""
+    if begun and not lasts:
+        raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
+    if kind == "auto" and not memory:
+        raise ImatchError("parts must choose the same index: name one, such as flat, or give memory_gb")
+    if not lasts and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
+        raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
+
+
+def _standing(folder: Path, keys: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
+    """The rows of each shard that holds vectors of the gallery only, and whether there are others."""
+    held = {name: np.load(folder / f"{name}.npy") for name in _whole(folder)}
+    rows = _rows(list(held.values()), keys)
+    stays = {name: part for name, part in zip(held, rows, strict=True) if (part >= 0).all()}
+    return stays, len(stays) < len(held)
+
+
+def _left(n: int, shards: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Those of n rows that no shard holds."""
+    return np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *shards.values()]))
+
+
+def _jobs(kept: Mapping[str, np.ndarray], keys: np.ndarray, size: int) -> list[_Shard]:
+    """Shards of `size` for the rows that the kept ones do not hold, under names of their own."""
+    left = _left(len(keys), kept)
+    free = (f"{i:05d}" for i in itertools.count() if f"{i:05d}" not in kept)
+    parts = (left[first : first + size] for first in range(0, len(left), size))
+    return [_Shard(next(free), part, keys[part]) for part in parts]
+
+
+def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) -> dict[str, Any]:
+    budget = memory or psutil.virtual_memory().available // 2
+    if kind == "auto":
+        if options:
+            raise ImatchError(f"index auto takes no options, got {sorted(options)}: name a kind")
+        chosen, why = choose(n, d, budget)
+        return {"kind": chosen, "options": {}, "reason": why}
+    needed = kinds.create_kind(kind, options).memory(n, d)
+    if needed > budget:
+        raise ImatchError(
+            f"{kind} of {n} vectors of {d} numbers takes {_gb(needed)}, more than {_gb(budget)}: use auto, or give "
+            "more as memory_gb"
+        )
+    return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
+
+
+def _check(vectors: np.ndarray, rows: np.ndarray) -> None:
+    """Look at vectors before anything that is there is touched for them."""
+    deque(_taken(vectors, rows), maxlen=0)
+
+
+def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows, block by block, looked at for whether they are normalised."""
+    for part in _parts(rows, vectors.shape[1]):
+        block = files.take(vectors, part)
+        norms = np.sqrt(np.einsum("nd,nd->n", block, block))
+        wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+        if len(wrong):
+            norm = norms[wrong[0]]
+            raise ImatchError(f"vector {part[wrong[0]]} has norm {norm:.4g}, not 1: embed the gallery again")
+        yield block
+
+
+def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray, n: int) -> faiss.Index:
+    """The empty index, trained: what was saved, or learned now from evenly spread vectors."""
+    path = folder / "trained.faiss"
+    if path.is_file():
+        return _read(path)
+    index = made.empty(n, vectors.shape[1])
+    if not index.is_trained:
+        rows = np.unique(np.linspace(0, len(vectors) - 1, min(made.learns_from(n), len(vectors))).astype(int))
+        sample = np.concatenate(list(_taken(vectors, rows)))
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None:
+            ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
+        try:
+            index.train(sample)
+        except RuntimeError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise ImatchError(f"{len(sample)} vectors are too few to learn from ({said}): use flat") from error
+        if path.is_file():  # another part was first
+            return _read(path)
+        _write(path, index)
+    return index
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A job: the rows of the gallery that become one shard, and their keys."""
+
+    name: str
+    rows: np.ndarray
+    keys: np.ndarray
+
+
+class _Adding:
+    """Makes shards; another process opens what was learned, and the vectors, for itself."""
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any], vectors: np.ndarray) -> None:
+        self.folder, self.plan, self.vectors = folder, plan, vectors
+
+    def __getstate__(self) -> dict[str, Any]:
+        vectors = self.vectors
+        return {**self.__dict__, "vectors": Path(vectors.filename) if isinstance(vectors, np.memmap) else vectors}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vectors = state["vectors"]
+        vectors = np.load(vectors, mmap_mode="r") if isinstance(vectors, Path) else vectors
+        self.__init__(state["folder"], state["plan"], vectors)
+
+    @cached_property
+    def trained(self) -> faiss.Index:
+        made = kinds.create_kind(self.plan["kind"], self.plan["options"])
+        return _trained(self.folder, made, self.vectors, self.plan["learned_of"])
+
+    def done(self, shard: _Shard) -> bool:
+        """Whether a shard is on disk, with the vectors that it shall have."""
+        path = self.folder / f"{shard.name}.npy"
+        return path.with_suffix(".faiss").is_file() and np.array_equal(np.load(path), shard.keys)
+
+    def __call__(self, shard: _Shard) -> Row:
+        index, made = faiss.clone_index(self.trained), kinds.create_kind(self.plan["kind"], self.plan["options"])
+        with _threads(1 if made.in_order else faiss.omp_get_max_threads()):
+            for block in _taken(self.vectors, shard.rows):
+                index.add(block)
+        path = self.folder / f"{shard.name}.faiss"
+        path.unlink(missing_ok=True)  # an older shard of that name must not pass for this one
+        files.write_array(path.with_suffix(".npy"), shard.keys)
+        _write(path, index)  # last: it says that the shard is whole
+        return {"shard": shard.name, "vectors": len(shard.rows)}
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(n)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _whole(folder: Path) -> list[str]:
+    return sorted(p.stem for p in folder.glob("[0-9]*.faiss") if p.with_suffix(".npy").is_file())
+
+
+def _rows(held: Sequence[np.ndarray], keys: np.ndarray) -> list[np.ndarray]:
+    """For each shard's digests the rows of the gallery that they are, -1 where a vector is gone; equal vectors are told
+    apart by their order, each row given once."""
+    all_held = np.concatenate([np.zeros(0, np.uint64), *held])
+    by_key, by_held = np.argsort(keys, kind="stable"), np.argsort(all_held, kind="stable")
+    wanted, there = keys[by_key], all_held[by_held]
+    place = np.searchsorted(wanted, there) + np.arange(len(there)) - np.searchsorted(there, there)
+    rows = np.full(len(there), -1)
+    found = place < np.searchsorted(wanted, there, "right")
+    rows[by_held[found]] = by_key[place[found]]
+    return np.split(rows, np.cumsum([len(part) for part in held])[:-1]) if held else []
+
+
+@dataclass(frozen=True)
+class Point:
+    """What an effort gives.
+
+    Attributes:
+        effort: of the search; None where there is none to choose.
+        recall: share of the exact k nearest that are found, in [0, 1].
+        ms: milliseconds a query in one batch.
+    """
+
+    effort: int | None
+    recall: float
+    ms: float
+
+
+class Searcher:
+    """An index that `build` wrote, over the vectors that it was built from.
+
+    Args:
+        folder: the index' folder.
+        vectors: (N, D) float32, as they were given to `build`.
+        keys: (N,) uint64, their `digests`.
+        device: "cpu", "cuda" (all GPUs), "cuda:N", or "auto": all GPUs if FAISS sees some and knows the kind there.
+        float16: whether a GPU keeps numbers in 16 bits.
+
+    Raises:
+        StepError: there is no index, it is not whole, or older than its gallery.
+        ImatchError: a device that is not there.
+
+    >>> import tempfile
+    >>> vectors = np.eye(3, dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     build(Path(folder) / "index", vectors, digests(vectors))
+    ...     Searcher(Path(folder) / "index", vectors, digests(vectors)).search(vectors[1:], k=1).rows.tolist()
+    [[1], [2]]
+    """
+
+    def __init__(
+        self, folder: Path, vectors: np.ndarray, keys: np.ndarray, *, device: str = "auto", float16: bool = False
+    ) -> None:
+        if not (folder / "index.json").is_file():
+            raise StepError(f"no index at {folder}: run 03_index again")
+        self.folder, self.vectors, self.device = folder, vectors, device
+        self.plan = files.read_json(folder / "index.json")
+        self.kind = kinds.create_kind(self.plan["kind"], self.plan["options"])
+        names = self.plan["shards"]
+        if not names or not set(names) <= set(_whole(folder)):
+            raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
+        held = [_load(folder / f"{name}.npy") for name in names]
+        self.rows = _rows(held, keys)
+        n = sum(len(part) for part in held)
+        if self.plan["dimension"] != vectors.shape[1] or n != len(keys) or any((part < 0).any() for part in self.rows):
+            raise StepError(
+                f"the index at {folder} is older than its gallery: it holds {n} vectors of {self.plan['dimension']} "
+                f"numbers, not these {len(keys)} of {vectors.shape[1]}. Run it again and set on_change to recompute"
+            )
+        self.shards = [_read(folder / f"{name}.faiss", mapped=True) for name in names]
+        for shard, part, name in zip(self.shards, held, names, strict=True):
+            if shard.ntotal != len(part):
+                raise StepError(f"{folder / name}.faiss holds {shard.ntotal} vectors, not {len(part)}: delete {folder}")
+        self.gpus = _gpus(device, self.plan["kind"], self.kind.gpu)
+        if self.gpus:
+            options = faiss.GpuMultipleClonerOptions()
+            options.useFloat16, options.shard = float16, len(self.gpus) > 1
+            self.shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in self.shards]
+        self.effort: int | None = self.plan.get("effort")
+
+    @property
+    def backend(self) -> str:
+        """Where it searches: "faiss-cpu" or "faiss-gpu"."""
+        return "faiss-gpu" if self.gpus else "faiss-cpu"
+
+    def search(self, queries: np.ndarray, k: int, effort: int | None = None) -> Hits:
+        """The k nearest rows of each of (Q, D) queries by cosine, ties by the smaller row.
+
+        Candidates are compared by their vectors in the store (unless the kind's refine is 0), in one order of adding
+        up, so that scores are exact and do not depend on how many queries are asked at once.
+
+        Args:
+            queries: (Q, D) float32, L2-normalised.
+            k: at least 1; rows of -1 fill up where the gallery has fewer.
+            effort: nprobe or efSearch; None is what `tune` chose.
+
+        Raises:
+            ImatchError: k below 1, queries of another dimension or not finite.
+        """
+        n, d = self.vectors.shape
+        if k < 1:
+            raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+        if queries.ndim != 2 or queries.shape[1] != d:
+            raise ImatchError(
+                f"queries {queries.shape} do not fit an index of dimension {d}: embed both sides with the same backbone"
+            )
+        queries = np.ascontiguousarray(queries, np.float32)
+        if not np.isfinite(queries).all():
+            raise ImatchError("queries hold numbers that are not finite: embed them again")
+        self._set_effort(effort or self.effort)
+        _allow_products(d)
+        k_found = min(k, n)
+        rows = np.full((len(queries), k), -1)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        todo, depth = np.arange(len(queries)), min(n, k_found * max(1, self.kind.refine) + 1)
+        while len(todo):
+            found = self._nearest(queries[todo], depth)
+            rows[todo, :k_found], scores[todo, :k_found] = found.rows[:, :k_found], found.scores[:, :k_found]
+            if not self.kind.exact or depth == n:
+                break
+            # where the last place ties with the last candidate, others that were not looked at may tie, too
+            todo = todo[found.scores[:, k_found - 1] - found.scores[:, -1] < TIE]
+            depth = min(n, 4 * depth)
+        return Hits(rows, scores)
+
+    def _set_effort(self, effort: int | None) -> None:
+        if effort is None or not self.kind.effort:
+            return
+        for shard in self.shards:
+            space = faiss.GpuParameterSpace() if self.gpus else faiss.ParameterSpace()
+            space.set_index_parameter(shard, self.kind.effort, effort)
+
+    def _nearest(self, queries: np.ndarray, depth: int) -> Hits:
+        found = []
+        for shard, rows in zip(self.shards, self.rows, strict=True):
+            if self.gpus and depth > 2048:
+                raise ImatchError(
+                    f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu"
+                )
+            scores, places = shard.search(queries, min(depth, shard.ntotal))
+            found.append((np.where(places < 0, -1, np.append(rows, -1)[places]), scores))
+        rows, scores = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+        scores = np.where(rows < 0, -np.inf, scores)
+        if len(found) > 1:
+            best = np.argpartition(-scores, min(depth, scores.shape[1]) - 1, axis=1)[:, :depth]
+            rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
+        if self.kind.refine:
+            scores = self._compared(queries, rows)
+        order = np.lexsort([rows, -scores], axis=1)
+        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1).astype(np.float32)
+        rows[np.isneginf(scores)] = -1
+        short = max(0, depth - rows.shape[1])
+        return Hits(
+            np.pad(rows, ((0, 0), (0, short)), constant_values=-1),
+            np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf),
+        )
+
+    def _compared(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(Q, m) cosines of candidates by their vectors in the store; -inf where row is -1."""
+        scores = np.empty(rows.shape, np.float32)
+        block = max(1, BLOCK // (rows.shape[1] * self.vectors.shape[1]))
+        for first in range(0, len(rows), block):
+            part = slice(first, first + block)
+            candidates = files.take(self.vectors, rows[part].ravel()).reshape(*rows[part].shape, -1)
+            scores[part] = np.einsum("qd,qkd->qk", queries[part], candidates)
+        scores[rows < 0] = -np.inf
+        return scores
+
+    def curve(self, queries: np.ndarray, k: int) -> list[Point]:
+        """Recall@k against exact search and milliseconds a query, over the kind's efforts, until nothing is missed; no
+        points for an exact kind.
+
+        Args:
+            queries: (Q, D) float32, a sample.
+            k: neighbours a query.
+        """
+        if self.kind.exact:
+            return []
+        k = min(k, len(self.vectors))
+        exact = self.exact(queries, k)
+        efforts = [*self.kind.efforts(self.plan["learned_of"])] or [None]
+        self.search(queries, k, efforts[0])  # the first search maps the file and wakes threads
+        points = []
+        for effort in efforts:
+            started = time.perf_counter()
+            rows = self.search(queries, k, effort).rows
+            took = 1000 * (time.perf_counter() - started) / len(queries)
+            # a neighbour that scores as high as the last of the exact ones is as good
+            scores = self._compared(queries, rows)
+            recall = float((scores >= exact.scores[:, -1:] - TIE).mean())
+            points.append(Point(effort, recall, took))
+            if recall == 1.0:
+                break
+        return points
+
+    def tune(self, points: Sequence[Point], wanted: float) -> Point | None:
+        """Search from now on with the smallest effort that reaches the wanted recall, or with the best there is, and
+        remember that beside the index. None for an exact kind."""
+        if not points:
+            return None
+        reached = [point for point in points if point.recall >= wanted]
+        chosen = reached[0] if reached else max(points, key=lambda point: point.recall)
+        self.effort = chosen.effort
+        self.plan = {**self.plan, "effort": chosen.effort}
+        files.write_json(self.folder / "index.json", self.plan)
+        return chosen
+
+    def exact(self, queries: np.ndarray, k: int) -> Hits:
+        """The exact k nearest, by comparing with all vectors of the store, block by block; k is at most N."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        _allow_products(queries.shape[1])
+        rows = np.zeros((len(queries), 0), np.int64)
+        scores = np.zeros((len(queries), 0), np.float32)
+        first = 0
+        for block in _blocks(self.vectors):
+            new, places = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            rows, scores = np.hstack([rows, places + first]), np.hstack([scores, new])
+            order = np.lexsort([rows, -scores], axis=1)[:, :k]
+            rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+            first += len(block)
+        return Hits(rows, scores)
+
+    def stored(self) -> int:
+        """Bytes of its shards on disk."""
+        return sum((self.folder / f"{name}.faiss").stat().st_size for name in self.plan["shards"])
+
+
+def _allow_products(d: int) -> None:
+    faiss.cvar.distance_compute_blas_threshold = PRODUCTS * d
+
+
+def _gpus(device: str, kind: str, able: bool) -> list[int]:
+    """The GPUs to search on; none is the CPU."""
+    name, _, number = device.partition(":")
+    if name not in DEVICES or (number and (name != "cuda" or not number.isdecimal())):
+        raise ImatchError(f"unknown device {device!r}: use auto, cpu, cuda or such as cuda:0")
+    there = faiss.get_num_gpus()
+    if name == "cpu" or (name == "auto" and not (there and able)):
+        return []
+    if not there:
+        raise ImatchError(
+            f"device {device} was asked for, and FAISS sees no GPU: install faiss-gpu (make setup FAISS=gpu) and a "
+            "driver, or use auto"
+        )
+    if not able:
+        raise ImatchError(f"{kind} does not run on a GPU: use device cpu, or flat, ivf_flat or ivf_pq")
+    if number and int(number) >= there:
+        raise ImatchError(f"device {device} is not there: FAISS sees {there} GPUs, from cuda:0 on")
+    return [int(number)] if number else list(range(there))
+
+
+def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    size = max(1, BLOCK // max(1, vectors.shape[1]))
+    for first in range(0, len(vectors), size):
+        yield files.take(vectors, slice(first, first + size))
+
+
+def _parts(rows: np.ndarray, d: int) -> Iterator[np.ndarray]:
+    size = max(1, BLOCK // d)
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
+def _write(path: Path, index: faiss.Index) -> None:
+    """Write an index through Python, for faiss.write_index hides a full disk."""
+    with files.atomic(path) as temporary, temporary.open("wb") as file:
+        _through(file.write, index)
+
+
+def _through(write: Callable[[Any], int], index: faiss.Index) -> None:
+    failed: list[OSError] = []
+
+    def chunk(data: Any) -> int:
+        try:
+            return 0 if failed else write(data)
+        except OSError as error:  # FAISS would say only that it wrote too little
+            failed.append(error)
+            return 0
+
+    try:
+        faiss.write_index(index, faiss.BufferedIOWriter(faiss.PyCallbackIOWriter(chunk), 2**20))
+    except RuntimeError:
+        if not failed:
+            raise
+    if failed:
+        raise failed[0]
+
+
+def _read(path: Path, mapped: bool = False) -> faiss.Index:
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    except RuntimeError as error:
+        raise StepError(f"{path} is not a whole FAISS index: delete {path.parent} and run 03_index again") from error
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path))
+    except (ValueError, EOFError) as error:
+        raise StepError(f"{path} cannot be read ({error}): delete {path.parent} and run 03_index again") from error
+
+
+def _gb(size: float) -> str:
+    return f"{size / 2**30:.2f} GB" if size >= 2**27 else f"{size / 2**20:.2f} MB"

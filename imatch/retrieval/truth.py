@@ -1,0 +1,623 @@
+"""How good the answers are: retrieval, geometry and metres, by angle and crop, with honest intervals."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from scipy.spatial import cKDTree
+
+from imatch.core import config
+from imatch.core.files import Row
+from imatch.core.step import Step, photographs_root, source_rows, views_by_id
+from imatch.core.types import ImatchError, Truth
+from imatch.data.store import Embeddings
+
+
+def same_photograph(
+    query_shows: Sequence[str],
+    gallery_shows: Sequence[str],
+    own: np.ndarray | None = None,
+    of: np.ndarray | None = None,
+) -> Truth:
+    """A row of the gallery answers a query when both show the same photograph.
+
+    Args:
+        query_shows: Q names of what the queries show, such as `Embeddings.shows`.
+        gallery_shows: N of the same for the gallery.
+        own, of: (Q,) and (N,) whole numbers; where they are equal the row is left out for that query (itself, or its
+            siblings). None leaves nothing out.
+
+    >>> truth = same_photograph(["a", "b"], ["a", "b", "a"], own=np.array([0, 1]), of=np.array([0, 1, 2]))
+    >>> truth.first.tolist(), truth.rows.tolist()
+    ([0, 1, 1], [2])
+    """
+    _, codes = np.unique([*query_shows, *gallery_shows], return_inverse=True)
+    query, gallery = codes[: len(query_shows)], codes[len(query_shows) :]
+    order = np.argsort(gallery, kind="stable")
+    low, high = (np.searchsorted(gallery, query, side, sorter=order) for side in ("left", "right"))
+    count = high - low
+    asks = np.repeat(np.arange(len(query)), count)
+    rows = order[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)]
+    if own is not None and of is not None:
+        stays = own[asks] != of[rows]
+        asks, rows = asks[stays], rows[stays]
+    return Truth(np.concatenate([[0], np.cumsum(np.bincount(asks, minlength=len(query)))]), rows)
+
+
+MOST = 10**8
+"""Right answers of all queries together that are kept in memory: 800 MB."""
+EARTH = 6_371_000.0
+"""Mean radius of the Earth in metres; as a sphere it is right to 0.6 %."""
+AXES = {"globe": ("latitude", "longitude"), "plane": ("x", "y")}
+NUMBERS = ("latitude", "longitude", "altitude", "x", "y", "z", "yaw", "pitch", "roll")
+NAMES = ("id", "imageref", "image", "filename")
+LIMITS = {"latitude": 90, "longitude": 180}
+METRES = (10, 20, 50, 100)
+"""Within how many metres hits are counted."""
+EQUAL = 1e-6
+"""Metres up to which two distances are the same."""
+PAIRS = 2**20
+"""How many distances are computed at a time."""
+Groups = tuple[np.ndarray, np.ndarray]
+"""(Q,) and (N,), integers or text: a gallery row of the query's own group is left out."""
+
+
+def haversine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Great-circle distances on a sphere (Sinnott, "Virtues of the haversine", Sky and Telescope 68, 1984).
+
+    Args:
+        a, b: (..., 2) latitude and longitude in degrees; they broadcast.
+
+    Returns:
+        (...) metres; NaN where a or b is.
+
+    >>> haversine(np.array([0.0, 0]), np.array([1.0, 0])).round(2).item()
+    111194.93
+    """
+    a, b = np.radians(a), np.radians(b)
+    half = np.sin((b - a) / 2) ** 2
+    share = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
+    return 2 * EARTH * np.arcsin(np.sqrt(np.minimum(share, 1)))  # rounding may pass 1 at the antipode
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where N photographs were taken, and which way is up in them.
+
+    Attributes:
+        system: "globe" (latitude, longitude in degrees) or "plane" (x, y in metres).
+        coordinates: (N, 2) float64, NaN where unknown.
+        heading: (N,) degrees clockwise from north in which the photograph's top points, NaN where unknown.
+
+    Raises:
+        ValueError: an unknown system, or shapes that do not fit each other.
+
+    >>> Places("plane", np.array([[3.0, 4], [np.nan, np.nan]]), np.zeros(2)).known.tolist()
+    [True, False]
+    """
+
+    system: str
+    coordinates: np.ndarray
+    heading: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.system not in AXES or self.coordinates.shape != (len(self.heading), 2) or self.heading.ndim != 1:
+            raise ValueError(
+                f"places do not fit: system {self.system!r}, coordinates {self.coordinates.shape}, "
+                f"heading {self.heading.shape}"
+            )
+
+    @property
+    def known(self) -> np.ndarray:
+        """(N,) bool, whether the place is known."""
+        return np.isfinite(self.coordinates).all(axis=1)
+
+    def metres(self, other: Places, rows: np.ndarray) -> np.ndarray:
+        """How far each photograph is from some of another set.
+
+        Args:
+            other: the other set, in the same system.
+            rows: (N, k) int, rows of `other`, -1 for none.
+
+        Returns:
+            (N, k) float64 metres; NaN where a place is unknown or there is none.
+
+        Raises:
+            ImatchError: the systems differ.
+
+        >>> one = Places("plane", np.array([[0.0, 0], [3, 4]]), np.zeros(2))
+        >>> one.metres(one, np.array([[1, 0], [1, -1]])).tolist()
+        [[5.0, 0.0], [0.0, nan]]
+        """
+        _same_system(self, other)
+        there = np.vstack([other.coordinates, [[np.nan, np.nan]]])[rows]  # row -1 is the last
+        return _distance(self.system, self.coordinates[:, None], there)
+
+
+def _distance(system: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return haversine(a, b) if system == "globe" else np.hypot(a[..., 0] - b[..., 0], a[..., 1] - b[..., 1])
+
+
+def _same_system(query: Places, gallery: Places) -> None:
+    if query.system != gallery.system:
+        one, other = (", ".join(AXES[places.system]) for places in (query, gallery))
+        raise ImatchError(
+            f"queries are placed by {one} and the gallery by {other}, which have no distance: give labels of one kind"
+        )
+
+
+def read_labels(path: Path) -> dict[str, dict[str, float]]:
+    """Where photographs were taken, from a file that says so.
+
+    Args:
+        path: a .csv with commas and a line of names: id (or imageref, image, filename), then those there are of
+            latitude, longitude (degrees), altitude, x, y, z (metres), yaw (clockwise from north), pitch, roll
+            (degrees), in any order and case, others beside them; or a .json, {"images": [{"imageref": "flight/a.jpg",
+            "position": {"latitude": 37.5, ...}, "attitude": {"yaw": 90, ...}}]}. Either in UTF-8; what is empty, null
+            or absent is unknown.
+
+    Returns:
+        The photographs' paths as the file has them, in NFC with forward slashes -> the numbers known of each.
+
+    Raises:
+        ImatchError: the file cannot be read, holds no place, or something in it is wrong.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "labels.csv"
+    >>> _ = path.write_text("id,latitude,longitude,yaw\\na.jpg,37.5,127,\\n")
+    >>> read_labels(path)
+    {'a.jpg': {'latitude': 37.5, 'longitude': 127.0}}
+    """
+    readers = {".csv": _csv_entries, ".json": _json_entries}
+    if path.suffix.lower() not in readers:
+        raise ImatchError(f"labels {path}: unknown kind of file {path.suffix!r}: give a .csv or a .json")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ImatchError(f"labels {path} cannot be read ({error.strerror}): give the path of a file") from error
+    except UnicodeDecodeError as error:
+        raise ImatchError(f"labels {path}: not UTF-8 from byte {error.start}: save it as UTF-8") from error
+    labels: dict[str, dict[str, float]] = {}
+    for where, name, given in readers[path.suffix.lower()](text, f"labels {path}"):
+        if not name.strip():
+            raise ImatchError(f"{where}: names no photograph: give its path")
+        numbers, key = _checked(given, where), _normal(name.strip())
+        if labels.setdefault(key, numbers) != numbers:
+            raise ImatchError(f"{where}: {key!r} is there twice with different values: keep one of them")
+    if not any(axis in numbers for numbers in labels.values() for axis, _ in AXES.values()):
+        raise ImatchError(f"labels {path}: holds no place: give latitude and longitude, or x and y")
+    return labels
+
+
+def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of each line: where it is, which photograph it names, what it gives."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] | None = None
+    try:
+        for cells in reader:
+            line = f"{where}, line {reader.line_num}"
+            if columns is None:
+                columns = _columns(cells, line)
+            elif any(cell.strip() for cell in cells):  # spreadsheets leave empty lines at the end
+                if len(cells) != len(columns):
+                    raise ImatchError(f"{line}: {len(cells)} cells for {len(columns)} columns: correct the line")
+                row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
+                name = next(row[name] for name in NAMES if name in row)
+                yield line, name, {name: _float(row[name]) for name in NUMBERS if row.get(name)}
+    except csv.Error as error:
+        raise ImatchError(f"{where}, line {reader.line_num}: no CSV ({error}): correct the quotes") from error
+
+
+def _columns(cells: Sequence[str], where: str) -> list[str]:
+    columns = [cell.strip().lower() for cell in cells]
+    named = [name for name in columns if name in NAMES]
+    if len(named) != 1:
+        raise ImatchError(
+            f"{where}: wants one column of {', '.join(NAMES)}, separated by commas; has {config.names(columns)}"
+        )
+    for column in columns:
+        if column not in (*NAMES, *NUMBERS) and (near := difflib.get_close_matches(column, NUMBERS, 1, 0.8)):
+            raise ImatchError(f"{where}: unknown column {column!r}: did you mean {near[0]!r}?")
+    twice = [name for name in NUMBERS if columns.count(name) > 1]
+    if twice:
+        raise ImatchError(f"{where}: column {twice[0]} is there twice: keep one of them")
+    return columns
+
+
+def _float(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+class _Photograph(config.Said, extra="ignore"):
+    imageref: str
+    position: dict[str, Any] = Field({})
+    attitude: dict[str, Any] = Field({})
+
+
+class _Photographs(config.Said, extra="ignore"):
+    images: list[_Photograph]
+
+
+def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    try:
+        whole = config.checked(_Photographs, json.loads(text), f"{where}: ")
+    except json.JSONDecodeError as error:
+        raise ImatchError(f"{where}, line {error.lineno}: no JSON ({error.msg}): correct it") from error
+    for i, said in enumerate(whole.images):
+        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position | said.attitude
+
+
+def _checked(given: Mapping[str, Any], where: str) -> dict[str, float]:
+    """The numbers that are given, if they can be true."""
+    said = {name: given[name] for name in NUMBERS if given.get(name) is not None}
+    for name, value in said.items():
+        if not config.fits(value, float) or not math.isfinite(value):
+            raise ImatchError(f"{where}: {name} wants a number, got {value!r}: correct it, or leave it empty")
+        if abs(value) > LIMITS.get(name, math.inf):
+            raise ImatchError(
+                f"{where}: {name} {value} lies outside -{LIMITS[name]} to {LIMITS[name]} degrees: correct it"
+            )
+    for axes in AXES.values():
+        for one, other in (axes, axes[::-1]):
+            if one in said and other not in said:
+                raise ImatchError(f"{where}: {one} without {other}: give both, or leave both empty")
+    return {name: float(value) for name, value in said.items()}
+
+
+def _normal(path: str) -> str:
+    """One way to write a path: letters in one piece (a Mac has Korean ones in parts), forward slashes."""
+    return unicodedata.normalize("NFC", path).replace("\\", "/")
+
+
+def places(
+    ids: Sequence[str],
+    exif: Sequence[Mapping[str, Any] | None],
+    labels: Mapping[str, Mapping[str, float]] | None = None,
+    turned: Sequence[float] | None = None,
+) -> Places | None:
+    """Where photographs were taken, by labels or else by EXIF, never by both.
+
+    Args:
+        ids: N POSIX paths relative to the data set; one may come more than once (the sources of references).
+        exif: N of what images.jsonl has as position: {"latitude", "longitude", ...} in degrees, or None.
+        labels: what `read_labels` gives. A label belongs to the photograph of that path, else to the one path that
+            ends like it, or that it ends with (a bare name, an absolute path); those that fit none are ignored, and
+            photographs without one stay unknown. Latitude and longitude are used when all photographs with a place
+            have them, else x and y.
+        turned: N degrees counter-clockwise by which references were turned from the photographs; what was that far
+            clockwise of the top is then on top, so the heading is yaw + angle.
+
+    Returns:
+        The N places, or None when not one is known.
+
+    Raises:
+        ImatchError: it is ambiguous which label a photograph has; some photographs have only latitude and longitude,
+            others only x and y; or a position of `exif` is wrong.
+
+    >>> places(["flight/a.jpg", "b.jpg"], [None, None], {"a.jpg": {"x": 3.0, "y": 4.0, "yaw": 350.0}}, [30, 0])
+    Places(system='plane', coordinates=array([[ 3.,  4.],
+           [nan, nan]]), heading=array([20., nan]))
+    """
+    if labels is None:
+        said = [_checked(row or {}, f"position of photograph {id!r}") for id, row in zip(ids, exif, strict=True)]
+    else:
+        fitting = _fitting({_normal(id) for id in ids}, {_normal(name): label for name, label in labels.items()})
+        said = [fitting.get(_normal(id), {}) for id in ids]
+    system = _system(ids, said)
+    if system is None:
+        return None
+    coordinates = [[numbers.get(axis, math.nan) for axis in AXES[system]] for numbers in said]
+    yaw = np.array([numbers.get("yaw", math.nan) for numbers in said])
+    return Places(
+        system, np.array(coordinates, np.float64), (yaw + (0 if turned is None else np.asarray(turned))) % 360
+    )
+
+
+def _system(ids: Sequence[str], said: Sequence[Mapping[str, float]]) -> str | None:
+    placed = [i for i, numbers in enumerate(said) if any(axis in numbers for axis, _ in AXES.values())]
+    if not placed:
+        return None
+    lacking = {system: [i for i in placed if axes[0] not in said[i]] for system, axes in AXES.items()}
+    for system, rows in lacking.items():
+        if not rows:
+            return system
+    raise ImatchError(
+        f"photograph {ids[lacking['globe'][0]]!r} has x and y but no latitude and longitude, "
+        f"{ids[lacking['plane'][0]]!r} the other way round: give all photographs the same"
+    )
+
+
+def _fitting(ids: set[str], labels: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Which label each photograph has, of those that have one; all paths are normal."""
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for id in sorted(ids):
+        by_name[id.rpartition("/")[2]].append(id)
+    found: dict[str, str] = {}
+    for label in sorted(labels, key=lambda label: (label not in ids, label)):  # the exact ones first
+        alike = [label] if label in ids else by_name[label.rpartition("/")[2]]
+        shared = {id: min(len(id), len(label)) for id in alike if _ends(id, label) or _ends(label, id)}
+        most = max(shared.values(), default=0)
+        longest = [id for id, length in shared.items() if length == most]
+        if len(longest) > 1:
+            raise ImatchError(
+                f"label {label!r} fits {len(longest)} photographs, such as {longest[0]!r} and {longest[1]!r}: "
+                "give the path relative to the data set"
+            )
+        for id in longest:
+            if found.setdefault(id, label) not in (id, label):
+                raise ImatchError(
+                    f"photograph {id!r} fits labels {found[id]!r} and {label!r}: give the path relative to the data set"
+                )
+    return {id: labels[label] for id, label in found.items()}
+
+
+def _ends(path: str, ending: str) -> bool:
+    return path == ending or path.endswith(f"/{ending}")
+
+
+def within(
+    query: Places, gallery: Places, radius: float, max_heading: float = 180.0, groups: Groups | None = None
+) -> list[np.ndarray]:
+    """The gallery rows near each query.
+
+    Args:
+        query, gallery: Q and N places in one system.
+        radius: metres, above 0; what is just as far is near.
+        max_heading: degrees from 0 to 180 by which the headings may differ; below 180 both must be known.
+        groups: (Q,) and (N,) integers or text; a gallery row of the query's own group is no answer. With ids, a query
+            leaves out itself; with the ids of sources, all that was made from its photograph.
+
+    Returns:
+        Q times (n,) int64, sorted rows; none where the place is unknown.
+
+    Raises:
+        ImatchError: the systems differ, a number is out of its range, or headings are asked for and none is known.
+
+    >>> row = Places("plane", np.array([[0.0, 0], [30, 0], [90, 0]]), np.zeros(3))
+    >>> [rows.tolist() for rows in within(row, row, radius=60.0)]
+    [[0, 1], [0, 1, 2], [1, 2]]
+    >>> [rows.tolist() for rows in within(row, row, radius=60.0, groups=(np.arange(3), np.arange(3)))]
+    [[1], [0, 2], [1]]
+    """
+    if not (math.isfinite(radius) and radius > 0):
+        raise ImatchError(f"radius {radius} must be a number of metres above 0")
+    _check(query, gallery, max_heading, groups)
+    there = np.flatnonzero(gallery.known)
+    tree = cKDTree(_points(gallery)[there])
+    points, reach = _points(query), _reach(query.system, np.float64(radius))
+    total = int(np.sum(tree.query_ball_point(points[query.known], reach, return_length=True)))
+    if total > MOST:
+        raise ImatchError(
+            f"radius {radius:g} m gives {total} right answers, {total / len(points):.0f} a query: ask for a smaller one"
+        )
+    answers = _none(query)
+    for block in _blocks(np.flatnonzero(query.known), 256):
+        found = tree.query_ball_point(points[block], reach, return_sorted=True)
+        many = [len(rows) for rows in found]
+        rows = there[np.concatenate(found).astype(np.int64)]
+        near = _metres(query, gallery, np.repeat(block, many), rows, max_heading, groups) <= radius
+        for q, part, is_near in zip(block, *(np.split(x, np.cumsum(many)[:-1]) for x in (rows, near)), strict=True):
+            answers[q] = part[is_near]
+    return answers
+
+
+def nearest(
+    query: Places, gallery: Places, max_heading: float = 180.0, groups: Groups | None = None
+) -> list[np.ndarray]:
+    """The gallery row nearest to each query, and all that are as near to a micrometre.
+
+    Args:
+        query, gallery, max_heading, groups: as in `within`.
+
+    Returns:
+        Q times (n,) int64, sorted rows; none where the place is unknown or nothing is allowed.
+
+    Raises:
+        ImatchError: as in `within`.
+
+    >>> row = Places("plane", np.array([[0.0, 0], [30, 0], [60, 0]]), np.zeros(3))
+    >>> [rows.tolist() for rows in nearest(row, row)]
+    [[0], [1], [2]]
+    >>> [rows.tolist() for rows in nearest(row, row, groups=(np.arange(3), np.arange(3)))]
+    [[1], [0, 2], [1]]
+    """
+    _check(query, gallery, max_heading, groups)
+    there = np.flatnonzero(gallery.known)
+    n, answers = len(there), _none(query)
+    if not n:
+        return answers
+    tree = cKDTree(_points(gallery)[there])
+    points, left = _points(query), np.flatnonzero(query.known)
+    for k in (16, 256, 4096):  # more for those queries of which the first k may not hold the answer
+        if k < n:
+            unsettled = [left[:0]]
+            for block in _blocks(left, PAIRS // k):
+                straight, near = tree.query(points[block], k)
+                metres = _metres(query, gallery, block[:, None], there[near], max_heading, groups)
+                settled = straight[:, -1] > _reach(query.system, metres.min(axis=1) + EQUAL)
+                for q, row, rows in zip(block[settled], metres[settled], there[near[settled]], strict=True):
+                    answers[q] = _least(row, rows)
+                unsettled.append(block[~settled])
+            left = np.concatenate(unsettled)
+    for q in left:
+        answers[q] = _least(_metres(query, gallery, q, there, max_heading, groups), there)
+    return answers
+
+
+def _least(metres: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.sort(rows[(metres <= metres.min() + EQUAL) & np.isfinite(metres)])
+
+
+def _check(query: Places, gallery: Places, max_heading: float, groups: Groups | None) -> None:
+    _same_system(query, gallery)
+    if not 0 <= max_heading <= 180:
+        raise ImatchError(f"max_heading {max_heading} must be from 0 to 180 degrees")
+    for side, places in (("queries", query), ("gallery", gallery)):
+        if max_heading < 180 and not np.isfinite(places.heading).any():
+            raise ImatchError(
+                f"max_heading {max_heading:g} wants headings, and not one of the {side} is known: "
+                "give yaw in the labels, or max_heading 180"
+            )
+    if groups is not None and (groups[0].shape, groups[1].shape) != (query.heading.shape, gallery.heading.shape):
+        raise ValueError(f"groups of {groups[0].shape} and {groups[1].shape} do not fit the places")
+
+
+def _none(query: Places) -> list[np.ndarray]:
+    return [np.empty(0, np.int64) for _ in query.heading]
+
+
+def _blocks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _points(places: Places) -> np.ndarray:
+    """Where straight distances order as metres do: on the unit sphere, which has no edges; or the plane itself."""
+    if places.system == "plane":
+        return places.coordinates
+    latitude, longitude = np.radians(places.coordinates).T
+    return np.stack(
+        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
+    )
+
+
+def _reach(system: str, metres: np.ndarray) -> np.ndarray:
+    """The straight distance that is these metres, a little more so that rounding loses nothing."""
+    if system == "plane":
+        return metres * (1 + 1e-9)
+    return 2 * np.sin(np.minimum(metres / (2 * EARTH), np.pi / 2)) + 1e-12
+
+
+def _metres(
+    query: Places, gallery: Places, q: np.ndarray, g: np.ndarray, max_heading: float, groups: Groups | None
+) -> np.ndarray:
+    """From query rows q to gallery rows g, which broadcast; infinite where g is no answer for q."""
+    metres = _distance(query.system, query.coordinates[q], gallery.coordinates[g])
+    if max_heading < 180:
+        apart = np.abs((query.heading[q] - gallery.heading[g] + 180) % 360 - 180)
+        metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # 359.9 and 0.1 are 0.2 apart but for rounding
+    return metres if groups is None else np.where(groups[0][q] == groups[1][g], np.inf, metres)
+
+
+def position_figures(metres: np.ndarray) -> dict[str, Any]:
+    """How far ranked hits lie from their queries.
+
+    Args:
+        metres: (Q, k), hits best first, NaN where a place is unknown, such as `Places.metres`.
+
+    Returns:
+        queries (those with a hit of known distance), unknown (the others, which count nowhere below),
+        top1_metres_median and top1_metres_mean (of first hits of known distance), least_metres_median (of each query's
+        nearest hit), within and within_top_k: {"10": share of queries whose first hit, or any of the k, lies within
+        10 metres, "20", "50", "100"}; a hit of unknown distance does not. None where nothing counts.
+
+    >>> found = position_figures(np.array([[40.0, 0.0]]))
+    >>> found["top1_metres_median"], found["least_metres_median"], found["within"], found["within_top_k"]["10"]
+    (40.0, 0.0, {'10': 0.0, '20': 0.0, '50': 1.0, '100': 1.0}, 1.0)
+    """
+    counted = metres[~np.isnan(metres).all(axis=1)]
+    first, least = counted[:, :1].ravel(), np.fmin.reduce(counted, axis=1, initial=np.inf)
+    told = first[~np.isnan(first)]
+    return {
+        "queries": len(counted),
+        "unknown": len(metres) - len(counted),
+        "top1_metres_median": float(np.median(told)) if len(told) else None,
+        "top1_metres_mean": float(np.mean(told)) if len(told) else None,
+        "least_metres_median": float(np.median(least)) if len(least) else None,
+        "within": {str(limit): _share(first <= limit) for limit in METRES},
+        "within_top_k": {str(limit): _share(least <= limit) for limit in METRES},
+    }
+
+
+def _share(hits: np.ndarray) -> float | None:
+    return float(hits.mean()) if len(hits) else None
+
+
+Own = tuple[np.ndarray, np.ndarray] | None
+"""(Q,) and (N,) whole numbers, equal where a row is no answer for a query; None leaves nothing out."""
+
+
+def _left_out(step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]) -> Own:
+    """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
+    same, siblings = query.folder == gallery.folder, step.parameters["exclude_siblings"]
+    if siblings and (same or step.parameters["truth"] != "photograph"):
+        codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
+        return codes[: len(shows)], codes[len(shows) :]
+    if not same:
+        return None
+    return np.where(np.arange(len(shows)) < len(query), np.arange(len(shows)), -1), np.arange(len(gallery))
+
+
+def _count(own: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """How many of `of` are equal to each of `own`."""
+    ranked = np.sort(of)
+    return np.searchsorted(ranked, own, "right") - np.searchsorted(ranked, own, "left")
+
+
+def _truth(
+    step: Step,
+    query_shows: Sequence[str],
+    gallery_shows: Sequence[str],
+    here: Places | None,
+    there: Places | None,
+    own: Own,
+) -> Truth:
+    parameters = step.parameters
+    if parameters["truth"] == "photograph":
+        return same_photograph(query_shows, gallery_shows, *(own or ()))
+    if here is None or there is None:
+        raise ImatchError(
+            f"truth is {parameters['truth']}, but no photograph of the {'gallery' if here else 'queries'} has a "
+            "position in its EXIF: give them in a CSV or JSON, and set labels to its path"
+        )
+    if parameters["truth"] == "radius":
+        return Truth.of(within(here, there, parameters["radius"], parameters["heading"], own))
+    return Truth.of(nearest(here, there, parameters["heading"], own))
+
+
+def _places(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[Places | None, Places | None]:
+    """Where the photographs of both sides were taken; a reference lies where its source does, and is turned from it.
+
+    Labels are fitted to both sides at once, so that a name which fits photographs of two data sets is refused.
+    """
+    labels = read_labels(step.linked("labels")) if "labels" in step.links else None
+    roots = [photographs_root(step.linked(side)) for side in ("query", "gallery")]
+    ids, exif, turned = [], [], []
+    for side, root, rows in zip(("query", "gallery"), roots, (query, gallery), strict=True):
+        sources, views = source_rows(step.linked(side)), views_by_id(step.linked(side))
+        for row in rows:
+            source = sources.get(row.get("source", row["id"]), {})
+            ids.append(
+                row.get("source", row["id"]) if roots[0] == roots[1] else f"{root.name}/{row.get('source', row['id'])}"
+            )
+            place = source.get("position") or {}
+            exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
+            turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
+    both = places(ids, exif, labels, turned)
+    found = []
+    for side, part in (("query", slice(0, len(query))), ("gallery", slice(len(query), None))):
+        known = both is not None and bool(both.known[part].any())
+        if labels is not None and not known:
+            raise ImatchError(
+                f"{step.linked('labels')} names none of the photographs ({side} side): its names must be ids or file "
+                f"names, such as {ids[part][0]}"
+            )
+        if labels is not None and both is not None and not both.known[part].all():
+            lacking = int((~both.known[part]).sum())
+            print(f"{lacking} of {len(ids[part])} photographs ({side} side) have no place in {step.linked('labels')}")
+        found.append(Places(both.system, both.coordinates[part], both.heading[part]) if both and known else None)
+    return found[0], found[1]

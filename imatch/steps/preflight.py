@@ -1,0 +1,530 @@
+"""Is everything there, and will it fit? Looked at before a run starts.
+
+    python -m imatch.data.registry
+
+prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
+memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
+that cannot fit.
+
+    python -m imatch.data.registry --photographs 1000000 --weight vits16 --side 256 --tflops 400
+
+plans on paper, without photographs or weights: hours, disk and memory for so many photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from imatch.core import compute, settings
+from imatch.core.step import Step
+from imatch.core.types import ImatchError, PhotographError
+from imatch.data import datasets, images, registry, store
+from imatch.data.images import Resize
+from imatch.features.base import stride_of
+from imatch.features.weights import check_name, find, patch_side, skeleton
+from imatch.retrieval import kinds
+from imatch.steps.embed import chosen, devices_of
+
+SHARE = {"fp32": 0.6, "bf16": 0.5}
+"""Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""
+SAMPLE = 256
+"""Photographs whose headers are read for the size that a run will see."""
+WORKERS = (1, 8, 64)
+"""Machines, each like the one that is meant, that hours are told for."""
+LISTED, HELD = 600, 1500
+"""Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl), and of one in memory."""
+FORMULA = (
+    "hours = photographs x GFLOP / (share x GFLOP/s x workers x 3600); share of the matrix products: "
+    + ", ".join(f"{share} in {precision}" for precision, share in SHARE.items())
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an architecture costs at one size of photograph.
+
+    Attributes:
+        parameters: how many numbers the model has.
+        flop: floating-point operations of one photograph's forward pass, a multiplication and an addition being two.
+        tokens, dimension: n and d of its local descriptors.
+        weights: bytes of the model in memory.
+        working: bytes that one photograph of a batch needs beside it.
+    """
+
+    parameters: int
+    flop: int
+    tokens: int
+    dimension: int
+    weights: int
+    working: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of one photograph on disk: local descriptors in float16 and a global vector in float32."""
+        return 2 * self.tokens * self.dimension + 4 * self.dimension
+
+
+def hours(photographs: int, flop: int, rate: float, precision: str, workers: int = 1) -> float:
+    """Hours of a network's forward passes, by the formula (`FORMULA`).
+
+    Args:
+        photographs: how many.
+        flop: of one of them.
+        rate: matrix products of one worker in FLOP/s.
+        precision: "fp32" or "bf16".
+        workers: how many.
+
+    >>> round(hours(1_000_000, 12_500_000_000, 57e9, "fp32"), 1)
+    101.5
+    """
+    return photographs * flop / (SHARE[precision] * rate * workers * 3600)
+
+
+@cache
+def cost(hub_entry: str, size: tuple[int, int], precision: str = "fp32") -> Cost:
+    """What an architecture costs, counted on a model without memory; no weights are needed.
+
+    Args:
+        hub_entry: such as "dinov3_vits16".
+        size: (h, w) of a photograph as the backbone sees it.
+        precision: "fp32" or "bf16".
+
+    >>> small = cost("dinov3_vits16", (256, 256))
+    >>> round(small.parameters / 1e6, 1), round(small.flop / 1e9, 1), small.tokens, small.dimension
+    (21.6, 12.5, 256, 384)
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model: Any = skeleton(hub_entry)
+    matrices = sum(
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        for parameter in module.parameters(recurse=False)
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    widest = 0
+
+    def watch(_: Any, given: Any, made: Any) -> None:
+        nonlocal widest
+        together = sum(x.numel() for x in (*given, made) if isinstance(x, torch.Tensor))
+        widest = max(widest, together)
+
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        seen = model.forward_features(torch.empty(1, 3, *size, device="meta"))
+    patch = patch_side(hub_entry)
+    tokens = (size[0] // patch) * (size[1] // patch)
+    dimension = int(seen.shape[1] if "convnext" in hub_entry else seen.shape[2])
+    weights = 4 * parameters - (2 * matrices if precision == "bf16" else 0)
+    # the widest step's input and output, the residual beside them, and what goes in and comes out
+    working = 4 * (2 * widest + 3 * size[0] * size[1] + 4 * tokens * dimension)
+    return Cost(parameters, counter.get_total_flops(), tokens, dimension, weights, working)
+
+
+@cache
+def rate(device: str, precision: str) -> float:
+    """Matrix products of a device in FLOP/s, measured for a fifth of a second on 1024 x 1024 (GPU: 8192 x 8192)."""
+    import torch
+
+    gpu = torch.device(device).type == "cuda"
+    n = 8192 if gpu else 1024
+    # numbers as they come, for a GPU that multiplies ones needs less power, and is faster
+    a = torch.rand(n, n, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def product() -> None:
+        a @ a
+        if gpu:
+            torch.cuda.synchronize(device)
+
+    product()
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        product()
+        products += 1
+    return 2 * n**3 * products / (time.perf_counter() - start)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device: a GPU's own memory, or the machine's."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()  # what torch keeps for later is free, too
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
+    """Look at what a started 01_embed is about to do, print it, and refuse what cannot fit.
+
+    Args:
+        step: from `start_embed`; a finished one is there already and takes nothing more.
+        batch_size, devices: as `embed` will be given them.
+
+    Raises:
+        ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
+            by how much, and what would fit.
+    """
+    ids = sorted(chosen(step))
+    root = step.linked("photographs")
+    megabytes = sum((root / id).stat().st_size for id in ids if (root / id).is_file()) / 2**20
+    lines = [f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB"]
+    if step.finished:
+        print("\n".join([*lines, "all of it    is there already"]))
+        return
+    parameters = step.parameters
+    problems: list[str] = []
+    if "hub_entry" in parameters["backbone"]:
+        used = devices_of(step, devices)
+        patch = patch_side(parameters["backbone"]["hub_entry"])
+        sizes = _sizes(root, ids, Resize(**parameters["resize"]), patch)
+        size, together = _heaviest(sizes, len(ids), batch_size)
+        said, problems, one, network = _model(parameters, size, used, together)
+        share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
+        stored = _stored(parameters, round(one.tokens * share), one.dimension)
+        free, wanted = _disk(step, stored * len(ids))
+        decoding = _decoding([root / id for id in ids[:: -(-len(ids) // 3)]], Resize(**parameters["resize"]), patch)
+        lines += [
+            *said,
+            f"time         {_time(len(ids), network * share, decoding, used)}",
+            f"disk         {stored / 2**20:#.2g} MB a photograph, {_gb(wanted)} of {_gb(free)} free; stored is "
+            f"{store.KEEPS[store.keep_of(parameters)]}",
+        ]
+        if wanted > free:
+            problems.append(
+                f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk for "
+                "exports, a smaller size, a variant such as sub2, or keep int8, aggregated or global"
+            )
+    print("\n".join(lines))
+    if problems:
+        raise ImatchError("this run cannot fit:\n  " + "\n  ".join(problems))
+
+
+def _model(
+    parameters: dict[str, Any], size: tuple[int, int], used: Sequence[str], batch_size: int
+) -> tuple[list[str], list[str], Cost, float]:
+    """Lines about the model, what does not fit, what a photograph costs, and the seconds that it takes."""
+    from imatch.features import openvino
+
+    options = parameters["backbone"]
+    hub_entry, precision = options["hub_entry"], options["precision"]
+    one = cost(hub_entry, size, precision)
+    by_openvino = options["engine_forward"] == "openvino"
+    weights = openvino.HELD * 4 * one.parameters if by_openvino else one.weights
+    processes = max(Counter(used).values())  # each has a model of its own
+    needed = processes * (weights + batch_size * one.working)
+    path = find(options["filename"])
+    pace = sum(rate(device, precision) for device in {*used})  # several processes of a CPU share it
+    seconds = 3600 * hours(1, one.flop, pace, precision)
+    free = min(free_memory(device) for device in used)
+    h, w = size
+    stride = stride_of(parameters["variant"])
+    kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
+    lines = [
+        f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}",
+        f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}",
+        f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens{kept}",
+        f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})",
+        f"speed        about {1 / seconds:.1g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
+    ]
+    problems = []
+    if needed > free:
+        fitting = int((free / processes - weights) // one.working)
+        less = "engine_forward torch" if by_openvino else "precision bf16"
+        remedy = f"batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
+        problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
+    return lines, problems, one, seconds
+
+
+def _stored(parameters: dict[str, Any], tokens: int, dimension: int) -> int:
+    """Bytes of one photograph on disk: what is kept of its local descriptors, its global vector, its row."""
+    kept = store.kept_bytes(store.keep_of(parameters), tokens // stride_of(parameters["variant"]) ** 2, dimension)
+    return kept + 4 * dimension * len(parameters["backbone"]["pooling"].split("+")) + LISTED
+
+
+def _time(photographs: int, network: float, decoding: float, used: Sequence[str]) -> str:
+    """Hours in all, here and by several such workers, of seconds a photograph: a GPU leaves the cores to the decoding,
+    without one both are done by them."""
+    cores = settings.cores()
+    each = max(network, decoding / cores) if {*used} != {"cpu"} else network + decoding / cores
+    here, *others = (f"{_figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
+    parts = f"forward {_figure(1000 * network)} ms and decoding {_figure(1000 * decoding / cores)} ms a photograph"
+    more = ", ".join(f"{other} with {workers}" for other, workers in zip(others, WORKERS[1:], strict=True))
+    return f"about {here} here ({parts}), {more} such workers"
+
+
+def _decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
+    """Seconds of one core's work to decode a photograph, the mean of some (0 if none can be decoded); waiting for the
+    disk is not counted."""
+    taken = []
+    for path in paths:
+        begun = time.process_time()
+        try:
+            images.decode(path, resize, patch, by="torch")
+        except PhotographError:  # it will be skipped and reported when its turn comes
+            continue
+        taken.append(time.process_time() - begun)
+    return sum(taken) / max(1, len(taken))
+
+
+def decoding(side: int) -> float:
+    """Seconds that one core takes to decode a JPEG of 12 megapixels for a square of `side` pixels, measured on one that
+    is drawn for it; the best of three.
+
+    >>> 0 < decoding(256) < 10
+    True
+    """
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (188, 250, 3), np.uint8)).resize((4000, 3000))
+    grain = random.normal(0, 6, (3000, 4000, 1)).astype(np.float32)
+    drawn = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+    with tempfile.TemporaryDirectory() as folder:
+        drawn.save(Path(folder) / "drawn.jpg", quality=92)
+        return min(_decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
+
+
+def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[tuple[int, int]]:
+    """The (h, w) that the backbone will see, of some photographs evenly spread, by their headers."""
+    sizes = []
+    for id in ids[:: -(-len(ids) // SAMPLE)]:
+        try:
+            sizes.append(resize.target(images.check_header(root / id), patch))
+        except PhotographError:  # it will be skipped and reported when its turn comes
+            continue
+    return sizes or [resize.target((1080, 1920), patch)]
+
+
+def _heaviest(sizes: Sequence[tuple[int, int]], count: int, batch_size: int) -> tuple[tuple[int, int], int]:
+    """The batch that takes most memory: the (h, w) of its photographs and how many there are, for a batch has one size.
+
+    >>> _heaviest([(64, 64)] * 9 + [(128, 128)], count=10, batch_size=8)
+    ((64, 64), 8)
+    """
+    batches = {size: min(batch_size, -(-n * count // len(sizes))) for size, n in Counter(sizes).items()}
+    return max(batches.items(), key=lambda batch: (batch[0][0] * batch[0][1] * batch[1], batch))
+
+
+def _disk(step: Step, whole: int) -> tuple[int, int]:
+    """Bytes free where the step writes, and bytes that it still has to write."""
+    written = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
+    return shutil.disk_usage(step.folder).free, max(0, whole - written)
+
+
+def _gb(amount: float) -> str:
+    return f"{amount / 2**30:.2f} GB"
+
+
+def _figure(value: float) -> str:
+    """Two digits, or all before the point; what is next to nothing only so.
+
+    >>> _figure(0.01234), _figure(12345.6), _figure(1e-5)
+    ('0.012', '12,346', '< 0.01')
+    """
+    if value < 0.01:
+        return "< 0.01"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan asks of a machine.
+
+    Attributes:
+        name: what it is called, and whether its rate was measured.
+        precision: "fp32" or "bf16".
+        rate: matrix products in FLOP/s.
+    """
+
+    name: str
+    precision: str
+    rate: float
+
+
+def plan(
+    hub_entry: str, photographs: Sequence[int], side: int, machines: Sequence[Machine], decoded: float, memory: int
+) -> str:
+    """What so many photographs take: hours by machine and number of workers, disk by what is kept, memory by kind of
+    index. A table with a column a number of photographs, and the formula. Nothing of it needs a photograph or a weight.
+
+    Args:
+        hub_entry: such as "dinov3_vits16".
+        photographs: how many, each a column.
+        side: of the squares that the backbone sees, in pixels.
+        machines: that hours are told for.
+        decoded: seconds that one core takes to decode one (`decoding`).
+        memory: bytes that an index may take (`index.choose`).
+
+    Raises:
+        ImatchError: a number below 1, or a side that is no multiple of the patch.
+
+    >>> told = plan("dinov3_vits16", [10**6], 256, [Machine("a GPU", "bf16", 4e14)], 0.05, 2**36)
+    >>> " ".join(told.splitlines()[2].split())
+    'hours, a GPU, 1 worker 0.017'
+    """
+    if min(photographs) < 1 or side < 1 or any(not machine.rate > 0 for machine in machines):
+        raise ImatchError("numbers of photographs, the side and rates must be above 0")
+    Resize("stretch", side).check(patch_side(hub_entry))
+    one = cost(hub_entry, (side, side))
+    tokens, d = one.tokens, one.dimension
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(label: str, of: Callable[[int], float | str]) -> None:
+        values = [of(n) for n in photographs]
+        rows.append((label, [value if isinstance(value, str) else _figure(value) for value in values]))
+
+    for machine in machines:
+        for workers in WORKERS:
+            given = {"flop": one.flop, "rate": machine.rate, "precision": machine.precision, "workers": workers}
+            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(hours, **given))
+    add(f"core hours of decoding, {1000 * decoded:.0f} ms a photograph", lambda n: n * decoded / 3600)
+    for keep in store.KEEPS:
+        each = store.kept_bytes(keep, tokens, d) + 4 * d + LISTED
+        add(f"GB on disk, keep {keep}, {each / 1000:.1f} kB a photograph", lambda n, each=each: n * each / 2**30)
+    add(f"GB of memory, list of photographs, {HELD / 1000:.1f} kB each", lambda n: n * HELD / 2**30)
+    for kind in (kind for kind in kinds.INDEXES if kind != "factory"):  # which has no layout of its own
+        made = kinds.create_kind(kind)
+        add(f"GB of memory, index {kind}", lambda n, made=made: made.memory(n, d) / 2**30)
+    add(f"index that auto takes of {memory / 2**30:.0f} GB", lambda n: _kind(n, d, memory))
+    wide = max(len(label) for label, _ in rows)
+    lines = [
+        f"{hub_entry} at {side} x {side} px: {one.flop / 1e9:.1f} GFLOP a photograph, {tokens} tokens of {d} numbers",
+        f"{'photographs':{wide}} {''.join(f'{n:>13,}' for n in photographs)}",
+        *(f"{label:{wide}} {''.join(f'{value:>13}' for value in values)}" for label, values in rows),
+        FORMULA,
+    ]
+    return "\n".join(lines)
+
+
+def _kind(n: int, d: int, memory: int) -> str:
+    from imatch.retrieval.index import (
+        choose,  # here, so that the doctor, who looks at the rest, can say of FAISS what is wrong
+    )
+
+    try:
+        return choose(n, d, memory)[0]
+    except ImatchError:  # said in the table in place of a kind
+        return "none fits"
+
+
+def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
+    """Every data set and weight of a registry: there or not, and what to expect on this machine.
+
+    Args:
+        data_key: the registry's file.
+        side: of the square photographs that memory and speed are told for, in pixels.
+        batch_size: photographs a forward pass.
+    """
+    from imatch.features.dinov3 import computes_in_bf16
+
+    known = registry.load(data_key)
+    lines = [f"{'data set':14} {'photographs':>11}  where"]
+    for key, dataset in sorted(known.datasets.items()):
+        lines.append(f"{key:14} {_photographs(dataset):>11}  {dataset.root}")
+    device = compute.resolved("auto")
+    precision = "bf16" if computes_in_bf16(device) else "fp32"
+    free = free_memory(device)
+    lines += [
+        "",
+        f"weights in {settings.root('WEIGHTS_ROOT')}; {device} with {_gb(free)} free, {precision}, "
+        f"{side} x {side} px, batches of {batch_size}; per s and disk MB are of photographs",
+        f"{'key':12} {'family':6} {'file':>9} {'MB':>8} {'params M':>8} {'GFLOP':>7} {'memory':>9} {'per s':>6} "
+        f"{'disk MB':>7}  SHA-256",
+    ]
+    for weight in known.weights:
+        one = cost(weight.hub_entry, (side, side), precision)
+        needed = one.weights + batch_size * one.working
+        there, size, said = weight_file(weight.filename)
+        said = said if needed <= free else f"{said}; does not fit into memory"
+        pace = SHARE[precision] * rate(device, precision) / one.flop
+        lines.append(
+            f"{weight.key:12} {weight.family:6} {there:>9} {size:>8} {one.parameters / 1e6:8.1f} {one.flop / 1e9:7.0f} "
+            f"{_gb(needed):>9} {pace:6.1g} {one.stored / 2**20:7.2f}  {said}"
+        )
+    return "\n".join(lines)
+
+
+def _photographs(dataset: datasets.Dataset) -> str:
+    if not dataset.root.is_dir():
+        return "not there"
+    try:
+        return str(len(dataset.select(images.list_photographs(dataset.root))))
+    except ImatchError as error:
+        return str(error)
+
+
+def weight_file(filename: str) -> tuple[str, str, str]:
+    """Looks for a weight file.
+
+    Returns:
+        "found", "missing" or "WRONG", megabytes, and what is to be said of its checksum or its absence.
+
+    >>> weight_file("no-such-file.pth")
+    ('missing', '', 'no-such-file.pth')
+    """
+    try:
+        path = find(filename)
+    except ImatchError as error:
+        return "missing", "", str(error) if ", but " in str(error) else filename
+    megabytes = f"{path.stat().st_size / 2**20:.1f}"
+    try:
+        digest = check_name(path)[:8]
+        return "found", megabytes, f"{digest} as its name says" if digest in filename else f"{digest}, not in its name"
+    except ImatchError as error:
+        return "WRONG", megabytes, str(error)
+
+
+def _planned(options: argparse.Namespace) -> str:
+    """The plan that the command line asks for, with what this machine measures."""
+    from imatch.features.dinov3 import computes_in_bf16
+
+    device = compute.resolved("auto")
+    precision = "bf16" if computes_in_bf16(device) else "fp32"
+    here = rate(device, precision)
+    machines = [Machine(f"{device} in {precision} at {here / 1e9:.0f} GFLOP/s, measured here", precision, here)]
+    if options.tflops is not None:
+        computed = Machine(f"bf16 at {options.tflops:g} TFLOP/s, computed", "bf16", options.tflops * 1e12)
+        machines.append(computed)
+    memory = round(options.memory_gb * 2**30) or psutil.virtual_memory().available // 2
+    hub_entry = registry.load(options.data_key).weight(options.weight).hub_entry
+    return plan(hub_entry, options.photographs, options.side, machines, decoding(options.side), memory)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code is 1 when a file is not what its name says, 2 for a bad request."""
+    parser = argparse.ArgumentParser(
+        prog="python -m imatch.data.registry", description="What is there, and will it fit?"
+    )
+    parser.add_argument("--data-key", default=settings.DATA_KEY, help="registry of data sets and weights")
+    parser.add_argument("--side", type=int, default=512, help="pixels of square photographs (default 512)")
+    parser.add_argument("--batch-size", type=int, default=8, help="photographs a forward pass (default 8)")
+    paper = parser.add_argument_group("a plan on paper, without photographs or weights")
+    paper.add_argument("--photographs", type=int, nargs="+", metavar="N", help="how many: hours, disk and memory")
+    paper.add_argument("--weight", default="vits16", help="a key of the registry (default vits16)")
+    paper.add_argument("--tflops", type=float, help="also for a machine with this rate of bf16 matrix products")
+    paper.add_argument("--memory-gb", type=float, default=0.0, help="for the index; 0 is half of what is free here")
+    options = parser.parse_args(arguments)
+    try:
+        planned = options.photographs is not None
+        text = _planned(options) if planned else table(options.data_key, options.side, options.batch_size)
+    except ImatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 1 if " WRONG " in text else 0

@@ -1,0 +1,431 @@
+"""05_report: any number of finished runs in one table, one Pareto figure and one page that opens without a kernel."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from imatch.core import files, settings
+from imatch.core.files import Row
+from imatch.core.step import Step, checked_name, open_step, start_step
+from imatch.core.types import ImatchError, StepError
+from imatch.data import store
+from imatch.evaluation import intervals, verdicts
+from imatch.evaluation.calibration import Threshold
+
+COLUMNS = {
+    "weight": "weight",
+    "size": "size",
+    "pooling": "pooling",
+    "variant": "variant",
+    "queries": "queries",
+    "hit_at_1": "Hit@1",
+    "low": "from",
+    "high": "to",
+    "place": "place",
+    "apart": "against the best",
+    "apart_low": "from",
+    "apart_high": "to",
+    "recall": "Recall@K",
+    "map": "mAP",
+    "reranked_hit_at_1": "re-ranked Hit@1",
+    "pixels": "median px",
+    "auc_5": "AUC@5 px",
+    "rotation": "rotation off by",
+    "metres": "median m",
+    "coverage": "believed",
+    "held_out_precision": "right of them",
+    "ms": "ms",
+    "megabytes": "MB",
+    "labelled": "labelled",
+    "label_precision": "accepted of verified",
+    "label_recall": "verified of accepted",
+    "alarms": "alarms",
+}
+"""Columns of the table and what they are called."""
+COSTS = ("ms", "megabytes", "rotation", "pixels", "metres")
+"""Columns of any magnitude, shown to three digits."""
+COMPARED = ("values", "clusters", "parts", "queried", "unit")
+"""What rows hold to be compared by, and no file needs."""
+HELP = {
+    "Hit@1": "how often the first hit is right; a query that a backbone could not embed counts as missed",
+    "from ... to": "95 % interval, by resampling whole photographs (or captures)",
+    "place": "best; as good: its paired interval to the best holds 0; worse",
+    "against the best": "Hit@1 minus that of the best, paired on the same queries; of the best, minus that of the next",
+    "Recall@K": "share of all right answers among the first K hits",
+    "re-ranked Hit@1": "after 1:1 matching, verified candidates first",
+    "median px": "corner error of references against their own photograph, failures included",
+    "AUC@5 px": "area under the curve of corner errors up to 5 px",
+    "rotation off by": "median error of the estimated rotation in degrees",
+    "median m": "metres from the query to its first hit",
+    "believed": "share of answerable queries whose first hit passes the threshold of 'no match'",
+    "right of them": "precision on photographs that the threshold was not calibrated on",
+    "ms": "milliseconds a photograph from file to stored tokens, on the device named below",
+    "MB": "megabytes a photograph on disk",
+    "labelled": "pairs that people accepted or rejected in the explorer",
+    "accepted of verified": "share of labelled pairs that geometry verifies which people accept",
+    "verified of accepted": "share of pairs that people accept which geometry verifies",
+}
+PICTURES = {
+    "time.png": (
+        "Hit@1 against milliseconds a photograph: nobody is better and cheaper than those on the line.",
+        ("01_embed", "03_index"),
+    ),
+    "disk.png": ("Hit@1 against megabytes a photograph.", ("01_embed", "03_index")),
+    "angles.png": ("Hit@1 by the angle and the crop of the reference.", ("03_index",)),
+    "trust.png": ("How much is found among the first K hits, and what it costs to refuse weak ones.", ("03_index",)),
+    "metres.png": ("Metres from a query to what it finds.", ("03_index",)),
+    "errors.png": ("Errors of the estimated geometry against the true matrices.", ("04_match",)),
+}
+"""The pictures of the page in its order: what each shows, and which steps it is drawn from."""
+
+
+def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_change: str) -> Step:
+    """Start 05_report on finished runs.
+
+    Args:
+        steps: folders of finished 04_match (or 03_index) steps, or folders that hold some, such as exports/demo.
+        exports, run: the report goes to <exports>/<run>/05_report/.
+        tag: the name of this report; "" is "all".
+        on_change: as in `start_embed`.
+
+    Raises:
+        ImatchError: there is no finished step; see also `step.start_step`.
+    """
+    if not run:
+        raise ImatchError("run is empty: name this piece of work as run")
+    found: dict[str, Step] = {}
+    for given in steps:
+        folder = settings.step_folder(given)
+        inside = _finished(folder)
+        if not inside:
+            raise ImatchError(f"no finished 04_match or 03_index in {folder}: run them first, or correct the path")
+        for step in inside:
+            name = "/".join(step.folder.parts[-6:])
+            if found.setdefault(name, step).folder != step.folder:
+                raise ImatchError(f"{step.folder} and {found[name].folder} would have one name: give them another run")
+    if not found:
+        raise ImatchError("steps is empty: give folders of finished runs, such as exports/demo")
+    links = {name: found[name].folder for name in sorted(found)}
+    upstream = {name: str(found[name].fingerprint) for name in links}
+    measured = {name: [_measured(step) for step in chain(found[name]).values()] for name in links}
+    folder = settings.exports_folder(exports) / run / "05_report" / (checked_name("tag", tag) or "all")
+    return start_step(folder, "05_report", {"measured": files.digest(measured)}, upstream, links, on_change)
+
+
+def _measured(step: Step) -> list[Any]:
+    """What a report shows of a step and its fingerprint does not hold: times, the device, alarms, labels."""
+    return [step.work, step.device, step.metrics, _said(step)]
+
+
+def _said(step: Step) -> dict[str, Any] | None:
+    """What people's labels say of a 04_match."""
+    if step.name != "04_match":
+        return None
+    pairs = files.read_rows(step.folder / "pairs.jsonl")
+    return verdicts.label_metrics(pairs, verdicts.read(verdicts.path(step)))
+
+
+def _finished(folder: Path) -> list[Step]:
+    """The finished 04_match steps in a folder, and the 03_index steps that none of them goes on from."""
+    read = [open_step(path) for path in _steps(folder) if (path / "metrics.json").is_file()]
+    read = [step for step in read if step.name in ("03_index", "04_match") and _whole(step)]
+    matched = [step for step in read if step.name == "04_match"]
+    below = {step.linked("index") for step in matched}
+    return matched + [step for step in read if step.name == "03_index" and step.folder not in below]
+
+
+def _whole(step: Step) -> bool:
+    """Whether all that a step was made from is there still; says so if not."""
+    try:
+        chain(step)
+    except StepError as error:
+        print(f"left out: {step.folder}, for {error}")
+        return False
+    return True
+
+
+def _steps(folder: Path) -> Iterator[Path]:
+    """The folders of steps below a folder; it does not look into them, for they may hold a folder a query."""
+    if (folder / "step.json").is_file():
+        yield folder
+        return
+    for below in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if below.is_dir() and not below.name.startswith("."):
+            yield from _steps(below)
+
+
+def chain(step: Step) -> dict[str, Step]:
+    """The steps that a 04_match or 03_index was made from, and itself, by name of the notebook: 01_embed, ... .
+
+    "01_embed" is that of the photographs that were searched, "queries" the step of embeddings that searched them.
+
+    Raises:
+        StepError: one is not there, or a 04_match went on from none: it matched a list of pairs.
+    """
+    if step.name == "04_match" and "index" not in step.links:
+        raise StepError("it matched a list of pairs, so nothing was retrieved")
+    index = open_step(step.linked("index")) if step.name == "04_match" else step
+    query, gallery = (open_step(index.linked(side)) for side in ("query", "gallery"))
+    embed = next((side for side in (gallery, query) if side.name == "01_embed"), None)
+    embed = embed or open_step(gallery.linked("embed"))
+    named = {"01_embed": embed, "03_index": index, "queries": query}
+    if (references := next((side for side in (query, gallery) if side.name == "02_references"), None)) is not None:
+        named["02_references"] = references
+    return {**named, **({"04_match": step} if step.name == "04_match" else {})}
+
+
+def tabulate(step: Step) -> list[Row]:
+    """One row a configuration: what it found, how exactly, and what it costs.
+
+    Configurations answer the same question when they have the same photographs, references, direction and truth; in
+    each question the best by Hit@1 is marked, and every other one is compared with it on the same queries
+    (`intervals.paired_difference`). A query for which a configuration has no vector, or whose answer it could not
+    embed, is missed. The best of many is a little lucky: read the intervals.
+
+    Returns:
+        Rows by question, best first: `name` (of the step in `step.links`), `label` (a short one), `question`, the keys
+        of `COLUMNS`, `k`, `device`, `fingerprints` of all steps behind it, `why` where an interval is missing.
+    """
+    rows = [_row(name, chain(open_step(step.linked(name)))) for name in step.links]
+    for row, label in zip(rows, _labels(rows), strict=True):
+        row["label"] = label
+    asked: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        asked.setdefault((row["question"], row["asks"]), []).append(row)
+    questions = [question for question, _ in asked]
+    for (question, asks), group in asked.items():
+        for row in group:
+            row["question"] = question if questions.count(question) == 1 else f"{question} ({asks[:8]})"
+        _count(group)
+        group.sort(key=lambda row: (-(row["hit_at_1"] or 0), row["ms"] or 0, row["name"]))
+        _compare(group)
+    return [row for question in sorted(asked) for row in asked[question]]
+
+
+def _row(name: str, steps: Mapping[str, Step]) -> Row:
+    embed, index = steps["01_embed"], steps["03_index"]
+    found, parameters, asked = index.metrics, embed.parameters, index.parameters
+    matched = steps["04_match"].metrics if "04_match" in steps else {}
+    said = (_said(steps["04_match"]) if "04_match" in steps else None) or {}
+    vectors = embed.metrics["global_dimension"] * 4 / 2**20
+    work, k = embed.work, asked["k"]
+    run, _, dataset, weight, _, last = name.split("/")
+    direction, _, kind = last.partition("_")
+    about = {
+        "weight": weight,
+        "size": parameters["cfg"],
+        "pooling": parameters["backbone"].get("pooling", "vlad"),
+        "variant": store.variant_of(parameters),
+    }
+    truth = asked["truth"] + (f" of {asked['radius']:g} m" if asked["radius"] else "")
+    return {
+        "name": name,
+        "question": f"{dataset}, {direction}{kind and f' ({kind})'}: right answers by {truth}",
+        "asks": _asks(steps),
+        "parts": {**about, "kind": kind, "direction": direction, "dataset": dataset, "run": run},
+        **about,
+        "recall": found[f"recall_at_{k}"],
+        "k": k,
+        "map": found[f"map_at_{k}"],
+        "reranked_hit_at_1": matched.get("reranked_hit_at_1"),
+        "pixels": matched.get("true_corner_error_median"),
+        "auc_5": matched["corner_auc"]["5"] if matched else None,
+        "rotation": matched.get("rotation_error_median"),
+        "metres": found["positions"] and found["positions"]["top1_metres_median"],
+        "coverage": found["threshold"]["coverage"],
+        "held_out_precision": found["threshold"]["held_out_precision"],
+        "ms": 1000 * work["seconds"] / work["photographs"] if work else None,
+        "megabytes": embed.metrics["local_megabytes"] / embed.metrics["photographs"] + vectors,
+        "device": embed.device,
+        "labelled": said.get("labelled"),
+        "label_precision": said.get("precision"),
+        "label_recall": said.get("recall"),
+        "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked `imatch.audit`
+        "said": found.get("alarms", []),
+        "fingerprints": {of: str(steps[of].fingerprint) for of in sorted(steps)},
+        "unit": f"{asked['cluster']}s",
+        "queried": {row["query"]: row for row in files.read_rows(index.folder / "queries.jsonl")},
+    }
+
+
+def _asks(steps: Mapping[str, Step]) -> str:
+    """What a 03_index step asks: the photographs of both sides, the views of them, and what is right."""
+    index = steps["03_index"]
+    sides = []
+    for side in ("query", "gallery"):
+        step = open_step(index.linked(side))
+        photographs = open_step(step.linked("embed")) if "embed" in step.links else step
+        views = open_step(step.linked("views")).fingerprint if "views" in step.links else None
+        sides.append([photographs.metrics["photographs_digest"], views, step.name])
+    asked = {name: index.parameters[name] for name in ("truth", "radius", "heading", "exclude_siblings", "cluster")}
+    return files.digest([sides, asked, index.upstream.get("labels")])
+
+
+def _count(rows: Sequence[Row]) -> None:
+    """Fill in how often the first hit is right, over all queries that some configuration of the question can answer."""
+    clusters = {id: one["cluster"] for row in rows for id, one in row["queried"].items() if one["answers"]}
+    for row in rows:
+        row["values"] = {id: float(id in row["queried"] and 0 in row["queried"][id]["right_ranks"]) for id in clusters}
+        hit = intervals.interval([*row["values"].values()], [*clusters.values()], unit=row["unit"])
+        row |= {"clusters": clusters, "queries": len(clusters), "hit_at_1": hit.value}
+        row |= {"low": hit.low, "high": hit.high, "why": hit.why}
+
+
+def _compare(rows: Sequence[Row]) -> None:
+    """Fill in place and distance to the best of the rows of one question, which are best first."""
+    best = rows[0]
+    for row in rows:
+        row |= {"place": "best", "apart": None, "apart_low": None, "apart_high": None}
+        other = row if row is not best else rows[1] if len(rows) > 1 else None
+        if best["hit_at_1"] is None:
+            row["place"] = "nothing to count"
+        elif other is not None:
+            apart = intervals.paired_difference(best["values"], other["values"], best["clusters"], unit=row["unit"])
+            sign = 1 if row is best else -1
+            low, high = (None, None) if apart.low is None else sorted((sign * apart.low, sign * apart.high))
+            row |= {"apart": sign * apart.value + 0.0, "apart_low": low, "apart_high": high}
+            if row is not best:
+                row["place"] = "not told apart" if low is None else "as good" if low <= 0 <= high else "worse"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the configurations of a report found, by their short names.
+
+    Attributes:
+        metrics: of 03_index.
+        thresholds: from which score on it believes a first hit.
+        queries: rows of its queries.jsonl.
+        pairs: rows of pairs.jsonl whose true matrix is known, of configurations that 04_match went on with.
+        k: the least of their numbers of hits.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    thresholds: dict[str, Threshold]
+    queries: dict[str, list[Row]]
+    pairs: dict[str, list[Row]]
+    k: int
+
+
+def gather(step: Step, rows: Sequence[Row]) -> Found:
+    """What the figures of a report are drawn from.
+
+    Args:
+        step: a started 05_report.
+        rows: of `tabulate`.
+    """
+    behind = {row["label"]: chain(open_step(step.linked(row["name"]))) for row in rows}
+    return Found(
+        (metrics := {name: steps["03_index"].metrics for name, steps in behind.items()}),
+        {name: Threshold(**figures["threshold"]) for name, figures in metrics.items()},
+        {name: files.read_rows(steps["03_index"].folder / "queries.jsonl") for name, steps in behind.items()},
+        {
+            name: [row for row in files.read_rows(steps["04_match"].folder / "pairs.jsonl") if row["has_truth"]]
+            for name, steps in behind.items()
+            if "04_match" in steps
+        },
+        min(row["k"] for row in rows),
+    )
+
+
+def matched(step: Step, rows: Sequence[Row]) -> dict[str, Step]:
+    """The 04_match steps of a report by the short names of their configurations, for `explorer.browse`.
+
+    Args:
+        step: a started 05_report.
+        rows: of `tabulate`.
+    """
+    read = {row["label"]: open_step(step.linked(row["name"])) for row in rows}
+    return {name: one for name, one in read.items() if one.name == "04_match"}
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Names as short as they can be: of weight, size, pooling, variant, ... what is not the same in all rows."""
+    parts = ("weight", "size", "pooling", "variant", "kind", "direction", "dataset", "run")
+    differ = [part for part in parts if len({row["parts"][part] for row in rows}) > 1]
+    labels = [" ".join(row["parts"][part] for part in differ or parts[:1]) for row in rows]
+    return labels if len({*labels}) == len(labels) else [row["name"] for row in rows]
+
+
+def public(rows: Sequence[Row]) -> list[Row]:
+    """The rows without what they were compared by."""
+    return [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
+
+
+def write(step: Step, rows: Sequence[Row]) -> Path:
+    """Write table.csv, table.json and report.html, which holds all pictures in itself.
+
+    Args:
+        step: a started 05_report.
+        rows: of `tabulate`. The pictures of `PICTURES` lie in the step's folder.
+
+    Returns:
+        The path of report.html.
+    """
+    page = step.folder / "report.html"
+    if step.finished:
+        return page
+    files.write_json(step.folder / "table.json", public(rows))
+    text = io.StringIO()
+    table = csv.DictWriter(
+        text, ["question", *COLUMNS, "k", "device", "name", *_fingerprints(rows)], extrasaction="ignore"
+    )
+    table.writeheader()
+    table.writerows(
+        {**row, **{f"{of} fingerprint": value for of, value in row["fingerprints"].items()}} for row in rows
+    )
+    files.write_bytes(step.folder / "table.csv", text.getvalue().encode(errors="surrogateescape"))
+    pictures = {name: base64.b64encode((step.folder / name).read_bytes()).decode() for name in PICTURES}
+    files.write_bytes(page, html(rows, pictures).encode(errors="surrogateescape"))
+    return page
+
+
+def _prints(row: Row, steps: Sequence[str]) -> str:
+    return ", ".join(f"{of} {row['fingerprints'][of][:12]}" for of in steps if of in row["fingerprints"])
+
+
+def _fingerprints(rows: Sequence[Row]) -> list[str]:
+    return sorted({f"{of} fingerprint" for row in rows for of in row["fingerprints"]})
+
+
+def html(rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
+    """The page, or with no pictures the tables alone, as a notebook shows them.
+
+    Args:
+        rows: of `tabulate`.
+        pictures: name of `PICTURES` -> base64 of the PNG.
+    """
+    text = resources.files("imatch.viz").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    questions: dict[str, list[Row]] = {}
+    for row in rows:
+        questions.setdefault(row["question"], []).append(row)
+    shown = pictures and [
+        (name, PICTURES[name][0], data, [_prints(row, PICTURES[name][1]) for row in rows])
+        for name, data in pictures.items()
+    ]
+    return template.render(questions=questions, columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
+
+
+def _cell(key: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:+.2f}" if key.startswith("apart") else f"{value:.3g}" if key in COSTS else f"{value:.2f}"
+    return str(value)
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures of 05_report: how many configurations, and the best of each question with its interval."""
+    best = [row for row in rows if row["place"] == "best"]
+    keys = ("question", "name", "hit_at_1", "low", "high", "apart", "apart_low", "apart_high")
+    return {"configurations": len(rows), "best": [{key: row[key] for key in keys} for row in best]}

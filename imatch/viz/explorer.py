@@ -1,0 +1,672 @@
+"""Two photographs side by side on a canvas that can be clicked (ipympl), with lines and similarities over them."""
+
+from __future__ import annotations
+
+import html
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import ipywidgets as widgets
+import matplotlib
+import numpy as np
+from matplotlib.backend_bases import MouseButton, MouseEvent, RendererBase
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba_array
+from matplotlib.figure import Figure
+from matplotlib.transforms import IdentityTransform
+
+from imatch.core.files import Row, printable, read_rows
+from imatch.core.step import Step, flat_name, open_step, run_and_dataset, views_by_id
+from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
+from imatch.data import images
+from imatch.data.pairs import Matched, poses_of
+from imatch.data.rotations import UPRIGHT, Pose
+from imatch.evaluation import verdicts
+from imatch.features import base
+from imatch.features.base import Backbone, Embedded, embed_one
+from imatch.features.denseft import covered
+from imatch.matching import geometry
+from imatch.matching.align import aligned, aligner
+from imatch.matching.geometry import Estimator
+from imatch.viz import pictures
+
+if TYPE_CHECKING:
+    from ipympl.backend_nbagg import Canvas
+    from matplotlib.axes import Axes
+
+
+BEST, SECOND, CHOSEN = "#7fff00", "#ff9f1c", "#00e5ff"
+"""Colours of the best match, the second best, and the patch that was clicked."""
+FOUND, NOT_FOUND = "#5adc5a", "#eb5a50"
+"""Colours of the outline of a verified geometry and of one that is not."""
+OUTLIER = (0.92, 0.35, 0.31, 0.6)
+
+
+class PairCanvas:
+    """A figure of two photographs, A on the left and B on the right, each in pixels of its original.
+
+    Artists stay and only their data changes, so that a slider redraws at once. Zooming moves one photograph; the lines
+    follow.
+
+    Args:
+        clicked: called with the side (0 for A, 1 for B) and (x, y) in its pixels when a photograph is clicked.
+
+    Attributes:
+        widget: the ipympl canvas, to be put among other widgets.
+
+    >>> canvas = PairCanvas(lambda side, xy: None)
+    >>> canvas.show([np.zeros((2, 3, 3), np.uint8)] * 2, [(20, 30), (20, 30)])
+    >>> canvas.lines(np.array([[5, 5]]), np.array([[25, 15]]), np.array([0.9]), np.array([True]))
+    >>> canvas.widget.draw()
+    """
+
+    def __init__(self, clicked: Callable[[int, tuple[float, float]], None]) -> None:
+        figure = Figure(figsize=(9.6, 4.8), dpi=100, facecolor="#181818")
+        self.sides = [_Side(figure.add_axes((left, 0.01, 0.49, 0.98))) for left in (0.005, 0.505)]
+        self._lines = _Lines(self.sides[0].axes, self.sides[1].axes)
+        figure.add_artist(self._lines)
+        self._clicked = clicked
+        self.widget = _ipympl_canvas(figure)  # last, for from here on JupyterLab may draw it, in a thread of its own
+        self.widget.mpl_connect("button_press_event", self._pressed)
+
+    def show(self, photographs: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
+        """Show two photographs and nothing over them.
+
+        Args:
+            photographs: two (h, w, 3) uint8 RGB of any resolution.
+            sizes: (h, w) of the originals, in whose pixels everything is drawn.
+        """
+        for side, pixels, size in zip(self.sides, photographs, sizes, strict=True):
+            side.show(pixels, size)
+        none = np.zeros((0, 2))
+        self.lines(none, none, np.zeros(0), np.zeros(0, bool))
+
+    def lines(self, xy_a: np.ndarray, xy_b: np.ndarray, similarity: np.ndarray, inliers: np.ndarray) -> None:
+        """Join correspondences by lines, inliers from dark blue (similarity 0.7) to yellow (1.0), others red.
+
+        Args:
+            xy_a, xy_b: (m, 2) pixels of A and of B.
+            similarity: (m,) cosine.
+            inliers: (m,) bool.
+        """
+        for side in self.sides:
+            side.forget()
+        colours = matplotlib.colormaps["viridis"]((similarity - 0.7) / 0.3)
+        colours[~inliers] = OUTLIER
+        self._lines.join(xy_a, xy_b, colours)
+        self.widget.draw_idle()
+
+    def outline(self, corners: np.ndarray | None, verified: bool) -> None:
+        """Draw the outline of A in B, (4, 2) pixels of B: green when verified, else red. None draws none."""
+        closed = np.zeros((0, 2)) if corners is None else np.vstack([corners, corners[:1]])
+        self.sides[1].outline.set_data(*closed.T)
+        self.sides[1].outline.set_color(FOUND if verified else NOT_FOUND)
+        self.widget.draw_idle()
+
+    def similar(self, side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> None:
+        """Show how similar a token of one side is to every token of the other one, in place of the lines.
+
+        Args:
+            side: 0 when the token is of A, 1 when it is of B.
+            xy: (2,) its pixel.
+            other: the tokens of the other side; cells when they lie on a grid, else dots.
+            similarity: (n,) cosine with each of them.
+            best: which of them is the most similar and, if there is one, the second best (`pictures.best_two`).
+        """
+        ends, colours = other.xy[list(best)], [BEST, SECOND][: len(best)]
+        here, there = self.sides[side], self.sides[1 - side]
+        here.forget()
+        here.mark(xy[None], [CHOSEN])
+        there.colour(other, similarity)
+        there.mark(ends, colours)
+        starts = np.repeat(xy[None], len(ends), axis=0)
+        a, b = (starts, ends) if side == 0 else (ends, starts)
+        self._lines.join(a, b, to_rgba_array(colours))
+        self.widget.draw_idle()
+
+    def _pressed(self, event: MouseEvent) -> None:
+        zooming = self.widget.widgetlock.locked()
+        for number, side in enumerate(self.sides):
+            if event.inaxes is side.axes and event.button == MouseButton.LEFT and not zooming:
+                self._clicked(number, (event.xdata, event.ydata))
+
+
+class _Side:
+    """A photograph, and over it the similarity of a token of the other one."""
+
+    def __init__(self, axes: Axes) -> None:
+        axes.set_axis_off()
+        self.axes, self.size = axes, (1, 1)
+        self.photograph = axes.imshow(np.zeros((1, 1, 3), np.uint8))
+        self.cells = axes.imshow(np.zeros((1, 1)), cmap="magma", alpha=0.65, interpolation="nearest")
+        self.dots = axes.scatter([], [], c=[], s=14, cmap="magma")
+        self.marks = axes.scatter([], [], s=110, facecolors="none", linewidths=2.5, zorder=4)
+        (self.outline,) = axes.plot([], [], linewidth=2)
+
+    def show(self, pixels: np.ndarray, size: tuple[int, int]) -> None:
+        self.size = h, w = size
+        self.photograph.set_data(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA))  # without alpha it is drawn in float, slowly
+        self.photograph.set_extent((-0.5, w - 0.5, h - 0.5, -0.5))
+        self.axes.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
+        self.outline.set_data([], [])
+        self.forget()
+
+    def forget(self) -> None:
+        """Take the similarity away."""
+        self.cells.set_visible(False)
+        self.dots.set_visible(False)
+        self.marks.set_visible(False)
+
+    def colour(self, tokens: Tokens, similarity: np.ndarray) -> None:
+        self.forget()
+        span = (similarity.min(), similarity.max()) if len(similarity) else (0, 1)
+        if tokens.grid is None:
+            order = np.argsort(similarity, kind="stable")  # the most similar on top
+            self.dots.set_offsets(tokens.xy[order])
+            self.dots.set(array=similarity[order], clim=span, visible=True)
+            return
+        h, w = covered(tokens, self.size)
+        (rows, columns), (x, y) = tokens.grid, tokens.xy[0]
+        left, top = x - w / columns / 2, y - h / rows / 2
+        self.cells.set(data=similarity.reshape(tokens.grid), clim=span, visible=True)
+        self.cells.set_extent((left, left + w, top + h, top))
+
+    def mark(self, xy: np.ndarray, colours: Sequence[str]) -> None:
+        self.marks.set_offsets(xy)
+        self.marks.set(edgecolors=colours, visible=True)
+
+
+class _Lines(LineCollection):
+    """Lines from points of one axes to points of another, wherever these lie when they are drawn."""
+
+    def __init__(self, *axes: Axes) -> None:
+        super().__init__([], transform=IdentityTransform(), linewidths=0.9, zorder=3)
+        self._pair = axes
+        self.join(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros((0, 4)))
+
+    def join(self, xy_a: np.ndarray, xy_b: np.ndarray, colours: np.ndarray) -> None:
+        """What to draw: (m, 2) ends in the data of each axes, the first on top, and (m, 4) RGBA."""
+        self.ends = (xy_a[::-1], xy_b[::-1])
+        self.set_color(colours[::-1])
+
+    def draw(self, renderer: RendererBase) -> None:
+        ends = [axes.transData.transform(xy) for axes, xy in zip(self._pair, self.ends, strict=True)]
+        for axes, pixels in zip(self._pair, ends, strict=True):  # no line to what zooming has put out of sight
+            pixels[((pixels < axes.bbox.min) | (pixels > axes.bbox.max)).any(axis=1)] = np.nan
+        self.set_segments(np.stack(ends, axis=1))
+        super().draw(renderer)
+
+
+def _ipympl_canvas(figure: Figure) -> Canvas:
+    backend = matplotlib.get_backend()
+    from ipympl.backend_nbagg import Canvas, FigureManager
+
+    matplotlib.use(backend)  # importing ipympl makes it the backend of every later figure
+    canvas = Canvas(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Passing unrecognized arguments", DeprecationWarning)  # by ipympl's toolbar
+        manager = FigureManager(canvas, 0)
+    canvas.syncing_data_url = False  # the front end keeps the picture; to send it twice would take twice the time
+    manager.resize(*figure.bbox.size)  # again, for JupyterLab may have asked before there was a manager
+    canvas.header_visible = canvas.footer_visible = canvas.resizable = False
+    canvas.toolbar_position, canvas.toolbar_visible = "right", "visible"
+    canvas.layout.width = f"{figure.bbox.width + 48:.0f}px"  # room for the toolbar beside the picture
+    return canvas
+
+
+SIDE = 960
+"""The longer side of a photograph on the canvas in pixels: enough to zoom in, little enough to redraw at once."""
+UNCLEAR = "unclear"
+"""What a pair without a label is."""
+
+
+def browse(step: Step | Mapping[str, Step]) -> Explorer | widgets.HTML:
+    """Explore the matches of a finished 04_match, or of several by name.
+
+    Returns:
+        The widget, for a notebook to show; of no step, a line that says so. It needs no model; with the weights of the
+        step's 01_embed it also matches two photographs that are uploaded.
+    """
+    if not step:
+        return widgets.HTML("Nothing was matched 1:1, so there is nothing to explore: run 04_match.")
+    return Explorer({step.folder.name: step} if isinstance(step, Step) else step)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pair as the explorer shows it.
+
+    Attributes:
+        pair: as it was saved, or has just been matched.
+        tokens: of A and of B.
+        estimator: what finds its geometry.
+    """
+
+    pair: Pair
+    tokens: tuple[Tokens, Tokens]
+    estimator: Estimator
+
+
+class Saved:
+    """A finished 04_match and what it was made from, opened once; the tokens are memory-mapped.
+
+    Attributes:
+        step: the 04_match.
+        photographs: what the queries show (their id; of references that of their source) -> (crop, angle) -> query; a
+            photograph itself has crop 1 and angle 0.
+        candidates: query -> its rows of pairs.jsonl, by rank; none where nothing was found.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step, self._matched = step, Matched(step)
+        views = views_by_id(self._matched.query.folder)
+        self.photographs: dict[str, dict[tuple[float, float], str]] = {}
+        self.candidates: dict[str, list[Row]] = {}
+        for row in read_rows(step.folder / "pairs.jsonl"):
+            query = row["query"]
+            shown = views[query]["source"] if query in views else query
+            self.photographs.setdefault(shown, {})[row["crop"] or 1.0, row["angle"] or 0.0] = query
+            self.candidates.setdefault(query, []).extend([row] if row["candidate"] is not None else [])
+
+    def open(self, row: Row) -> Opened:
+        """A pair of pairs.jsonl; it is matched again where the outputs had no "npy"."""
+        a, b = self._matched.tokens(row)
+        try:
+            pair = self._matched.pair(row)
+        except StepError:
+            return self._match(row, *self._matched.files(row), [(Pose(row["turn"], row["zoom"]), a)], b)
+        return Opened(pair, (a, b), aligner(self.step.parameters, b).estimator)
+
+    def match(self, names: tuple[str, str], files: tuple[Path, Path]) -> Opened:
+        """Embed two photographs as 01_embed did and match them as 04_match did.
+
+        Args:
+            names: what they are called.
+            files: where they are.
+
+        Raises:
+            ImatchError: a photograph cannot be decoded, or the weights are not there or have changed.
+        """
+        seen = [(pose, self._embed(names[0], files[0], pose)) for pose in poses_of(self.step)]
+        a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT)
+        row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
+        return self._match(row, files, (a.size, b.size), [(pose, one.tokens) for pose, one in seen], b.tokens)
+
+    def _match(
+        self,
+        row: Row,
+        files: tuple[Path, Path],
+        sizes: tuple[tuple[int, int], tuple[int, int]],
+        seen: Sequence[tuple[Pose, Tokens]],
+        b: Tokens,
+    ) -> Opened:
+        align = aligner(self.step.parameters, b)
+        found = aligned(align, seen, b, sizes, files)
+        pair = Pair(row, files, sizes, found.xy_a, found.xy_b, found.matches, found.geometry)
+        return Opened(pair, (dict(seen)[found.pose], b), align.estimator)
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        made_by = self._embed_parameters
+        backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
+        if backbone.digest != made_by["weights_digest"]:
+            raise StepError(f"the weights of {made_by['weight']} have changed since 01_embed: run it again")
+        return backbone
+
+    @property
+    def _embed_parameters(self) -> dict[str, Any]:
+        return open_step(self._matched.gallery.folder).parameters
+
+    def _embed(self, name: str, file: Path, pose: Pose) -> Embedded:
+        try:
+            return embed_one(file, self._backbone, self._embed_parameters, pose)
+        except PhotographError as error:
+            raise PhotographError(f"{name}: {error}") from None
+
+
+class Explorer(widgets.VBox):
+    """Choose a pair, move the sliders, click a patch, say whether the pair is right.
+
+    Every pair opens with the geometry that 04_match gave it. The similarity and the RANSAC of the sliders then find it
+    anew from the saved correspondences. A click on one photograph shows how similar that patch is to all of the other.
+
+    Args:
+        steps: finished 04_match steps by name.
+
+    Attributes:
+        weight, query, crop, angle, rank: what pair is shown.
+        similarity, model, threshold: what its geometry is found from.
+        most, inliers: which lines are drawn.
+        label: accept, reject or unclear (which takes the label back).
+        uploads, match, back: two photographs from the reader's disk, and the way back to the chosen pair.
+        export: writes the pair as a page that opens without a kernel.
+        canvas: the picture.
+        said, patch, progress: what was found, what was clicked, and how many pairs have a label.
+    """
+
+    def __init__(self, steps: Mapping[str, Step]) -> None:
+        self._steps = dict(steps)
+        self._read: dict[str, Saved] = {}
+        self._opened: Opened | None = None
+        self._clicked: tuple[int, int] | None = None
+        self._filling = False
+
+        wide, style = {"width": "480px"}, {"description_width": "80px"}
+        self.weight = widgets.Dropdown(options=list(steps), description="weight", layout=wide, style=style)
+        self.query = widgets.Combobox(
+            description="query", ensure_option=True, placeholder="type to search", layout=wide, style=style
+        )
+        self.crop = widgets.SelectionSlider(options=[1.0], description="crop", style=style)
+        self.angle = widgets.SelectionSlider(options=[0.0], description="angle", style=style)
+        self.rank = widgets.Dropdown(description="candidate", layout=wide, style=style)
+        self.similarity = widgets.FloatSlider(-1, min=-1, max=1, step=0.01, description="similarity", style=style)
+        self.most = widgets.IntSlider(200, min=0, max=2000, step=10, description="most lines", style=style)
+        self.inliers = widgets.Checkbox(True, description="inliers only", indent=False)
+        self.model = widgets.Dropdown(options=list(geometry.MODELS), description="geometry", style=style)
+        self.threshold = widgets.FloatLogSlider(
+            3, min=-1, max=2.5, step=0.02, readout_format=".1f", description="within px", style=style
+        )
+        self.label = widgets.ToggleButtons(
+            options=[*verdicts.LABELS, UNCLEAR], value=UNCLEAR, style={"button_width": "80px"}
+        )
+        self.export = widgets.Button(description="save as HTML", icon="save")
+        kinds = ",".join(sorted(images.SUFFIXES))
+        self.uploads = [widgets.FileUpload(accept=kinds, description=side) for side in ("query", "candidate")]
+        self.match = widgets.Button(description="match", icon="link")
+        self.back = widgets.Button(description="back to the pair above", icon="undo")
+        self.canvas = PairCanvas(self._click)
+        self.said, self.patch, self.progress = widgets.HTML(), widgets.HTML(), widgets.HTML()
+
+        own = widgets.HBox([widgets.HTML("two photographs of your own:"), *self.uploads, self.match, self.back])
+        super().__init__(
+            [
+                widgets.HBox([self.weight], layout={"display": "" if len(steps) > 1 else "none"}),
+                widgets.HBox([self.query, self.crop, self.angle]),
+                widgets.HBox([self.rank, self.label, self.progress]),
+                widgets.HBox([self.similarity, self.most, self.inliers]),
+                widgets.HBox([self.threshold, self.model, self.export]),
+                self.canvas.widget,
+                self.said,
+                self.patch,
+                own,
+            ]
+        )
+        for control, reaction in (
+            (self.weight, self._choose_weight),
+            (self.query, self._choose_query),
+            (self.crop, self._choose_view),
+            (self.angle, self._choose_view),
+            (self.rank, self._choose_rank),
+            (self.similarity, self._draw),
+            (self.most, self._draw),
+            (self.inliers, self._draw),
+            (self.model, self._draw),
+            (self.threshold, self._draw),
+            (self.label, self._label),
+        ):
+            control.observe(self._reacting(reaction), names="value")
+        self.match.on_click(self._reacting(self._match))
+        self.back.on_click(self._reacting(self._choose_rank))
+        self.export.on_click(self._reacting(self._export))
+        self._choose_weight()
+
+    # --- choosing ------------------------------------------------------------------------------------------
+
+    @property
+    def saved(self) -> Saved:
+        """The 04_match that is shown."""
+        name = self.weight.value
+        if name not in self._read:
+            self._read[name] = Saved(self._steps[name])
+        return self._read[name]
+
+    @property
+    def row(self) -> Row | None:
+        """The row of pairs.jsonl that is chosen; None where nothing was found."""
+        return None if self.rank.value is None else self._candidates()[self.rank.value]
+
+    def _candidates(self) -> list[Row]:
+        query = self._views().get((self.crop.value, self.angle.value))
+        return [] if query is None else self.saved.candidates[query]
+
+    def _views(self) -> dict[tuple[float, float], str]:
+        return self.saved.photographs[self._named[self.query.value]]
+
+    def _choose_weight(self) -> None:
+        self._named = _names(sorted(self.saved.photographs))
+        with self._fill():
+            wanted = self.query.value
+            self.query.options = list(self._named)
+            self.query.value = wanted if wanted in self._named else next(iter(self._named), "")
+        if self._named:
+            self._choose_query()
+        else:
+            self._nothing("Nothing was matched: there was no pair.")
+
+    def _choose_query(self) -> None:
+        crops, angles = (sorted({view[i] for view in self._views()}) for i in (0, 1))
+        with self._fill():
+            for control, values in ((self.crop, crops), (self.angle, angles)):
+                _offer(control, [(f"{value:g}", value) for value in values])
+                control.layout.display = "" if len(values) > 1 else "none"
+        self._choose_view()
+
+    def _choose_view(self) -> None:
+        with self._fill():
+            _offer(self.rank, [(_candidate(row), i) for i, row in enumerate(self._candidates())])
+        self._choose_rank()
+
+    def _choose_rank(self) -> None:
+        row = self.row
+        self._nothing("The backbone found nothing in this query, so nothing was matched.")
+        with self._fill():
+            self.label.value, self.label.disabled = UNCLEAR, True  # until the pair that it is of can be seen
+        if row is not None:
+            self._show(self.saved.open(row))
+        self._show_label()
+
+    # --- showing -------------------------------------------------------------------------------------------
+
+    def _show(self, opened: Opened) -> None:
+        self._opened = opened
+        with self._fill():
+            self.model.value, self.threshold.value = opened.estimator.model, opened.estimator.threshold
+            self.similarity.value = -1.0
+        self._as_opened = self._found_from()
+        pair = opened.pair
+        thumbnails = [_thumbnail(path, size) for path, size in zip(pair.paths, pair.sizes, strict=True)]
+        self.canvas.show(thumbnails, pair.sizes)
+        self._draw()
+
+    def _nothing(self, said: str) -> None:
+        self._opened = None
+        self.canvas.show([np.zeros((1, 1, 3), np.uint8)] * 2, [(1, 1)] * 2)
+        self._say(said)
+
+    def _found_from(self) -> tuple[float, str, float]:
+        """What the sliders say the geometry is found from."""
+        return self.similarity.value, self.model.value, self.threshold.value
+
+    def _draw(self) -> None:
+        """Draw the pair: as it was opened or, once a slider says otherwise, with a geometry that is found anew from the
+        saved correspondences."""
+        if self._opened is None:
+            return
+        pair, self._clicked = self._opened.pair, None
+        alike, found = np.arange(len(pair.matches)), pair.geometry
+        if self._found_from() != self._as_opened:
+            alike = np.flatnonzero(pair.matches.similarity >= self.similarity.value)
+            estimator = replace(self._opened.estimator, model=self.model.value, threshold=self.threshold.value)
+            found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes)
+        shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
+        lines = alike[shown]
+        self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
+        corners = None if found.matrix is None else geometry.transform(found.matrix, geometry.corners(pair.sizes[0]))
+        self.canvas.outline(corners if corners is not None and np.isfinite(corners).all() else None, found.verified)
+        self._say(_found(pair, found, len(alike), len(lines)))
+
+    def _click(self, side: int, xy: tuple[float, float]) -> None:
+        """Show how similar the nearest token of one side is to all of the other; a second click ends that."""
+        if self._opened is None:
+            return
+        tokens, other = self._opened.tokens[side], self._opened.tokens[1 - side]
+        if not len(tokens.xy) or not len(other.xy):
+            return
+        nearest = int(np.linalg.norm(tokens.xy - xy, axis=1).argmin())
+        if self._clicked == (side, nearest):
+            self._draw()
+            return
+        self._clicked = (side, nearest)
+        (similarity,) = pictures.similarities(tokens, other, [nearest])
+        best = [row for row in pictures.best_two(similarity, other) if row is not None]
+        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best)
+        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best)
+
+    def _say(self, said: str) -> None:
+        self.said.value, self.patch.value = said, "Click a patch to see what it resembles in the other photograph."
+
+    # --- labels, uploads, pages ------------------------------------------------------------------------------
+
+    def _label(self) -> None:
+        row, file = self.row, verdicts.path(self.saved.step)
+        if row is None:
+            return
+        said = verdicts.read(file)  # anew, for another notebook may have written it
+        said.pop((row["query"], row["candidate"]), None)
+        if self.label.value != UNCLEAR:
+            said[row["query"], row["candidate"]] = self.label.value
+        try:
+            verdicts.write(file, said)
+        except (ImatchError, OSError):
+            self._show_label()  # what is on the disk, not what was wanted
+            raise
+        self._count(said)
+
+    def _show_label(self) -> None:
+        row, said = self.row, verdicts.read(verdicts.path(self.saved.step))
+        with self._fill():
+            known = None if row is None else said.get((row["query"], row["candidate"]))
+            self.label.value, self.label.disabled = known or UNCLEAR, row is None
+        self._count(said)
+
+    def _count(self, said: verdicts.Labels) -> None:
+        pairs = [(row["query"], row["candidate"]) for rows in self.saved.candidates.values() for row in rows]
+        self.progress.value = f"{sum(pair in said for pair in pairs)} of {len(pairs)} pairs have a label"
+
+    def _match(self) -> None:
+        given = [upload.value for upload in self.uploads]
+        if not all(given):
+            raise ImatchError("give two photographs: the buttons query and candidate upload them")
+        folder = Path(tempfile.mkdtemp(prefix="imatch-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        files = [folder / str(number) for number in range(2)]
+        for file, (upload,) in zip(files, given, strict=True):
+            file.write_bytes(upload["content"])
+        opened = self.saved.match((given[0][0]["name"], given[1][0]["name"]), (files[0], files[1]))
+        with self._fill():
+            self.label.value, self.label.disabled = UNCLEAR, True  # labels are of the step's own pairs
+        self._show(opened)
+
+    def _export(self) -> None:
+        from imatch.viz.html import pair_page
+
+        if self._opened is None:
+            raise ImatchError("there is no pair to save: choose a query that found something")
+        pair, step = self._opened.pair, self.saved.step
+        run, _ = run_and_dataset(step)
+        names = [flat_name(pair.row[side]) for side in ("query", "candidate")]
+        path = run / "pages" / step.folder.relative_to(run / step.name) / names[0] / f"{names[1]}.html"
+        pair_page(pair, *self._opened.tokens, path)
+        self.progress.value = f"saved: {html.escape(printable(str(path)))}"
+
+    # --- reacting ------------------------------------------------------------------------------------------
+
+    def _reacting(self, reaction: Callable[[], None]) -> Callable[[object], None]:
+        """A handler that runs unless the explorer itself is filling its controls, and tells what goes wrong."""
+
+        def react(_: object) -> None:
+            if self._filling:
+                return
+            try:
+                reaction()
+            except (ImatchError, OSError, ValueError, KeyError) as error:  # to be read, not a traceback in a log
+                self._say(f"<b>{html.escape(printable(str(error)))}</b>")
+
+        return react
+
+    @contextmanager
+    def _fill(self) -> Iterator[None]:
+        self._filling = True
+        try:
+            yield
+        finally:
+            self._filling = False
+
+
+_thumbnail = lru_cache(maxsize=32)(lambda path, size: images.thumbnail(path, size, min(SIDE, max(size))))
+
+
+def _offer(control: widgets.Dropdown | widgets.SelectionSlider, options: Sequence[tuple[str, Any]]) -> None:
+    """Offer other options; what was chosen stays, where it is among them."""
+    wanted, values = control.value, [value for _, value in options]
+    control.options = options
+    control.value = wanted if wanted in values else values[0] if values else None
+
+
+def _names(ids: Iterable[str]) -> dict[str, str]:
+    """Names that people can read and type -> ids; two that look alike are numbered."""
+    named: dict[str, str] = {}
+    for id in ids:
+        name = printable(id)
+        named[name if name not in named else f"{name} ({len(named)})"] = id
+    return named
+
+
+def _candidate(row: Row) -> str:
+    place = "own photograph" if row["rank"] is None else f"{row['rank'] + 1}, re-ranked {row['reranked'] + 1}"
+    return f"{place}: {printable(row['candidate'])} ({row['inliers']} inliers)"
+
+
+def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
+    """What a pair's geometry says, as HTML."""
+    row = pair.row
+    names = [f"<b>{html.escape(printable(row[side]))}</b>" for side in ("query", "candidate")]
+    told = [f"{'verified' if found.verified else 'not verified'}: {found.reason}"]
+    if found.matrix is not None and found.verified:
+        turned, scaled = geometry.rotation_scale(found.matrix, pair.sizes[0])
+        told.append(f"turn the query by {turned:z.1f}° and scale it by {scaled:.2f}")
+    if found.matrix is not None and row.get("true_matrix") is not None:
+        error = geometry.corner_error(found.matrix, np.array(row["true_matrix"]), pair.sizes[0])
+        told.append(f"corners {error:.2f} px from where they truly are")
+    colour = FOUND if found.verified else NOT_FOUND
+    return (
+        f"{names[0]} → {names[1]}, cosine of the global vectors {row['score']:.3f}<br>"
+        f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{"; ".join(told)}</span><br>'
+        f"{drawn} of {alike} correspondences drawn"
+    )
+
+
+def _similar(side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> str:
+    """What a patch resembles in the other photograph, as HTML."""
+    told = [
+        f'<span style="color: {colour}">●</span> {name} {similarity[i]:.3f} at {_at(other.xy[i])}'
+        for i, name, colour in zip(best, ("best", "second best"), (BEST, SECOND), strict=False)
+    ]
+    return (
+        f'<span style="color: {CHOSEN}">●</span> the patch at {_at(xy)} of the '
+        f"{('query', 'candidate')[side]}: {', '.join(told)}; all others from {similarity.min():.3f} (dark) on. "
+        "Click it again for the lines."
+    )
+
+
+def _at(xy: np.ndarray) -> str:
+    return f"({xy[0]:.0f}, {xy[1]:.0f})"

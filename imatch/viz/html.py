@@ -1,0 +1,257 @@
+"""Pages that open without a kernel: one pair, and the contact sheet of a 03_index. Each is one HTML file that holds all
+it shows and fetches nothing; a little JavaScript answers to the pointer and the arrow keys."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from imatch.core import files
+from imatch.core.files import Row
+from imatch.core.step import Step
+from imatch.core.types import ImatchError, Pair, Tokens
+from imatch.data import images
+from imatch.data.store import query_and_gallery, read_ranking
+from imatch.matching import geometry
+from imatch.viz import figures, pictures
+
+MOST = 1024
+"""Descriptors of a photograph on a page at most: their similarities are a byte a pair."""
+SIDE, SMALL, GAP = 640, 320, 12
+"""Longer sides of a photograph on the page of a pair and on a contact sheet, and what is between those of a pair."""
+
+
+def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
+    """Write a pair as one HTML file.
+
+    Its correspondences answer to the pointer with similarity and pixels, a slider and a box choose among them. Pointing
+    at A shows how similar that patch (of keypoints, the nearest one) is to all of B, with the best and its rival
+    (`pictures.best_two`). Photographs of more than `MOST` descriptors are thinned, and the page says so.
+
+    Args:
+        pair: what to show.
+        a, b: the tokens that it was matched by.
+        path: of the file.
+
+    Returns:
+        The path.
+
+    >>> import tempfile
+    >>> from imatch.core.types import Tokens
+    >>> from imatch.core.types import Pair
+    >>> from imatch.core.types import Geometry, Matches
+    >>> tokens, nothing = Tokens(np.ones(1), np.eye(4), np.eye(4, 2)), np.zeros(0)
+    >>> found = Geometry(None, nothing > 0, np.nan, False, "0 correspondences are too few for homography")
+    >>> files, xy = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2))
+    >>> row = {"query": "a.jpg", "candidate": "b.jpg"}
+    >>> pair = Pair(row, files, ((20, 30), (40, 60)), xy, xy, Matches(nothing, nothing, nothing), found)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pair_page(pair, tokens, tokens, Path(folder) / "pair.html").read_text()[:15]
+    '<!doctype html>'
+    """
+    side_a = _side(pair.row["query"], pair.paths[0], pair.sizes[0], left=0)
+    side_b = _side(pair.row["candidate"], pair.paths[1], pair.sizes[1], left=side_a["width"] + GAP)
+    few_a, few_b = _thinned(a, pair.matches.index_a), _thinned(b, pair.matches.index_b)
+    outline, similarity = (_outline(pair) + 0.5) * side_b["factor"], pair.matches.similarity
+    known = ("size", "factor", "left")
+    return _write(
+        path,
+        "pair",
+        title=f"{side_a['name']} \N{RIGHTWARDS ARROW} {side_b['name']}",
+        a=side_a,
+        b=side_b,
+        width=side_b["left"] + side_b["width"],
+        height=max(side_a["height"], side_b["height"]),
+        outline=" ".join(f"{side_b['left'] + x:.1f},{y:.1f}" for x, y in outline),
+        verified=pair.geometry.verified,
+        reason=pair.geometry.reason,
+        facts=_facts(pair),
+        any_inlier=bool(pair.geometry.inliers.any()),
+        least=f"{np.floor(100 * similarity.min(initial=1)) / 100:.2f}",
+        lowest=f"{similarity.min(initial=1):.2f}",
+        highest=f"{similarity.max(initial=-1):.2f}" if len(similarity) else "1.00",
+        what="keypoint" if a.grid is None else "patch",
+        notes=[_thinning(*of) for of in (("A", a, few_a), ("B", b, few_b)) if of[1] is not of[2]],
+        data={
+            "a": {**{key: side_a[key] for key in known}, "xy": _rounded(few_a.xy)},
+            "b": {**{key: side_b[key] for key in known}, "xy": _rounded(few_b.xy)},
+            "cell": _cell(few_b, pair.sizes[1]),
+            **_correspondences(pair),
+            **_heat(few_a, few_b),
+        },
+    )
+
+
+def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
+    """Write the contact sheet of a finished 03_index as one HTML file: queries down, their hits across, framed green
+    where right and red where wrong, with cosine and, where known, metres. Pointing at a hit shows it large.
+
+    Args:
+        step: a finished 03_index.
+        path: of the file.
+        n: queries at most, evenly spread.
+        k: hits of each at most.
+
+    Returns:
+        The path.
+    """
+    query, gallery = query_and_gallery(step)
+    queries = figures.hits_shown(step, query, gallery, read_ranking(step), n, k)
+    shown: dict[Path, tuple[int, int]] = {row["path"]: row["size"] for row in queries}
+    shown |= {hit["path"]: hit["size"] for row in queries for hit in row["hits"]}
+    number = {file: i for i, file in enumerate(shown)}
+    many = f"{len(query)} queries" if len(queries) == len(query) else f"{len(queries)} of {len(query)} queries"
+    return _write(
+        path,
+        "sheet",
+        title=f"{step.folder.name}: queries and their best hits",
+        said=f"{many} and their best hits, by the cosine of global vectors.",
+        most=max((len(row["hits"]) for row in queries), default=1) or 1,
+        photographs=[_photograph(file, size) for file, size in shown.items()],
+        queries=[
+            {
+                "name": files.printable(row["id"]),
+                "photograph": number[row["path"]],
+                "turned": "" if row["angle"] is None else f", turned by {row['angle']:g}\N{DEGREE SIGN}",
+                "hits": [_hit(hit, number) for hit in row["hits"]],
+            }
+            for row in queries
+        ],
+    )
+
+
+def _write(path: Path, template: str, **shown: Any) -> Path:
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("imatch.viz", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    files.write_bytes(path, templates.get_template(f"{template}.html.jinja").render(**shown).encode())
+    return path
+
+
+def _side(id: str, path: Path, size: tuple[int, int], left: float) -> dict[str, Any]:
+    """One photograph of a pair, `SIDE` units of the drawing long, and where it begins in it."""
+    factor = SIDE / max(size)
+    return {
+        "name": files.printable(id),
+        "uri": _uri(images.thumbnail(path, size, min(SIDE, max(size)))),
+        "size": size,
+        "factor": factor,
+        "left": left,
+        "width": size[1] * factor,
+        "height": size[0] * factor,
+    }
+
+
+def _uri(picture: np.ndarray) -> str:
+    data = BytesIO()
+    Image.fromarray(picture).save(data, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _rounded(xy: np.ndarray) -> list[list[float]]:
+    return np.round(xy.astype(np.float64), 2).tolist()
+
+
+def _correspondences(pair: Pair) -> dict[str, Any]:
+    return {
+        "xy_a": _rounded(pair.xy_a),
+        "xy_b": _rounded(pair.xy_b),
+        "similarity": np.round(pair.matches.similarity.astype(np.float64), 4).tolist(),
+        "inlier": pair.geometry.inliers.tolist(),
+        "colours": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in pictures.COLOURS.tolist()],
+    }
+
+
+def _heat(a: Tokens, b: Tokens) -> dict[str, Any]:
+    """The similarities of all of A to all of B, a byte each from `low` to `high`, and the best two of each of A."""
+    if not len(a.xy) or not len(b.xy):
+        raise ImatchError("a photograph has no descriptors, so there is nothing to point at: choose another pair")
+    similarity = pictures.similarities(a, b, slice(None))
+    low, high = float(similarity.min()), float(similarity.max())
+    levels = np.round((similarity - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+    found = [pictures.best_two(row, b) for row in similarity]
+    return {
+        "heat": base64.b64encode(levels.tobytes()).decode(),
+        "low": low,
+        "high": high,
+        "best": [best for best, _ in found],
+        "rival": [-1 if rival is None else rival for _, rival in found],
+    }
+
+
+def _thinned(tokens: Tokens, matched: np.ndarray) -> Tokens:
+    """At most `MOST` of the descriptors: of a grid every second, third, ... row and column, of keypoints those that
+    were matched and then the first ones, which backbones give strongest first."""
+    if len(tokens.xy) <= MOST:
+        return tokens
+    if tokens.grid is not None:
+        h, w = tokens.grid
+        return tokens.thinned(next(s for s in itertools.count(2) if -(-h // s) * -(-w // s) <= MOST))
+    kept = sorted(list(dict.fromkeys([*matched.tolist(), *range(len(tokens.xy))]))[:MOST])
+    return Tokens(tokens.vector, tokens.descriptors[kept], tokens.xy[kept])
+
+
+def _thinning(side: str, whole: Tokens, few: Tokens) -> str:
+    if whole.grid is None or few.grid is None:
+        return f"Of {side}'s {len(whole.xy)} keypoints {len(few.xy)} answer to the pointer, matched ones first"
+    stride = -(-whole.grid[0] // few.grid[0])
+    return (
+        f"Of {side}'s {len(whole.xy)} patches {len(few.xy)} answer to the pointer: one row and column of every {stride}"
+    )
+
+
+def _cell(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float] | None:
+    """(x, y) pixels of a cell; None of keypoints."""
+    if tokens.grid is None:
+        return None
+    x, y = tokens.spacing
+    return x or size[1], y or size[0]
+
+
+def _outline(pair: Pair) -> np.ndarray:
+    """(4, 2) pixels of B; (0, 2) where there is none to draw."""
+    nothing = np.zeros((0, 2))
+    if pair.geometry.matrix is None:
+        return nothing
+    outline = geometry.transform(pair.geometry.matrix, geometry.corners(pair.sizes[0]))
+    return outline if np.isfinite(outline).all() else nothing
+
+
+def _facts(pair: Pair) -> list[str]:
+    """What else was found, where it was."""
+    row = pair.row
+    said = []
+    if row.get("rotation") is not None:
+        turn = f"{row['rotation']:.1f}\N{DEGREE SIGN} counter-clockwise"
+        said.append(f"A turned by {turn} and scaled by {row['scale']:.3f} fits B")
+    if row.get("reprojection_error") is not None:
+        said.append(f"Inliers are {row['reprojection_error']:.2f} pixels off on average")
+    if row.get("corner_error") is not None:
+        said.append(f"A's corners are {row['corner_error']:.2f} pixels from the truth")
+    if row.get("score") is not None:
+        said.append(f"Cosine of the global vectors {row['score']:.3f}")
+    return said
+
+
+def _photograph(file: Path, size: tuple[int, int]) -> Row:
+    picture = images.thumbnail(file, size, min(SMALL, max(size)))
+    return {"uri": _uri(picture), "width": picture.shape[1], "height": picture.shape[0]}
+
+
+def _hit(hit: Row, number: Mapping[Path, int]) -> Row:
+    return {
+        "name": files.printable(hit["id"]),
+        "photograph": number[hit["path"]],
+        "rank": hit["rank"],
+        "right": hit["right"],
+        "score": f"{hit['score']:.3f}",
+        "metres": "" if hit["metres"] is None else f", {figures.metres_said(hit['metres'])}",
+    }

@@ -1,0 +1,426 @@
+"""Pictures of a pair: arrays in, (h, w, 3) uint8 RGB out. Whoever shows or writes them is a floor above.
+
+A point (x, y) of a photograph lies at ((x, y) + 0.5) * factor - 0.5 of its picture, for both count from the centres
+of their pixels.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from imatch.core import config, files
+from imatch.core.types import ImatchError, Pair, Tokens, normalise
+from imatch.data import images
+from imatch.features import denseft
+from imatch.matching import geometry
+
+BAR, GAP = 44, 8
+"""Pixels above the photographs for text, and between them."""
+SQUARES = 10
+"""Squares of a checkerboard along the longer side."""
+NEAR = 0.02
+"""Keypoints within this share of the photograph's extent see much the same."""
+GREEN, RED, WHITE, BLACK, DARK = (90, 220, 90), (235, 90, 80), (255, 255, 255), (0, 0, 0), (24, 24, 24)
+COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
+"""(256, 3) uint8 RGB, from dark blue over green to yellow (viridis)."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How pairs are drawn.
+
+    Attributes:
+        side: pixels of a photograph's longer side at most; none is enlarged.
+        max_lines: at most so many correspondences, the most similar ones.
+        width: pixels of a line.
+        alpha: how opaque lines and points are, above 0 and up to 1.
+        radius: pixels of a point.
+        low, high: the similarities that are dark blue and yellow; those beyond look like them.
+
+    Raises:
+        ImatchError: a number out of its range.
+
+    >>> Style(alpha=0.5).side
+    360
+    """
+
+    side: PositiveInt = 360
+    max_lines: NonNegativeInt = 120
+    width: PositiveInt = 1
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+    radius: NonNegativeInt = 2
+    low: float = 0.7
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        if self.low >= self.high:
+            raise ImatchError(f"Style: option low {self.low} must be less than high {self.high}")
+
+
+PLAIN = Style()
+"""What pairs look like where nobody asks for anything else."""
+
+
+def encode(picture: np.ndarray) -> bytes:
+    """An (h, w, 3) uint8 RGB picture as the bytes of a PNG of 256 colours, a quarter of the size of one of all.
+
+    >>> encode(np.zeros((2, 3, 3), np.uint8))[1:4]
+    b'PNG'
+    """
+    data = BytesIO()
+    few = Image.fromarray(picture).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(data, "PNG")
+    return data.getvalue()
+
+
+def colours(similarity: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Similarities (...) as colours (..., 3) uint8 RGB: dark blue up to `low`, yellow from `high` on.
+
+    >>> colours(np.array([0.7, 1.0]), 0.7, 1.0).tolist()
+    [[68, 1, 84], [253, 231, 37]]
+    """
+    return COLOURS[np.clip((similarity - low) / (high - low) * 255, 0, 255).astype(np.uint8)]
+
+
+def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> np.ndarray:
+    """Both photographs side by side, correspondences as lines, the outline of A where it was found in B, and in words
+    what was found.
+
+    Args:
+        pair: what to draw.
+        style: how.
+        shown: (m,) bool, which correspondences may be drawn; by default the inliers.
+
+    >>> from imatch.core.types import Pair
+    >>> from imatch.core.types import Geometry, Matches
+    >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
+    >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
+    >>> row = {"query": "a", "candidate": "b", "verified": True, "inliers": 0, "matches": 0, "rotation": None}
+    >>> pair = Pair(row, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)
+    >>> lines(pair).shape
+    (84, 98, 3)
+    """
+    left, right = (_thumbnail(path, size, style.side) for path, size in zip(pair.paths, pair.sizes, strict=True))
+    canvas = _beside(left, right, BAR)
+    here, there = _Onto.of(pair.sizes[0], left), _Onto.of(pair.sizes[1], right)
+    corner = np.array([left.shape[1] + GAP, BAR])
+
+    chosen = np.flatnonzero(pair.geometry.inliers if shown is None else shown)[: style.max_lines]
+    drawn = canvas.copy()
+    inks = colours(pair.matches.similarity[chosen], style.low, style.high).tolist()
+    for i, ink in reversed(list(zip(chosen, inks, strict=True))):  # the most similar on top
+        a, b = here(pair.xy_a[i]) + np.array([0, BAR]), there(pair.xy_b[i]) + corner
+        _line(drawn, a, b, ink, style.width)
+        for end in (a, b):
+            cv2.circle(drawn, _fixed(end), style.radius * 16, ink, -1, cv2.LINE_AA, 4)
+    canvas = cv2.addWeighted(drawn, style.alpha, canvas, 1 - style.alpha, 0)
+
+    _outline(canvas[BAR:, corner[0] :], pair, there)
+    _say(canvas, pair)
+    return canvas
+
+
+def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
+    """B, with A warped onto it in every other square: what is at one place runs on over the edges of the squares.
+
+    Where A does not reach, B is shown; where no matrix can warp it, words say so.
+
+    Args:
+        pair: what to draw.
+        style: how; its `side` counts.
+
+    >>> from imatch.core.types import Pair
+    >>> from imatch.core.types import Geometry, Matches
+    >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
+    >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
+    >>> pair = Pair({}, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)
+    >>> checkerboard(pair).shape
+    (40, 60, 3)
+    """
+
+    def squares(warped: np.ndarray, covered: np.ndarray, below: np.ndarray) -> np.ndarray:
+        y, x = np.indices(covered.shape) * SQUARES // max(covered.shape)
+        return np.where((covered & ((x + y) % 2 == 0))[..., None], warped, below)
+
+    return _laid_onto(pair, style, squares)
+
+
+def blend(pair: Pair, style: Style = PLAIN) -> np.ndarray:
+    """B, and half transparent on it A, warped: what does not fit is seen twice. Otherwise as `checkerboard`."""
+
+    def halves(warped: np.ndarray, covered: np.ndarray, below: np.ndarray) -> np.ndarray:
+        return np.where(covered[..., None], cv2.addWeighted(warped, 0.5, below, 0.5, 0), below)
+
+    return _laid_onto(pair, style, halves)
+
+
+def _laid_onto(pair: Pair, style: Style, mix: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """A picture mixed from A warped onto B, where it covers B, and B; with A's outline, or words why there is none."""
+    if flaw := _flaw(pair):
+        return _words(flaw, pair, style)
+    warped, covered, below = _warped(pair, style)
+    picture = mix(warped, covered, below)
+    _outline(picture, pair, _Onto.of(pair.sizes[1], below), 1)
+    return picture
+
+
+def similarities(a: Tokens, b: Tokens, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Cosine of some descriptors of A with all of B.
+
+    Args:
+        a, b: of one backbone.
+        rows: (k,) descriptors of A.
+
+    Returns:
+        (k, n) float32.
+
+    >>> tokens = Tokens(np.ones(1), np.array([[2.0, 0], [0, 3]]), np.zeros((2, 2)))
+    >>> similarities(tokens, tokens, [0]).tolist()
+    [[1.0, 0.0]]
+    """
+    asked, all_of_b = (normalise(x.astype(np.float32)) for x in (a.descriptors[rows], b.descriptors))
+    return asked @ all_of_b.T
+
+
+def best_two(similarity: np.ndarray, b: Tokens) -> tuple[int, int | None]:
+    """The most similar descriptor of B, and the most similar one that is no neighbour of it: its rival.
+
+    Neighbours see much the same. On a grid they are the eight around it; keypoints are those within `NEAR` of B's
+    extent.
+
+    Args:
+        similarity: (n,) of all descriptors of B.
+        b: those.
+
+    Returns:
+        Rows of B; None where all are neighbours.
+
+    >>> xy = np.array([[0.0, 0], [10, 0], [20, 0]])
+    >>> best_two(np.array([0.9, 0.8, 0.3]), Tokens(np.ones(1), np.ones((3, 1)), xy, grid=(1, 3)))
+    (0, 2)
+    """
+    best = int(similarity.argmax())
+    reach = NEAR * float(np.ptp(b.xy, axis=0).max()) if b.grid is None else 1.5 * max(b.spacing)
+    others = np.flatnonzero(np.abs(b.xy - b.xy[best]).max(axis=1) > reach)
+    return best, int(others[similarity[others].argmax()]) if len(others) else None
+
+
+def heat(a: Tokens, b: Tokens, patch: int, path: Path, size: tuple[int, int], style: Style = PLAIN) -> np.ndarray:
+    """How similar one descriptor of A is to every one of B, as colours on B's photograph in grey.
+
+    Colours run from the median similarity to the greatest, so that the lower half is dark. Rings mark the best (1) and
+    its rival (2, `best_two`). The cells of a grid are filled, keypoints are dots.
+
+    Args:
+        a, b: tokens of one backbone; B has some.
+        patch: which descriptor of A.
+        path, size: B's file and (h, w) in pixels.
+        style: how; its `side` and `radius` count.
+
+    >>> tokens = Tokens(np.ones(1), np.eye(4), np.array([[2.0, 2], [7, 2], [2, 7], [7, 7]]), grid=(2, 2))
+    >>> heat(tokens, tokens, 3, Path("gone.jpg"), (10, 10)).shape
+    (10, 10, 3)
+    """
+    similarity = similarities(a, b, [patch])[0]
+    picture = _thumbnail(path, size, style.side)
+    grey = np.repeat(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    there = _Onto.of(size, picture)
+    low = float(np.median(similarity))
+    inks = colours(similarity, low, max(float(similarity.max()), low + 1e-6))
+    if b.grid is None:
+        for i in similarity.argsort(kind="stable"):  # the most similar on top
+            cv2.circle(grey, _fixed(there(b.xy[i])), (style.radius + 1) * 16, inks[i].tolist(), -1, cv2.LINE_AA, 4)
+    else:
+        cells, inside = _cells(b, inks, there, grey.shape[:2])
+        grey = np.where(inside[..., None], cv2.addWeighted(cells, 0.6, grey, 0.4, 0), grey)
+    for name, place in zip("12", best_two(similarity, b), strict=True):
+        if place is not None:
+            _ring(grey, there(b.xy[place]), name)
+    return grey
+
+
+def marked(xy: np.ndarray, path: Path, size: tuple[int, int], style: Style = PLAIN) -> np.ndarray:
+    """A photograph with a ring around one place.
+
+    Args:
+        xy: (2,) pixels of the photograph.
+        path, size: its file and (h, w) in pixels.
+        style: how; its `side` counts.
+
+    >>> marked(np.array([5, 5]), Path("gone.jpg"), (10, 20)).shape
+    (10, 20, 3)
+    """
+    picture = _thumbnail(path, size, style.side).copy()
+    _ring(picture, _Onto.of(size, picture)(xy))
+    return picture
+
+
+def principal(a: Tokens, b: Tokens, sizes: tuple[tuple[int, int], tuple[int, int]], style: Style = PLAIN) -> np.ndarray:
+    """The grids of A and B side by side, coloured by the principal components of both: equal colours are equal tokens.
+
+    Args:
+        a, b: on grids, of one backbone.
+        sizes: (h, w) of the photographs in pixels.
+        style: how; its `side` counts.
+
+    Raises:
+        ImatchError: one of them lies on no grid, or there are too few tokens (`denseft.fit`).
+
+    >>> tokens = Tokens(np.ones(1), np.eye(4), np.array([[2.0, 2], [7, 2], [2, 7], [7, 7]]), grid=(2, 2))
+    >>> principal(tokens, tokens, ((10, 10), (10, 10))).shape
+    (10, 28, 3)
+    """
+    basis = denseft.fit(lambda _: [a.descriptors, b.descriptors])
+    parts = []
+    for tokens, size in zip((a, b), sizes, strict=True):
+        shape = images.Resize("long_side", long_side=min(style.side, max(size))).target(size, 1)
+        inks = np.round(basis(tokens).reshape(-1, 3) * 255).astype(np.uint8)
+        cells, inside = _cells(tokens, inks, _Onto.of(size, np.empty(shape)), shape)
+        parts.append(np.where(inside[..., None], cells, np.uint8(DARK)))
+    return _beside(*parts)
+
+
+@dataclass(frozen=True)
+class _Onto:
+    """From pixels of a photograph to pixels of its picture, `factor` (x, y) times as large."""
+
+    factor: np.ndarray
+
+    @classmethod
+    def of(cls, size: tuple[int, int], picture: np.ndarray) -> _Onto:
+        return cls(np.array([picture.shape[1] / size[1], picture.shape[0] / size[0]]))
+
+    def __call__(self, xy: np.ndarray) -> np.ndarray:
+        return (np.asarray(xy) + 0.5) * self.factor - 0.5
+
+    @property
+    def matrix(self) -> np.ndarray:
+        x, y = self.factor
+        return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
+
+
+@lru_cache(maxsize=64)
+def _thumbnail(path: Path, size: tuple[int, int], side: int) -> np.ndarray:
+    return images.thumbnail(path, size, min(side, max(size)))
+
+
+def _beside(left: np.ndarray, right: np.ndarray, bar: int = 0) -> np.ndarray:
+    canvas = np.full((max(len(left), len(right)) + bar, left.shape[1] + GAP + right.shape[1], 3), DARK, np.uint8)
+    canvas[bar : bar + len(left), : left.shape[1]] = left
+    canvas[bar : bar + len(right), left.shape[1] + GAP :] = right
+    return canvas
+
+
+def _flaw(pair: Pair) -> str:
+    """Why A cannot be warped onto B; "" if it can."""
+    if pair.geometry.matrix is None:
+        return pair.geometry.reason
+    return geometry.degenerate(pair.geometry.matrix, pair.sizes[0])
+
+
+def _warped(pair: Pair, style: Style) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A on B's picture (h, w, 3), where it lies (h, w) bool, and B's picture."""
+    (size_a, size_b), matrix = pair.sizes, pair.geometry.matrix
+    below = _thumbnail(pair.paths[1], size_b, style.side)
+    there = _Onto.of(size_b, below)
+    # A as large as it is shown, so that warping neither blurs it nor leaves pixels out
+    scale = geometry.rotation_scale(there.matrix @ matrix, size_a)[1]
+    above = _thumbnail(pair.paths[0], size_a, max(1, round(min(scale, 1) * max(size_a))))
+    into = there.matrix @ matrix @ np.linalg.inv(_Onto.of(size_a, above).matrix)
+    shape = below.shape[1::-1]
+    covered = cv2.warpPerspective(np.full(above.shape[:2], 255, np.uint8), into, shape) == 255
+    return cv2.warpPerspective(above, into, shape), covered, below
+
+
+def _cells(tokens: Tokens, inks: np.ndarray, onto: _Onto, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel in the colour of the cell that it lies in: (h, w, 3), and (h, w) bool, whether it lies in one."""
+    cells, first = inks.reshape(*tokens.grid, 3), onto(tokens.xy[0])
+    step = np.array(tokens.spacing) * onto.factor
+    x, y = (
+        np.floor((np.arange(n) - at) / (apart or 2 * n) + 0.5).astype(int)  # a single cell is the whole side
+        for n, at, apart in zip(shape[::-1], first, step, strict=True)
+    )
+    h, w = tokens.grid
+    inside = np.outer((y >= 0) & (y < h), (x >= 0) & (x < w))
+    return cells[np.ix_(y.clip(0, h - 1), x.clip(0, w - 1))], inside
+
+
+def _fixed(xy: np.ndarray) -> tuple[int, int]:
+    """OpenCV's fixed point numbers of 4 bits."""
+    x, y = np.clip(np.round(xy * 16), -(2**24), 2**24).astype(int)
+    return int(x), int(y)
+
+
+def _line(canvas: np.ndarray, a: np.ndarray, b: np.ndarray, colour: Sequence[int], width: int) -> None:
+    cv2.line(canvas, _fixed(a), _fixed(b), colour, width, cv2.LINE_AA, 4)
+
+
+def _outline(picture: np.ndarray, pair: Pair, there: _Onto, width: int = 2) -> None:
+    """A's outline on B's picture, green where the geometry is verified, else red."""
+    matrix = pair.geometry.matrix
+    if matrix is None or not np.isfinite(outline := geometry.transform(matrix, geometry.corners(pair.sizes[0]))).all():
+        return
+    corners = there(outline)
+    for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        _line(picture, start, end, GREEN if pair.geometry.verified else RED, width)
+
+
+def _ring(picture: np.ndarray, xy: np.ndarray, name: str = "") -> None:
+    aside = 11 if xy[0] + 24 < picture.shape[1] else -21  # the name stands on the right where there is room
+    x, y = int(xy[0]) + aside, int(np.clip(xy[1] + 5, 12, len(picture) - 2))
+    for colour, width in ((BLACK, 4), (WHITE, 2)):
+        cv2.circle(picture, _fixed(xy), 8 * 16, colour, width, cv2.LINE_AA, 4)
+        cv2.putText(picture, name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, width, cv2.LINE_AA)
+
+
+def _say(canvas: np.ndarray, pair: Pair) -> None:
+    """Two lines of text above the photographs: which they are, and what was found."""
+    row = pair.row
+    _text(canvas, 16, f"{files.printable(row['query'])}  ->  {files.printable(row['candidate'])}", WHITE)
+    said = f"{'verified' if row['verified'] else 'not verified'}: {row['inliers']} inliers of {row['matches']} matches"
+    turn = None if row["rotation"] is None else round(row["rotation"], 1) + 0.0  # no minus zero
+    found = "" if turn is None else f", turn it by {turn:.1f} degrees, scale by {row['scale']:.2f}"
+    error = row.get("corner_error")
+    exact = "" if error is None else f", corner error {error:.2f} px"
+    _text(canvas, 36, said + found + exact, GREEN if row["verified"] else RED)
+
+
+def _words(said: str, pair: Pair, style: Style) -> np.ndarray:
+    """Words where a picture of B's aspect would be."""
+    canvas = np.full_like(_thumbnail(pair.paths[1], pair.sizes[1], style.side), DARK)
+    for i, line in enumerate(textwrap.wrap(f"A cannot be warped onto B: {said}", max(8, canvas.shape[1] // 8))):
+        _text(canvas, 24 + 20 * i, line, WHITE)
+    return canvas
+
+
+def _text(canvas: np.ndarray, y: int, text: str, colour: tuple[int, int, int]) -> None:
+    cv2.putText(canvas, text, (6, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
+
+
+@dataclass(frozen=True)
+class Png:
+    """Both photographs at most 360 pixels a side, the 120 most similar inliers coloured by similarity."""
+
+    def __call__(self, path: Path, pair: Pair) -> None:
+        """See `Sink`; writes `<path>.png`."""
+        files.write_bytes(path.with_name(path.name + ".png"), encode(lines(pair)))
+
+    def gather(self, folder: Path, pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
+        """See `Sink`; each picture is all there is."""
+
+
+def draw_pair(pair: Pair, max_lines: int = 120, shown: np.ndarray | None = None) -> np.ndarray:
+    """`pictures.lines` by its old name, for the explorer."""
+    return lines(pair, replace(PLAIN, max_lines=max_lines), shown)

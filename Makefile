@@ -5,7 +5,7 @@ FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test redis-server chromium buildah debootstrap podman lint lab image-check bench lock vocabulary clean
+.PHONY: help setup demo test redis-server chromium buildah debootstrap podman lint lab image-check wheel-check bench lock vocabulary clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,12 +20,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "pip>=25.1" setuptools
 	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(FAISS),demo,redis,dask,openvino]" --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks,dinov3,$(FAISS),demo,redis,dask,openvino]" --group dev
 	rm -f .venv/ready-* && touch $@
 
 demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures
-	$(BIN)/python -m imatch.demo data/demo
-	$(BIN)/python -m imatch.batch params/demo.yaml
+	$(BIN)/imatch demo
 
 test: $(READY) redis-server chromium  ## every test
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -46,11 +45,13 @@ lint: $(READY)  ## format and check
 	$(BIN)/ruff check --fix
 
 lab: $(READY)  ## JupyterLab on the notebooks
-	$(BIN)/python -m imatch.demo data/demo
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/imatch lab notebooks
 
 image-check: $(READY) buildah debootstrap podman  ## build the container's image without Docker, and use it (minutes; FAISS=cpu for that one)
 	tests/image_check.sh
+
+wheel-check: $(READY)  ## build the wheel, and match two photographs in an empty environment that has it alone
+	tests/wheel_check.sh
 
 bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_embed.py
@@ -67,7 +68,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_pairs.py --every 4
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
-	$(BIN)/python -m imatch.backbones.sift_vocabulary imatch/backbones/sift_vocabulary.npy
+	$(BIN)/python -m tools.sift_vocabulary imatch/features/sift_vocabulary.npy
 
 # with FAISS=gpu, for faiss-gpu brings CUDA packages that must be pinned, too
 lock: $(READY)  ## write constraints.txt from what is installed

@@ -1,6 +1,6 @@
 """imatch: photographs to embeddings, references with exact truth, TopK retrieval and 1:1 matches.
 
-The public verbs; each is imported from its room when it is first used, so that `import imatch` is light.
+The public verbs; each is imported from its package when it is first used, so that `import imatch` is light.
 
 >>> import imatch
 >>> imatch.Resize("long_side", long_side=512).target((600, 1000), patch=16)
@@ -10,6 +10,7 @@ The public verbs; each is imported from its room when it is first used, so that 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -31,20 +32,33 @@ _VERBS = {
         "audit",
     ),
     "imatch.steps.send": ("send",),
+    "imatch.api.match": ("Match", "match", "match_folder"),
     "imatch.steps.match": ("start_match", "match_pairs", "match_metrics"),
     "imatch.steps.preflight": ("preflight",),
     "imatch.steps.report": ("start_report",),
     "imatch.export.per_image": ("export_files",),
     "imatch.viz.explorer": ("browse",),
 }
-_ROOM = {verb: room for room, verbs in _VERBS.items() for verb in verbs}
-__all__ = ["__version__", *sorted(_ROOM)]
+_COMMANDS = {
+    "imatch.batch": "imatch run",
+    "imatch.demo": "imatch demo",
+    "imatch.doctor": "imatch doctor",
+    "imatch.legacy": "imatch import",
+    "imatch.registry": "imatch weights",
+}
+"""What was called by `python -m` before there was a command."""
+if sys.argv[:1] == ["-m"]:  # as it is while Python looks for the module that it shall run
+    for _old in {*_COMMANDS} & {*sys.orig_argv}:
+        print(f"python -m {_old} is `{_COMMANDS[_old]} ...` now: see {_COMMANDS[_old]} --help", file=sys.stderr)
+        raise SystemExit(2)
+_PLACE = {verb: room for room, verbs in _VERBS.items() for verb in verbs}
+__all__ = ["__version__", *sorted(_PLACE)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM:
+    if name not in _PLACE:
         raise AttributeError(f"module 'imatch' has no attribute {name!r}")
-    return getattr(importlib.import_module(_ROOM[name]), name)
+    return getattr(importlib.import_module(_PLACE[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -165,7 +165,7 @@ end_lab "$token"
 grep -q "$token" "$run/lab" && fail "its log has the token"
 
 say "a batch"
-inside batch params/demo.yaml -p weight sift -p kind isometric -p angles '[0, 90]' -p crops '[0.75]' -p candidates 1 \
+inside run params/demo.yaml -p weight sift -p kind isometric -p angles '[0, 90]' -p crops '[0.75]' -p candidates 1 \
     > "$run/batch" 2>&1 || { tail -30 "$run/batch" && exit 1; }
 tail -4 "$run/batch"
 find "$run/exports" "$run/project" ! -user "$user" ! -path "$run/project/docker/.env" | grep . && fail "these belong to somebody else"
@@ -189,7 +189,7 @@ if [ -n "$composed" ]; then
     grep "set it in .env" "$run/up" || { cat "$run/up" && exit 1; }
     password=given$RANDOM$RANDOM
     setting REDIS_PASSWORD "$password"
-    inside batch params/demo.yaml -p weight sift -p kind isometric -p angles '[0, 90]' -p crops '[0.75]' -p candidates 1 \
+    inside run params/demo.yaml -p weight sift -p kind isometric -p angles '[0, 90]' -p crops '[0.75]' -p candidates 1 \
         -p send redis > "$run/batch" 2>&1 || { tail -30 "$run/batch" && exit 1; }
     grep "messages at imatch:v1:demo" "$run/batch" || fail "nothing was sent"
     podman healthcheck run imatch_redis_1 || fail "its health check does not pass"

@@ -23,7 +23,7 @@ def recipe(tmp_path, **content):
 
 
 def run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "imatch.cli.batch", *map(str, arguments)]
+    command = [sys.executable, "-m", "imatch", "run", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -164,7 +164,7 @@ def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs):
 
 def test_a_manifest_without_its_photographs_is_refused_once(tmp_path):
     environment = {**os.environ, "DATASET_ROOT": str(tmp_path / "nowhere")}
-    command = [sys.executable, "-m", "imatch.cli.batch", "params/manifest.json", "--exports", str(tmp_path)]
+    command = [sys.executable, "-m", "imatch", "run", "params/manifest.json", "--exports", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "its folder" in done.stderr

@@ -13,17 +13,18 @@ from imatch.core import files, settings
 from imatch.data import registry, store
 from imatch.steps import preflight
 from imatch.steps.preflight import cost
+from tests.command import command
 
 ROOT = Path(__file__).parents[1]
 
 
-def command(data_key, *options):
-    line = [sys.executable, "-m", "imatch.data.registry", "--data-key", str(data_key), *options]
+def weights_said(data_key, *options):
+    line = [sys.executable, "-m", "imatch", "weights", "--data-key", str(data_key), *options]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_the_command_tells_every_data_set_and_weight(weights, capsys):
-    assert preflight.main(["--data-key", str(weights / "data_key.json"), "--side", "64"]) == 0
+    assert command("weights", "--data-key", str(weights / "data_key.json"), "--side", "64") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert {"demo", "survey", *(weight.key for weight in registry.load().weights)} <= set(lines)
     assert re.search(r"vits16 +LVD +found .* as its name says", lines["vits16"])
@@ -34,13 +35,13 @@ def test_a_file_that_is_not_what_its_name_says_is_seen(weights, tmp_path, monkey
     (file,) = weights.glob("dinov3_vits16_*.pth")
     copy = shutil.copy(file, tmp_path / "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth")
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    assert preflight.main(["--side", "64"]) == 1
+    assert command("weights", "--side", "64") == 1
     assert re.search(r"vitb16 +LVD +WRONG .*not with 73cec8be", capsys.readouterr().out)
     assert Path(copy).is_file()
 
 
 def test_a_bad_request_is_one_line(tmp_path):
-    done = command(tmp_path / "none.json")
+    done = weights_said(tmp_path / "none.json")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: no file")
 
@@ -63,7 +64,7 @@ def test_the_plan_of_the_readme_is_what_is_counted():
     """All but two numbers that were measured, which it names."""
     text = (ROOT / "README.md").read_text()
     asked = re.search(
-        r"imatch.data.registry --photographs ([\d ]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
+        r"imatch weights --photographs ([\d,]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
     )
     block = re.search(r"```\n(dinov3_vits16 at 256 x 256 px.*?)\n```", text, re.S).group(1)
     measured = re.search(r"hours, (cpu in bf16 at (\d+) GFLOP/s, measured here), 1 worker", block)
@@ -72,14 +73,14 @@ def test_the_plan_of_the_readme_is_what_is_counted():
         preflight.Machine(measured[1], "bf16", 1e9 * int(measured[2])),
         preflight.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
     ]
-    counts = [int(count) for count in asked[1].split()]
+    counts = [int(count) for count in asked[1].split(",")]
     assert counts == [10**4, 10**6, 10**8]
     assert preflight.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
 
 
 def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    done = command(settings.DATA_KEY, "--photographs", "1000", "1000000", "--side", "64", "--tflops", "100")
+    done = weights_said(settings.DATA_KEY, "--photographs", "1000,1000000", "--side", "64", "--tflops", "100")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("dinov3_vits16 at 64 x 64 px")
@@ -101,7 +102,7 @@ def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch
     ],
 )
 def test_a_plan_that_cannot_be_is_one_line(capsys, options, said):
-    assert preflight.main(options) == 2
+    assert command("weights", *options) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert said in told

@@ -26,7 +26,8 @@ def metrics(demo_photographs, tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "imatch.cli.batch",
+        "imatch",
+        "run",
         "params/demo.yaml",
         "-p",
         "weight",

@@ -354,7 +354,7 @@ def test_github_runs_what_ci_runs_and_builds_the_image():
 def test_every_notebook_offers_the_doctor_first():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = json.loads(path.read_text())["cells"][0]
-        assert "!python -m imatch.cli.doctor" in "".join(first["source"]), path.name
+        assert "!imatch doctor" in "".join(first["source"]), path.name
 
 
 def test_the_readme_names_every_folder():

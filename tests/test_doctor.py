@@ -76,7 +76,7 @@ def absent(check):
 
 def table(*options, cwd=ROOT, **variables):
     """The command's exit code, the states by subject, and all that it printed."""
-    line = [sys.executable, "-m", "imatch.cli.doctor", *options]
+    line = [sys.executable, "-m", "imatch", "doctor", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     states = {m[2].strip(): m[1] for m in re.finditer(r"^(OK|--|FIX) +(.{12}) ", done.stdout, re.M)}

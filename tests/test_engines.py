@@ -26,6 +26,7 @@ from imatch.core.types import ImatchError, ImatchWarning, StepError
 from imatch.data.images import Resize, list_photographs
 from imatch.retrieval import index as searcher
 from imatch.steps.embed import start_embed
+from tests.command import command
 from tests.test_resume import House, assert_same, content, write_photographs
 
 pytest.importorskip("distributed", reason="Dask is not installed: make setup")
@@ -529,29 +530,29 @@ def test_parts_do_not_mend_an_index(tmp_path):
 
 def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     """--shard 0/2 and 1/2 embed, the run without a shard goes on from there; then the same with 03_index."""
-    from imatch.cli.batch import Recipe, main, run
+    from imatch.cli.batch import Recipe, run
 
     monkeypatch.chdir(ROOT)
     recipe, first = tmp_path / "parts.yaml", tmp_path / "first.yaml"
     recipe.write_text("notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, shard_size: 4}\n")
     first.write_text("notebooks: [01_embed]\nparameters: {shard_size: 4}\n")
-    command = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
+    given = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
     for shard in ("0/2", "1/2"):
-        assert main([*command, "--shard", shard]) == 0
+        assert command("run", *given, "--shard", shard) == 0
         assert f"embed: part {shard} is done" in capsys.readouterr().out
     (local,) = (tmp_path / "exports").glob("demo/01_embed/*/sift/scale1_raw/local")
     assert len([*local.glob("*.jsonl")]) == 6
     parts = {path: path.stat().st_mtime_ns for path in local.glob("*.npy")}
-    assert main([str(first), *command[1:]]) == 0
+    assert command("run", str(first), *given[1:]) == 0
     assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
     for shard in ("0/2", "1/2"):
-        assert main([*command, "-p", "index", "flat", "--shard", shard]) == 0
+        assert command("run", *given, "-p", "index", "flat", "--shard", shard) == 0
         assert f"index: part {shard} is done" in capsys.readouterr().out
-    assert main([*command, "-p", "index", "flat"]) == 0
+    assert command("run", *given, "-p", "index", "flat") == 0
     assert run(Recipe(["01_embed"], {"shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
     assert "01_embed has no parts, run it without --shard" in capsys.readouterr().out
-    assert main([*command, "--shard", "2/2"]) == 2
+    assert command("run", *given, "--shard", "2/2") == 2
     assert "shard '2/2' is no i/n" in capsys.readouterr().err
-    assert main([*command, "--shard", "0/2", "-p", "on_change", "recompute"]) == 2
+    assert command("run", *given, "--shard", "0/2", "-p", "on_change", "recompute") == 2
     assert "parts cannot make a step anew" in capsys.readouterr().err
     assert (local.parent / "metrics.json").is_file()

@@ -31,8 +31,8 @@ def test_notebooks_are_stripped():
 
 @pytest.mark.parametrize("module", ["faiss", "timm", "cv2", "matplotlib", "torch", "openvino"])
 def test_importing_imatch_is_light(module):
-    tables = "imatch.features.base, imatch.retrieval.kinds, imatch.matching.matchers, imatch.export.outputs, imatch.data.references"
-    code = f"import imatch, {tables}, sys; sys.exit({module!r} in sys.modules)"
+    tables = ("features.base", "retrieval.kinds", "matching.matchers", "export.outputs", "data.references", "cli.main")
+    code = f"import {', '.join(f'imatch.{table}' for table in tables)}, sys; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -107,9 +107,9 @@ def test_public_verbs_are_there():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
-def test_only_the_registry_reads_the_environment(path):
+def test_only_the_settings_read_the_environment(path):
     text = path.read_text()
-    assert path.name == "registry.py" or not re.search(r"environ|getenv|Path\.cwd|os\.getcwd", text)
+    assert path.name == "settings.py" or not re.search(r"environ|getenv|Path\.cwd|os\.getcwd", text)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
@@ -135,11 +135,14 @@ def test_every_dependency_is_pinned_and_used():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    names = [re.split(r"[=<>]", line)[0] for line in project["project"]["dependencies"]]
+    extras = project["project"]["optional-dependencies"]
+    wanted = project["project"]["dependencies"] + extras["notebooks"] + extras["dinov3"]
+    names = [re.split(r"[=<>]", line)[0] for line in wanted]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     assert {name for name in names if name not in pinned} == set()
     modules = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
     text = "\n".join(path.read_text() for path in SOURCES)
-    programs = {"jupyterlab"}  # used by `make lab`
-    for name in set(names) - programs:
-        assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b", text, re.M), f"{name} is not used"
+    for name in names:
+        assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b|\"-m\", \"{name}\"", text, re.M), (
+            f"{name} is not used"
+        )

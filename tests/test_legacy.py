@@ -19,6 +19,7 @@ from imatch.core.types import ImatchError, StepError, grid_xy
 from imatch.data import store
 from imatch.data.store import Embeddings
 from imatch.steps import import_tree
+from tests.command import command
 from tests.test_perimage import (
     ALL,
     IDS,
@@ -585,7 +586,7 @@ def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
 
 def test_command_line(tree, tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "imatch.steps.import_tree", "import", *arguments]
+        command = [sys.executable, "-m", "imatch", "import", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     done = run(str(tree), "--run", "old")
@@ -599,16 +600,16 @@ def test_exit_codes(tmp_path, capsys):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
     foreign(tree, {"global": "Global"}, cfg="res32")
     exports = ["--exports", str(tmp_path / "back")]
-    assert import_tree.main(["import", str(tmp_path / "nowhere"), *exports]) == 2
-    assert import_tree.main(["import", str(tree), "--run", "../../x", *exports]) == 2
+    assert command("import", str(tmp_path / "nowhere"), *exports) == 2
+    assert command("import", str(tree), "--run", "../../x", *exports) == 2
     assert "error: run '../../x'" in capsys.readouterr().err
     next(tree.rglob("*res32*_0002.npy")).write_bytes(b"")
-    assert import_tree.main(["import", str(tree), *exports]) == 1
+    assert command("import", str(tree), *exports) == 1
     said = capsys.readouterr()
     assert "FAILED beach cxTiny res32 raw" in said.err
     assert (tmp_path / "back/imported/01_embed/beach/cxTiny/res64_raw/metrics.json").is_file()  # the other one went on
     write_array(
         tree / "beach/cxTiny/mid_low/Global/Global_res64_raw_dinov3_convnext_tiny_SAT_mid_low_3.npy", np.ones(8)
     )
-    assert import_tree.main(["import", str(tree), *exports]) == 1
+    assert command("import", str(tree), *exports) == 1
     assert "To make it anew: --on-change recompute" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import yaml
 from imatch.cli import batch, manifest
 from imatch.core import settings
 from imatch.core.types import ImatchError
+from tests.command import command
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / settings.DATA_KEY
@@ -556,6 +557,6 @@ def test_a_recipe_knows_no_points(tmp_path):
 def test_a_wrong_manifest_exits_with_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = write(tmp_path, model(weights="vits61"))
-    assert batch.main([str(path), "--exports", str(tmp_path / "exports")]) == 2
+    assert command("run", str(path), "--exports", str(tmp_path / "exports")) == 2
     assert "did you mean 'vits16'" in capsys.readouterr().err
     assert not (tmp_path / "exports").exists()

@@ -104,7 +104,8 @@ def by_batch(workspace):
     command = [
         sys.executable,
         "-m",
-        "imatch.cli.batch",
+        "imatch",
+        "run",
         "params/demo.yaml",
         "-p",
         "weight",

@@ -369,7 +369,7 @@ def test_colmap_wants_one_folder(data, tmp_path):
 def test_the_notebook_matches_all_pairs(few_photographs, tmp_path):
     for name in ("notebooks", "params"):
         (tmp_path / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "imatch.cli.batch", "params/pairs.yaml", "-p", "dataset", str(few_photographs)]
+    command = [sys.executable, "-m", "imatch", "run", "params/pairs.yaml", "-p", "dataset", str(few_photographs)]
     done = subprocess.run([*command, "--exports", "exports"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of 6 pairs verified" in done.stdout

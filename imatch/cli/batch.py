@@ -1,7 +1,7 @@
 """YAML or a manifest -> checked parameters -> papermill: the notebooks, headless, in a chain.
 
-    python -m imatch.cli.batch params/demo.yaml -p NAME VALUE --exports DIR
-    python -m imatch.cli.batch params/manifest.json
+    imatch run params/demo.yaml -p NAME VALUE --exports DIR
+    imatch run params/manifest.json
 
 The parameters cell of each notebook is its schema. A `sweep` in the YAML expands lists into one executed notebook
 per point, a manifest into one per weight, size and variant; notebooks that a point shares with another run once. A
@@ -11,7 +11,6 @@ with a parameter `steps` runs once, after all points, on the last step of each.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import io
 import itertools
@@ -380,37 +379,51 @@ def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
         yield "pictures of the pairs", folder / "pairs"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 if every point finished, 1 if one failed, 2 for a bad request."""
-    parser = argparse.ArgumentParser(
-        prog="python -m imatch.cli.batch", description="Run the notebooks of a YAML file or manifest."
-    )
-    parser.add_argument("recipe", type=Path, help="a YAML file or a manifest, such as params/demo.yaml")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter (repeatable)"
-    )
-    parser.add_argument("--exports", help="where results go (default: EXPORT_ROOT, else exports/)")
-    parser.add_argument(
-        "--shard", metavar="I/N", help="do only the I-th of N parts, such as 0/8 to 7/8 of an array of jobs"
-    )
-    options = parser.parse_args(arguments)
-    settings.share_cores()
-    given = {"exports": options.exports, "shard": options.shard}
-    overrides = [*map(tuple, options.p), *((name, value) for name, value in given.items() if value)]
+def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shard: str) -> int:
+    """Run what a file asks for and print where its results are.
+
+    Args:
+        recipe: a YAML file or a manifest.
+        parameters: (name, text) pairs, which win over the file.
+        exports: where results go; "" is EXPORT_ROOT, else exports/.
+        shard: "i/n", the part that is done; "" is all.
+
+    Returns:
+        0 if every point finished, 1 if one failed.
+
+    Raises:
+        ImatchError: a bad request; nothing has run.
+    """
+    given = {"exports": exports, "shard": shard}
+    overrides = [*parameters, *((name, value) for name, value in given.items() if value)]
     folder = settings.resolve("notebooks")
-    try:
-        recipe, schemas = load(settings.resolve(options.recipe), overrides, folder)
-        asked = {name: recipe.parameters[name] for name in ("shard", "on_change") if name in recipe.parameters}
-        compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
-        if recipe.points:  # all of them need it: one message in place of one each
-            registry.dataset(recipe.parameters["dataset"], recipe.parameters["data_key"])
-    except ImatchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finished, failures = run(recipe, schemas, folder)
+    read, schemas = load(recipe, overrides, folder)
+    asked = {name: read.parameters[name] for name in ("shard", "on_change") if name in read.parameters}
+    compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
+    if read.points:  # all of them need it: one message in place of one each
+        registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
+    finished, failures = run(read, schemas, folder)
     print()
     if finished:
         print(report(finished))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def parameters_said(notebook: str | None = None) -> str:
+    """The parameters of the notebooks as text: a line each with default and help.
+
+    Args:
+        notebook: of this one alone, such as "04_match".
+
+    Raises:
+        ImatchError: there is no such notebook.
+    """
+    known = {path.stem: path for path in sorted(settings.resolve("notebooks").glob("*.ipynb"))}
+    if notebook is not None and notebook not in known:
+        raise ImatchError(config.unknown("notebook", notebook, known))
+    lines = []
+    for name in [notebook] if notebook else known:
+        lines += [f"{name}:", *(f"  {key} = {p.default!r}  # {p.help}" for key, p in schema(known[name]).items()), ""]
+    return "\n".join(lines).rstrip()

@@ -1,11 +1,7 @@
-"""The demo's photographs: those that scikit-image carries inside its wheel, written to a folder once.
-
-python -m imatch.cli.demo data/demo
-"""
+"""The demo's photographs: those that scikit-image carries inside its wheel, written to a folder once."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from importlib import resources
 from importlib.resources import as_file
@@ -45,11 +41,3 @@ def write(folder: Path) -> int:
                 shutil.copyfile(source, temporary)
             written += 1
     return written
-
-
-def main() -> None:
-    """Write to the folder given on the command line."""
-    parser = argparse.ArgumentParser(description="Write the demo's photographs to a folder, once.")
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    print(f"{write(folder)} of {len(PHOTOGRAPHS)} demo photographs written to {folder}")

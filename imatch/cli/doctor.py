@@ -1,7 +1,7 @@
 """Is this machine ready? One line a thing: OK, or what to do.
 
-    python -m imatch.cli.doctor          driver, CUDA, GPU, memory, folders, weights, disk, port
-    python -m imatch.cli.doctor --cpu    the same without a GPU
+    imatch doctor          driver, CUDA, GPU, memory, folders, weights, disk, port
+    imatch doctor --cpu    the same without a GPU
 
 `--` marks what is not there and is needed only for what the line says. The exit code is 0 when nothing is to be fixed,
 1 when something is, 3 when torch cannot use a GPU: everything then runs on the CPU, slower.
@@ -9,14 +9,13 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import socket
 import subprocess
 import tempfile
 import urllib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from imatch.steps import preflight
 
 ENOUGH = 2.0
 """GB of memory, of a GPU's memory and of disk that a small run needs: the demo takes 1 and leaves 0.8 on the disk."""
+NO_GPU = 3
+"""Exit code: torch cannot use a GPU."""
 Check = tuple[str, Callable[[], str]]
 """A subject, and the function that returns what is to be said of it, or raises an ImatchError that says what to do."""
 
@@ -308,19 +309,23 @@ def examine(check: Callable[[], str]) -> tuple[str, str]:
         return "FIX", f"{type(error).__name__}: {error}; build the image anew (outside of it: make clean setup)"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: a line a check, and the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m imatch.cli.doctor", description="Is this machine ready?")
-    parser.add_argument("--cpu", action="store_true", help="expect no GPU")
-    parser.add_argument("--data-key", default=settings.DATA_KEY, help="registry of data sets and weights")
-    options = parser.parse_args(arguments)
-    table = (*(CPU if options.cpu else GPU), *ALWAYS, ("weights", partial(weights, options.data_key)))
+def main(cpu: bool, data_key: str) -> int:
+    """Print a line for each check.
+
+    Args:
+        cpu: expect no GPU.
+        data_key: registry of data sets and weights.
+
+    Returns:
+        0 when nothing is to be fixed, 1 when something is, `NO_GPU` when torch cannot use a GPU.
+    """
+    table = (*(CPU if cpu else GPU), *ALWAYS, ("weights", partial(weights, data_key)))
     found: dict[str, Any] = {}
     for subject, check in table:
         found[subject], said = examine(check)
         print(f"{found[subject]:4} {subject:12} {said}", flush=True)
     to_fix = [subject for subject, state in found.items() if state == "FIX"]
     print(f"to fix: {', '.join(to_fix)}" if to_fix else "ready")
-    if "torch" in to_fix and not options.cpu:
-        return 3
+    if "torch" in to_fix and not cpu:
+        return NO_GPU
     return 1 if to_fix else 0

@@ -162,3 +162,8 @@ def take_cores(n: int) -> None:
     # Dask gives its workers 1 in the first two
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
         os.environ[name] = str(n)
+
+
+def hide_gpus() -> None:
+    """Let this process, and those that it starts, see no GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

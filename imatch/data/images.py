@@ -250,12 +250,28 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "
             )
 
 
-def thumbnail(path: Path, size: tuple[int, int], side: int) -> np.ndarray:
+def from_pixels(pixels: np.ndarray, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
+    """Take a photograph that is in memory already, as `decode` takes one from disk.
+
+    Args:
+        pixels: (h, w, 3) uint8 RGB, upright.
+        resize, patch, by: as of `decode`.
+
+    >>> from_pixels(np.zeros((20, 30, 3), np.uint8), Resize("scale", scale=0.5)).pixels.shape
+    (10, 15, 3)
+    """
+    h, w = pixels.shape[:2]
+    box = resize.box((h, w)) if resize else (0.0, 0.0, float(w), float(h))
+    seen = _resized(Image.fromarray(pixels), resize.target((h, w), patch) if resize else (h, w), box, by)
+    return Decoded(np.asarray(seen), (h, w), hashlib.sha256(pixels.tobytes()).hexdigest(), None, box)
+
+
+def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
     """A photograph for a picture, its longer side `side` pixels.
 
     Args:
-        path: the file. Where it is not there, or broken by now, a grey one of the right aspect stands for it: a figure
-            must not end a run, and an imported store may have no photographs.
+        photograph: its pixels, or its file. Where that is not there, or broken by now, a grey one of the right aspect
+            stands for it: a figure must not end a run, and an imported store may have no photographs.
         size: its (h, w), for that.
         side: pixels.
 
@@ -266,8 +282,10 @@ def thumbnail(path: Path, size: tuple[int, int], side: int) -> np.ndarray:
     (10, 20, 3)
     """
     resize = Resize("long_side", long_side=side)
+    if isinstance(photograph, np.ndarray):
+        return from_pixels(photograph, resize).pixels
     try:
-        return decode(path, resize).pixels
+        return decode(photograph, resize).pixels
     except PhotographError:
         return np.full((*resize.target(size, 1), 3), 160, np.uint8)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from imatch.core import config
+from imatch.core import config, settings
 from imatch.core.types import ImatchError, PhotographError, Tokens, normalise
 from imatch.data import images, registry, rotations, store
 from imatch.data.images import Decoded, Resize
@@ -102,6 +102,9 @@ def create_backbone(
         backbone = config.create(BACKBONES, "weight", weight, given)
         return backbone
     if "filename" not in given:
+        if not settings.resolve(data_key).is_file():
+            said = f"{config.unknown('weight', weight, CLASSICAL)}; no others are known, for there is no {data_key}"
+            raise ImatchError(said)
         known = registry.load(data_key)
         if weight not in {entry.key for entry in known.weights}:
             raise ImatchError(config.unknown("weight", weight, [*CLASSICAL, *(entry.key for entry in known.weights)]))
@@ -277,8 +280,23 @@ def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pos
     decoded = _decode(path, resize, backbone, pose.turn)
     if isinstance(decoded, PhotographError):
         raise decoded
-    (tokens,) = backbone(np.stack([decoded.pixels]))  # a copy, for torch wants to be allowed to write
-    return Embedded(decoded.size, decoded.sha256, _placed(tokens, decoded, stride_of(parameters["variant"])))
+    tokens = embed_decoded(decoded, backbone, stride_of(parameters["variant"]))
+    return Embedded(decoded.size, decoded.sha256, tokens)
+
+
+def embed_decoded(photograph: Decoded, backbone: Backbone, stride: int = 1) -> Tokens:
+    """One photograph in memory through a backbone.
+
+    Args:
+        photograph: of `images.decode`, for this backbone.
+        backbone: of `create_backbone`.
+        stride: of a grid, every so many rows and columns are kept.
+
+    Returns:
+        Its tokens, xy in pixels of the original photograph.
+    """
+    (tokens,) = backbone(np.stack([photograph.pixels]))  # a copy, for torch wants to be allowed to write
+    return _placed(tokens, photograph, stride)
 
 
 @dataclass(frozen=True)

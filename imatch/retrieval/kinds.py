@@ -1,4 +1,4 @@
-"""Kinds of FAISS index. A kind is one class in one file and one line here; `imatch.retrieval.index` builds and searches."""
+"""Kinds of FAISS index. A kind is one class and one line in the table; `retrieval.index` builds and searches."""
 
 from __future__ import annotations
 

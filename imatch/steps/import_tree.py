@@ -1,13 +1,12 @@
 """Per-image files, in: a tree of `.npy` + `_meta.json`, of `perimage` or of another tool, becomes a store.
 
-    python -m imatch.steps.import_tree import DIR [--exports DIR] [--run NAME] [--on-change refuse|recompute]
+    imatch import DIR [--exports DIR] [--run NAME] [--on-change refuse|recompute]
 
 Names and folders are those of `perimage`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
@@ -23,7 +22,7 @@ from pydantic import Field, PositiveFloat
 
 from imatch.core import compute, config, files, settings
 from imatch.core.files import Row
-from imatch.core.step import ON_CHANGE, open_step, start_step
+from imatch.core.step import open_step, start_step
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
 from imatch.data import images, store
 from imatch.data.store import Embeddings
@@ -553,28 +552,28 @@ def _listed(what: str, problems: Sequence[str], remedy: str) -> ImatchError:
     return ImatchError(f"{what}:\n{lines}\n{remedy[0].upper()}{remedy[1:]}.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 if every store is there, 1 if one failed, 2 for a bad request."""
-    parser = argparse.ArgumentParser(
-        prog="python -m imatch.steps.import_tree", description="Per-image files into stores."
-    )
-    command = parser.add_subparsers(dest="command", required=True).add_parser("import", help="a tree into stores")
-    command.add_argument("tree", type=Path, help="the root of the files, a data set's folder in it or a weight's")
-    command.add_argument("--exports", default="", help="where the stores go (default: EXPORT_ROOT, else exports/)")
-    command.add_argument("--run", default="imported", help="name of this piece of work (default: imported)")
-    command.add_argument("--on-change", default="refuse", choices=ON_CHANGE, help="stores of changed files")
-    options = parser.parse_args(arguments)
-    try:
-        groups = read_tree(settings.resolve(options.tree))
-        config.folder_name(options.run, "run")
-    except ImatchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def import_all(tree: str, exports: str, run: str, on_change: str) -> int:
+    """Read a tree of per-image files into stores, one after the other, and say how each went.
+
+    Args:
+        tree: the root of the files, a data set's folder in it or a weight's.
+        exports: where the stores go; "" is EXPORT_ROOT, else exports/.
+        run: name of this piece of work.
+        on_change: "refuse" or "recompute" stores of changed files.
+
+    Returns:
+        0 if every store is there, 1 if one failed.
+
+    Raises:
+        ImatchError: there is nothing to read, or `run` is no name of a folder.
+    """
+    groups = read_tree(settings.resolve(tree))
+    config.folder_name(run, "run")
     failures = 0
     for group in groups:
         print(f"== {group}: {len(group.items)}", flush=True)
         try:
-            import_group(group, groups, settings.exports_folder(options.exports), options.run, options.on_change)
+            import_group(group, groups, settings.exports_folder(exports), run, on_change)
         except ImatchError as error:
             failures += 1
             said = str(error).replace("set on_change to recompute", "--on-change recompute")

@@ -209,7 +209,7 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
     Args:
         step: of `start_index`.
         gallery: what is searched.
-        engine: of `compute.create_engine`; what is learned is learned once, here, and the vectors are added shard by shard.
+        engine: of `compute.create_engine`; what is learned is learned once, here; vectors are added shard by shard.
         device: "auto" (all GPUs, if FAISS sees some), "cpu", "cuda", or such as "cuda:0".
 
     Raises:

@@ -76,7 +76,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a 04_match writes and what its pairs were made from, for `step.start_step`; and the steps of its two sides."""
+    """Where a 04_match writes and what its pairs were made from, for `start_step`; and the steps of its two sides."""
 
     query: Step
     gallery: Step

@@ -1,21 +1,19 @@
 """Is everything there, and will it fit? Looked at before a run starts.
 
-    python -m imatch.data.registry
+    imatch weights
 
 prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
 memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
 that cannot fit.
 
-    python -m imatch.data.registry --photographs 1000000 --weight vits16 --side 256 --tflops 400
+    imatch weights --photographs 1000000 --weight vits16 --side 256 --tflops 400
 
 plans on paper, without photographs or weights: hours, disk and memory for so many photographs.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -490,41 +488,39 @@ def weight_file(filename: str) -> tuple[str, str, str]:
         return "WRONG", megabytes, str(error)
 
 
-def _planned(options: argparse.Namespace) -> str:
-    """The plan that the command line asks for, with what this machine measures."""
+def said(
+    data_key: str,
+    side: int,
+    batch_size: int,
+    photographs: Sequence[int],
+    weight: str,
+    tflops: float | None,
+    memory_gb: float,
+) -> str:
+    """What `imatch weights` prints: the table or, of a number of photographs, a plan with what this machine measures.
+
+    Args:
+        data_key: registry of data sets and weights.
+        side: pixels of square photographs.
+        batch_size: photographs per forward pass.
+        photographs: how many, for a plan; none is the table.
+        weight: of the plan, a key of the registry.
+        tflops: of the plan, also for a machine with this rate of bf16 matrix products.
+        memory_gb: of the plan, for the index; 0 is half of what is free here.
+
+    Raises:
+        ImatchError: an unknown weight, or a registry that cannot be read.
+    """
     from imatch.features.dinov3 import computes_in_bf16
 
+    if not photographs:
+        return table(data_key, side, batch_size)
     device = compute.resolved("auto")
     precision = "bf16" if computes_in_bf16(device) else "fp32"
     here = rate(device, precision)
     machines = [Machine(f"{device} in {precision} at {here / 1e9:.0f} GFLOP/s, measured here", precision, here)]
-    if options.tflops is not None:
-        computed = Machine(f"bf16 at {options.tflops:g} TFLOP/s, computed", "bf16", options.tflops * 1e12)
-        machines.append(computed)
-    memory = round(options.memory_gb * 2**30) or psutil.virtual_memory().available // 2
-    hub_entry = registry.load(options.data_key).weight(options.weight).hub_entry
-    return plan(hub_entry, options.photographs, options.side, machines, decoding(options.side), memory)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 1 when a file is not what its name says, 2 for a bad request."""
-    parser = argparse.ArgumentParser(
-        prog="python -m imatch.data.registry", description="What is there, and will it fit?"
-    )
-    parser.add_argument("--data-key", default=settings.DATA_KEY, help="registry of data sets and weights")
-    parser.add_argument("--side", type=int, default=512, help="pixels of square photographs (default 512)")
-    parser.add_argument("--batch-size", type=int, default=8, help="photographs a forward pass (default 8)")
-    paper = parser.add_argument_group("a plan on paper, without photographs or weights")
-    paper.add_argument("--photographs", type=int, nargs="+", metavar="N", help="how many: hours, disk and memory")
-    paper.add_argument("--weight", default="vits16", help="a key of the registry (default vits16)")
-    paper.add_argument("--tflops", type=float, help="also for a machine with this rate of bf16 matrix products")
-    paper.add_argument("--memory-gb", type=float, default=0.0, help="for the index; 0 is half of what is free here")
-    options = parser.parse_args(arguments)
-    try:
-        planned = options.photographs is not None
-        text = _planned(options) if planned else table(options.data_key, options.side, options.batch_size)
-    except ImatchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 1 if " WRONG " in text else 0
+    if tflops is not None:
+        machines.append(Machine(f"bf16 at {tflops:g} TFLOP/s, computed", "bf16", tflops * 1e12))
+    memory = round(memory_gb * 2**30) or psutil.virtual_memory().available // 2
+    hub_entry = registry.load(data_key).weight(weight).hub_entry
+    return plan(hub_entry, photographs, side, machines, decoding(side), memory)

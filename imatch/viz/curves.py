@@ -415,8 +415,8 @@ def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
 
     Args:
         rows: name of a configuration -> its rows of queries.jsonl: metres (of the first hit) and least_metres (of
-            the nearest of all k), None where unknown. As in `truth.position_figures`, queries without any known distance
-            are left out, and a first hit of unknown distance is within no distance.
+            the nearest of all k), None where unknown. As in `truth.position_figures`, queries without any known
+            distance are left out, and a first hit of unknown distance is within no distance.
 
     >>> metres({"sift": [{"metres": None, "least_metres": None}]}).texts[0].get_text()[:9]
     'No metres'

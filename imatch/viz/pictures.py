@@ -311,9 +311,12 @@ class _Onto:
         return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
-@lru_cache(maxsize=64)
-def _thumbnail(path: Path, size: tuple[int, int], side: int) -> np.ndarray:
-    return images.thumbnail(path, size, min(side, max(size)))
+def _thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
+    seen = images.thumbnail if isinstance(photograph, np.ndarray) else _from_disk
+    return seen(photograph, size, min(side, max(size)))
+
+
+_from_disk = lru_cache(maxsize=64)(images.thumbnail)
 
 
 def _beside(left: np.ndarray, right: np.ndarray, bar: int = 0) -> np.ndarray:

@@ -4,7 +4,7 @@
 
 200 JPEGs of 1024 x 682, ViT-S/16 at 256 px with random weights, on the CPU, in bf16 where it computes in that. The bare
 forward pass has its photographs decoded in memory, in batches of 8; its share is of the machine's rate of matrix
-products (`imatch.steps.preflight.rate`). `imatch.embed` reads, decodes, hashes and writes; its share is of the bare forward pass
+products (`preflight.rate`). `imatch.embed` reads, decodes, hashes and writes; its share is of the bare forward pass
 of the same engine. The plain loop is bench_dinov3's (batch 1, fp32, two passes, full decode) on every fifth photograph.
 Each side's best turn counts, without the start of its model; CPU milliseconds (of all processes, those of 01_embed's
 start included) say the same where others use the machine, too.
@@ -129,7 +129,7 @@ def cpu_seconds() -> float:
 
 
 def products(precision: str) -> None:
-    """Matrix products, as `imatch.steps.preflight.rate` multiplies."""
+    """Matrix products, as `preflight.rate` multiplies."""
     n = PRODUCT
     a = torch.rand(n, n).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     for _ in range(PRODUCTS):

@@ -4,7 +4,7 @@
 
 Forward passes of random weights in bf16, of each model at each size of photograph: as they are, by torch.compile, and
 of ConvNeXts with the channels last in memory. Shares are of the GPU's rate of bf16 matrix products
-(`imatch.steps.preflight.rate`), measured in the same run. `imatch.embed` reads photographs that need no decoding (PPM files of
+(`preflight.rate`), measured in the same run. `imatch.embed` reads photographs that need no decoding (PPM files of
 just the size that the model sees), hashes them, and writes what `keep` says; its share is of the bare forward pass.
 The bars are ViT-L at 512 px: 0.50 of the matrix products in the forward pass, 0.85 of that end to end, so these come
 first. `--device cpu --keys vits16 --sides 64 --photographs 70` runs without a GPU, to see that it runs.

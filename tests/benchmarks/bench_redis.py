@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/bench_redis.py
 
 10,000 messages of ten results go to a redis-server of its own on the loopback. The loop calls `client.set(key, payload,
-ex=ttl)` for each, and makes no events; `imatch.retrieval.redis` compares, writes, and makes an event for each. Sent again,
+ex=ttl)` for each, and makes no events; `retrieval.redis` compares, writes, and makes an event for each. Sent again,
 they are compared only. The loop mostly waits for the server to wake up, so the ratio says something of the machine:
 it falls where other programs keep the cores awake.
 """

@@ -1,0 +1,448 @@
+"""Photographs matched 1:1 in memory: two of them, or all of a folder. Nothing is written unless asked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imatch.core import compute, files, settings
+from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
+from imatch.data import images
+from imatch.data.images import Resize
+from imatch.data.rotations import UPRIGHT, Pose
+from imatch.features.base import Backbone, create_backbone, embed_decoded
+from imatch.matching.align import Aligner, Alignment, aligner
+from imatch.matching.geometry import rotation_scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    Photograph = str | Path | np.ndarray | Image.Image
+
+SETTINGS = {"matcher": "mutual", "matcher_options": {}, "refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
+"""What 04_match does by default, too."""
+RETRIEVED, NEAREST = 200, 20
+"""In a folder of more photographs than the first, each is matched with so many nearest ones by global vector."""
+
+
+@dataclass(frozen=True)
+class Correspondences:
+    """Points of A and of B that show the same.
+
+    Attributes:
+        xy_a, xy_b: (m, 2) float32 pixels, the strongest first.
+        score: (m,) float32, the cosine of the two descriptors.
+        inlier: (m,) bool, whether the geometry explains it.
+    """
+
+    xy_a: np.ndarray
+    xy_b: np.ndarray
+    score: np.ndarray
+    inlier: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What two photographs, A and B, have in common. As text it is one sentence.
+
+    Attributes:
+        verified: whether they show the same thing.
+        reason: why, with the numbers.
+        inliers: how many correspondences the geometry explains.
+        correspondences: all of them.
+        matrix: (3, 3) float64, pixels of A -> pixels of B; None where there is none.
+        rotation: degrees counter-clockwise by which B shows A rotated; None where not verified.
+        scale: how many times as large B shows it; None where not verified.
+        sizes: (h, w) in pixels of A and of B.
+        descriptors: how many local descriptors each has.
+        names: of the two photographs.
+    """
+
+    verified: bool
+    reason: str
+    inliers: int
+    correspondences: Correspondences
+    matrix: np.ndarray | None
+    rotation: float | None
+    scale: float | None
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    descriptors: tuple[int, int]
+    names: tuple[str, str]
+    _photographs: tuple[Path | np.ndarray, Path | np.ndarray] = field(repr=False)
+
+    def __str__(self) -> str:
+        if self.rotation is None or self.scale is None:
+            found = f"no match: {self.inliers} inliers of {len(self.correspondences)} correspondences"
+            return f"{found} ({self.reason}); {self._advice()}"
+        a, b = (files.printable(name) for name in self.names)
+        turned = round(self.rotation, 1) + 0.0  # no minus zero
+        found = f"{self.inliers} inliers, rotated {turned:.1f} degrees, {self.scale:.2f} times as large"
+        same = isinstance(self._photographs[0], Path) and self._photographs[0] == self._photographs[1]
+        return f"{b} shows {a}: {found}{' (the same file)' if same else ''}"
+
+    def _advice(self) -> str:
+        """What to try where nothing was verified."""
+        for name, n in zip(self.names, self.descriptors, strict=True):
+            if not n:
+                return f"{files.printable(name)} has no texture to describe: try another photograph"
+        return "try photographs that overlap more, or another weight"
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain JSON: positions in pixels to a hundredth, scores to four digits."""
+        found = self.correspondences
+        return {
+            "a": self.names[0],
+            "b": self.names[1],
+            "verified": self.verified,
+            "reason": self.reason,
+            "inliers": self.inliers,
+            "rotation": self.rotation,
+            "scale": self.scale,
+            "matrix": None if self.matrix is None else self.matrix.tolist(),
+            "sizes": [list(size) for size in self.sizes],
+            "correspondences": {
+                "xy_a": np.round(found.xy_a.astype(np.float64), 2).tolist(),
+                "xy_b": np.round(found.xy_b.astype(np.float64), 2).tolist(),
+                "score": np.round(found.score.astype(np.float64), 4).tolist(),
+                "inlier": found.inlier.tolist(),
+            },
+        }
+
+    def picture(self, side: int = 800) -> np.ndarray:
+        """Both photographs, lines between the inliers, and A's outline in B.
+
+        Args:
+            side: pixels of a photograph's longer side at most.
+
+        Returns:
+            (h, w, 3) uint8 RGB.
+        """
+        from imatch.viz import pictures
+
+        found = self.correspondences
+        row = {
+            "query": self.names[0],
+            "candidate": self.names[1],
+            "verified": self.verified,
+            "inliers": self.inliers,
+            "matches": len(found),
+            "rotation": self.rotation,
+            "scale": self.scale,
+        }
+        index = np.arange(len(found))
+        explained = Geometry(self.matrix, found.inlier, np.nan, self.verified, self.reason)
+        pair = Pair(
+            row,
+            self._photographs,
+            self.sizes,
+            found.xy_a,
+            found.xy_b,
+            Matches(index, index, found.score),
+            explained,
+        )
+        return pictures.lines(pair, pictures.Style(side=side))
+
+    def show(self) -> Figure:
+        """The picture as a matplotlib figure, which a notebook shows."""
+        from matplotlib.figure import Figure
+
+        picture = self.picture()
+        figure = Figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100), layout="constrained")
+        axis = figure.add_subplot()
+        axis.imshow(picture)
+        axis.axis("off")
+        return figure
+
+    def save(self, path: str | Path) -> Path:
+        """Write it: `.png` is the picture, `.json` is `record`.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImatchError: another ending, or a place that cannot be written to.
+        """
+        from imatch.viz.pictures import encode
+
+        path = settings.resolve(path)
+        check_ending(path, (".png", ".json"))
+        record = (json.dumps(self.record(), ensure_ascii=False) + "\n").encode(errors="surrogateescape")
+        _write(path, encode(self.picture()) if path.suffix.lower() == ".png" else record)
+        return path
+
+
+def match(a: Photograph, b: Photograph, weight: str = "sift", *, device: str = "auto") -> Match:
+    """Match two photographs.
+
+    Args:
+        a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
+        weight: backbone: sift, dsift, or weights of params/data_key.json.
+        device: where a network runs; "auto" is the GPU, if there is one.
+
+    Raises:
+        ImatchError: an unknown weight, or an array of another shape or type; PhotographError: a file that is not there
+            or is no photograph. The message names it.
+
+    >>> photograph = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    >>> found = match(photograph, np.rot90(photograph))
+    >>> found.verified, round(found.rotation), round(found.scale, 2), found.sizes
+    (True, 90, 1.0, ((160, 240), (240, 160)))
+    """
+    backbone = create_backbone(weight, device=device)
+    with ThreadPoolExecutor(2) as pool:
+        seen = pool.map(_seen, (a, b), (backbone, backbone), ("a", "b"))
+        return _matched(*seen)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A photograph and its tokens; `source` is where its pixels are."""
+
+    name: str
+    source: Path | np.ndarray
+    size: tuple[int, int]
+    tokens: Tokens
+
+
+def _seen(photograph: Photograph, backbone: Backbone, name: str) -> _Seen:
+    """A photograph through a backbone; `name` is what one without a file is called."""
+    source = settings.resolve(photograph) if isinstance(photograph, str | Path) else _pixels(photograph, name)
+    called = source.name if isinstance(source, Path) else name
+    try:
+        take = images.decode if isinstance(source, Path) else images.from_pixels
+        decoded = take(source, Resize(), backbone.patch, backbone.resampling)
+    except PhotographError as error:
+        raise PhotographError(f"{files.printable(str(photograph))}: {error}") from error
+    return _Seen(called, source, decoded.size, embed_decoded(decoded, backbone))
+
+
+def _pixels(photograph: np.ndarray | Image.Image, name: str) -> np.ndarray:
+    from PIL import Image
+
+    if isinstance(photograph, Image.Image):
+        return np.asarray(photograph.convert("RGB"))
+    if not isinstance(photograph, np.ndarray):
+        raise ImatchError(f"{name} is a {type(photograph).__name__}: give a path, an array or a Pillow image")
+    if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
+        raise ImatchError(
+            f"{name} is an array {photograph.shape} of {photograph.dtype}: give (h, w, 3) uint8 RGB, values 0 to 255"
+        )
+    return photograph
+
+
+def _matched(a: _Seen, b: _Seen) -> Match:
+    align: Aligner = aligner(SETTINGS, b.tokens)
+    found: Alignment[Pose] = align([(UPRIGHT, a.tokens)], b.tokens, a.size, b.size)
+    explained = found.geometry
+    turned, scaled = (
+        rotation_scale(explained.matrix, a.size)
+        if explained.verified and explained.matrix is not None
+        else (None, None)
+    )
+    return Match(
+        explained.verified,
+        explained.reason,
+        int(explained.inliers.sum()),
+        Correspondences(found.xy_a, found.xy_b, found.matches.similarity, explained.inliers),
+        explained.matrix,
+        turned,
+        scaled,
+        (a.size, b.size),
+        (len(a.tokens.xy), len(b.tokens.xy)),
+        (a.name, b.name),
+        (a.source, b.source),
+    )
+
+
+@dataclass(frozen=True)
+class FolderMatches:
+    """The pairs of a folder. As text it is a table of what belongs together.
+
+    Attributes:
+        names: of the photographs that were matched, sorted.
+        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, reason.
+        groups: names of photographs that belong together, the largest group first; those that match none are in none.
+        skipped: name -> why it could not be read.
+        retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
+    """
+
+    names: list[str]
+    pairs: list[dict[str, Any]]
+    groups: list[list[str]]
+    skipped: dict[str, str]
+    retrieved: bool
+
+    def __str__(self) -> str:
+        verified = sorted((row for row in self.pairs if row["verified"]), key=lambda row: -row["inliers"])
+        wide = max([len(files.printable(row[side])) for row in verified for side in ("query", "candidate")] + [9])
+        lines = [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  rotated  times as large"] if verified else []
+        for row in verified:
+            shown = (files.printable(row[side]) for side in ("query", "candidate"))
+            turned = round(row["rotation"], 1) + 0.0
+            text = "  ".join(f"{name:<{wide}}" for name in shown)
+            lines.append(f"{text}  {row['inliers']:7d}  {turned:7.1f}  {row['scale']:14.2f}")
+        which = f"nearest {NEAREST} of each" if self.retrieved else "all"
+        lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
+        for number, group in enumerate(self.groups, 1):
+            lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
+        alone = len(self.names) - sum(map(len, self.groups))
+        lines += [f"{alone} photographs match no other"] if alone else []
+        lines += [f"left out: {files.printable(name)}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines).lstrip("\n")
+
+    @property
+    def verified(self) -> bool:
+        """Whether any pair shows the same."""
+        return any(row["verified"] for row in self.pairs)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return {"photographs": self.names, "pairs": self.pairs, "groups": self.groups, "skipped": self.skipped}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the pairs as a CSV, which 04_match takes as its list, too.
+
+        Raises:
+            ImatchError: another ending than .csv, or a place that cannot be written to.
+        """
+        path = settings.resolve(path)
+        check_ending(path, (".csv",))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(self.pairs[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.pairs)
+        _write(path, text.getvalue().encode(errors="surrogateescape"))
+        return path
+
+
+def match_folder(folder: str | Path, weight: str = "sift", *, device: str = "auto") -> FolderMatches:
+    """Match the photographs of a folder with each other.
+
+    All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector. A photograph that
+    cannot be read is left out and named.
+
+    Args:
+        folder: of the photographs; those in folders below it count, too.
+        weight, device: as of `match`.
+
+    Raises:
+        ImatchError: no such folder, fewer than two photographs that can be read, or more than fit into memory.
+    """
+    folder = settings.resolve(folder)
+    backbone = create_backbone(weight, device=device)
+    names = images.list_photographs(folder)
+    skipped: dict[str, str] = {}
+    seen: list[_Seen] = []
+    for name, found in zip(names, _each(partial(_tried, folder, backbone), names, "embed"), strict=True):
+        if isinstance(found, PhotographError):
+            skipped[name] = str(found)
+            continue
+        seen.append(found)
+        _check_memory(found.tokens, len(names), folder)
+    if len(seen) < 2:
+        left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
+        raise ImatchError(f"{folder} holds {len(seen)} photographs that can be read, two are needed{left_out}")
+    todo = _nearest(seen) if len(seen) > RETRIEVED else list(itertools.combinations(range(len(seen)), 2))
+    rows = list(_each(lambda pair: _row(seen[pair[0]], seen[pair[1]]), todo, "match"))
+    together = [(row["query"], row["candidate"]) for row in rows if row["verified"]]
+    return FolderMatches([one.name for one in seen], rows, groups(together), skipped, len(seen) > RETRIEVED)
+
+
+def _tried(folder: Path, backbone: Backbone, name: str) -> _Seen | PhotographError:
+    try:
+        decoded = images.decode(folder / name, Resize(), backbone.patch, backbone.resampling)
+    except PhotographError as error:
+        return error
+    return _Seen(name, folder / name, decoded.size, embed_decoded(decoded, backbone))
+
+
+def _each(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The answers in order, by as many threads as there are cores, with a progress bar."""
+    workers = settings.cores()
+    return compute.progress(compute.ahead(function, items, workers, 2 * workers), what, len(items))
+
+
+def _check_memory(tokens: Tokens, n: int, folder: Path) -> None:
+    import psutil
+
+    wanted = n * (tokens.descriptors.nbytes + tokens.vector.nbytes)
+    if wanted > psutil.virtual_memory().total // 2:
+        raise ImatchError(
+            f"{n} photographs take about {wanted / 2**30:.0f} GB of memory here: use imatch run params/pairs.yaml "
+            f"-p dataset {folder}, which keeps them on disk"
+        )
+
+
+def _nearest(seen: Sequence[_Seen]) -> list[tuple[int, int]]:
+    """Each photograph with its `NEAREST` by cosine, each pair once, in order."""
+    vectors = np.stack([one.tokens.vector for one in seen])
+    pairs: set[tuple[int, int]] = set()
+    for q, vector in enumerate(vectors):
+        cosine = vectors @ vector
+        cosine[q] = -np.inf
+        pairs |= {(min(q, int(i)), max(q, int(i))) for i in np.argsort(-cosine, kind="stable")[:NEAREST]}
+    return sorted(pairs)
+
+
+def _row(a: _Seen, b: _Seen) -> dict[str, Any]:
+    found = _matched(a, b)
+    return {
+        "query": a.name,
+        "candidate": b.name,
+        "verified": found.verified,
+        "inliers": found.inliers,
+        "matches": len(found.correspondences),
+        "rotation": found.rotation,
+        "scale": found.scale,
+        "reason": found.reason,
+    }
+
+
+def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """What is connected by pairs, directly or through others: the largest group first, each sorted.
+
+    >>> groups([("a", "b"), ("x", "y"), ("c", "b")])
+    [['a', 'b', 'c'], ['x', 'y']]
+    """
+    of: dict[str, set[str]] = {}
+    for a, b in pairs:
+        joined = of.get(a, {a}) | of.get(b, {b})
+        for name in joined:
+            of[name] = joined
+    return sorted((sorted(group) for group in {id(group): group for group in of.values()}.values()), key=_by_size)
+
+
+def _by_size(group: Sequence[str]) -> tuple[int, Sequence[str]]:
+    return -len(group), group
+
+
+def check_ending(path: Path, endings: Sequence[str]) -> None:
+    """Refuse a path that ends otherwise.
+
+    >>> check_ending(Path("a.gif"), [".png", ".json"])
+    Traceback (most recent call last):
+    imatch.core.types.ImatchError: a.gif ends in '.gif': give a path that ends in .png or .json
+    """
+    if path.suffix.lower() not in endings:
+        raise ImatchError(f"{path.name} ends in {path.suffix!r}: give a path that ends in {' or '.join(endings)}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        files.write_bytes(path, data)
+    except OSError as error:
+        raise ImatchError(f"{path} cannot be written: {error.strerror}: give another path") from error

@@ -1,0 +1,236 @@
+"""The command `imatch`. Each command imports what it needs when it is called, so that --help answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imatch.core.settings import DATA_KEY, resolve, share_cores
+from imatch.core.types import ImatchError
+
+PARAMETERS = click.option(
+    "-p",
+    "parameters",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Set a parameter of the notebooks (repeatable); `imatch params` lists them.",
+)
+EXPORTS = click.option("--exports", default="", help="Where results go (default: EXPORT_ROOT, else exports/).")
+SHARD = click.option("--shard", default="", metavar="I/N", help="Do the I-th of N parts only, such as 0/8 to 7/8.")
+REGISTRY = click.option("--data-key", default=DATA_KEY, show_default=True, help="Registry of data sets and weights.")
+
+EXTRAS = {
+    **dict.fromkeys(
+        ("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "nbformat", "papermill"), "notebooks"
+    ),
+    **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
+    "faiss": "notebooks,cpu",
+    "scipy": "notebooks",
+    "skimage": "demo",
+}
+"""Packages that the base does not bring -> the extra that does."""
+
+
+class Group(click.Group):
+    """Commands whose mistakes are one line and exit code 2."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; what a user can mend is said without a traceback."""
+        try:
+            return super().invoke(context)
+        except ImatchError as error:
+            said = str(error)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            said = f"{error.name} is not installed: pip install 'imatch[{EXTRAS[error.name]}]'"
+        click.echo(f"error: {said}", err=True)
+        return context.exit(2)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="imatch")
+def main() -> None:
+    """Match photographs: two of them, a folder, or a survey of thousands."""
+
+
+@main.command()
+@click.argument("a", metavar="A|FOLDER")
+@click.argument("b", required=False)
+@click.option("-o", "--output", help="Write the picture (.png) or everything (.json); of a folder, the pairs (.csv).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of words.")
+@click.option("--weight", default="sift", show_default=True, help="Backbone: sift, dsift, or weights of data_key.json.")
+@click.pass_context
+def match(context: click.Context, a: str, b: str | None, output: str | None, as_json: bool, weight: str) -> None:
+    """Say whether two photographs show the same, or which photographs of a folder do.
+
+    The exit code is 0 for a match, 1 for none, 2 for an error.
+    """
+    import json
+
+    from imatch.api import match as api
+
+    if b is None and not resolve(a).is_dir():
+        raise ImatchError(f"{a} is not a folder: give two photographs, or a folder of them")
+    folder = b is None
+    if output:
+        api.check_ending(Path(output), (".csv",) if folder else (".png", ".json"))
+    found = api.match_folder(a, weight) if b is None else api.match(a, b, weight)
+    if output:
+        found.save(output)
+    print(json.dumps(found.record(), ensure_ascii=False) if as_json else found)
+    context.exit(0 if found.verified else 1)
+
+
+@main.command()
+@click.argument("recipe")
+@PARAMETERS
+@EXPORTS
+@SHARD
+@click.pass_context
+def run(context: click.Context, recipe: str, parameters: list[tuple[str, str]], exports: str, shard: str) -> None:
+    """Run the notebooks of a YAML file or manifest, such as params/demo.yaml.
+
+    What is finished is reused; a run that was killed goes on. The exit code is 0 if every point finished, 1 if one
+    failed, 2 for a bad request.
+    """
+    from imatch.cli import batch
+
+    share_cores()
+    context.exit(batch.main(resolve(recipe), parameters, exports, shard))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--run", "name", default="report", show_default=True, help="Name of the run that the report goes to.")
+@EXPORTS
+@click.pass_context
+def report(context: click.Context, runs: tuple[str, ...], name: str, exports: str) -> None:
+    """Compare finished runs, such as exports/demo, on one page."""
+    import yaml
+
+    from imatch.cli import batch
+
+    share_cores()
+    steps = yaml.safe_dump(list(runs), default_flow_style=True)
+    context.exit(batch.main(resolve("params/report.yaml"), [("steps", steps), ("run", name)], exports, ""))
+
+
+@main.command()
+@click.argument("step")
+@click.option("--files", default="global.npy", show_default=True, help="What is written of each photograph, by commas.")
+@click.option("--folder", default="", help="Where it is written (default: <exports>/<run>/per_image).")
+@click.option("--on-change", default="refuse", show_default=True, type=click.Choice(["refuse", "recompute"]))
+def export(step: str, files: str, folder: str, on_change: str) -> None:
+    """Write files for each photograph of a finished 01_embed or 02_references: global, patch, grid, denseft."""
+    from imatch.core.settings import step_folder
+    from imatch.core.step import open_step
+    from imatch.data.store import Embeddings
+    from imatch.export import per_image
+
+    opened = open_step(step_folder(step), on_change)
+    where = resolve(folder) if folder else None
+    written = per_image.export(opened, Embeddings(opened.folder), files.split(","), where)
+    print(f"{written} files written")
+
+
+@main.command("import")
+@click.argument("tree")
+@EXPORTS
+@click.option("--run", "name", default="imported", show_default=True, help="Name of this piece of work.")
+@click.option("--on-change", default="refuse", show_default=True, type=click.Choice(["refuse", "recompute"]))
+@click.pass_context
+def import_(context: click.Context, tree: str, exports: str, name: str, on_change: str) -> None:
+    """Read a tree of per-image files into stores. The exit code is 1 if one of them failed."""
+    from imatch.steps import import_tree
+
+    context.exit(import_tree.import_all(tree, exports, name, on_change))
+
+
+@main.command()
+@click.argument("step")
+@click.option("--ttl-hours", default=168.0, show_default=True, help="How long the messages live.")
+def send(step: str, ttl_hours: float) -> None:
+    """Send what the queries of a finished 03_index found to Redis (REDIS_URL)."""
+    from imatch.core.settings import step_folder
+    from imatch.core.step import open_step
+    from imatch.steps import send as steps
+
+    print(steps.send(open_step(step_folder(step)), to="redis", ttl=round(3600 * ttl_hours)))
+
+
+@main.command()
+@REGISTRY
+@click.option("--side", default=512, show_default=True, help="Pixels of square photographs.")
+@click.option("--batch-size", default=8, show_default=True, help="Photographs per forward pass.")
+@click.option("--photographs", default="", metavar="N,N", help="Plan for so many: hours, disk and memory.")
+@click.option("--weight", default="vits16", show_default=True, help="Of the plan: a key of the registry.")
+@click.option("--tflops", type=float, help="Of the plan: also for a machine with this rate of bf16 matrix products.")
+@click.option("--memory-gb", default=0.0, help="Of the plan: for the index; 0 is half of what is free here.")
+@click.pass_context
+def weights(context: click.Context, photographs: str, **asked: Any) -> None:
+    """Say which data sets and weights are there, and what a run needs."""
+    from imatch.steps import preflight
+
+    if not all(n.strip().isdecimal() for n in photographs.split(",") if photographs):
+        raise ImatchError(f"--photographs {photographs!r} wants whole numbers, such as 10000,1000000")
+    text = preflight.said(photographs=[int(n) for n in photographs.split(",") if photographs], **asked)
+    print(text)
+    context.exit(1 if " WRONG " in text else 0)
+
+
+@main.command()
+@click.option("--cpu", is_flag=True, help="Expect no GPU.")
+@REGISTRY
+@click.pass_context
+def doctor(context: click.Context, cpu: bool, data_key: str) -> None:
+    """Say whether this machine is ready, and what to do.
+
+    The exit code is 0, 1 when something is to be fixed, 3 when torch cannot use a GPU.
+    """
+    from imatch.cli import doctor as checks
+
+    context.exit(checks.main(cpu, data_key))
+
+
+@main.command()
+@click.argument("notebook", required=False)
+def params(notebook: str | None) -> None:
+    """List the parameters of all notebooks, or of one, such as 04_match: default and meaning."""
+    from imatch.cli import batch
+
+    print(batch.parameters_said(notebook))
+
+
+@main.command()
+@click.argument("folder", default="data/demo")
+@click.option("--photographs", is_flag=True, help="Write the photographs alone.")
+@EXPORTS
+@click.pass_context
+def demo(context: click.Context, folder: str, photographs: bool, exports: str) -> None:
+    """Run the whole chain on 18 real photographs (minutes)."""
+    from imatch.cli import batch
+    from imatch.cli import demo as demonstration
+
+    written = demonstration.write(resolve(folder))
+    print(f"{written} of {len(demonstration.PHOTOGRAPHS)} demo photographs written to {folder}")
+    if not photographs:
+        share_cores()
+        context.exit(batch.main(resolve("params/demo.yaml"), [("dataset", folder)], exports, ""))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--cpu", is_flag=True, help="Expect no GPU.")
+@click.argument("jupyter", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def lab(context: click.Context, cpu: bool, jupyter: tuple[str, ...]) -> None:
+    """Open JupyterLab on the notebooks; other arguments are Jupyter's own.
+
+    What the doctor finds is said first, and JupyterLab opens all the same: on the CPU, if torch cannot use a GPU.
+    """
+    from imatch.cli import lab as jupyterlab
+
+    context.exit(jupyterlab.main(cpu, jupyter))

@@ -404,7 +404,7 @@ def test_a_store_without_digests_is_said_to_be_unchecked(few):
 
 def test_a_threshold_that_does_not_hold_is_an_alarm():
     kept = {"wanted": 0.95, "held_out_precision": 0.95}
-    assert alarms._promise(kept) == alarms._promise({**kept, "held_out_precision": None}) == []
-    (said,) = alarms._promise({**kept, "held_out_precision": 0.69})
+    assert alarms.promise_broken(kept) == alarms.promise_broken({**kept, "held_out_precision": None}) == []
+    (said,) = alarms.promise_broken({**kept, "held_out_precision": 0.69})
     assert said.startswith("69% of the first hits that are believed are right")
-    assert alarms._promise({**kept, "held_out_precision": 0.0})
+    assert alarms.promise_broken({**kept, "held_out_precision": 0.0})

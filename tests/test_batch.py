@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from imatch.cli import batch
+from imatch.core import settings
 from imatch.core.types import ImatchError
+from tests.command import command
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -68,16 +70,43 @@ def test_command_line_wins_over_file_and_sweep(tmp_path):
     assert read.sweep == {}
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted([*(ROOT / "params").glob("*.yaml"), *(ROOT / "params").glob("manifest*.json")]),
-    ids=lambda path: path.name,
-)
+SHIPPED = sorted([*(ROOT / "params").glob("*.yaml"), *(ROOT / "params").glob("manifest*.json")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_recipes_and_manifests_are_right(monkeypatch, path):
     monkeypatch.chdir(ROOT)
     read, schemas = batch.load(path, [], NOTEBOOKS)
     assert set(schemas) == set(read.notebooks)
     assert (read.points is not None) == path.name.startswith("manifest")
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """What would have been run, from a project whose own exports are elsewhere."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("EXPORT_ROOT", "elsewhere")
+    monkeypatch.setenv("DATASET_ROOT", str(tmp_path))
+    (tmp_path / "survey" / "flight01_80m").mkdir(parents=True)
+    recipes = []
+    monkeypatch.setattr(batch, "run", lambda recipe, *_: recipes.append(recipe) or ({}, []))
+    return recipes
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_recipe_takes_exports_and_run(ran, tmp_path, path):
+    assert command("run", path, "--exports", tmp_path / "results", "-p", "run", "mine") == 0
+    assert settings.exports_folder(ran[0].parameters.get("exports", "")) == tmp_path / "results"
+    assert settings.step_folder("exports/demo") == tmp_path / "results" / "demo"
+    assert ran[0].parameters["run"] == "mine"
+
+
+def test_exports_of_the_command_line_win_over_the_files(ran, tmp_path):
+    path = recipe(tmp_path, parameters={"exports": "of the file"})
+    assert command("run", path, "--exports", tmp_path / "results") == 0
+    assert "exports" not in ran[0].parameters
+    assert command("run", path) == 0
+    assert ran[1].parameters["exports"] == "of the file"
 
 
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])

@@ -7,13 +7,15 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import click
 import pytest
 
-from imatch.core import files, settings
+from imatch.core import files
 from imatch.data import registry, store
 from imatch.steps import preflight
 from imatch.steps.preflight import cost
 from tests.command import command
+from tools import scaling
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,28 +65,27 @@ def test_the_table_of_the_readme_is_what_is_counted():
 def test_the_plan_of_the_readme_is_what_is_counted():
     """All but two numbers that were measured, which it names."""
     text = (ROOT / "README.md").read_text()
-    asked = re.search(
-        r"imatch weights --photographs ([\d,]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text
-    )
+    asked = re.search(r"tools.scaling ([\d ]+) --weight vits16 --side 256 --tflops 400 --memory-gb 64", text)
     block = re.search(r"```\n(dinov3_vits16 at 256 x 256 px.*?)\n```", text, re.S).group(1)
     measured = re.search(r"hours, (cpu in bf16 at (\d+) GFLOP/s, measured here), 1 worker", block)
     decoded = re.search(r"core hours of decoding, (\d+) ms", block)
     machines = [
-        preflight.Machine(measured[1], "bf16", 1e9 * int(measured[2])),
-        preflight.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
+        scaling.Machine(measured[1], "bf16", 1e9 * int(measured[2])),
+        scaling.Machine("bf16 at 400 TFLOP/s, computed", "bf16", 4e14),
     ]
-    counts = [int(count) for count in asked[1].split(",")]
+    counts = [int(count) for count in asked[1].split()]
     assert counts == [10**4, 10**6, 10**8]
-    assert preflight.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
+    assert scaling.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
 
 
 def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    done = weights_said(settings.DATA_KEY, "--photographs", "1000,1000000", "--side", "64", "--tflops", "100")
+    line = [sys.executable, "-m", "tools.scaling", "1000", "1000000", "--side", "64", "--tflops", "100"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("dinov3_vits16 at 64 x 64 px")
-    assert lines[-1] == preflight.FORMULA
+    assert lines[-1] == scaling.FORMULA
     assert sum("measured here" in line for line in lines) == sum("computed" in line for line in lines) == 3
     kinds = [line.split()[4] for line in lines if line.startswith("GB of memory, index")]
     assert kinds == ["flat", "ivf_flat", "hnsw", "ivf_pq", "ivf_rabitq"]
@@ -95,16 +96,17 @@ def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--photographs", "0"], "must be above 0"),
-        (["--photographs", "10", "--tflops", "-1"], "must be above 0"),
-        (["--photographs", "10", "--side", "250"], "250 is not a multiple of patch 16: use 240 or 256"),
-        (["--photographs", "10", "--weight", "vits61"], "did you mean"),
+        (["0"], "must be above 0"),
+        (["10", "--tflops", "-1"], "must be above 0"),
+        (["10", "--side", "250"], "250 is not a multiple of patch 16: use 240 or 256"),
+        (["10", "--weight", "vits61"], "did you mean"),
     ],
 )
-def test_a_plan_that_cannot_be_is_one_line(capsys, options, said):
-    assert command("weights", *options) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
+def test_a_plan_that_cannot_be_is_one_line(options, said):
+    with pytest.raises(click.ClickException) as refused:
+        scaling.main(options, standalone_mode=False)
+    told = refused.value.format_message()
+    assert "\n" not in told
     assert said in told
 
 
@@ -115,7 +117,7 @@ def test_hours_by_the_formula():
 
 
 def test_a_plan_says_when_no_index_fits():
-    told = preflight.plan("dinov3_vits16", [10**4, 10**9], 256, [], 0.05, 2**30)
+    told = scaling.plan("dinov3_vits16", [10**4, 10**9], 256, [], 0.05, 2**30)
     assert told.splitlines()[-2].split()[-3:] == ["flat", "none", "fits"]
 
 
@@ -138,7 +140,7 @@ def test_rows_take_what_is_said_of_them(tmp_path):
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert taken / len(held) == pytest.approx(preflight.HELD, rel=0.2)
+    assert taken / len(held) == pytest.approx(scaling.HELD, rel=0.2)
 
 
 def test_parameters_are_those_that_meta_publishes():

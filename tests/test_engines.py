@@ -556,3 +556,57 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     assert command("run", *given, "--shard", "0/2", "-p", "on_change", "recompute") == 2
     assert "parts cannot make a step anew" in capsys.readouterr().err
     assert (local.parent / "metrics.json").is_file()
+
+
+# --- workers of a loop
+
+
+def mapped(item: tuple[str, int]) -> int:
+    what, n = item
+    if what == "kill" and n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "refuse" and n == 3:
+        raise ImatchError("three is no number: use another")
+    return n * n
+
+
+def test_workers_give_back_what_they_do_in_order(capsys):
+    for workers in (0, 1, 3):
+        items = [("square", n) for n in range(20)]
+        assert list(compute.parallel(mapped, items, workers, "squares")) == [n * n for n in range(20)]
+    assert list(compute.parallel(mapped, [], 2, "squares")) == []
+    assert "squares: 100%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("what", "said"), [("kill", "was killed.*-p workers 1"), ("refuse", "three is no number")])
+def test_a_worker_that_ends_too_early_and_one_that_refuses_are_said(what, said):
+    with pytest.raises(ImatchError, match=said):
+        list(compute.parallel(mapped, [(what, n) for n in range(20)], 2, "squares"))
+
+
+def test_workers_end_with_the_process_above_them(tmp_path):
+    code = f"""
+import os, time
+from pathlib import Path
+from imatch.core import compute
+def sleep(n):
+    (Path({str(tmp_path)!r}) / str(os.getpid())).touch()
+    time.sleep(60)
+list(compute.parallel(sleep, range(4), 2, "sleep"))
+"""
+    above = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    above.kill()
+    above.wait()
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(workers) == 2
+    assert not any(map(alive, workers))
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; what has ended and was not waited for does not."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -338,7 +338,7 @@ def test_two_steps_with_the_same_queries_are_refused(servers, tmp_path, monkeypa
             send(first, ttl=TTL)
     before = outbox(tmp_path)
     second = index_step(tmp_path, ["b.jpg", "c.jpg"], weight="vitb16")
-    with pytest.raises(ImatchError, match=r"1 queries of .*vitb16.*such as b\.jpg.*; use another run"):
+    with pytest.raises(ImatchError, match=r"1 queries of .*vitb16.*such as b\.jpg.*; search in another run"):
         send(second, ttl=TTL)
     assert outbox(tmp_path) == before
     assert not (second.folder / "sent.json").exists()

@@ -506,6 +506,15 @@ def test_references_refuse_wrong_requests(house, given, message):
         referenced(house[0], **given)
 
 
+def test_an_index_goes_to_another_run_and_what_follows_it_too(house):
+    data, _, references = house
+    step, *_ = searched(data, references, "reference-data", run="later")
+    assert (data.folder.parts[-5], step.folder.parts[-6]) == ("r", "later")
+    assert matched(step)[0].folder.parts[-6] == "later"
+    with pytest.raises(ImatchError, match=r"run '\.\./up' becomes part of a folder's name"):
+        indexed(data, references, "reference-data", run="../up")
+
+
 def test_index_refuses_wrong_requests(house):
     data, _, references = house
     with pytest.raises(ImatchError, match="did you mean 'reference-data'"):

@@ -101,17 +101,25 @@ class Match:
                 return f"{files.printable(name)} has no texture to describe: try another photograph"
         return "try photographs that overlap more, or another weight"
 
-    def record(self) -> dict[str, Any]:
-        """All of it as plain JSON: positions in pixels to a hundredth, scores to four digits."""
-        found = self.correspondences
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its names and numbers, as a row of a table."""
         return {
-            "a": self.names[0],
-            "b": self.names[1],
+            "query": self.names[0],
+            "candidate": self.names[1],
             "verified": self.verified,
-            "reason": self.reason,
             "inliers": self.inliers,
+            "matches": len(self.correspondences),
             "rotation": self.rotation,
             "scale": self.scale,
+            "reason": self.reason,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Give all of it as plain JSON: positions in pixels to a hundredth, scores to four digits."""
+        found = self.correspondences
+        return {
+            **self.row,
             "matrix": None if self.matrix is None else self.matrix.tolist(),
             "sizes": [list(size) for size in self.sizes],
             "correspondences": {
@@ -134,26 +142,10 @@ class Match:
         from imatch.viz import pictures
 
         found = self.correspondences
-        row = {
-            "query": self.names[0],
-            "candidate": self.names[1],
-            "verified": self.verified,
-            "inliers": self.inliers,
-            "matches": len(found),
-            "rotation": self.rotation,
-            "scale": self.scale,
-        }
         index = np.arange(len(found))
         explained = Geometry(self.matrix, found.inlier, np.nan, self.verified, self.reason)
-        pair = Pair(
-            row,
-            self._photographs,
-            self.sizes,
-            found.xy_a,
-            found.xy_b,
-            Matches(index, index, found.score),
-            explained,
-        )
+        matches = Matches(index, index, found.score)
+        pair = Pair(self.row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, explained)
         return pictures.lines(pair, pictures.Style(side=side))
 
     def show(self) -> Figure:
@@ -221,13 +213,16 @@ class _Seen:
 def _seen(photograph: Photograph, backbone: Backbone, name: str) -> _Seen:
     """A photograph through a backbone; `name` is what one without a file is called."""
     source = settings.resolve(photograph) if isinstance(photograph, str | Path) else _pixels(photograph, name)
-    called = source.name if isinstance(source, Path) else name
     try:
-        take = images.decode if isinstance(source, Path) else images.from_pixels
-        decoded = take(source, Resize(), backbone.patch, backbone.resampling)
+        return _embedded(source, backbone, source.name if isinstance(source, Path) else name)
     except PhotographError as error:
         raise PhotographError(f"{files.printable(str(photograph))}: {error}") from error
-    return _Seen(called, source, decoded.size, embed_decoded(decoded, backbone))
+
+
+def _embedded(source: Path | np.ndarray, backbone: Backbone, name: str) -> _Seen:
+    take = images.decode if isinstance(source, Path) else images.from_pixels
+    decoded = take(source, Resize(), backbone.patch, backbone.resampling)
+    return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone))
 
 
 def _pixels(photograph: np.ndarray | Image.Image, name: str) -> np.ndarray:
@@ -357,17 +352,16 @@ def match_folder(folder: str | Path, weight: str = "sift", *, device: str = "aut
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
         raise ImatchError(f"{folder} holds {len(seen)} photographs that can be read, two are needed{left_out}")
     todo = _nearest(seen) if len(seen) > RETRIEVED else list(itertools.combinations(range(len(seen)), 2))
-    rows = list(_each(lambda pair: _row(seen[pair[0]], seen[pair[1]]), todo, "match"))
+    rows = list(_each(lambda pair: _matched(seen[pair[0]], seen[pair[1]]).row, todo, "match"))
     together = [(row["query"], row["candidate"]) for row in rows if row["verified"]]
     return FolderMatches([one.name for one in seen], rows, groups(together), skipped, len(seen) > RETRIEVED)
 
 
 def _tried(folder: Path, backbone: Backbone, name: str) -> _Seen | PhotographError:
     try:
-        decoded = images.decode(folder / name, Resize(), backbone.patch, backbone.resampling)
+        return _embedded(folder / name, backbone, name)
     except PhotographError as error:
         return error
-    return _Seen(name, folder / name, decoded.size, embed_decoded(decoded, backbone))
 
 
 def _each(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[Any]:
@@ -396,20 +390,6 @@ def _nearest(seen: Sequence[_Seen]) -> list[tuple[int, int]]:
         cosine[q] = -np.inf
         pairs |= {(min(q, int(i)), max(q, int(i))) for i in np.argsort(-cosine, kind="stable")[:NEAREST]}
     return sorted(pairs)
-
-
-def _row(a: _Seen, b: _Seen) -> dict[str, Any]:
-    found = _matched(a, b)
-    return {
-        "query": a.name,
-        "candidate": b.name,
-        "verified": found.verified,
-        "inliers": found.inliers,
-        "matches": len(found.correspondences),
-        "rotation": found.rotation,
-        "scale": found.scale,
-        "reason": found.reason,
-    }
 
 
 def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:

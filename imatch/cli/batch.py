@@ -385,7 +385,7 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     Args:
         recipe: a YAML file or a manifest.
         parameters: (name, text) pairs, which win over the file.
-        exports: where results go; "" is EXPORT_ROOT, else exports/.
+        exports: EXPORT_ROOT of this run: where results go, and where paths that begin with exports/ are looked up.
         shard: "i/n", the part that is done; "" is all.
 
     Returns:
@@ -394,14 +394,16 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     Raises:
         ImatchError: a bad request; nothing has run.
     """
-    given = {"exports": exports, "shard": shard}
-    overrides = [*parameters, *((name, value) for name, value in given.items() if value)]
+    overrides = [*parameters, *([("shard", shard)] if shard else [])]
     folder = settings.resolve("notebooks")
     read, schemas = load(recipe, overrides, folder)
     asked = {name: read.parameters[name] for name in ("shard", "on_change") if name in read.parameters}
     compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
     if read.points:  # all of them need it: one message in place of one each
         registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
+    if exports:
+        settings.use_exports(exports)
+        read.parameters.pop("exports", None)  # the file's own
     finished, failures = run(read, schemas, folder)
     print()
     if finished:

@@ -18,8 +18,15 @@ PARAMETERS = click.option(
     metavar="NAME VALUE",
     help="Set a parameter of the notebooks (repeatable); `imatch params` lists them.",
 )
-EXPORTS = click.option("--exports", default="", help="Where results go (default: EXPORT_ROOT, else exports/).")
-SHARD = click.option("--shard", default="", metavar="I/N", help="Do the I-th of N parts only, such as 0/8 to 7/8.")
+EXPORTS = click.option(
+    "--exports",
+    default="",
+    metavar="DIR",
+    help="Where results go and paths that begin with exports/ are looked up (default: EXPORT_ROOT, else exports/).",
+)
+SHARD = click.option(
+    "--shard", default="", metavar="I/N", help="Do the I-th of N parts only, such as 0/8 to 7/8; a report has none."
+)
 REGISTRY = click.option("--data-key", default=DATA_KEY, show_default=True, help="Registry of data sets and weights.")
 
 EXTRAS = {
@@ -28,7 +35,6 @@ EXTRAS = {
     ),
     **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
     "faiss": "notebooks,cpu",
-    "scipy": "notebooks",
     "skimage": "demo",
 }
 """Packages that the base does not bring -> the extra that does."""
@@ -166,18 +172,12 @@ def send(step: str, ttl_hours: float) -> None:
 @REGISTRY
 @click.option("--side", default=512, show_default=True, help="Pixels of square photographs.")
 @click.option("--batch-size", default=8, show_default=True, help="Photographs per forward pass.")
-@click.option("--photographs", default="", metavar="N,N", help="Plan for so many: hours, disk and memory.")
-@click.option("--weight", default="vits16", show_default=True, help="Of the plan: a key of the registry.")
-@click.option("--tflops", type=float, help="Of the plan: also for a machine with this rate of bf16 matrix products.")
-@click.option("--memory-gb", default=0.0, help="Of the plan: for the index; 0 is half of what is free here.")
 @click.pass_context
-def weights(context: click.Context, photographs: str, **asked: Any) -> None:
-    """Say which data sets and weights are there, and what a run needs."""
+def weights(context: click.Context, data_key: str, side: int, batch_size: int) -> None:
+    """Say which data sets and weights are there, and what they need on this machine."""
     from imatch.steps import preflight
 
-    if not all(n.strip().isdecimal() for n in photographs.split(",") if photographs):
-        raise ImatchError(f"--photographs {photographs!r} wants whole numbers, such as 10000,1000000")
-    text = preflight.said(photographs=[int(n) for n in photographs.split(",") if photographs], **asked)
+    text = preflight.table(data_key, side, batch_size)
     print(text)
     context.exit(1 if " WRONG " in text else 0)
 

@@ -272,7 +272,7 @@ def below(text: str, where: str, above: object) -> str:
     return text
 
 
-def _nfc(text: str) -> str:
+def nfc(text: str) -> str:
     """Letters in one piece: names that come from a Mac have them in parts (NFD), Korean ones above all."""
     return unicodedata.normalize("NFC", text)
 

@@ -81,6 +81,18 @@ def exports_folder(exports: str) -> Path:
     return resolve(exports) if exports else root("EXPORT_ROOT")
 
 
+def use_exports(exports: str) -> None:
+    """Make a folder EXPORT_ROOT, for this process and those that it starts (the kernels of `imatch run`).
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ):
+    ...     use_exports("results")
+    ...     step_folder("exports/demo") == resolve("results/demo")
+    True
+    """
+    os.environ["EXPORT_ROOT"] = str(resolve(exports))
+
+
 def cache_folder() -> Path:
     """Where things are remembered that could be worked out again.
 

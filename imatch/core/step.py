@@ -175,7 +175,7 @@ def refuse_or_say(step: Step, what: str, differences: Sequence[str]) -> None:
     if step.on_change == "refuse":
         raise StepError(
             f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "
-            "To keep both: set another run or tag."
+            "To keep both: set another tag, or begin another run."
         )
     print(f"{message}\n  so what depends on it is computed again")
 

@@ -298,7 +298,7 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(norm > 0, norm, 1)
 
 
-def _check(what: str, values: np.ndarray, names: np.ndarray | None = None) -> None:
+def check_finite(what: str, values: np.ndarray, names: np.ndarray | None = None) -> None:
     """Refuse NaN and infinity, which would spread; the message names the first of `values`, or its name, with one."""
     wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)) if values.size else ()
     if len(wrong):

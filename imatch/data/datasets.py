@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminator, Field, NonNegativeInt, Tag
 
 from imatch.core import config
-from imatch.core.config import Said, _nfc, below, label_token, listed, names
+from imatch.core.config import Said, below, label_token, listed, names, nfc
 from imatch.core.types import ImatchError
 
 FRAMES = ("frame", "index", "idx")
@@ -98,7 +98,7 @@ class Dataset:
             if folder is not None and self.captures:
                 several = [self.captures_named(folder)]
             elif folder is not None:
-                several = [[PurePosixPath(_nfc(folder)).as_posix()]]
+                several = [[PurePosixPath(nfc(folder)).as_posix()]]
                 if several[0][0] not in folders:
                     raise ImatchError(config.unknown(f"folder of data set {self.key}", folder, folders))
             for part in several:
@@ -117,15 +117,15 @@ class Dataset:
         >>> Dataset("d", Path("/d"), captures={"A1": Capture("80m", "f", "", re.compile(""))}).captures_named("80m")
         ['A1']
         """
-        name = _nfc(folder)
+        name = nfc(folder)
         path = PurePosixPath(name).as_posix()
         for same in (
-            [id for id in self.captures if _nfc(id) == name],
+            [id for id in self.captures if nfc(id) == name],
             [id for id, capture in self.captures.items() if capture.folder == path],
         ):
             if same:
                 return same
-        labelled = [id for id, capture in self.captures.items() if _nfc(capture.label or "") == name]
+        labelled = [id for id, capture in self.captures.items() if nfc(capture.label or "") == name]
         if len(labelled) > 1:
             raise ImatchError(
                 f"data set {self.key}: label {folder!r} means any of {names(labelled)}: name captures, not the label"
@@ -146,8 +146,8 @@ class Dataset:
             by_folder[capture.folder].append(name)
         for id in ids:
             if not self.captures:
-                if not self.glob or _matches(_nfc(id).split("/"), self.glob.split("/")):
-                    folders[PurePosixPath(_nfc(id)).parent.as_posix()].append(id)
+                if not self.glob or _matches(nfc(id).split("/"), self.glob.split("/")):
+                    folders[PurePosixPath(nfc(id)).parent.as_posix()].append(id)
                     digits = re.findall("[0-9]+", PurePosixPath(id).stem)
                     found[id] = {"capture": None, "label": None, "frame": int(digits[-1]) if digits else None}
                 continue
@@ -167,7 +167,7 @@ class Dataset:
 
     def _captures_of(self, id: str, by_folder: Mapping[str, Sequence[str]]) -> list[tuple[str, int | None]]:
         """The captures, of all that lie in a folder above it, that a photograph is called by, and its frame."""
-        parts = _nfc(id).split("/")
+        parts = nfc(id).split("/")
         belongs = []
         for depth in range(len(parts)):
             for name in by_folder.get("/".join(parts[:depth]) or ".", []):
@@ -205,7 +205,7 @@ class Dataset:
     def _tell(self, ids: Sequence[str], found: Mapping[str, Mapping[str, Any]], asked: Sequence[str]) -> None:
         folders = {self.captures[name].folder for name in asked}
         lost = [
-            id for id in ids if id not in found and folders & {p.as_posix() for p in PurePosixPath(_nfc(id)).parents}
+            id for id in ids if id not in found and folders & {p.as_posix() for p in PurePosixPath(nfc(id)).parents}
         ]
         full = {meta["capture"] for meta in found.values()}
         said = []
@@ -342,7 +342,7 @@ def read(key: str, given: Any, above: Path, where: str) -> Dataset:
         if said.model_fields_set & {"folder_template", "filename_template"}:
             raise ImatchError(f"{where} has templates but no captures: add captures, or give a glob instead")
         glob = below(said.glob or "", f"{where}.glob", folder)
-        return Dataset(key, folder, glob=glob and PurePosixPath(_nfc(glob)).as_posix(), registered=True)
+        return Dataset(key, folder, glob=glob and PurePosixPath(nfc(glob)).as_posix(), registered=True)
     if said.glob is not None:
         raise ImatchError(f"{where} has both captures and a glob: keep one")
     made = {id: _capture(key, id, capture, said, f"{where}.captures.{id}") for id, capture in said.captures.items()}
@@ -363,7 +363,7 @@ def _capture(key: str, id: str, said: _Capture, of: _Dataset, where: str) -> Cap
     below(_fill(filename, values, f"{where}: filename_template", frame="0"), f"{where}: file", "the data set's root")
     pattern = _fill(filename, values, f"{where}: filename_template", frame="([0-9]+)", quote=re.escape)
     pattern = re.sub(r"(\\\.\w+)$", r"(?i:\1)", pattern)
-    return Capture(said.label, PurePosixPath(_nfc(folder)).as_posix(), filename, re.compile(pattern))
+    return Capture(said.label, PurePosixPath(nfc(folder)).as_posix(), filename, re.compile(pattern))
 
 
 def _fill(
@@ -396,4 +396,4 @@ def _fill(
             text += quote(format(value, spec or ""))
         except ValueError as error:
             raise ImatchError(f"{where} {template!r}: {{{name}:{spec}}} does not fit text: {error}") from error
-    return _nfc(text)
+    return nfc(text)

@@ -17,7 +17,7 @@ import numpy as np
 from imatch.core import config, files
 from imatch.core.files import Row, atomic, read_json, read_rows, write_array, write_json, write_rows
 from imatch.core.step import Step, sides
-from imatch.core.types import ImatchError, Ranking, StepError, Tokens, _check, grid_xy, normalise
+from imatch.core.types import ImatchError, Ranking, StepError, Tokens, check_finite, grid_xy, normalise
 from imatch.data.rotations import UPRIGHT, Pose
 
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
@@ -393,7 +393,7 @@ def aggregate(descriptors: np.ndarray, tokens: int) -> np.ndarray:
     """
     if tokens < 1:
         raise ImatchError(f"tokens is {tokens}: ask for at least 1")
-    _check("descriptor", descriptors)
+    check_finite("descriptor", descriptors)
     directions = normalise(descriptors.astype(np.float32))
     directions = np.ascontiguousarray(directions[directions.any(axis=1)])
     n, d = directions.shape
@@ -548,11 +548,12 @@ def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
 
 def open_poses(folder: Path, poses: Sequence[Pose]) -> Posed:
     """Open what `embed_poses` made."""
-    posed = {pose: Embeddings(_beside(folder, pose)) for pose in poses if pose != UPRIGHT}
+    posed = {pose: Embeddings(pose_folder(folder, pose)) for pose in poses if pose != UPRIGHT}
     return Posed(Embeddings(folder), posed)
 
 
-def _beside(folder: Path, pose: Pose) -> Path:
+def pose_folder(folder: Path, pose: Pose) -> Path:
+    """Say where a step of embeddings lies in another pose: beside the upright one."""
     return folder.with_name(f"{folder.name}_{pose}")
 
 

@@ -21,7 +21,8 @@ NEAREST = 8
 NAMED = 5
 
 
-def _copies(query: Embeddings, gallery: Embeddings) -> list[str]:
+def copies_of(query: Embeddings, gallery: Embeddings) -> list[str]:
+    """Say which queries are files of the gallery, which find themselves."""
     if query.folder == gallery.folder:
         return []
     held = {row["sha256"] for row in gallery.rows}
@@ -32,7 +33,7 @@ def _copies(query: Embeddings, gallery: Embeddings) -> list[str]:
     return [f"{len(copies)} of {len(query)} queries are files of the gallery and find themselves: {listed}"]
 
 
-def _alike(step: Step) -> list[str]:
+def alike(step: Step) -> list[str]:
     """Photographs of the two sides that are no copies, yet look alike: near-duplicates."""
     sides = [list(source_rows(step.linked(side)).values()) for side in ("query", "gallery")]
     looks = [[row for row in rows if _tells(row.get("look"))] for rows in sides]
@@ -60,7 +61,8 @@ def _tells(look: str | None) -> bool:
     return look is not None and look != "" and 32 <= int(look, 16).bit_count() <= 224
 
 
-def _guessing(metrics: Mapping[str, Any]) -> list[str]:
+def guessing(metrics: Mapping[str, Any]) -> list[str]:
+    """Say that Hit@1 is no better than guessing, or that nothing can be said."""
     hit, chance = metrics["intervals"]["hit_at_1"], metrics["chance"]
     if hit["value"] is None:
         return ["no query has a right answer in the gallery: nothing can be said of how good the hits are"]
@@ -70,7 +72,8 @@ def _guessing(metrics: Mapping[str, Any]) -> list[str]:
     return [f"Hit@1 {hit['value']:.3f} cannot be told from guessing ({chance:.3f})"]
 
 
-def _promise(threshold: Mapping[str, Any]) -> list[str]:
+def promise_broken(threshold: Mapping[str, Any]) -> list[str]:
+    """Say that the threshold does not hold on photographs that it was not calibrated on."""
     wanted, held = threshold["wanted"], threshold["held_out_precision"]
     if held is None or held >= wanted:
         return []

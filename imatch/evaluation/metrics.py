@@ -118,7 +118,7 @@ def chance(answers: np.ndarray, candidates: np.ndarray) -> float | None:
     >>> chance(np.array([1, 3, 0]), np.array([8, 8, 8]))
     0.25
     """
-    return _mean(answers[answers > 0] / candidates[answers > 0])
+    return mean(answers[answers > 0] / candidates[answers > 0])
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -184,11 +184,11 @@ def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") ->
         "missed": sum(not row["embedded"] for row in counted),
     }
     for depth in sorted({*(n for n in DEPTHS if n < k), k}):
-        figures[f"hit_at_{depth}"] = _mean(hit_at_k(right, depth))
-        figures[f"recall_at_{depth}"] = _mean(recall_at_k(right, answers, depth))
-        figures[f"precision_at_{depth}"] = _mean(precision_at_k(right, depth))
+        figures[f"hit_at_{depth}"] = mean(hit_at_k(right, depth))
+        figures[f"recall_at_{depth}"] = mean(recall_at_k(right, answers, depth))
+        figures[f"precision_at_{depth}"] = mean(precision_at_k(right, depth))
     whole = {"map": average_precision(right, answers), "mrr": reciprocal_rank(right)}
-    figures |= {f"{name}_at_{k}": _mean(values) for name, values in whole.items()}
+    figures |= {f"{name}_at_{k}": mean(values) for name, values in whole.items()}
     each = {"hit_at_1": hit_at_k(right, 1), **whole}
     figures["intervals"] = {
         name: intervals.interval(values, clusters, unit=unit).record() for name, values in each.items()
@@ -321,19 +321,19 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
         "queries": len(best),
         "hit_at_1": measured["hit_at_1"].value,
         "reranked_hit_at_1": measured["reranked_hit_at_1"].value,
-        "verified": _mean(row["verified"] for row in best),
-        "verified_right": _mean(row["right"] for row in verified if row["answerable"]),
-        "wrong_verified": _mean(wrong.values()),
+        "verified": mean(row["verified"] for row in best),
+        "verified_right": mean(row["right"] for row in verified if row["answerable"]),
+        "wrong_verified": mean(wrong.values()),
         "corner_error_median": _median(right),
         "true_pairs": len(true),
         "true_corner_error_median": _median(errors),
         "true_within_8px": measured["true_within_8px"].value,
         "corner_auc": {str(pixels): corner_auc(errors, pixels) for pixels in PIXELS},
         "matching_accuracy": {
-            str(pixels): _mean(row["accuracy"][i] if row["matches"] else 0.0 for row in true)
+            str(pixels): mean(row["accuracy"][i] if row["matches"] else 0.0 for row in true)
             for i, pixels in enumerate(ACCURACY)
         },
-        "inlier_ratio": _mean(row["inliers"] / max(1, row["matches"]) for row in true),
+        "inlier_ratio": mean(row["inliers"] / max(1, row["matches"]) for row in true),
         "rotation_error_median": _median([_or_inf(row["rotation_error"]) for row in true]),
         "scale_error_median": _median([_or_inf(row["scale_error"]) for row in true]),
         "intervals": {name: interval.record() for name, interval in measured.items()},
@@ -349,7 +349,8 @@ def _or_inf(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def mean(values: Iterable[float]) -> float | None:
+    """Take the mean; None of nothing."""
     listed = list(values)
     return float(np.mean(listed)) if listed else None
 

@@ -16,7 +16,7 @@ from typing import Any
 from imatch.core import files
 from imatch.core.step import Step, run_and_dataset, sides
 from imatch.core.types import ImatchError
-from imatch.evaluation.metrics import Row, _mean
+from imatch.evaluation.metrics import Row, mean
 
 COLUMNS = ("query", "candidate", "label")
 LABELS = ("accept", "reject")
@@ -101,6 +101,6 @@ def label_metrics(pairs: Iterable[Row], labels: Mapping[tuple[str, str], str]) -
         "labelled": len(said),
         "accepted": accepted,
         "rejected": len(said) - accepted,
-        "precision": _mean(accept for verified, accept in said if verified),
-        "recall": _mean(verified for verified, accept in said if accept),
+        "precision": mean(accept for verified, accept in said if verified),
+        "recall": mean(verified for verified, accept in said if accept),
     }

@@ -261,7 +261,8 @@ def stride_of(variant: str) -> int:
     )
 
 
-def _decode(path: Path, resize: Resize, backbone: Backbone, degrees: float) -> Decoded | PhotographError:
+def decoded_for(path: Path, resize: Resize, backbone: Backbone, degrees: float) -> Decoded | PhotographError:
+    """Read a photograph for a backbone, turned by `degrees`, with its look; a broken one is given back as its error."""
     try:
         decoded = images.decode(path, resize, backbone.patch, backbone.resampling)
         decoded = replace(decoded, look=images.look(decoded.pixels))
@@ -277,7 +278,7 @@ def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pos
         PhotographError: it cannot be decoded.
     """
     resize = Resize(**parameters["resize"]).zoomed(pose.zoom)
-    decoded = _decode(path, resize, backbone, pose.turn)
+    decoded = decoded_for(path, resize, backbone, pose.turn)
     if isinstance(decoded, PhotographError):
         raise decoded
     tokens = embed_decoded(decoded, backbone, stride_of(parameters["variant"]))
@@ -296,7 +297,7 @@ def embed_decoded(photograph: Decoded, backbone: Backbone, stride: int = 1) -> T
         Its tokens, xy in pixels of the original photograph.
     """
     (tokens,) = backbone(np.stack([photograph.pixels]))  # a copy, for torch wants to be allowed to write
-    return _placed(tokens, photograph, stride)
+    return placed_tokens(tokens, photograph, stride)
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class Embedded:
     tokens: Tokens
 
 
-def _placed(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
+def placed_tokens(tokens: Tokens, photograph: Decoded, stride: int) -> Tokens:
     """The tokens with positions in pixels of the original photograph, every `stride`-th row and column of a grid."""
     if photograph.turned:
         return rotations.placed(tokens if stride == 1 else tokens.thinned(stride), photograph)

@@ -156,7 +156,7 @@ def _usable(geometry: Geometry, size: tuple[int, int]) -> bool:
     return geometry.matrix is not None and geometry.inliers.sum() >= FEWEST and not degenerate(geometry.matrix, size)
 
 
-def _options(matcher: matchers.Matcher) -> dict[str, Any]:
+def options_of(matcher: matchers.Matcher) -> dict[str, Any]:
     """The options of a matcher that its answers depend on."""
     fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
     return {field.name: getattr(matcher, field.name) for field in fields if field.compare}

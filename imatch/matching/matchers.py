@@ -225,7 +225,7 @@ def mutual(of_a: Nearest, of_b: Nearest) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def correspondences(
-    a: Side, b: Side, index_a: np.ndarray, index_b: np.ndarray, max_matches: int, one_to_one: bool = True
+    a: Side, b: Side, index_a: np.ndarray, index_b: np.ndarray, max_matches: int, one_to_one: bool = False
 ) -> Matches:
     """The answer of a matcher from the pairs that it found: strongest first, equally strong ones by the rows of A.
 
@@ -233,11 +233,12 @@ def correspondences(
         a, b: the two sides.
         index_a, index_b: (m,) int64, their rows.
         max_matches: how many of the strongest are kept; 0 keeps all.
-        one_to_one: keep a pair only if neither of its two is in a stronger pair that was kept.
+        one_to_one: keep a pair only if neither of its two is in a stronger pair that was kept; needless where each
+            descriptor has chosen one.
 
     >>> directions = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8]], np.float32)
     >>> side = Side(np.arange(3), directions, np.zeros((3, 2), np.float32))
-    >>> found = correspondences(side, side, np.array([0, 0, 2]), np.array([2, 1, 1]), 0)
+    >>> found = correspondences(side, side, np.array([0, 0, 2]), np.array([2, 1, 1]), 0, one_to_one=True)
     >>> found.index_a.tolist(), found.index_b.tolist()
     ([2, 0], [1, 2])
     """
@@ -322,7 +323,7 @@ class Mutual:
         kept = similarity >= self.min_similarity
         if self.min_relative and len(similarity):
             kept &= similarity >= self.min_relative * similarity.max()
-        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches, self.one_to_one)
+        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches, self.one_to_one and self.k > 1)
 
 
 @dataclass(frozen=True)

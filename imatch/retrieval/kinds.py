@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import faiss
 
@@ -21,44 +21,44 @@ INDEXES = {
 }
 
 
-class Kind(Protocol):
-    """What imatch asks of a kind of index. Vectors are L2-normalised, so that the inner product is the cosine."""
+@dataclass(frozen=True)
+class Kind:
+    """What imatch asks of a kind of index; its options are the fields of its frozen dataclass. Vectors are
+    L2-normalised, so that the inner product is the cosine.
 
-    @property
-    def exact(self) -> bool:
-        """Whether its answers are those of an exact search."""
+    Attributes:
+        exact: whether its answers are those of an exact search.
+        effort: what is raised for more recall and more time: "nprobe", "efSearch", or "" where there is no such thing.
+        gpu: whether FAISS has it on GPUs.
+        in_order: whether it depends on the order in which vectors are added, so that one thread must build it.
+        refine: how many times k candidates are compared by their vectors in the store; 0 believes its own scores.
+    """
 
-    @property
-    def effort(self) -> str:
-        """What is raised for more recall and more time: "nprobe", "efSearch", or "" where there is no such thing."""
+    exact: ClassVar[bool] = False
+    effort: ClassVar[str] = ""
+    gpu: ClassVar[bool] = False
+    in_order: ClassVar[bool] = False
+    refine: ClassVar[int] = 1
 
-    @property
-    def gpu(self) -> bool:
-        """Whether FAISS has it on GPUs."""
+    def efforts(self, n: int) -> Sequence[int]:  # noqa: ARG002
+        """List the efforts worth trying when it was laid out for n vectors, rising; none where `effort` is ""."""
+        return []
 
-    @property
-    def in_order(self) -> bool:
-        """Whether it depends on the order in which vectors are added, so that one thread must build it."""
+    def learns_from(self, n: int) -> int:  # noqa: ARG002
+        """Say how many of n vectors it is trained on; 0 when it learns nothing."""
+        return 0
 
-    @property
-    def refine(self) -> int:
-        """How many times k candidates are compared by their vectors in the store; 0 believes the index' own scores."""
-
-    def efforts(self, n: int) -> Sequence[int]:
-        """The efforts worth trying when it was laid out for n vectors, rising; none where `effort` is ""."""
-
-    def learns_from(self, n: int) -> int:
-        """How many of n vectors it is trained on; 0 when it learns nothing."""
-
-    def empty(self, n: int, d: int) -> Any:
-        """An index without vectors, a `faiss.Index` of inner products, laid out for n vectors of d numbers.
+    def empty(self, n: int, d: int) -> faiss.Index:
+        """Make an index of inner products without vectors, laid out for n vectors of d numbers.
 
         Raises:
             ImatchError: options that do not fit n or d.
         """
+        raise NotImplementedError
 
     def memory(self, n: int, d: int) -> int:
-        """Bytes that n vectors of d numbers will take."""
+        """Count the bytes that n vectors of d numbers will take."""
+        raise NotImplementedError
 
 
 def create_kind(kind: str, options: Mapping[str, Any] | None = None) -> Kind:
@@ -97,7 +97,7 @@ def probes(count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Flat:
+class Flat(Kind):
     """FAISS' flat index.
 
     >>> Flat().empty(10, 4).d
@@ -105,18 +105,7 @@ class Flat:
     """
 
     exact: ClassVar[bool] = True
-    effort: ClassVar[str] = ""
     gpu: ClassVar[bool] = True
-    in_order: ClassVar[bool] = False
-    refine: ClassVar[int] = 1
-
-    def efforts(self, _: int) -> list[int]:
-        """See `Kind`."""
-        return []
-
-    def learns_from(self, _: int) -> int:
-        """See `Kind`."""
-        return 0
 
     def empty(self, _: int, d: int) -> faiss.Index:
         """See `Kind`."""
@@ -128,22 +117,15 @@ class Flat:
 
 
 @dataclass(frozen=True)
-class IvfFlat:
+class _Inverted(Kind):
     """Only the `nprobe` lists nearest to a query are compared (Sivic and Zisserman, "Video Google", ICCV 2003).
 
     Attributes:
         centroids: number of lists; 0 chooses by the number of vectors.
-
-    >>> IvfFlat(centroids=8).empty(1000, 4).nlist
-    8
     """
 
     centroids: int = 0
-    exact: ClassVar[bool] = False
     effort: ClassVar[str] = "nprobe"
-    gpu: ClassVar[bool] = True
-    in_order: ClassVar[bool] = False
-    refine: ClassVar[int] = 1
 
     def efforts(self, n: int) -> list[int]:
         """See `Kind`."""
@@ -153,17 +135,32 @@ class IvfFlat:
         """See `Kind`: 50 vectors a list."""
         return min(n, 50 * lists(n, self.centroids))
 
+    def listed(self, n: int, d: int) -> int:
+        """Count the bytes of the centroids, and of each vector's number."""
+        return 8 * n + lists(n, self.centroids) * (4 * d + 8)
+
+
+@dataclass(frozen=True)
+class IvfFlat(_Inverted):
+    """Inverted lists of whole vectors.
+
+    >>> IvfFlat(centroids=8).empty(1000, 4).nlist
+    8
+    """
+
+    gpu: ClassVar[bool] = True
+
     def empty(self, n: int, d: int) -> faiss.Index:
         """See `Kind`."""
         return faiss.index_factory(d, f"IVF{lists(n, self.centroids)},Flat", faiss.METRIC_INNER_PRODUCT)
 
     def memory(self, n: int, d: int) -> int:
         """See `Kind`: 4 d + 8 bytes a vector, and the centroids."""
-        return n * (4 * d + 8) + lists(n, self.centroids) * (4 * d + 8)
+        return 4 * n * d + self.listed(n, d)
 
 
 @dataclass(frozen=True)
-class Hnsw:
+class Hnsw(Kind):
     """A search walks from neighbour to neighbour, keeping the `efSearch` best (Malkov and Yashunin, TPAMI 2020). Fast
     and large; building it is slow, for it takes one thread, so that the same vectors give the same graph.
 
@@ -177,19 +174,12 @@ class Hnsw:
 
     neighbours: int = 32
     construction: int = 100
-    exact: ClassVar[bool] = False
     effort: ClassVar[str] = "efSearch"
-    gpu: ClassVar[bool] = False
     in_order: ClassVar[bool] = True
-    refine: ClassVar[int] = 1
 
     def efforts(self, _: int) -> list[int]:
         """See `Kind`."""
         return [2**i for i in range(4, 11)]
-
-    def learns_from(self, _: int) -> int:
-        """See `Kind`."""
-        return 0
 
     def empty(self, _: int, d: int) -> faiss.Index:
         """See `Kind`."""
@@ -203,12 +193,11 @@ class Hnsw:
 
 
 @dataclass(frozen=True)
-class IvfPq:
+class IvfPq(_Inverted):
     """Each vector is m bytes, one of 256 patterns for each of its m parts (Jegou, Douze and Schmid, "Product
     quantization for nearest neighbor search", TPAMI 2011).
 
     Attributes:
-        centroids: number of lists; 0 chooses by the number of vectors.
         parts: m, which must divide the dimension; 0 takes a part for every 4 numbers.
         refine: so many times k candidates are compared by their vectors in the store; 0 believes the bytes.
 
@@ -216,20 +205,12 @@ class IvfPq:
     26
     """
 
-    centroids: int = 0
     parts: int = 0
     refine: int = 8
-    exact: ClassVar[bool] = False
-    effort: ClassVar[str] = "nprobe"
     gpu: ClassVar[bool] = True
-    in_order: ClassVar[bool] = False
 
     def _parts(self, d: int) -> int:
         return self.parts or next(d // size for size in (4, 3, 2, 1) if d % size == 0)
-
-    def efforts(self, n: int) -> list[int]:
-        """See `Kind`."""
-        return probes(lists(n, self.centroids))
 
     def learns_from(self, n: int) -> int:
         """See `Kind`: 50 vectors a list, and at least 10,000 for the patterns."""
@@ -250,35 +231,21 @@ class IvfPq:
 
     def memory(self, n: int, d: int) -> int:
         """See `Kind`: m + 8 bytes a vector, the centroids, and the patterns."""
-        return n * (self._parts(d) + 8) + lists(n, self.centroids) * (4 * d + 8) + 4 * 256 * d
+        return n * self._parts(d) + self.listed(n, d) + 4 * 256 * d
 
 
 @dataclass(frozen=True)
-class IvfRabitq:
+class IvfRabitq(_Inverted):
     """Each number of a vector is one bit, with a correction (Gao and Long, "RaBitQ", SIGMOD 2024).
 
     Attributes:
-        centroids: number of lists; 0 chooses by the number of vectors.
         refine: so many times k candidates are compared by their vectors in the store; 0 believes the bits.
 
     >>> IvfRabitq().memory(1_000_000, 128) // 1_000_000
     34
     """
 
-    centroids: int = 0
     refine: int = 8
-    exact: ClassVar[bool] = False
-    effort: ClassVar[str] = "nprobe"
-    gpu: ClassVar[bool] = False
-    in_order: ClassVar[bool] = False
-
-    def efforts(self, n: int) -> list[int]:
-        """See `Kind`."""
-        return probes(lists(n, self.centroids))
-
-    def learns_from(self, n: int) -> int:
-        """See `Kind`: 50 vectors a list."""
-        return min(n, 50 * lists(n, self.centroids))
 
     def empty(self, n: int, d: int) -> faiss.Index:
         """See `Kind`."""
@@ -286,11 +253,11 @@ class IvfRabitq:
 
     def memory(self, n: int, d: int) -> int:
         """See `Kind`: d / 8 + 16 bytes a vector (bits, two factors, its number), and the centroids."""
-        return n * (-(-d // 8) + 16) + lists(n, self.centroids) * (4 * d + 8)
+        return n * (-(-d // 8) + 8) + self.listed(n, d)
 
 
 @dataclass(frozen=True)
-class Factory:
+class Factory(Kind):
     """An index by its factory string (FAISS' wiki, "The index factory").
 
     Attributes:
@@ -307,18 +274,11 @@ class Factory:
     search: str = ""
     refine: int = 8
     seen: int = 100_000
-    exact: ClassVar[bool] = False
-    effort: ClassVar[str] = ""
-    gpu: ClassVar[bool] = False
 
     @property
     def in_order(self) -> bool:
         """See `Kind`: graphs do."""
         return any(graph in self.key for graph in ("HNSW", "NSG", "NNDescent"))
-
-    def efforts(self, _: int) -> list[int]:
-        """See `Kind`."""
-        return []
 
     def learns_from(self, n: int) -> int:
         """See `Kind`."""

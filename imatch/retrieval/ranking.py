@@ -15,7 +15,7 @@ from scipy import linalg
 
 from imatch.core import compute, files
 from imatch.core.step import Step, open_step
-from imatch.core.types import Hits, ImatchError, ImatchWarning, Truth, _check, normalise
+from imatch.core.types import Hits, ImatchError, ImatchWarning, Truth, check_finite, normalise
 from imatch.data import rotations, store
 from imatch.data.rotations import Pose
 from imatch.data.store import Embeddings, Posed
@@ -171,11 +171,11 @@ def expand(queries: np.ndarray, neighbours: np.ndarray, scores: np.ndarray, alph
     """
     if not alpha >= 0:
         raise ImatchError(f"alpha is {alpha}: it must be 0 or more, such as 3")
-    _check("the scores of query", np.where(scores == -np.inf, 0, scores))
+    check_finite("the scores of query", np.where(scores == -np.inf, 0, scores))
     weights = np.where(scores > 0, np.maximum(scores, 0) ** alpha, 0).astype(np.float32)
     with np.errstate(invalid="ignore"):  # what is not finite is named below
         expanded = queries + (weights[:, None] @ neighbours)[:, 0]
-    _check("itself or a neighbour of query", expanded)
+    check_finite("itself or a neighbour of query", expanded)
     return normalise(expanded).astype(np.float32)
 
 
@@ -205,7 +205,7 @@ def best_turn(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray,
     turn = np.broadcast_to(np.repeat(np.arange(turns), n), (queries, turns * n))
     rows, scores = (values.transpose(1, 0, 2).reshape(queries, turns * n) for values in (rows, scores))
     scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
-    _check("the scores of query", np.where(scores == -np.inf, 0, scores))
+    check_finite("the scores of query", np.where(scores == -np.inf, 0, scores))
 
     rows, scores, turn = _taken(np.lexsort([turn, -scores, rows], axis=1), rows, scores, turn)
     gone = scores == -np.inf
@@ -247,7 +247,7 @@ def token_score(query: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         return np.zeros(m, np.float32)
     with np.errstate(invalid="ignore"):  # what is not finite is named below
         cosine = (candidates.reshape(m * size, d) @ query.T).reshape(m, size, len(query))
-    _check("the query or candidate", cosine)
+    check_finite("the query or candidate", cosine)
     there = cosine.max(axis=1, where=real[..., None], initial=-np.inf).mean(axis=1)
     back = cosine.max(axis=2).sum(axis=1) / np.maximum(real.sum(axis=1), 1)  # a row of zeros adds 0
     return np.where(real.any(axis=1), (there + back) / 2, 0).astype(np.float32)
@@ -292,7 +292,7 @@ def _blocks(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
     step = max(1, BLOCK // vectors.shape[1])
     for first in range(0, len(rows), step):
         block = vectors[rows[first : first + step]].astype(np.float64)
-        _check("vector", block, rows[first : first + step])
+        check_finite("vector", block, rows[first : first + step])
         yield block
 
 
@@ -305,7 +305,7 @@ NOTHING = (-1, -np.inf, np.nan)
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """Hits of some queries without what is left out, best first.
 
     Attributes:
@@ -318,24 +318,24 @@ class _Found:
     scores: np.ndarray
     turn: np.ndarray
 
-    def cut(self, k: int) -> _Found:
+    def cut(self, k: int) -> Found:
         """The first k."""
-        return _Found(*(np.ascontiguousarray(values[:, :k]) for values in (self.rows, self.scores, self.turn)))
+        return Found(*(np.ascontiguousarray(values[:, :k]) for values in (self.rows, self.scores, self.turn)))
 
-    def but(self, gone: np.ndarray) -> _Found:
+    def but(self, gone: np.ndarray) -> Found:
         """Without some of them, (q, depth) bool; the others move up."""
         order = np.argsort(gone, axis=1, kind="stable")
-        return _Found(
+        return Found(
             *(
                 np.take_along_axis(np.where(gone, empty, values), order, 1)
                 for values, empty in zip((self.rows, self.scores, self.turn), NOTHING, strict=True)
             )
         )
 
-    def filled(self, depth: int) -> _Found:
+    def filled(self, depth: int) -> Found:
         """With nothing behind them, up to a depth."""
         pad = ((0, 0), (0, depth - self.rows.shape[1]))
-        return _Found(
+        return Found(
             *(
                 np.pad(values, pad, constant_values=empty)
                 for values, empty in zip((self.rows, self.scores, self.turn), NOTHING, strict=True)
@@ -344,17 +344,17 @@ class _Found:
 
 
 @dataclass
-class _Stage:
+class Stage:
     """One way to search, what of it was right, and how long it took. Some ask anew by what was found before."""
 
     name: str
-    way: Callable[[slice, _Found | None], _Found]
+    way: Callable[[slice, Found | None], Found]
     k: int
     asks_anew: bool = False
     seconds: float = 0.0
     right: list[np.ndarray] = field(default_factory=list)
 
-    def __call__(self, part: slice, before: _Found | None, truth: Truth) -> _Found:
+    def __call__(self, part: slice, before: Found | None, truth: Truth) -> Found:
         started = time.perf_counter()
         found = self.way(part, before)
         self.seconds += time.perf_counter() - started
@@ -382,7 +382,7 @@ class _Space:
         return hits
 
 
-class _Ways:
+class Ways:
     """The ways to search that a step asks for, each on top of the one before.
 
     Args:
@@ -408,34 +408,34 @@ class _Ways:
         self.depth, self.own, self.deep, self.turn = depth, own, deep, turn
         self.space = self.plain_space = _Space(index)
 
-    def stages(self) -> list[_Stage]:
+    def stages(self) -> list[Stage]:
         """The plain search, then one stage an option."""
         asked, k = self.asked, self.asked["k"]
-        found = [_Stage("plain", self.plain, k)]
+        found = [Stage("plain", self.plain, k)]
         if asked["whiten"]:
             self.space = self._whitened_space()
-            found.append(_Stage(f"whitened to {asked['whiten']}", self.whitened, k))
+            found.append(Stage(f"whitened to {asked['whiten']}", self.whitened, k))
         if asked["rotations"] > 1:
             turning = sum(open_step(one.folder).work.get("seconds", 0.0) for one in self.posed.posed.values())
-            found.append(_Stage(f"{asked['rotations']} rotations", self.turned, k, turning))
+            found.append(Stage(f"{asked['rotations']} rotations", self.turned, k, turning))
         if asked["expand"]:
-            found.append(_Stage(f"expanded by {asked['expand']}", self.expanded, k, asks_anew=True))
+            found.append(Stage(f"expanded by {asked['expand']}", self.expanded, k, asks_anew=True))
         if asked["rerank"]:
             self._aggregate()
-            found.append(_Stage(f"{asked['rerank']} by {asked['tokens']} tokens", self.by_tokens, k))
+            found.append(Stage(f"{asked['rerank']} by {asked['tokens']} tokens", self.by_tokens, k))
         return found
 
     @cached_property
     def posed(self) -> Posed:
         return self.turn(self.query.folder, rotations.poses(self.asked["rotations"]))
 
-    def plain(self, part: slice, _: _Found | None) -> _Found:
+    def plain(self, part: slice, _: Found | None) -> Found:
         return self._kept(part, self.plain_space.search(self.query.vectors[part], self.deep))
 
-    def whitened(self, part: slice, _: _Found | None) -> _Found:
+    def whitened(self, part: slice, _: Found | None) -> Found:
         return self._kept(part, self.space.search(self.space.of(self.query.vectors[part]), self.deep))
 
-    def turned(self, part: slice, _: _Found | None) -> _Found:
+    def turned(self, part: slice, _: Found | None) -> Found:
         """Each candidate by the best of the query's turns."""
         hits = [self.space.search(self.space.of(vectors), self.deep) for _, vectors in self.posed.vectors(part)]
         rows, scores, which = best_turn(
@@ -444,7 +444,7 @@ class _Ways:
         degrees = np.array([*(pose.turn for pose in [rotations.UPRIGHT, *self.posed.posed]), np.nan])
         return self._kept(part, Hits(rows, scores), degrees[which])
 
-    def expanded(self, part: slice, before: _Found | None) -> _Found:
+    def expanded(self, part: slice, before: Found | None) -> Found:
         """The query and its first neighbours together; turned, as it found the first of them."""
         assert before is not None
         queries, degrees = self._as_turned(part, before)
@@ -454,7 +454,7 @@ class _Ways:
         hits = self.space.search(expand(queries, neighbours, before.scores[:, near]), self.deep)
         return self._kept(part, hits, np.broadcast_to(degrees[:, None], hits.rows.shape))
 
-    def by_tokens(self, part: slice, before: _Found | None) -> _Found:
+    def by_tokens(self, part: slice, before: Found | None) -> Found:
         """The first hits in the order of how alike their aggregated tokens are."""
         assert before is not None
         m, count = min(self.asked["rerank"], before.rows.shape[1]), self.asked["tokens"]
@@ -467,9 +467,9 @@ class _Ways:
             own = store.aggregate(self._local(row, degrees[i]), count)
             better[i, there] = token_score(own, self._tokens(before.rows[i, :m][there]))
         rows, scores, order = reorder(before.rows, before.scores, better)
-        return _Found(rows, scores, np.take_along_axis(before.turn, order, 1))
+        return Found(rows, scores, np.take_along_axis(before.turn, order, 1))
 
-    def _as_turned(self, part: slice, before: _Found) -> tuple[np.ndarray, np.ndarray]:
+    def _as_turned(self, part: slice, before: Found) -> tuple[np.ndarray, np.ndarray]:
         """(q, D) vectors of the queries as they found their first hit, and (q,) the degrees they were turned by."""
         degrees = np.nan_to_num(before.turn[:, 0])
         if self.asked["rotations"] == 1:
@@ -484,13 +484,13 @@ class _Ways:
             return self.query.tokens(row).descriptors
         return next(tokens for pose, tokens in self.posed.tokens(row) if pose.turn == degrees).descriptors
 
-    def _kept(self, part: slice, hits: Hits, turn: np.ndarray | None = None) -> _Found:
+    def _kept(self, part: slice, hits: Hits, turn: np.ndarray | None = None) -> Found:
         """The first `depth` hits that are not left out."""
         degrees = np.zeros(hits.rows.shape) if turn is None else turn
         gone = hits.rows < 0
         if self.own:
             gone |= self.own[0][part][:, None] == np.append(self.own[1], -1)[hits.rows]
-        found = _Found(hits.rows, hits.scores.astype(np.float32), degrees)
+        found = Found(hits.rows, hits.scores.astype(np.float32), degrees)
         return found.but(gone).cut(self.depth).filled(self.depth)
 
     def _whitened_space(self) -> _Space:
@@ -545,7 +545,7 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def _found(stages: Sequence[_Stage], part: slice, truth: Truth) -> tuple[_Found, np.ndarray]:
+def search_by(stages: Sequence[Stage], part: slice, truth: Truth) -> tuple[Found, np.ndarray]:
     """What some queries find, and (q,) float32 the score of the first hit when their right answers are not there."""
     found, anew = None, None
     for i, stage in enumerate(stages):
@@ -561,14 +561,14 @@ def _found(stages: Sequence[_Stage], part: slice, truth: Truth) -> tuple[_Found,
     return found, _first_wrong(alone, truth.right(alone.rows, part))
 
 
-def _joined(parts: Sequence[_Found], lost: int, k: int) -> _Found:
+def joined(parts: Sequence[Found], lost: int, k: int) -> Found:
     """All queries in order, then those that were not embedded, which find nothing."""
-    nothing = _Found(np.zeros((lost, 0), int), np.zeros((lost, 0), np.float32), np.zeros((lost, 0))).filled(k)
+    nothing = Found(np.zeros((lost, 0), int), np.zeros((lost, 0), np.float32), np.zeros((lost, 0))).filled(k)
     names = ("rows", "scores", "turn")
-    return _Found(*(np.concatenate([getattr(part, name) for part in [*parts, nothing]]) for name in names))
+    return Found(*(np.concatenate([getattr(part, name) for part in [*parts, nothing]]) for name in names))
 
 
-def _first_wrong(found: _Found, right: np.ndarray) -> np.ndarray:
+def _first_wrong(found: Found, right: np.ndarray) -> np.ndarray:
     """(Q,) float32, the score of the first hit that is not right; -inf without one."""
     wrong = (found.rows >= 0) & ~right
     first = np.take_along_axis(found.scores, wrong.argmax(axis=1)[:, None], 1)[:, 0]

@@ -551,7 +551,7 @@ Own = tuple[np.ndarray, np.ndarray] | None
 """(Q,) and (N,) whole numbers, equal where a row is no answer for a query; None leaves nothing out."""
 
 
-def _left_out(step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]) -> Own:
+def left_out(step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]) -> Own:
     """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
     same, siblings = query.folder == gallery.folder, step.parameters["exclude_siblings"]
     if siblings and (same or step.parameters["truth"] != "photograph"):
@@ -562,13 +562,13 @@ def _left_out(step: Step, query: Embeddings, gallery: Embeddings, shows: Sequenc
     return np.where(np.arange(len(shows)) < len(query), np.arange(len(shows)), -1), np.arange(len(gallery))
 
 
-def _count(own: np.ndarray, of: np.ndarray) -> np.ndarray:
+def count_equal(own: np.ndarray, of: np.ndarray) -> np.ndarray:
     """How many of `of` are equal to each of `own`."""
     ranked = np.sort(of)
     return np.searchsorted(ranked, own, "right") - np.searchsorted(ranked, own, "left")
 
 
-def _truth(
+def truth_of(
     step: Step,
     query_shows: Sequence[str],
     gallery_shows: Sequence[str],
@@ -589,7 +589,7 @@ def _truth(
     return Truth.of(nearest(here, there, parameters["heading"], own))
 
 
-def _places(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[Places | None, Places | None]:
+def places_of(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[Places | None, Places | None]:
     """Where the photographs of both sides were taken; a reference lies where its source does, and is turned from it.
 
     Labels are fitted to both sides at once, so that a name which fits photographs of two data sets is refused.

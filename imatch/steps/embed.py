@@ -38,9 +38,9 @@ from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepE
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.store import Embeddings, Posed, _beside, open_poses
+from imatch.data.store import Embeddings, Posed, open_poses, pose_folder
 from imatch.features import base
-from imatch.features.base import Backbone, _decode, _placed, stride_of
+from imatch.features.base import Backbone, decoded_for, placed_tokens, stride_of
 
 ON_ERROR = ("skip", "stop")
 HELD = 2**28
@@ -245,7 +245,7 @@ def _timed_decode(
     path: Path, resize: Resize, backbone: Backbone, degrees: float
 ) -> tuple[Decoded | PhotographError, float]:
     started = time.perf_counter()
-    decoded = _decode(path, resize, backbone, degrees)
+    decoded = decoded_for(path, resize, backbone, degrees)
     return decoded, time.perf_counter() - started
 
 
@@ -427,7 +427,7 @@ class _Work:
                     h, w = photograph.size
                     rows[id] = skip(rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
                     continue
-                tokens[id] = _placed(one, photograph, stride)
+                tokens[id] = placed_tokens(one, photograph, stride)
 
         for known, about in zip(shard.seen, shard.about, strict=True):
             id = known["id"]
@@ -694,7 +694,7 @@ def embed_poses(
 
 def _check_zoom(source: Step, pose: Pose) -> None:
     """Raise ImatchError, before anything is written, when a zoom gives sides that are no multiple of the patch."""
-    if pose.zoom == 1 or (_beside(source.folder, pose) / "metrics.json").is_file():
+    if pose.zoom == 1 or (pose_folder(source.folder, pose) / "metrics.json").is_file():
         return
     backbone = base.create_backbone(source.parameters["weight"], source.parameters["backbone"])
     try:
@@ -716,7 +716,7 @@ def _check_whole(upright: Embeddings, embeddings: Embeddings) -> None:
 
 
 def _start(source: Step, pose: Pose, on_change: str) -> Step:
-    folder = _beside(source.folder, pose)
+    folder = pose_folder(source.folder, pose)
     parameters = {**source.parameters, "pose": asdict(pose)}
     links = {name: source.linked(name) for name in source.links}
     return start_step(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)

@@ -19,6 +19,7 @@ from imatch.core.compute import LOCAL, Engine
 from imatch.core.files import Row
 from imatch.core.step import (
     Step,
+    checked_name,
     clusters,
     flat_name,
     kind_of_reference,
@@ -33,7 +34,7 @@ from imatch.data import images, store
 from imatch.data.rotations import poses
 from imatch.data.store import Embeddings, missed, read_ranking
 from imatch.evaluation import calibration, intervals
-from imatch.evaluation.alarms import SAME, _alike, _copies, _guessing, _promise
+from imatch.evaluation.alarms import SAME, alike, copies_of, guessing, promise_broken
 from imatch.evaluation.calibration import Threshold
 from imatch.evaluation.metrics import asked_twice, average_precision, chance, hit_at_k, retrieval_metrics
 from imatch.features import base
@@ -41,8 +42,8 @@ from imatch.features.base import Backbone, embed_one
 from imatch.retrieval import index as searcher
 from imatch.retrieval import kinds
 from imatch.retrieval.index import Searcher
-from imatch.retrieval.ranking import HELD, _found, _joined, _Stage, _Ways
-from imatch.retrieval.truth import _count, _left_out, _places, _truth, position_figures, read_labels
+from imatch.retrieval.ranking import HELD, Stage, Ways, joined, search_by
+from imatch.retrieval.truth import count_equal, left_out, places_of, position_figures, read_labels, truth_of
 from imatch.steps.embed import embed_poses, worth_trying
 from imatch.steps.send import sink_of
 
@@ -76,6 +77,7 @@ def start_index(
     precision: float,
     send: str,
     ttl: int,
+    run: str = "",
     tag: str,
     on_change: str,
 ) -> Step:
@@ -108,6 +110,7 @@ def start_index(
         cluster: what intervals resample, for its queries fall or stand together: "photograph" or "capture".
         precision: the share of believed hits that shall be right, in (0, 1).
         send, ttl: as `send` will be given them (`to`, in seconds): refused now, not after hours.
+        run: name of the run that it goes to; "" is that of the photographs.
         tag, on_change: as in `start_embed`.
 
     Raises:
@@ -157,7 +160,8 @@ def start_index(
     if rerank:
         _check_tokens([found[side] for side in sides.values()], tokens)
     tries = worth_trying(found[sides["query"]], poses(rotations))
-    exports, dataset = run_and_dataset(found["data"])
+    of_data, dataset = run_and_dataset(found["data"])
+    exports = of_data.with_name(checked_name("run", run)) if run else of_data
     weight, configuration = found["data"].folder.parts[-2:]
     folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{tagged(tag)}"
     parameters = {
@@ -500,10 +504,10 @@ def search(
     asked, lost = step.parameters, missed(query)
     k, about = asked["k"], [*query.rows, *lost]
     shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
-    own = _left_out(step, query, gallery, shows)
-    here, there = _places(step, about, gallery.rows)
-    truth = _truth(step, shows, gallery.shows, here, there, own)
-    kin = np.zeros(len(shows), np.int64) if own is None else _count(*own)
+    own = left_out(step, query, gallery, shows)
+    here, there = places_of(step, about, gallery.rows)
+    truth = truth_of(step, shows, gallery.shows, here, there, own)
+    kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
     depth = max(k, int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
     depth = max(k, min(depth, len(gallery)))
     turn = partial(
@@ -514,16 +518,16 @@ def search(
         batch_size=batch_size,
         on_change=step.on_change,
     )
-    ways = _Ways(step, index, query, gallery, depth, own, min(len(gallery), depth + int(kin.max())), turn)
+    ways = Ways(step, index, query, gallery, depth, own, min(len(gallery), depth + int(kin.max())), turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
     block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
     parts, without = [], []
     for first in compute.progress(range(0, len(query), block), "search"):
         part = slice(first, min(first + block, len(query)))
-        found, alone = _found(stages, part, truth)
+        found, alone = search_by(stages, part, truth)
         parts.append(found.cut(k))
         without.append(alone)
-    last = _joined(parts, len(lost), k)
+    last = joined(parts, len(lost), k)
     metres = here.metres(there, last.rows) if here and there and here.system == there.system else None
     ranking = {
         "rows": last.rows,
@@ -548,7 +552,7 @@ def search_stages(step: Step) -> list[Row]:
 
 
 def _added(
-    stages: Sequence[_Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], asked: Row
+    stages: Sequence[Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], asked: Row
 ) -> list[Row]:
     """Rows of stages.json. Only queries that have an answer count; those that were not embedded are missed."""
     counted = np.flatnonzero(answers)
@@ -603,8 +607,8 @@ def audit(
         for name, embeddings in sides.items()
         if any("vector" not in row for row in embeddings.rows)
     ]
-    said += [*_embedded_again(sides, spot_check), *_copies(query, gallery), *_alike(step), *_guessing(metrics)]
-    said += _promise(metrics["threshold"])
+    said += [*_embedded_again(sides, spot_check), *copies_of(query, gallery), *alike(step), *guessing(metrics)]
+    said += promise_broken(metrics["threshold"])
     for alarm in said:
         warnings.warn(alarm, ImatchWarning, stacklevel=2)
     return said

@@ -28,7 +28,7 @@ from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Alignment, _options, aligned, aligner
+from imatch.matching.align import Alignment, aligned, aligner, options_of
 from imatch.steps import pairs as sources
 from imatch.steps.embed import embed_poses, worth_trying
 from imatch.steps.pairs import Candidate, Source
@@ -321,7 +321,7 @@ class _Match:
         }
         settings = {
             "matcher": self.step.parameters["matcher"],
-            "matcher_options": _options(align.matcher),
+            "matcher_options": options_of(align.matcher),
             "refine": align.refinement,
             "poses": self.step.parameters["poses"],
             "geometry": dataclasses.asdict(align.estimator),

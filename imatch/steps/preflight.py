@@ -4,28 +4,20 @@
 
 prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
 memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
-that cannot fit.
-
-    imatch weights --photographs 1000000 --weight vits16 --side 256 --tflops 400
-
-plans on paper, without photographs or weights: hours, disk and memory for so many photographs.
-"""
+that cannot fit."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from PIL import Image
 
 from imatch.core import compute, settings
 from imatch.core.step import Step
@@ -34,7 +26,6 @@ from imatch.data import datasets, images, registry, store
 from imatch.data.images import Resize
 from imatch.features.base import stride_of
 from imatch.features.weights import check_name, find, patch_side, skeleton
-from imatch.retrieval import kinds
 from imatch.steps.embed import chosen, devices_of
 
 SHARE = {"fp32": 0.6, "bf16": 0.5}
@@ -43,12 +34,8 @@ SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""
 WORKERS = (1, 8, 64)
 """Machines, each like the one that is meant, that hours are told for."""
-LISTED, HELD = 600, 1500
-"""Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl), and of one in memory."""
-FORMULA = (
-    "hours = photographs x GFLOP / (share x GFLOP/s x workers x 3600); share of the matrix products: "
-    + ", ".join(f"{share} in {precision}" for precision, share in SHARE.items())
-)
+LISTED = 600
+"""Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ class Cost:
 
 
 def hours(photographs: int, flop: int, rate: float, precision: str, workers: int = 1) -> float:
-    """Hours of a network's forward passes, by the formula (`FORMULA`).
+    """Hours of a network's forward passes, photographs x flop / (share x rate x workers x 3600).
 
     Args:
         photographs: how many.
@@ -198,10 +185,10 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
         share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
         stored = _stored(parameters, round(one.tokens * share), one.dimension)
         free, wanted = _disk(step, stored * len(ids))
-        decoding = _decoding([root / id for id in ids[:: -(-len(ids) // 3)]], Resize(**parameters["resize"]), patch)
+        to_decode = decoding([root / id for id in ids[:: -(-len(ids) // 3)]], Resize(**parameters["resize"]), patch)
         lines += [
             *said,
-            f"time         {_time(len(ids), network * share, decoding, used)}",
+            f"time         {_time(len(ids), network * share, to_decode, used)}",
             f"disk         {stored / 2**20:#.2g} MB a photograph, {_gb(wanted)} of {_gb(free)} free; stored is "
             f"{store.KEEPS[store.keep_of(parameters)]}",
         ]
@@ -262,13 +249,13 @@ def _time(photographs: int, network: float, decoding: float, used: Sequence[str]
     without one both are done by them."""
     cores = settings.cores()
     each = max(network, decoding / cores) if {*used} != {"cpu"} else network + decoding / cores
-    here, *others = (f"{_figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
-    parts = f"forward {_figure(1000 * network)} ms and decoding {_figure(1000 * decoding / cores)} ms a photograph"
+    here, *others = (f"{figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
+    parts = f"forward {figure(1000 * network)} ms and decoding {figure(1000 * decoding / cores)} ms a photograph"
     more = ", ".join(f"{other} with {workers}" for other, workers in zip(others, WORKERS[1:], strict=True))
     return f"about {here} here ({parts}), {more} such workers"
 
 
-def _decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
+def decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
     """Seconds of one core's work to decode a photograph, the mean of some (0 if none can be decoded); waiting for the
     disk is not counted."""
     taken = []
@@ -280,22 +267,6 @@ def _decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
             continue
         taken.append(time.process_time() - begun)
     return sum(taken) / max(1, len(taken))
-
-
-def decoding(side: int) -> float:
-    """Seconds that one core takes to decode a JPEG of 12 megapixels for a square of `side` pixels, measured on one that
-    is drawn for it; the best of three.
-
-    >>> 0 < decoding(256) < 10
-    True
-    """
-    random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(0, 256, (188, 250, 3), np.uint8)).resize((4000, 3000))
-    grain = random.normal(0, 6, (3000, 4000, 1)).astype(np.float32)
-    drawn = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
-    with tempfile.TemporaryDirectory() as folder:
-        drawn.save(Path(folder) / "drawn.jpg", quality=92)
-        return min(_decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
 
 
 def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[tuple[int, int]]:
@@ -329,96 +300,15 @@ def _gb(amount: float) -> str:
     return f"{amount / 2**30:.2f} GB"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Two digits, or all before the point; what is next to nothing only so.
 
-    >>> _figure(0.01234), _figure(12345.6), _figure(1e-5)
+    >>> figure(0.01234), figure(12345.6), figure(1e-5)
     ('0.012', '12,346', '< 0.01')
     """
     if value < 0.01:
         return "< 0.01"
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan asks of a machine.
-
-    Attributes:
-        name: what it is called, and whether its rate was measured.
-        precision: "fp32" or "bf16".
-        rate: matrix products in FLOP/s.
-    """
-
-    name: str
-    precision: str
-    rate: float
-
-
-def plan(
-    hub_entry: str, photographs: Sequence[int], side: int, machines: Sequence[Machine], decoded: float, memory: int
-) -> str:
-    """What so many photographs take: hours by machine and number of workers, disk by what is kept, memory by kind of
-    index. A table with a column a number of photographs, and the formula. Nothing of it needs a photograph or a weight.
-
-    Args:
-        hub_entry: such as "dinov3_vits16".
-        photographs: how many, each a column.
-        side: of the squares that the backbone sees, in pixels.
-        machines: that hours are told for.
-        decoded: seconds that one core takes to decode one (`decoding`).
-        memory: bytes that an index may take (`index.choose`).
-
-    Raises:
-        ImatchError: a number below 1, or a side that is no multiple of the patch.
-
-    >>> told = plan("dinov3_vits16", [10**6], 256, [Machine("a GPU", "bf16", 4e14)], 0.05, 2**36)
-    >>> " ".join(told.splitlines()[2].split())
-    'hours, a GPU, 1 worker 0.017'
-    """
-    if min(photographs) < 1 or side < 1 or any(not machine.rate > 0 for machine in machines):
-        raise ImatchError("numbers of photographs, the side and rates must be above 0")
-    Resize("stretch", side).check(patch_side(hub_entry))
-    one = cost(hub_entry, (side, side))
-    tokens, d = one.tokens, one.dimension
-    rows: list[tuple[str, list[str]]] = []
-
-    def add(label: str, of: Callable[[int], float | str]) -> None:
-        values = [of(n) for n in photographs]
-        rows.append((label, [value if isinstance(value, str) else _figure(value) for value in values]))
-
-    for machine in machines:
-        for workers in WORKERS:
-            given = {"flop": one.flop, "rate": machine.rate, "precision": machine.precision, "workers": workers}
-            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(hours, **given))
-    add(f"core hours of decoding, {1000 * decoded:.0f} ms a photograph", lambda n: n * decoded / 3600)
-    for keep in store.KEEPS:
-        each = store.kept_bytes(keep, tokens, d) + 4 * d + LISTED
-        add(f"GB on disk, keep {keep}, {each / 1000:.1f} kB a photograph", lambda n, each=each: n * each / 2**30)
-    add(f"GB of memory, list of photographs, {HELD / 1000:.1f} kB each", lambda n: n * HELD / 2**30)
-    for kind in (kind for kind in kinds.INDEXES if kind != "factory"):  # which has no layout of its own
-        made = kinds.create_kind(kind)
-        add(f"GB of memory, index {kind}", lambda n, made=made: made.memory(n, d) / 2**30)
-    add(f"index that auto takes of {memory / 2**30:.0f} GB", lambda n: _kind(n, d, memory))
-    wide = max(len(label) for label, _ in rows)
-    lines = [
-        f"{hub_entry} at {side} x {side} px: {one.flop / 1e9:.1f} GFLOP a photograph, {tokens} tokens of {d} numbers",
-        f"{'photographs':{wide}} {''.join(f'{n:>13,}' for n in photographs)}",
-        *(f"{label:{wide}} {''.join(f'{value:>13}' for value in values)}" for label, values in rows),
-        FORMULA,
-    ]
-    return "\n".join(lines)
-
-
-def _kind(n: int, d: int, memory: int) -> str:
-    from imatch.retrieval.index import (
-        choose,  # here, so that the doctor, who looks at the rest, can say of FAISS what is wrong
-    )
-
-    try:
-        return choose(n, d, memory)[0]
-    except ImatchError:  # said in the table in place of a kind
-        return "none fits"
 
 
 def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
@@ -486,41 +376,3 @@ def weight_file(filename: str) -> tuple[str, str, str]:
         return "found", megabytes, f"{digest} as its name says" if digest in filename else f"{digest}, not in its name"
     except ImatchError as error:
         return "WRONG", megabytes, str(error)
-
-
-def said(
-    data_key: str,
-    side: int,
-    batch_size: int,
-    photographs: Sequence[int],
-    weight: str,
-    tflops: float | None,
-    memory_gb: float,
-) -> str:
-    """What `imatch weights` prints: the table or, of a number of photographs, a plan with what this machine measures.
-
-    Args:
-        data_key: registry of data sets and weights.
-        side: pixels of square photographs.
-        batch_size: photographs per forward pass.
-        photographs: how many, for a plan; none is the table.
-        weight: of the plan, a key of the registry.
-        tflops: of the plan, also for a machine with this rate of bf16 matrix products.
-        memory_gb: of the plan, for the index; 0 is half of what is free here.
-
-    Raises:
-        ImatchError: an unknown weight, or a registry that cannot be read.
-    """
-    from imatch.features.dinov3 import computes_in_bf16
-
-    if not photographs:
-        return table(data_key, side, batch_size)
-    device = compute.resolved("auto")
-    precision = "bf16" if computes_in_bf16(device) else "fp32"
-    here = rate(device, precision)
-    machines = [Machine(f"{device} in {precision} at {here / 1e9:.0f} GFLOP/s, measured here", precision, here)]
-    if tflops is not None:
-        machines.append(Machine(f"bf16 at {tflops:g} TFLOP/s, computed", "bf16", tflops * 1e12))
-    memory = round(memory_gb * 2**30) or psutil.virtual_memory().available // 2
-    hub_entry = registry.load(data_key).weight(weight).hub_entry
-    return plan(hub_entry, photographs, side, machines, decoding(side), memory)

@@ -163,5 +163,5 @@ def _refuse_same_queries(run: Path, folder: Path, queries: set[str]) -> None:
         if same := queries & {row["query"] for row in files.read_json(path)["queries"]}:
             raise ImatchError(
                 f"{len(same)} queries of {folder}, such as {files.printable(min(same, key=os.fsencode))}, were sent by "
-                f"{path.parent} already: their messages would take the place of those; use another run"
+                f"{path.parent} already: their messages would take the place of those; search in another run"
             )

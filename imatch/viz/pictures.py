@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -422,8 +422,3 @@ class Png:
 
     def gather(self, folder: Path, pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
         """See `Sink`; each picture is all there is."""
-
-
-def draw_pair(pair: Pair, max_lines: int = 120, shown: np.ndarray | None = None) -> np.ndarray:
-    """`pictures.lines` by its old name, for the explorer."""
-    return lines(pair, replace(PLAIN, max_lines=max_lines), shown)

@@ -139,7 +139,7 @@ def products(precision: str) -> None:
 def decoded(photographs: Path) -> list[np.ndarray]:
     """The first photographs, squeezed into squares."""
     resize = images.Resize("stretch", long_side=SIDE)
-    return [images.decode(path, resize, 16).pixels for path in sorted(photographs.iterdir())[:HELD]]
+    return [images.decode(path, resize, 16, by="torch").pixels for path in sorted(photographs.iterdir())[:HELD]]
 
 
 def batches(pixels: list[np.ndarray]) -> Iterator[torch.Tensor]:

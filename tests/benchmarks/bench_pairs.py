@@ -154,8 +154,8 @@ def pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def shown(sees: base.Backbone, path: Path, pose: rotations.Pose) -> Tokens:
     """A photograph's tokens in a pose, xy in pixels of the upright one, as 01_embed makes them."""
-    upright = images.decode(path, images.Resize(), sees.patch)
-    decoded = rotations.turned(upright, pose.turn, sees.patch) if pose.turn else upright
+    upright = images.decode(path, images.Resize(), sees.patch, sees.resampling)
+    decoded = rotations.turned(upright, pose.turn, sees.patch, sees.resampling) if pose.turn else upright
     (tokens,) = sees(np.stack([decoded.pixels]))
     if pose.turn:
         return rotations.placed(tokens, decoded)

@@ -11,10 +11,11 @@ from PIL import Image, ImageEnhance
 
 import imatch
 from imatch.core import files
-from imatch.core.step import open_step, source_rows
+from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning, StepError
 from imatch.data import images, store
 from imatch.data.images import Resize
+from imatch.data.references import source_rows
 from imatch.data.store import Embeddings
 from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage

@@ -11,6 +11,7 @@ import yaml
 
 from imatch.cli import batch
 from imatch.core import settings
+from imatch.core.step import step_folder
 from imatch.core.types import ImatchError
 from tests.command import command
 
@@ -97,7 +98,7 @@ def ran(monkeypatch, tmp_path):
 def test_every_recipe_takes_exports_and_run(ran, tmp_path, path):
     assert command("run", path, "--exports", tmp_path / "results", "-p", "run", "mine") == 0
     assert settings.exports_folder(ran[0].parameters.get("exports", "")) == tmp_path / "results"
-    assert settings.step_folder("exports/demo") == tmp_path / "results" / "demo"
+    assert step_folder("exports/demo") == tmp_path / "results" / "demo"
     assert ran[0].parameters["run"] == "mine"
 
 

@@ -16,7 +16,7 @@ from imatch.core.types import ImatchError, normalise
 from imatch.features import base, dinov3
 from imatch.features import weights as features_weights
 from imatch.features.dinov3 import Dinov3
-from imatch.features.weights import ARCHITECTURES, _in_metas_names, check_name, read, sha256, skeleton
+from imatch.features.weights import ARCHITECTURES, _in_metas_names, check_name, read, skeleton, weight_digest
 from tests import random_weights
 
 LVD_MEAN, LVD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -412,11 +412,11 @@ def test_checksums_are_remembered_by_size_and_time(file, monkeypatch):
     digest = check_name(file)
     reads = []
     monkeypatch.setattr(compute, "progress", lambda blocks, *_, **__: reads.append(1) or blocks)
-    assert sha256(file) == digest
+    assert weight_digest(file) == digest
     assert not reads
     with file.open("ab") as opened:
         opened.write(b"x")
-    assert sha256(file) != digest
+    assert weight_digest(file) != digest
     assert reads
 
 

@@ -213,7 +213,7 @@ def test_a_folder_of_somebody_else(tmp_path):
         pytest.skip("not root, or no setpriv: nobody else to be")
     (tmp_path / "closed" / "inside").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o700)
-    code = "from imatch import doctor; print(doctor.examine(dict(doctor.ALWAYS)['data sets']))"
+    code = "from imatch.cli import doctor; print(doctor.examine(dict(doctor.ALWAYS)['data sets']))"
     other = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", code]
     tmp_path.chmod(0o755)
     for above in tmp_path.parents[:2]:

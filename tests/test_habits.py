@@ -31,7 +31,7 @@ def test_notebooks_are_stripped():
 
 @pytest.mark.parametrize("module", ["faiss", "timm", "cv2", "matplotlib", "torch", "openvino"])
 def test_importing_imatch_is_light(module):
-    tables = ("features.base", "retrieval.kinds", "matching.matchers", "export.outputs", "data.references", "cli.main")
+    tables = ("retrieval.kinds", "matching.matchers", "export.outputs", "data.references", "cli.main")
     code = f"import {', '.join(f'imatch.{table}' for table in tables)}, sys; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -43,22 +43,23 @@ import sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from imatch import geometry, images, matching
-from imatch.aligning import Aligner
-from imatch.backbones.sift import Sift
-from imatch.backbones.sift_vocabulary import dead_leaves
+from imatch.data import images
+from imatch.features.sift import Sift
+from imatch.matching import geometry, matchers
+from imatch.matching.align import Aligner
+from tools.sift_vocabulary import dead_leaves
 path = Path({str(tmp_path)!r}) / "leaves.png"
 Image.fromarray(dead_leaves(np.random.default_rng(0), side=320)).save(path)
 decoded = [images.decode(path, images.Resize("scale", scale=scale)) for scale in (0.8, 1.2)]
 a, b = (Sift()(one.pixels[None])[0] for one in decoded)
 homography = geometry.Estimator("homography")
 for matcher in ("mutual", "ratio"):
-    align = Aligner(matching.create(matcher), geometry.Estimator("similarity"), homography)
+    align = Aligner(matchers.create_matcher(matcher), geometry.Estimator("similarity"), homography)
     found = align([("upright", a)], b, *(one.pixels.shape[:2] for one in decoded)).geometry
     assert found.verified, found.reason
 print(sorted({{"torch", "timm", "matplotlib", "faiss"}} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -70,7 +71,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import imatch
-from imatch.backbones.sift_vocabulary import dead_leaves
+from tools.sift_vocabulary import dead_leaves
 here = Path({str(tmp_path)!r})
 (here / "leaves").mkdir()
 for seed in range(3):
@@ -95,7 +96,7 @@ match = imatch.start_match(str(index.folder), candidates=2, matcher="ratio", mat
 assert imatch.match_pairs(match, workers=2)
 print("torch" in sys.modules, "timm" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("False False\n"), done.stdout + done.stderr
 
 

@@ -249,13 +249,13 @@ def test_bytes_do_not_depend_on_the_number_of_threads(matcher, options):
     code = f"""
 import hashlib, sys
 import numpy as np
-from imatch import matching
-from imatch.records import Tokens
+from imatch.core.types import Tokens
+from imatch.matching.matchers import create_matcher
 rng = np.random.default_rng(0)
 a, b = (rng.normal(size=(n, 128)).astype("f4") for n in (900, 1100))
 b[:900] = a + 0.3 * b[:900]
 given = (Tokens(np.ones(1), x, rng.uniform(0, 999, (len(x), 2)).astype("f4")) for x in (a, b))
-found = matching.create({matcher!r}, {options!r})(*given)
+found = create_matcher({matcher!r}, {options!r})(*given)
 assert len(found) > 100
 print(hashlib.sha256(b"".join(x.tobytes() for x in (found.index_a, found.index_b, found.similarity))).hexdigest())
 """
@@ -308,14 +308,14 @@ def test_memory_stays_far_below_the_full_matrix(matcher):
 import re
 from pathlib import Path
 import numpy as np
-from imatch import matching
-from imatch.records import Tokens
+from imatch.core.types import Tokens
+from imatch.matching.matchers import create_matcher
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1000
 def tokens(n, seed):
     rng = np.random.default_rng(seed)
     return Tokens(np.ones(1), rng.normal(size=(n, 32)).astype("f4"), rng.uniform(0, 999, (n, 2)).astype("f4"))
-match = matching.create({matcher!r}, {{"device": "cpu"}})
+match = create_matcher({matcher!r}, {{"device": "cpu"}})
 match(tokens(100, 0), tokens(100, 1))
 before = peak()
 match(tokens(10_000, 0), tokens(10_000, 1))

@@ -304,10 +304,10 @@ def test_it_takes_as_many_threads_as_torch_has(create):
 
 def test_signals_arrive_when_models_have_come_and_gone(weights):
     code = (
-        "import os, signal; from imatch import backbones; from imatch.features.base import dinov3_openvino\n"
+        "import os, signal; from imatch.features import openvino; from imatch.features.base import create_backbone\n"
         "given = {'engine_forward': 'openvino', 'precision': 'fp32'}\n"
-        f"made = backbones.create('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
-        "one = dinov3_openvino.forward(made); other = dinov3_openvino.forward(made); del one; del other\n"
+        f"made = create_backbone('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
+        "one = openvino.forward(made); other = openvino.forward(made); del one; del other\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('arrived')); os.kill(os.getpid(), signal.SIGUSR1)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -316,9 +316,9 @@ def test_signals_arrive_when_models_have_come_and_gone(weights):
 
 def test_neither_imatch_nor_torch_forward_imports_it(weights):
     code = (
-        "import sys, imatch; from imatch import backbones\n"
+        "import sys, imatch; from imatch.features.base import create_backbone\n"
         "given = {'engine_forward': 'torch'}\n"
-        f"made = backbones.create('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
+        f"made = create_backbone('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
         "assert made.model is not None; sys.exit('openvino' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -330,9 +330,9 @@ def test_nothing_is_sent_to_intel(weights, tmp_path):
         "import socket, sys\n"
         "def refuse(*_): print('the network was asked'); raise OSError\n"
         "socket.socket.connect, socket.getaddrinfo = refuse, refuse\n"
-        "import numpy as np; from imatch import backbones\n"
+        "import numpy as np; from imatch.features.base import create_backbone\n"
         "given = {'engine_forward': 'openvino', 'precision': 'fp32'}\n"
-        f"made = backbones.create('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
+        f"made = create_backbone('vits16', given, data_key={str(weights / 'data_key.json')!r})\n"
         "made(np.zeros((1, 32, 32, 3), 'u1'))"
     )
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "WEIGHTS_ROOT": str(weights)}

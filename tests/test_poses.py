@@ -256,7 +256,7 @@ def test_rotations_find_what_was_turned_and_say_by_how_much(drawn):
     assert (plain["stage"], turned["stage"]) == ("plain", "4 rotations")
     assert plain["hit_at_1"]["value"] < 0.5
     assert turned["hit_at_1"]["value"] == metrics["hit_at_1"] == 1.0
-    assert tables.verdict(turned["difference"]) == "better"
+    assert tables.difference_said(turned["difference"]) == "better"
     assert metrics["stages"] == [plain, turned]
     angles = [row["angle"] for row in rows]
     assert ranking.turn[:, 0].tolist() == [(-angle) % 360 for angle in angles]

@@ -264,10 +264,11 @@ def test_a_sender_killed_in_the_middle_costs_nothing(server, tmp_path, monkeypat
     step = index_step(tmp_path, [f"{i:04d}.jpg" for i in range(2600)])
     code = f"""
         import os, signal, pathlib
-        from imatch import runs
+        from imatch.core import compute
+        from imatch.core.step import open_step
         from imatch.steps.send import send
-        runs.progress = lambda items, *_: (os.kill(os.getpid(), signal.SIGKILL) for _ in items)
-        send(runs.read(pathlib.Path({str(step.folder)!r}), finished=False), ttl=100)
+        compute.progress = lambda items, *_: (os.kill(os.getpid(), signal.SIGKILL) for _ in items)
+        send(open_step(pathlib.Path({str(step.folder)!r}), finished=False), ttl=100)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
     assert done.returncode == -9

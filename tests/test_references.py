@@ -287,7 +287,7 @@ def test_jpeg_keeps_its_colours(embedded):
 def test_what_a_file_is_made_of_belongs_to_the_step(embedded):
     made(embedded, "one")
     with pytest.raises(
-        StepError, match=r"(?s)file_type: \"jpg\" -> \"png\".*resize_to_original: false -> true.*tag NAME"
+        StepError, match=r"(?s)file_type: \"jpg\" -> \"png\".*resize_to_original: false -> true.*set another tag"
     ):
         made(embedded, "one", resize_to_original=True, file_type="png")
     with pytest.raises(ImatchError, match="file_type 'gif' is not known: use jpg, or png"):

@@ -76,7 +76,7 @@ CONTAINER = {
 
 
 def test_container_defaults():
-    text = (ROOT / "imatch" / "registry.py").read_text()
+    text = (ROOT / "imatch" / "core" / "settings.py").read_text()
     for name, folder in CONTAINER.items():
         assert f'"{name}": ("{folder}", "{LOCAL[name]}")' in text
 

@@ -243,7 +243,7 @@ def test_every_line_of_the_table():
     ],
 )
 def test_an_interval_that_touches_zero_tells_nothing(low, high, said):
-    assert tables.verdict({"value": 0.1, "low": low, "high": high}) == said
+    assert tables.difference_said({"value": 0.1, "low": low, "high": high}) == said
 
 
 # --- how they look --------------------------------------------------------------------------------------------

@@ -214,9 +214,9 @@ def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
 def test_a_killed_run_leaves_no_process_behind(some_broken):
     """Each device's process sees between shards that the one above it is gone."""
     code = (
-        "import sys; from pathlib import Path; import imatch; from imatch import runs\n"
+        "import sys; from pathlib import Path; import imatch; from imatch.core.step import open_step\n"
         "import multiprocessing, threading, os, time, signal\n"
-        "step = runs.read(Path(sys.argv[1]), finished=False)\n"
+        "step = open_step(Path(sys.argv[1]), finished=False)\n"
         "def kill():\n"
         "    while not list((step.folder / 'local').glob('*.jsonl')): time.sleep(0.05)\n"
         "    print('pids', *[p.pid for p in multiprocessing.active_children()], file=sys.stderr, flush=True)\n"

@@ -170,7 +170,7 @@ class Match:
         """
         from imatch.viz.pictures import encode
 
-        path = settings.resolve(path)
+        path = settings.from_workspace(path)
         check_ending(path, (".png", ".json"))
         record = (json.dumps(self.record(), ensure_ascii=False) + "\n").encode(errors="surrogateescape")
         _write(path, encode(self.picture()) if path.suffix.lower() == ".png" else record)
@@ -212,7 +212,7 @@ class _Seen:
 
 def _seen(photograph: Photograph, backbone: Backbone, name: str) -> _Seen:
     """A photograph through a backbone; `name` is what one without a file is called."""
-    source = settings.resolve(photograph) if isinstance(photograph, str | Path) else _pixels(photograph, name)
+    source = settings.from_workspace(photograph) if isinstance(photograph, str | Path) else _pixels(photograph, name)
     try:
         return _embedded(source, backbone, source.name if isinstance(source, Path) else name)
     except PhotographError as error:
@@ -314,7 +314,7 @@ class FolderMatches:
         Raises:
             ImatchError: another ending than .csv, or a place that cannot be written to.
         """
-        path = settings.resolve(path)
+        path = settings.from_workspace(path)
         check_ending(path, (".csv",))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, list(self.pairs[0]), lineterminator="\n")
@@ -337,7 +337,7 @@ def match_folder(folder: str | Path, weight: str = "sift", *, device: str = "aut
     Raises:
         ImatchError: no such folder, fewer than two photographs that can be read, or more than fit into memory.
     """
-    folder = settings.resolve(folder)
+    folder = settings.from_workspace(folder)
     backbone = create_backbone(weight, device=device)
     names = images.list_photographs(folder)
     skipped: dict[str, str] = {}

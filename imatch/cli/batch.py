@@ -365,7 +365,7 @@ def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
     chain = [folder]
     while True:
         links = files.read_json(chain[-1] / "step.json")["links"]
-        above = [settings.resolve(chain[-1] / link) for name, link in links.items() if name in UPSTREAM]
+        above = [settings.from_workspace(chain[-1] / link) for name, link in links.items() if name in UPSTREAM]
         if not above:
             break
         chain.append(max(above, key=lambda step: str(files.read_json(step / "step.json")["step"])))
@@ -395,7 +395,7 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
         ImatchError: a bad request; nothing has run.
     """
     overrides = [*parameters, *([("shard", shard)] if shard else [])]
-    folder = settings.resolve("notebooks")
+    folder = settings.from_workspace("notebooks")
     read, schemas = load(recipe, overrides, folder)
     asked = {name: read.parameters[name] for name in ("shard", "on_change") if name in read.parameters}
     compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
@@ -422,7 +422,7 @@ def parameters_said(notebook: str | None = None) -> str:
     Raises:
         ImatchError: there is no such notebook.
     """
-    known = {path.stem: path for path in sorted(settings.resolve("notebooks").glob("*.ipynb"))}
+    known = {path.stem: path for path in sorted(settings.from_workspace("notebooks").glob("*.ipynb"))}
     if notebook is not None and notebook not in known:
         raise ImatchError(config.unknown("notebook", notebook, known))
     lines = []

@@ -24,7 +24,7 @@ def main(cpu: bool, jupyter: Sequence[str]) -> int:
     elif found:
         print("JupyterLab opens all the same.", flush=True)
     try:
-        demo.write(settings.resolve("data/demo"))
+        demo.write(settings.from_workspace("data/demo"))
     except (OSError, ImportError) as error:
         print(f"no demo photographs in data/demo: {error}", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *jupyter])

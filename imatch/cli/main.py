@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from imatch.core.settings import DATA_KEY, resolve, share_cores
+from imatch.core.settings import DATA_KEY, from_workspace, share_cores
 from imatch.core.types import ImatchError
 
 PARAMETERS = click.option(
@@ -79,7 +79,7 @@ def match(context: click.Context, a: str, b: str | None, output: str | None, as_
 
     from imatch.api import match as api
 
-    if b is None and not resolve(a).is_dir():
+    if b is None and not from_workspace(a).is_dir():
         raise ImatchError(f"{a} is not a folder: give two photographs, or a folder of them")
     folder = b is None
     if output:
@@ -106,7 +106,7 @@ def run(context: click.Context, recipe: str, parameters: list[tuple[str, str]], 
     from imatch.cli import batch
 
     share_cores()
-    context.exit(batch.main(resolve(recipe), parameters, exports, shard))
+    context.exit(batch.main(from_workspace(recipe), parameters, exports, shard))
 
 
 @main.command()
@@ -122,7 +122,7 @@ def report(context: click.Context, runs: tuple[str, ...], name: str, exports: st
 
     share_cores()
     steps = yaml.safe_dump(list(runs), default_flow_style=True)
-    context.exit(batch.main(resolve("params/report.yaml"), [("steps", steps), ("run", name)], exports, ""))
+    context.exit(batch.main(from_workspace("params/report.yaml"), [("steps", steps), ("run", name)], exports, ""))
 
 
 @main.command()
@@ -132,13 +132,12 @@ def report(context: click.Context, runs: tuple[str, ...], name: str, exports: st
 @click.option("--on-change", default="refuse", show_default=True, type=click.Choice(["refuse", "recompute"]))
 def export(step: str, files: str, folder: str, on_change: str) -> None:
     """Write files for each photograph of a finished 01_embed or 02_references: global, patch, grid, denseft."""
-    from imatch.core.settings import step_folder
-    from imatch.core.step import open_step
+    from imatch.core.step import open_step, step_folder
     from imatch.data.store import Embeddings
     from imatch.export import per_image
 
     opened = open_step(step_folder(step), on_change)
-    where = resolve(folder) if folder else None
+    where = from_workspace(folder) if folder else None
     written = per_image.export(opened, Embeddings(opened.folder), files.split(","), where)
     print(f"{written} files written")
 
@@ -161,8 +160,7 @@ def import_(context: click.Context, tree: str, exports: str, name: str, on_chang
 @click.option("--ttl-hours", default=168.0, show_default=True, help="How long the messages live.")
 def send(step: str, ttl_hours: float) -> None:
     """Send what the queries of a finished 03_index found to Redis (REDIS_URL)."""
-    from imatch.core.settings import step_folder
-    from imatch.core.step import open_step
+    from imatch.core.step import open_step, step_folder
     from imatch.steps import send as steps
 
     print(steps.send(open_step(step_folder(step)), to="redis", ttl=round(3600 * ttl_hours)))
@@ -215,11 +213,11 @@ def demo(context: click.Context, folder: str, photographs: bool, exports: str) -
     from imatch.cli import batch
     from imatch.cli import demo as demonstration
 
-    written = demonstration.write(resolve(folder))
+    written = demonstration.write(from_workspace(folder))
     print(f"{written} of {len(demonstration.PHOTOGRAPHS)} demo photographs written to {folder}")
     if not photographs:
         share_cores()
-        context.exit(batch.main(resolve("params/demo.yaml"), [("dataset", folder)], exports, ""))
+        context.exit(batch.main(from_workspace("params/demo.yaml"), [("dataset", folder)], exports, ""))
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

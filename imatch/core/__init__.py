@@ -1,1 +1,1 @@
-"""What everything stands on: nouns, files, the environment, a step on disk, and who does the work."""
+"""What everything stands on: nouns, files, settings, a step on disk, and who does the work."""

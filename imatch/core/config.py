@@ -22,7 +22,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from imatch.core.settings import resolve
+from imatch.core.settings import from_workspace
 from imatch.core.types import ImatchError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -197,7 +197,7 @@ def read_file(path: str | Path) -> Any:
     ...     read_file(Path(folder) / "a.yaml")
     {'a': [1, 2]}
     """
-    path = resolve(path)
+    path = from_workspace(path)
     kind = {".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}.get(path.suffix.lower())
     if not path.is_file():
         raise ImatchError(f"no file {path}: give an existing YAML or JSON file")

@@ -39,24 +39,13 @@ def workspace() -> Path:
     return here.parent if here.name == "notebooks" else here
 
 
-def resolve(path: str | Path) -> Path:
+def from_workspace(path: str | Path) -> Path:
     """`path` as an absolute path: `~` expanded, relative ones taken from `workspace()`.
 
-    >>> resolve("data/demo") == workspace() / "data" / "demo"
+    >>> from_workspace("data/demo") == workspace() / "data" / "demo"
     True
     """
     return Path(os.path.normpath(workspace() / Path(path).expanduser()))
-
-
-def step_folder(path: str | Path) -> Path:
-    """The folder of a step, or a folder that holds some: what begins with `exports/` lies in EXPORT_ROOT, wherever that
-    is (in the container it is a mount of its own).
-
-    >>> step_folder("exports/demo") == root("EXPORT_ROOT") / "demo"
-    True
-    """
-    first, *below = Path(path).parts or ("",)
-    return resolve(Path(root("EXPORT_ROOT"), *below) if first == ROOTS["EXPORT_ROOT"][1] else path)
 
 
 def root(name: str) -> Path:
@@ -69,7 +58,7 @@ def root(name: str) -> Path:
     True
     """
     container, local = ROOTS[name]
-    return resolve(os.environ.get(name) or (container if Path(container).is_dir() else local))
+    return from_workspace(os.environ.get(name) or (container if Path(container).is_dir() else local))
 
 
 def exports_folder(exports: str) -> Path:
@@ -78,7 +67,7 @@ def exports_folder(exports: str) -> Path:
     >>> exports_folder("results") == workspace() / "results"
     True
     """
-    return resolve(exports) if exports else root("EXPORT_ROOT")
+    return from_workspace(exports) if exports else root("EXPORT_ROOT")
 
 
 def use_exports(exports: str) -> None:
@@ -87,10 +76,10 @@ def use_exports(exports: str) -> None:
     >>> from unittest.mock import patch
     >>> with patch.dict(os.environ):
     ...     use_exports("results")
-    ...     step_folder("exports/demo") == resolve("results/demo")
+    ...     root("EXPORT_ROOT") == from_workspace("results")
     True
     """
-    os.environ["EXPORT_ROOT"] = str(resolve(exports))
+    os.environ["EXPORT_ROOT"] = str(from_workspace(exports))
 
 
 def cache_folder() -> Path:
@@ -99,7 +88,7 @@ def cache_folder() -> Path:
     >>> cache_folder().name
     'imatch'
     """
-    return resolve(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "imatch"
+    return from_workspace(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "imatch"
 
 
 def redis_url() -> str:

@@ -63,7 +63,7 @@ class Step:
 
     def linked(self, link: str) -> Path:
         """The folder of the step that this one reads under the name `link`."""
-        return Path(settings.resolve(self.folder / self.links[link]))
+        return Path(settings.from_workspace(self.folder / self.links[link]))
 
     def runs_on(self, device: str) -> None:
         """Record where an unfinished step is being computed."""
@@ -256,39 +256,6 @@ def run_and_dataset(step: Step) -> tuple[Path, str]:
     raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
 
 
-def view_rows(step: Step) -> list[Row]:
-    """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
-    return files.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
-
-
-def views_by_id(folder: Path) -> dict[str, Row]:
-    """`view_rows` of the step in a folder, by id."""
-    return {row["id"]: row for row in view_rows(open_step(folder))}
-
-
-def _photographs(folder: Path) -> Step:
-    """The step of the photographs behind one of embeddings: itself or, of references, the one they were made from."""
-    step = open_step(folder)
-    return open_step(step.linked("embed")) if "embed" in step.links else step
-
-
-def source_rows(folder: Path) -> dict[str, Row]:
-    """id -> row of the photographs of a step of embeddings or, when it has references, of their sources."""
-    return {row["id"]: row for row in decodable(_photographs(folder).folder)}
-
-
-def photographs_root(folder: Path) -> Path:
-    """The folder that those photographs lie in; of imported ones, which have none, that of the data set's steps."""
-    step = _photographs(folder)
-    return step.linked("photographs") if "photographs" in step.links else step.folder.parents[1]
-
-
-def decodable(folder: Path) -> list[Row]:
-    """The rows of all photographs that could be decoded, whether the backbone found something in them or not."""
-    rows = files.read_rows(folder / "images.jsonl") + files.read_rows(folder / "skipped.jsonl")
-    return sorted((row for row in rows if "size" in row), key=lambda row: row["id"])
-
-
 def sides(step: Step) -> tuple[Step, Step]:
     """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown."""
     of = step if "query" in step.links else open_step(step.linked("index"))
@@ -301,34 +268,14 @@ def pair_path(step: Step, row: Row) -> Path:
     return step.folder / "pairs" / flat_name(row["query"]) / name
 
 
-def clusters(step: Step, queries: Sequence[Row]) -> list[str]:
-    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
-    if step.parameters["cluster"] == "photograph":
-        return [row.get("source_sha256", row["sha256"]) for row in queries]
-    sources = source_rows(step.linked("query"))
-    captures = [sources.get(row.get("source", row["id"]), {}).get("capture") for row in queries]
-    if None in captures:
-        raise ImatchError(
-            f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
-            "data_key.json and run 01_embed anew, or set cluster to photograph"
-        )
-    return captures
+def step_folder(path: str | Path) -> Path:
+    """The folder of a step, or a folder that holds some: what begins with `exports/` lies in EXPORT_ROOT, wherever that
+    is (in the container it is a mount of its own).
 
-
-def kind_of_reference(reference: Step, data: Step) -> str:
-    """The ending that the other side of an index gives to its folder's name, after checking that the two belong
-    together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
-    if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
-        raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
-    compared = ("weight", "backbone", "weights_digest", "resize", "pixels")
-    of_data, of_reference = ({key: step.parameters.get(key) for key in compared} for step in (data, reference))
-    if differences := files.compare(of_data, of_reference):
-        raise StepError(
-            f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
-            + "\n  ".join(differences)
-            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
-        )
-    if reference.name == "02_references":
-        return f"_{reference.folder.parent.parent.name}"
-    _, dataset = run_and_dataset(reference)
-    return f"_{dataset}-{reference.folder.name}"
+    >>> step_folder("exports/demo") == settings.root("EXPORT_ROOT") / "demo"
+    True
+    """
+    first, *below = Path(path).parts or ("",)
+    return settings.from_workspace(
+        Path(settings.root("EXPORT_ROOT"), *below) if first == settings.ROOTS["EXPORT_ROOT"][1] else path
+    )

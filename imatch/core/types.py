@@ -1,4 +1,4 @@
-"""The nouns of imatch: frozen records that every other room passes around.
+"""The nouns of imatch: frozen records that every other file passes around.
 
 Coordinates are (x, y) pixels with the centre of the top-left pixel at (0, 0); sizes are (h, w);
 angles are degrees counter-clockwise as one sees them on the screen.

@@ -1,7 +1,7 @@
-"""Where things are, and what they are called: params/data_key.json, folders, environment.
+"""The registry params/data_key.json: data sets and weights by name.
 
-The only room that looks at the environment. The registry names data sets and weights; whatever is named in it lies
-below its root, or is refused. Roots are checked as text: links below them are followed, on purpose.
+Whatever is named in it lies below its root (`settings.root`), or is refused. Roots are checked as text: links below
+them are followed, on purpose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 
 from imatch.core import config
 from imatch.core.config import Said, below, folder_name, names, read_file
-from imatch.core.settings import DATA_KEY, resolve, root
+from imatch.core.settings import DATA_KEY, from_workspace, root
 from imatch.core.types import ImatchError
 from imatch.data import datasets
 from imatch.data.datasets import Dataset
@@ -142,7 +142,7 @@ def load(path: str | Path = DATA_KEY) -> DataKey:
     >>> [weight.key for weight in load(Path(__file__).parents[2] / DATA_KEY).weights][:3]
     ['vits16', 'vits16+', 'vitb16']
     """
-    file = resolve(path)
+    file = from_workspace(path)
     top = f"{file.name}: "
     content = config.checked(_File, read_file(file), top)
     found = {}
@@ -178,7 +178,7 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
     """
     if not name:
         raise ImatchError("no dataset given: set dataset to a folder of photographs")
-    registered = load(data_key).datasets if data_key and resolve(data_key).exists() else {}
+    registered = load(data_key).datasets if data_key and from_workspace(data_key).exists() else {}
     if name in registered:
         if not (found := registered[name]).root.is_dir():
             raise ImatchError(
@@ -186,7 +186,7 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
                 f"or set DATASET_ROOT (now {root('DATASET_ROOT')}) to the folder that has it"
             )
         return found
-    folder = resolve(name)
+    folder = from_workspace(name)
     places = [folder]
     with contextlib.suppress(ImatchError):
         places += [root(above) / below(name, "", above) for above in ("DATASET_ROOT", "REFERENCE_ROOT")]

@@ -8,7 +8,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from imatch.core.step import Step, source_rows
+from imatch.core.step import Step
+from imatch.data.references import source_rows
 from imatch.data.store import Embeddings
 
 SAME = 0.9999

@@ -48,7 +48,7 @@ def stage_table(stages: Sequence[Row]) -> str:
     table = [("stage", "Hit@1", "mAP", "ms a query", "difference to the row above")]
     for row in stages:
         changed = row["difference"]
-        told = f"{_span(changed, '+')}  {verdict(changed)}" if changed else ""
+        told = f"{_span(changed, '+')}  {difference_said(changed)}" if changed else ""
         table.append((row["stage"], _span(row["hit_at_1"]), _span(row["map"]), f"{row['ms']:.2f}", told))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
@@ -56,11 +56,11 @@ def stage_table(stages: Sequence[Row]) -> str:
     return "\n".join([*lines, *(f"No interval: {why}." for why in sorted({of["why"] for of in every} - {""}))])
 
 
-def verdict(difference: Row) -> str:
+def difference_said(difference: Row) -> str:
     """What the record of a paired difference allows to say: only what its 95 % interval holds on one side of 0.
 
-    >>> verdict({"value": 0.1, "low": 0.02, "high": 0.2}), verdict({"value": 0.1, "low": -0.02, "high": 0.2})
-    ('better', 'no difference that can be told')
+    >>> [difference_said({"value": 0.1, "low": low, "high": 0.2}) for low in (0.02, -0.02)]
+    ['better', 'no difference that can be told']
     """
     if difference["low"] is not None and difference["low"] > 0:
         return "better"
@@ -157,7 +157,7 @@ def _reranked(metrics: Mapping[str, Any]) -> list[str]:
     lines = []
     changed = metrics["intervals"].get("reranking")  # absent from steps of before it was measured
     if changed and changed["value"] is not None:
-        lines.append(f"  re-ranking changes Hit@1 by {_span(changed, '+')}: {verdict(changed)}")
+        lines.append(f"  re-ranking changes Hit@1 by {_span(changed, '+')}: {difference_said(changed)}")
     said = {"of the queries": "verified", "of those are right": "verified_right"}
     said |= {"have a wrong candidate that verifies": "wrong_verified"}
     shares = [f"{_cell(metrics[key])} {words}" for words, key in said.items() if metrics[key] is not None]

@@ -1,4 +1,4 @@
-"""Where results go. A sink is one class in one file and one line here."""
+"""Where results go. A sink is one class in one file and one line in the table."""
 
 from __future__ import annotations
 

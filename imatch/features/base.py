@@ -1,4 +1,4 @@
-"""Photographs -> Tokens, in one forward pass. A backbone is one class in one file and one line here."""
+"""Photographs -> Tokens, in one forward pass. A backbone is one class in one file and one line in the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from imatch.core import config, settings
-from imatch.core.types import ImatchError, PhotographError, Tokens, normalise
+from imatch.core.types import ImatchError, PhotographError, Tokens
 from imatch.data import images, registry, rotations, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
@@ -102,7 +102,7 @@ def create_backbone(
         backbone = config.create(BACKBONES, "weight", weight, given)
         return backbone
     if "filename" not in given:
-        if not settings.resolve(data_key).is_file():
+        if not settings.from_workspace(data_key).is_file():
             said = f"{config.unknown('weight', weight, CLASSICAL)}; no others are known, for there is no {data_key}"
             raise ImatchError(said)
         known = registry.load(data_key)
@@ -125,46 +125,6 @@ def backbone_identity(backbone: Backbone) -> dict[str, Any]:
 
 
 POOLINGS = ("cls", "mean", "cls+mean", "gem", "legacy_mean")
-
-
-def root_sift(descriptors: np.ndarray) -> np.ndarray:
-    """SIFT histograms to RootSIFT: the square root of the L1-normalised histogram.
-
-    Its dot product is the Hellinger kernel, and its L2 norm is 1 by construction.
-    Source: Arandjelovic and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012.
-
-    Args:
-        descriptors: (n, 128) float, not negative.
-
-    Returns:
-        (n, 128) float32; the histogram of a flat patch stays zero.
-
-    >>> root_sift(np.array([[1.0, 3.0]])).round(3).tolist()
-    [[0.5, 0.8659999966621399]]
-    """
-    total = descriptors.sum(axis=1, keepdims=True)
-    return np.sqrt(descriptors / np.where(total > 0, total, 1)).astype(np.float32)
-
-
-def gem(descriptors: np.ndarray, p: float = 3.0) -> np.ndarray:
-    """Generalised mean of descriptors that are not negative: (mean(x ** p)) ** (1 / p), L2-normalised.
-
-    Source: Radenovic, Tolias and Chum, "Fine-tuning CNN image retrieval with no human annotation", TPAMI 2018.
-
-    Args:
-        descriptors: (n, d) float, not negative.
-        p: 1 is the mean, infinity the maximum.
-
-    Returns:
-        (d,) float32 of norm 1; zeros when there are no descriptors.
-
-    >>> gem(np.eye(2)).round(3).tolist()
-    [0.7070000171661377, 0.7070000171661377]
-    """
-    if not len(descriptors):
-        return np.zeros(descriptors.shape[1], np.float32)
-    pooled = np.mean(descriptors.astype(np.float64) ** p, axis=0) ** (1 / p)
-    return normalise(pooled).astype(np.float32)
 
 
 def pool(method: str, cls: Tensor, patches: Tensor, before: Tensor, p: float = 3.0) -> Tensor:
@@ -217,30 +177,6 @@ def pool(method: str, cls: Tensor, patches: Tensor, before: Tensor, p: float = 3
 
 def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-def vlad(descriptors: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Vector of locally aggregated descriptors, intra-normalised.
-
-    Each descriptor adds its difference from its nearest word to that word's block; every block is
-    L2-normalised, then the whole. Sources: Jegou et al., "Aggregating local descriptors into a compact image
-    representation", CVPR 2010; Arandjelovic and Zisserman, "All about VLAD", CVPR 2013.
-
-    Args:
-        descriptors: (n, d) float.
-        words: (k, d) float, the vocabulary.
-
-    Returns:
-        (k * d,) float32 of norm 1; zeros when there are no descriptors.
-
-    >>> vlad(np.array([[1.0, 1.0]]), words=np.array([[1.0, 0.0], [9.0, 9.0]])).tolist()
-    [0.0, 1.0, 0.0, 0.0]
-    """
-    blocks = np.zeros(words.shape)
-    # the nearest word by |x - w|^2 = |x|^2 - 2 x.w + |w|^2, where |x|^2 is the same for all words
-    nearest = np.argmin((words**2).sum(axis=1) - 2 * descriptors @ words.T, axis=1)
-    np.add.at(blocks, nearest, descriptors - words[nearest])
-    return normalise(normalise(blocks).ravel()).astype(np.float32)
 
 
 def stride_of(variant: str) -> int:

@@ -40,7 +40,7 @@ HALVES, FEW = 2, 4
 
 
 class Network(Protocol):
-    """What this room asks of the backbone that it computes for: a frozen dataclass, `dinov3.Dinov3`."""
+    """What this file asks of the backbone that it computes for: a frozen dataclass, `dinov3.Dinov3`."""
 
     device: str
     source: str

@@ -7,22 +7,32 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from imatch.core import config, settings
-from imatch.core.types import Tokens, grid_xy
-from imatch.features import base
+from imatch.core.types import Tokens, grid_xy, normalise
 
 PIXELS = 16_000_000
 """How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
 VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
 
 
+class _Classical:
+    """What both have in common: they run on the CPU and have no network."""
+
+    device: ClassVar[str] = "cpu"
+    resampling: ClassVar[str] = "opencv"
+
+    def __post_init__(self) -> None:
+        config.check(self)
+
+
 @dataclass(frozen=True)
-class Sift:
+class Sift(_Classical):
     """The embedded default. Source of the keypoints: Lowe, "Distinctive image features from scale-invariant
     keypoints", IJCV 2004 (OpenCV's implementation); of the rest: `imatch.features.base`.
 
@@ -39,23 +49,9 @@ class Sift:
     ((8192,), 128, 2, None)
     """
 
+    patch: ClassVar[int] = 1  # any size will do
     max_keypoints: PositiveInt = 1000
     contrast: NonNegativeFloat = 0.02
-
-    @property
-    def patch(self) -> int:
-        """Any size will do."""
-        return 1
-
-    @property
-    def device(self) -> str:
-        """It runs on the CPU."""
-        return "cpu"
-
-    @property
-    def resampling(self) -> str:
-        """OpenCV, as SIFT does without torch."""
-        return "opencv"
 
     @cached_property
     def digest(self) -> str:
@@ -66,9 +62,6 @@ class Sift:
     def words(self) -> np.ndarray:
         """(64, 128) float32, the visual words; made by `python -m tools.sift_vocabulary`."""
         return np.load(VOCABULARY).astype(np.float32)
-
-    def __post_init__(self) -> None:
-        config.check(self)
 
     def load(self) -> None:
         """The visual words."""
@@ -82,7 +75,7 @@ class Sift:
 
     def _tokens(self, photograph: np.ndarray) -> Tokens:
         xy, descriptors = keypoints(photograph, self.max_keypoints, self.contrast)
-        return Tokens(base.vlad(descriptors, self.words), descriptors, xy)
+        return Tokens(vlad(descriptors, self.words), descriptors, xy)
 
 
 def keypoints(photograph: np.ndarray, n: int, contrast: float) -> tuple[np.ndarray, np.ndarray]:
@@ -98,11 +91,11 @@ def keypoints(photograph: np.ndarray, n: int, contrast: float) -> tuple[np.ndarr
     if not found:
         return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
     found, descriptors = detector.compute(grey, found)
-    return np.array([k.pt for k in found], np.float32), base.root_sift(descriptors)
+    return np.array([k.pt for k in found], np.float32), root_sift(descriptors)
 
 
 @dataclass(frozen=True)
-class DenseSift:
+class DenseSift(_Classical):
     """One upright descriptor at the centre of every patch, global vector by GeM. It does not turn with the
     photograph: that is what it is compared for.
 
@@ -125,22 +118,9 @@ class DenseSift:
     p: PositiveFloat = 3.0
 
     @property
-    def device(self) -> str:
-        """It runs on the CPU."""
-        return "cpu"
-
-    @property
-    def resampling(self) -> str:
-        """OpenCV, as SIFT does without torch."""
-        return "opencv"
-
-    @property
     def digest(self) -> str:
         """There are no weights; whose SIFT it is."""
         return f"OpenCV {cv2.__version__}"
-
-    def __post_init__(self) -> None:
-        config.check(self)
 
     def load(self) -> None:
         """Nothing: there are no weights."""
@@ -164,5 +144,69 @@ class DenseSift:
         # a SIFT descriptor is 4 x 4 cells, each three times the keypoint's radius wide: 6 sizes in all
         points = [cv2.KeyPoint(float(x) + shift, float(y) + shift, self.width / 6, 0.0) for x, y in xy]
         _, raw = cv2.SIFT_create().compute(grey, points)
-        descriptors = base.root_sift(raw)
-        return Tokens(base.gem(descriptors, self.p), descriptors, xy, grid)
+        descriptors = root_sift(raw)
+        return Tokens(gem(descriptors, self.p), descriptors, xy, grid)
+
+
+def root_sift(descriptors: np.ndarray) -> np.ndarray:
+    """SIFT histograms to RootSIFT: the square root of the L1-normalised histogram.
+
+    Its dot product is the Hellinger kernel, and its L2 norm is 1 by construction.
+    Source: Arandjelovic and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012.
+
+    Args:
+        descriptors: (n, 128) float, not negative.
+
+    Returns:
+        (n, 128) float32; the histogram of a flat patch stays zero.
+
+    >>> root_sift(np.array([[1.0, 3.0]])).round(3).tolist()
+    [[0.5, 0.8659999966621399]]
+    """
+    total = descriptors.sum(axis=1, keepdims=True)
+    return np.sqrt(descriptors / np.where(total > 0, total, 1)).astype(np.float32)
+
+
+def gem(descriptors: np.ndarray, p: float = 3.0) -> np.ndarray:
+    """Generalised mean of descriptors that are not negative: (mean(x ** p)) ** (1 / p), L2-normalised.
+
+    Source: Radenovic, Tolias and Chum, "Fine-tuning CNN image retrieval with no human annotation", TPAMI 2018.
+
+    Args:
+        descriptors: (n, d) float, not negative.
+        p: 1 is the mean, infinity the maximum.
+
+    Returns:
+        (d,) float32 of norm 1; zeros when there are no descriptors.
+
+    >>> gem(np.eye(2)).round(3).tolist()
+    [0.7070000171661377, 0.7070000171661377]
+    """
+    if not len(descriptors):
+        return np.zeros(descriptors.shape[1], np.float32)
+    pooled = np.mean(descriptors.astype(np.float64) ** p, axis=0) ** (1 / p)
+    return normalise(pooled).astype(np.float32)
+
+
+def vlad(descriptors: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Vector of locally aggregated descriptors, intra-normalised.
+
+    Each descriptor adds its difference from its nearest word to that word's block; every block is
+    L2-normalised, then the whole. Sources: Jegou et al., "Aggregating local descriptors into a compact image
+    representation", CVPR 2010; Arandjelovic and Zisserman, "All about VLAD", CVPR 2013.
+
+    Args:
+        descriptors: (n, d) float.
+        words: (k, d) float, the vocabulary.
+
+    Returns:
+        (k * d,) float32 of norm 1; zeros when there are no descriptors.
+
+    >>> vlad(np.array([[1.0, 1.0]]), words=np.array([[1.0, 0.0], [9.0, 9.0]])).tolist()
+    [0.0, 1.0, 0.0, 0.0]
+    """
+    blocks = np.zeros(words.shape)
+    # the nearest word by |x - w|^2 = |x|^2 - 2 x.w + |w|^2, where |x|^2 is the same for all words
+    nearest = np.argmin((words**2).sum(axis=1) - 2 * descriptors @ words.T, axis=1)
+    np.add.at(blocks, nearest, descriptors - words[nearest])
+    return normalise(normalise(blocks).ravel()).astype(np.float32)

@@ -84,7 +84,7 @@ def find(filename: str) -> Path:
     )
 
 
-def sha256(path: Path) -> str:
+def weight_digest(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal; remembered by size and time of change, for weights are gigabytes."""
     memory = settings.cache_folder() / "checksums.json"
     stat = path.stat()
@@ -118,7 +118,7 @@ def check_name(path: Path) -> str:
     """
     if path.suffix == ".pth" and not zipfile.is_zipfile(path):
         _refuse_no_archive(path)
-    digest = sha256(path)
+    digest = weight_digest(path)
     named = HASH.search(path.name)
     if named and not digest.startswith(named[1]):
         raise ImatchError(

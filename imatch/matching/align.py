@@ -156,12 +156,6 @@ def _usable(geometry: Geometry, size: tuple[int, int]) -> bool:
     return geometry.matrix is not None and geometry.inliers.sum() >= FEWEST and not degenerate(geometry.matrix, size)
 
 
-def options_of(matcher: matchers.Matcher) -> dict[str, Any]:
-    """The options of a matcher that its answers depend on."""
-    fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
-    return {field.name: getattr(matcher, field.name) for field in fields if field.compare}
-
-
 def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
     """What a 04_match with such parameters aligns a pair with; what was left at 0 is chosen for keypoints or a grid.
 

@@ -1,7 +1,8 @@
-"""Two photographs' Tokens -> one-to-one correspondences. A matcher is one class in one file and one line here."""
+"""Two photographs' Tokens -> one-to-one correspondences. A matcher is one class and one line in the table."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
@@ -479,3 +480,9 @@ def _log_sum_exp(x: Any, axis: int) -> Any:
 
 def _log_add_exp(x: Any, y: Any) -> Any:
     return np.logaddexp(x, y) if isinstance(x, np.ndarray) else x.logaddexp(y)
+
+
+def options_of(matcher: Matcher) -> dict[str, Any]:
+    """The options of a matcher that its answers depend on."""
+    fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
+    return {field.name: getattr(matcher, field.name) for field in fields if field.compare}

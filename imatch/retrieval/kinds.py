@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import faiss
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from imatch.core import config
 from imatch.core.types import ImatchError
+
+if TYPE_CHECKING:
+    import faiss
 
 INDEXES = {
     "flat": "imatch.retrieval.kinds:Flat",
@@ -109,6 +110,8 @@ class Flat(Kind):
 
     def empty(self, _: int, d: int) -> faiss.Index:
         """See `Kind`."""
+        import faiss
+
         return faiss.IndexFlatIP(d)
 
     def memory(self, n: int, d: int) -> int:
@@ -152,6 +155,8 @@ class IvfFlat(_Inverted):
 
     def empty(self, n: int, d: int) -> faiss.Index:
         """See `Kind`."""
+        import faiss
+
         return faiss.index_factory(d, f"IVF{lists(n, self.centroids)},Flat", faiss.METRIC_INNER_PRODUCT)
 
     def memory(self, n: int, d: int) -> int:
@@ -183,6 +188,8 @@ class Hnsw(Kind):
 
     def empty(self, _: int, d: int) -> faiss.Index:
         """See `Kind`."""
+        import faiss
+
         index = faiss.IndexHNSWFlat(d, self.neighbours, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = self.construction
         return index
@@ -218,6 +225,8 @@ class IvfPq(_Inverted):
 
     def empty(self, n: int, d: int) -> faiss.Index:
         """See `Kind`."""
+        import faiss
+
         m = self._parts(d)
         if m < 1 or d % m:
             raise ImatchError(f"ivf_pq: parts {self.parts} do not divide dimension {d}: use 0, or such as {d // 4}")
@@ -249,6 +258,8 @@ class IvfRabitq(_Inverted):
 
     def empty(self, n: int, d: int) -> faiss.Index:
         """See `Kind`."""
+        import faiss
+
         return faiss.index_factory(d, f"IVF{lists(n, self.centroids)},RaBitQ", faiss.METRIC_INNER_PRODUCT)
 
     def memory(self, n: int, d: int) -> int:
@@ -286,6 +297,8 @@ class Factory(Kind):
 
     def empty(self, _: int, d: int) -> faiss.Index:
         """See `Kind`."""
+        import faiss
+
         try:
             index = faiss.index_factory(d, self.key, faiss.METRIC_INNER_PRODUCT)
             if self.search:

@@ -427,12 +427,15 @@ class Ways:
 
     @cached_property
     def posed(self) -> Posed:
+        """The queries in all poses."""
         return self.turn(self.query.folder, rotations.poses(self.asked["rotations"]))
 
     def plain(self, part: slice, _: Found | None) -> Found:
+        """The vectors as they are."""
         return self._kept(part, self.plain_space.search(self.query.vectors[part], self.deep))
 
     def whitened(self, part: slice, _: Found | None) -> Found:
+        """The vectors whitened."""
         return self._kept(part, self.space.search(self.space.of(self.query.vectors[part]), self.deep))
 
     def turned(self, part: slice, _: Found | None) -> Found:

@@ -20,8 +20,9 @@ from scipy.spatial import cKDTree
 
 from imatch.core import config
 from imatch.core.files import Row
-from imatch.core.step import Step, photographs_root, source_rows, views_by_id
+from imatch.core.step import Step
 from imatch.core.types import ImatchError, Truth
+from imatch.data.references import photographs_root, source_rows, views_by_id
 from imatch.data.store import Embeddings
 
 
@@ -576,6 +577,7 @@ def truth_of(
     there: Places | None,
     own: Own,
 ) -> Truth:
+    """Say which rows of the gallery answer each query: those that show the same, or by position."""
     parameters = step.parameters
     if parameters["truth"] == "photograph":
         return same_photograph(query_shows, gallery_shows, *(own or ()))

@@ -23,20 +23,11 @@ import numpy as np
 from imatch.core import compute, files, settings
 from imatch.core.compute import LOCAL, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import Row
-from imatch.core.step import (
-    Step,
-    checked_name,
-    decodable,
-    open_step,
-    refuse_or_say,
-    run_and_dataset,
-    start_step,
-    tagged,
-    view_rows,
-)
+from imatch.core.step import Step, checked_name, open_step, refuse_or_say, run_and_dataset, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
+from imatch.data.references import decodable, view_rows
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.store import Embeddings, Posed, open_poses, pose_folder
 from imatch.features import base
@@ -116,7 +107,7 @@ def start_embed(
     folder = settings.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
     links = {"photographs": photographs.root}
     if photographs.registered:
-        links["data_key"] = settings.resolve(data_key)
+        links["data_key"] = settings.from_workspace(data_key)
     return start_step(folder, "01_embed", parameters, {}, links, on_change)
 
 

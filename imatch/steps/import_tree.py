@@ -128,7 +128,7 @@ def read_tree(tree: Path) -> list[Group]:
     """
     if not tree.is_dir():
         raise ImatchError(f"no folder {tree}: give the folder of per-image files, its data set's or its weight's")
-    tree = settings.resolve(tree)
+    tree = settings.from_workspace(tree)
     found: dict[tuple[Any, ...], dict[str, Item]] = {}
     problems: list[str] = []
     for path in sorted(tree.rglob("*.npy")):
@@ -567,7 +567,7 @@ def import_all(tree: str, exports: str, run: str, on_change: str) -> int:
     Raises:
         ImatchError: there is nothing to read, or `run` is no name of a folder.
     """
-    groups = read_tree(settings.resolve(tree))
+    groups = read_tree(settings.from_workspace(tree))
     config.folder_name(run, "run")
     failures = 0
     for group in groups:

@@ -17,20 +17,10 @@ import numpy as np
 from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
 from imatch.core.files import Row
-from imatch.core.step import (
-    Step,
-    checked_name,
-    clusters,
-    flat_name,
-    kind_of_reference,
-    open_step,
-    run_and_dataset,
-    start_step,
-    tagged,
-    views_by_id,
-)
+from imatch.core.step import Step, checked_name, flat_name, open_step, run_and_dataset, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
+from imatch.data.references import clusters, views_by_id
 from imatch.data.rotations import poses
 from imatch.data.store import Embeddings, missed, read_ranking
 from imatch.evaluation import calibration, intervals
@@ -141,14 +131,14 @@ def start_index(
     if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):
         raise ImatchError(f"recall {recall} must be above 0 and up to 1, memory_gb {memory_gb} 0 or more")
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
-    found = {"data": open_step(settings.step_folder(embed_step))}
+    found = {"data": open_step(step_folder(embed_step))}
     kind = ""
     if "reference" in sides.values():
         if not references_step:
             raise ImatchError(
                 f"direction {direction} needs references: give references_step, the folder of 02_references"
             )
-        found["reference"] = open_step(settings.step_folder(references_step))
+        found["reference"] = open_step(step_folder(references_step))
         kind = kind_of_reference(found["reference"], found["data"])
     of_gallery = found[sides["gallery"]].metrics
     most = min(of_gallery["global_dimension"], of_gallery["photographs"] - 1)
@@ -187,7 +177,7 @@ def start_index(
     upstream = {side: str(found[name].fingerprint) for side, name in sides.items()}
     links = {side: found[name].folder for side, name in sides.items()}
     if labels:
-        links["labels"] = settings.resolve(labels)
+        links["labels"] = settings.from_workspace(labels)
         read_labels(links["labels"])  # refuses a bad file before anything is written
         upstream["labels"] = images.file_digest(links["labels"])
     # the index knows by itself what of it still holds
@@ -652,3 +642,22 @@ def _compared(embeddings: Embeddings, row: int, root: Path, backbone: Backbone, 
             "another backbone's, another size's, or its rows have slipped. Delete that folder, run its notebook again"
         )
     return []
+
+
+def kind_of_reference(reference: Step, data: Step) -> str:
+    """The ending that the other side of an index gives to its folder's name, after checking that the two belong
+    together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
+    if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
+        raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
+    compared = ("weight", "backbone", "weights_digest", "resize", "pixels")
+    of_data, of_reference = ({key: step.parameters.get(key) for key in compared} for step in (data, reference))
+    if differences := files.compare(of_data, of_reference):
+        raise StepError(
+            f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
+            + "\n  ".join(differences)
+            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
+        )
+    if reference.name == "02_references":
+        return f"_{reference.folder.parent.parent.name}"
+    _, dataset = run_and_dataset(reference)
+    return f"_{dataset}-{reference.folder.name}"

@@ -19,16 +19,18 @@ import psutil
 from imatch.core import compute, config, files
 from imatch.core.compute import LOCAL, Engine
 from imatch.core.files import Row
-from imatch.core.step import Step, core_each, flat_name, pair_path, sides, start_step, tagged, views_by_id
+from imatch.core.step import Step, core_each, flat_name, pair_path, sides, start_step, tagged
 from imatch.core.types import ImatchError, Pair, Tokens
 from imatch.data import store
 from imatch.data.pairs import poses_of
+from imatch.data.references import views_by_id
 from imatch.data.rotations import Pose, poses
 from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Alignment, aligned, aligner, options_of
+from imatch.matching.align import Alignment, aligned, aligner
+from imatch.matching.matchers import options_of
 from imatch.steps import pairs as sources
 from imatch.steps.embed import embed_poses, worth_trying
 from imatch.steps.pairs import Candidate, Source
@@ -92,7 +94,7 @@ def start_match(
         StepError: a side kept no local descriptors, or no positions of them.
         ImatchError: an unknown name or photograph, or a number out of its range; see also `step.start_step`.
     """
-    planned = sources.plan(index_step, candidates, pairs, one, embed_step, gallery_step)
+    planned = sources.plan_pairs(index_step, candidates, pairs, one, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
     matchers.create_matcher(matcher, matcher_options)

@@ -15,10 +15,12 @@ import numpy as np
 
 from imatch.core import config, files, settings
 from imatch.core.files import Row
-from imatch.core.step import Step, flat_name, kind_of_reference, open_step, run_and_dataset, sides, views_by_id
+from imatch.core.step import Step, flat_name, open_step, run_and_dataset, sides, step_folder
 from imatch.core.types import ImatchError
 from imatch.data import images
+from imatch.data.references import views_by_id
 from imatch.data.store import Embeddings, missed, query_and_gallery, read_ranking
+from imatch.steps.index import kind_of_reference
 
 LISTS = ("all", "ordered", "one")
 """Lists that need no file: each pair once, N x (N - 1) ordered pairs, one photograph against all others."""
@@ -86,7 +88,7 @@ class Plan:
     links: dict[str, Path]
 
 
-def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str, gallery_step: str) -> Plan:
+def plan_pairs(index_step: str, candidates: int, pairs: str, one: str, embed_step: str, gallery_step: str) -> Plan:
     """Check what is to be matched, before anything is written. Arguments as of `start_match`.
 
     Raises:
@@ -95,9 +97,9 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
     if one and pairs != "one":
         raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: set pairs to one, too")
     if not pairs:
-        return _plan_of_index(open_step(settings.step_folder(index_step)), candidates)
-    query = open_step(settings.step_folder(embed_step))
-    gallery = open_step(settings.step_folder(gallery_step)) if gallery_step else query
+        return _plan_of_index(open_step(step_folder(index_step)), candidates)
+    query = open_step(step_folder(embed_step))
+    gallery = open_step(step_folder(gallery_step)) if gallery_step else query
     kind = "" if gallery.folder == query.folder else kind_of_reference(gallery, query)
     parameters: dict[str, Any] = {"pairs": pairs if pairs in LISTS else "listed"}
     upstream = {"query": str(query.fingerprint), "gallery": str(gallery.fingerprint)}
@@ -108,7 +110,7 @@ def plan(index_step: str, candidates: int, pairs: str, one: str, embed_step: str
         parameters["one"] = one
         name = f"one-{flat_name(one)}"
     elif pairs not in LISTS:
-        path = settings.resolve(pairs)
+        path = settings.from_workspace(pairs)
         if not path.is_file():
             raise ImatchError(f"{config.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}")
         read_pairs(path, Embeddings(query.folder), Embeddings(gallery.folder))  # refuses a bad file now

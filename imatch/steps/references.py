@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imatch.core import compute, config, files, settings
+from imatch.core import compute, config, files
 from imatch.core.compute import LOCAL, Engine, PartDoneError
 from imatch.core.files import Row
-from imatch.core.step import Step, core_each, decodable, open_step, run_and_dataset, start_step, tagged
+from imatch.core.step import Step, core_each, open_step, run_and_dataset, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, references
+from imatch.data.references import decodable
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 
@@ -53,7 +54,7 @@ def start_references(
     Raises:
         ImatchError: an unknown kind or file type, or a number out of its range; see also `step.start_step`.
     """
-    source = open_step(settings.step_folder(embed_step))
+    source = open_step(step_folder(embed_step))
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.create(kind, {"resize_to_original": resize_to_original})

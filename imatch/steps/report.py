@@ -15,7 +15,7 @@ import jinja2
 
 from imatch.core import files, settings
 from imatch.core.files import Row
-from imatch.core.step import Step, checked_name, open_step, start_step
+from imatch.core.step import Step, checked_name, open_step, start_step, step_folder
 from imatch.core.types import ImatchError, StepError
 from imatch.data import store
 from imatch.evaluation import intervals, verdicts
@@ -104,7 +104,7 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
         raise ImatchError("run is empty: name this piece of work as run")
     found: dict[str, Step] = {}
     for given in steps:
-        folder = settings.step_folder(given)
+        folder = step_folder(given)
         inside = _finished(folder)
         if not inside:
             raise ImatchError(f"no finished 04_match or 03_index in {folder}: run them first, or correct the path")

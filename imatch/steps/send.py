@@ -7,13 +7,15 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imatch.core import compute, config, files, settings
 from imatch.core.files import Row
 from imatch.core.step import Step, run_and_dataset
 from imatch.core.types import ImatchError, ImatchWarning
-from imatch.retrieval import redis
+
+if TYPE_CHECKING:
+    from imatch.retrieval.redis import Redis
 
 Message = tuple[str, bytes]
 """A query's id, and what is sent of it."""
@@ -66,7 +68,7 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     return f"{sent} messages at {PREFIX}:{run.name}:* on {sink.place}, {new} of them new"
 
 
-def sink_of(to: str, ttl: int) -> redis.Redis | None:
+def sink_of(to: str, ttl: int) -> Redis | None:
     """Where `send` will send to; None is nowhere. Connects to nothing.
 
     Raises:
@@ -139,7 +141,7 @@ def _read(path: Path) -> tuple[str, list[Message]]:
         raise ImatchError(f"{path} is no outbox of imatch ({error}): delete it, and send its step again") from error
 
 
-def _deliver(sink: redis.Redis, run: Path, path: Path) -> tuple[int, int]:
+def _deliver(sink: Redis, run: Path, path: Path) -> tuple[int, int]:
     """Send the messages of a file, remove it and say so in its step's folder: how many, and how many of them new.
 
     Unless all were acknowledged the file stays whole, for a server that was killed may have lost what it acknowledged.

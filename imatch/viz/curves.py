@@ -661,7 +661,7 @@ def _number(value: float | None, missing: float = math.nan) -> float:
 LABELS = 12
 """Efforts that are named on an axis at most."""
 SAID = {"better": (COLOURS[2], "better"), "worse": (COLOURS[1], "worse: it hurts")}
-"""Colour and words for what `tables.verdict` says; the rest is grey."""
+"""Colour and words for what `tables.difference_said` says; the rest is grey."""
 GREY = COLOURS[7]
 
 
@@ -813,7 +813,7 @@ def stages(stages: Sequence[Row]) -> Figure:
     for line, row in enumerate(stages):
         _bar(left, line, row["hit_at_1"], COLOURS[0], f"{row['hit_at_1']['value']:z.2f}")
         if row["difference"]:
-            colour, word = SAID.get(said := tables.verdict(row["difference"]), (GREY, said))
+            colour, word = SAID.get(said := tables.difference_said(row["difference"]), (GREY, said))
             _bar(right, line, row["difference"], colour, f"{row['difference']['value']:+z.3f}")
             _aside(right, line, word, colour)
         else:

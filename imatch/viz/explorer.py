@@ -25,10 +25,11 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
 from imatch.core.files import Row, printable, read_rows
-from imatch.core.step import Step, flat_name, open_step, run_and_dataset, views_by_id
+from imatch.core.step import Step, flat_name, open_step, run_and_dataset
 from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
 from imatch.data import images
 from imatch.data.pairs import Matched, poses_of
+from imatch.data.references import views_by_id
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.evaluation import verdicts
 from imatch.features import base

@@ -17,10 +17,11 @@ from matplotlib.patches import Rectangle
 
 from imatch.core import files
 from imatch.core.files import Row
-from imatch.core.step import Step, open_step, pair_path, views_by_id
+from imatch.core.step import Step, open_step, pair_path
 from imatch.core.types import ImatchError, Pair, Ranking, StepError, Tokens
 from imatch.data import images, references
 from imatch.data.pairs import Matched
+from imatch.data.references import views_by_id
 from imatch.data.store import Embeddings
 from imatch.evaluation.metrics import best_pairs
 from imatch.features.denseft import covered, denseft_picture, fit_embeddings
@@ -213,7 +214,7 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranki
         for hit, axis in zip(row["hits"], others, strict=False):  # a small gallery has fewer hits than places
             picture = images.thumbnail(hit["path"], hit["size"], 240)
             axis.imshow(picture)
-            metres = "" if hit["metres"] is None else f", {metres_said(hit['metres'])}"
+            metres = "" if hit["metres"] is None else f", {pictures.metres_said(hit['metres'])}"
             verdict, colour = ("right", RIGHT) if hit["right"] else ("wrong", WRONG)
             said = f"{hit['rank'] + 1}: {hit['score']:.3f}{metres}, {verdict}\n{_short(hit['id'])}"
             axis.set_title(said, fontsize=7, color=colour)
@@ -221,15 +222,6 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranki
             axis.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=colour, linewidth=4, clip_on=False))
     figure.suptitle("queries, and their best hits with cosine: green frames are right, red ones wrong", fontsize=9)
     return figure
-
-
-def metres_said(metres: float) -> str:
-    """A distance for people.
-
-    >>> metres_said(3.14159), metres_said(271.8), metres_said(12345.6)
-    ('3.1 m', '272 m', '12.3 km')
-    """
-    return f"{metres / 1000:.1f} km" if metres >= 10_000 else f"{metres:.0f} m" if metres >= 100 else f"{metres:.1f} m"
 
 
 def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:

@@ -253,5 +253,5 @@ def _hit(hit: Row, number: Mapping[Path, int]) -> Row:
         "rank": hit["rank"],
         "right": hit["right"],
         "score": f"{hit['score']:.3f}",
-        "metres": "" if hit["metres"] is None else f", {figures.metres_said(hit['metres'])}",
+        "metres": "" if hit["metres"] is None else f", {pictures.metres_said(hit['metres'])}",
     }

@@ -422,3 +422,12 @@ class Png:
 
     def gather(self, folder: Path, pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
         """See `Sink`; each picture is all there is."""
+
+
+def metres_said(metres: float) -> str:
+    """A distance for people.
+
+    >>> metres_said(3.14159), metres_said(271.8), metres_said(12345.6)
+    ('3.1 m', '272 m', '12.3 km')
+    """
+    return f"{metres / 1000:.1f} km" if metres >= 10_000 else f"{metres:.0f} m" if metres >= 100 else f"{metres:.1f} m"

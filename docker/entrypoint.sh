@@ -10,6 +10,7 @@ verb=${1:-lab}
 [ $# -eq 0 ] || shift
 case "$verb" in
 shell) exec bash "$@" ;;
+batch) echo "batch is run now: run FILE ..." >&2 && exit 2 ;;
 # without a JUPYTER_TOKEN Jupyter makes one and prints the link with it
 lab) set -- "$@" --ip=0.0.0.0 --no-browser --ServerApp.port_retries=0 ;;
 run) imatch demo --photographs || echo "no demo photographs: data/ cannot be written to" ;;

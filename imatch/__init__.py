@@ -51,7 +51,7 @@ if sys.argv[:1] == ["-m"]:  # as it is while Python looks for the module that it
     for _old in {*_COMMANDS} & {*sys.orig_argv}:
         print(f"python -m {_old} is `{_COMMANDS[_old]} ...` now: see {_COMMANDS[_old]} --help", file=sys.stderr)
         raise SystemExit(2)
-_PLACE = {verb: room for room, verbs in _VERBS.items() for verb in verbs}
+_PLACE = {verb: file for file, verbs in _VERBS.items() for verb in verbs}
 __all__ = ["__version__", *sorted(_PLACE)]
 
 

@@ -301,7 +301,9 @@ def test_jupyterlab_has_a_token_always(project, given, extra):
 
 def test_a_verb_that_is_none_and_a_project_that_is_none(project, tmp_path):
     done = verb(project, "bach")
-    assert (done.returncode, "no verb 'bach': lab" in done.stderr) == (2, True)
+    assert (done.returncode, "No such command 'bach'" in done.stderr) == (2, True)
+    done = verb(project, "batch", "params/demo.yaml")
+    assert (done.returncode, "batch is run now" in done.stderr) == (2, True)
     (tmp_path / "empty").mkdir()
     done = verb(tmp_path / "empty", "doctor")
     assert (done.returncode, "set PROJECT_HOST" in done.stderr) == (1, True)
@@ -316,7 +318,7 @@ def test_no_notebook_step_or_log_has_the_token_or_the_password(project, few_phot
     )
     done = verb(
         project,
-        *("batch", str(recipe), "-p", "dataset", str(few_photographs)),
+        *("run", str(recipe), "-p", "dataset", str(few_photographs)),
         REDIS_URL=redis_service,
         JUPYTER_TOKEN=TOKEN,
         EXPORT_ROOT=str(exports),

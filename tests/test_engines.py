@@ -578,7 +578,7 @@ def test_workers_give_back_what_they_do_in_order(capsys):
     assert "squares: 100%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("what", "said"), [("kill", "was killed.*-p workers 1"), ("refuse", "three is no number")])
+@pytest.mark.parametrize(("what", "said"), [("kill", "killed.*use fewer workers"), ("refuse", "three is no number")])
 def test_a_worker_that_ends_too_early_and_one_that_refuses_are_said(what, said):
     with pytest.raises(ImatchError, match=said):
         list(compute.parallel(mapped, [(what, n) for n in range(20)], 2, "squares"))

@@ -2,6 +2,7 @@
 each other, and nothing runs in a circle. There is no exception, and every import counts, wherever it stands."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ FLOORS = (
 )
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+PLUGIN = re.compile(r"imatch\.\w+\.\w+:\w+")
 INSIDE = {name: path for name, path in FILES.items() if path.parent != PACKAGE}
 
 
@@ -36,6 +38,13 @@ def imported(path):
                 yield from (name if name in FILES else node.module for name in whole)
 
 
+def named(path):
+    """Every file of imatch that a file names in a table of plug-ins, as "imatch.package.file:Class"."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and PLUGIN.fullmatch(node.value):
+            yield node.value.partition(":")[0]
+
+
 def package(name):
     return name.split(".")[1]
 
@@ -47,7 +56,7 @@ def test_no_file_lies_outside_a_package():
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_imports_go_down(name):
-    for other in imported(FILES[name]):
+    for other in [*imported(FILES[name]), *named(FILES[name])]:
         assert other in INSIDE, f"{name} imports {other}, which is no file of a package"
         below = FLOOR[package(other)] < FLOOR[package(name)]
         assert below or package(other) == package(name), f"{name} imports {other}"

@@ -141,8 +141,6 @@ def test_paths_arrays_and_pillow_images_are_alike(photographs):
         assert np.array_equal(one.matrix, found[0].matrix)
     for one, other in ((0, 1), (2, 3)):  # those of the files are called by their names
         assert np.array_equal(found[one].picture(), found[other].picture())
-    for one, other in ((0, 1), (2, 3)):  # those of the files are called by their names
-        assert np.array_equal(found[one].picture(), found[other].picture())
     assert found[0].rotation == pytest.approx(60, abs=0.5)
     assert found[0].scale == pytest.approx(1, abs=0.01)
     assert found[0].show().axes

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core import files as core_files
 from imatch.core.files import read_json, read_rows, relative, write_array, write_json, write_rows
 from imatch.core.step import Step, open_step, start_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
@@ -245,10 +244,10 @@ def test_killed_export_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(path, array)
 
-    monkeypatch.setattr(core_files, "write_array", killed)
+    monkeypatch.setattr(per_image, "write_array", killed)
     with pytest.raises(KeyboardInterrupt):
         export(step, tmp_path / "tree")
-    monkeypatch.setattr(core_files, "write_array", write)
+    monkeypatch.setattr(per_image, "write_array", write)
     assert 0 < len(files(tmp_path / "tree")) < 36
     export(step, tmp_path / "tree")
     assert files(tmp_path / "tree") == files(tmp_path / "whole")

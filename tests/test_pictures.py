@@ -219,7 +219,7 @@ def test_the_same_pictures_twice_and_grey_for_lost_photographs(tmp_path):
     tokens = on_grid(np.random.default_rng(0).normal(size=(80, 16)), (8, 10), pair.sizes[0])
 
     def drawn():
-        pictures._thumbnail.cache_clear()
+        pictures._from_disk.cache_clear()
         yield from (draw(pair) for draw in (pictures.lines, pictures.checkerboard, pictures.blend))
         yield pictures.heat(tokens, tokens, 3, pair.paths[1], pair.sizes[1])
         yield pictures.marked(pair.xy_a[0], pair.paths[0], pair.sizes[0])

@@ -599,7 +599,7 @@ def test_changed_option_of_the_backbone(house):
     changed = house.but(keypoints=100)
     with pytest.raises(StepError, match=rf"max_keypoints: {KEYPOINTS} -> 100\n.*Nothing was touched") as refused:
         changed.embed()
-    assert "on_change recompute" in str(refused.value)
+    assert "set on_change to recompute" in str(refused.value)
     assert state(house.exports) == before
 
     anew = changed.but(on_change="recompute")

@@ -1,7 +1,7 @@
 """How sift_vocabulary.npy was made: visual words learned from procedural images, so that no photograph's
 licence or content is in the package.
 
-    python -m tools.sift_vocabulary imatch/backbones/sift_vocabulary.npy
+    python -m tools.sift_vocabulary imatch/features/sift_vocabulary.npy
 
 The images are dead leaves (Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001): shapes with
 radii of density r^-3 that cover each other, which gives edges, corners and scales the statistics of photographs.

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from imatch.core import compute, files, settings
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
 from imatch.data import images
 from imatch.data.images import Resize
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.features.base import Backbone, create_backbone, embed_decoded
+from imatch.features.base import CLASSICAL, Backbone, create_backbone, embed_decoded
+from imatch.features.sift import PIXELS
 from imatch.matching.align import Aligner, Alignment, aligner
 from imatch.matching.geometry import rotation_scale
 
@@ -177,13 +179,16 @@ class Match:
         return path
 
 
-def match(a: Photograph, b: Photograph, weight: str = "sift", *, device: str = "auto") -> Match:
+def match(
+    a: Photograph, b: Photograph, weight: str = "sift", *, device: str = "auto", data_key: str = settings.DATA_KEY
+) -> Match:
     """Match two photographs.
 
     Args:
         a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
-        weight: backbone: sift, dsift, or weights of params/data_key.json.
+        weight: backbone: sift, dsift, or weights of the registry.
         device: where a network runs; "auto" is the GPU, if there is one.
+        data_key: the registry that names the weights.
 
     Raises:
         ImatchError: an unknown weight, or an array of another shape or type; PhotographError: a file that is not there
@@ -194,10 +199,17 @@ def match(a: Photograph, b: Photograph, weight: str = "sift", *, device: str = "
     >>> found.verified, round(found.rotation), round(found.scale, 2), found.sizes
     (True, 90, 1.0, ((160, 240), (240, 160)))
     """
-    backbone = create_backbone(weight, device=device)
-    with ThreadPoolExecutor(2) as pool:
-        seen = pool.map(_seen, (a, b), (backbone, backbone), ("a", "b"))
-        return _matched(*seen)
+    backbone = create_backbone(weight, data_key=data_key, device=device)
+    sources = [_source(a, "a"), _source(b, "b")]
+    names = [source.name if isinstance(source, Path) else name for source, name in zip(sources, "ab", strict=True)]
+    backbone.load()
+    both, at_once = list(zip(sources, names, strict=True)), _at_once(weight, sources)
+    seen = []
+    for (source, name), found in zip(both, compute.ahead(partial(_tried, backbone), both, at_once, 2), strict=True):
+        if isinstance(found, PhotographError):
+            raise PhotographError(f"{files.printable(str(source if isinstance(source, Path) else name))}: {found}")
+        seen.append(found)
+    return _matched(*seen)
 
 
 @dataclass(frozen=True)
@@ -210,33 +222,39 @@ class _Seen:
     tokens: Tokens
 
 
-def _seen(photograph: Photograph, backbone: Backbone, name: str) -> _Seen:
-    """A photograph through a backbone; `name` is what one without a file is called."""
-    source = settings.from_workspace(photograph) if isinstance(photograph, str | Path) else _pixels(photograph, name)
+def _source(photograph: Photograph, name: str) -> Path | np.ndarray:
+    """Where a photograph lies, or its upright pixels; `name` is what one without a file is called."""
+    if isinstance(photograph, str | Path):
+        return settings.from_workspace(photograph)
+    if isinstance(photograph, np.ndarray):
+        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
+            raise ImatchError(
+                f"{name} is an array {photograph.shape} of {photograph.dtype}: give (h, w, 3) uint8 RGB, 0 to 255"
+            )
+        return photograph
+    if not hasattr(photograph, "convert"):
+        raise ImatchError(f"{name} is a {type(photograph).__name__}: give a path, an array or a Pillow image")
     try:
-        return _embedded(source, backbone, source.name if isinstance(source, Path) else name)
+        return images.from_memory(photograph).pixels
     except PhotographError as error:
-        raise PhotographError(f"{files.printable(str(photograph))}: {error}") from error
+        raise PhotographError(f"{name}: {error}") from error
 
 
-def _embedded(source: Path | np.ndarray, backbone: Backbone, name: str) -> _Seen:
-    take = images.decode if isinstance(source, Path) else images.from_pixels
+def _seen(source: Path | np.ndarray, backbone: Backbone, name: str) -> _Seen:
+    """A photograph through a backbone."""
+    take = images.decode if isinstance(source, Path) else images.from_memory
     decoded = take(source, Resize(), backbone.patch, backbone.resampling)
     return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone))
 
 
-def _pixels(photograph: np.ndarray | Image.Image, name: str) -> np.ndarray:
-    from PIL import Image
-
-    if isinstance(photograph, Image.Image):
-        return np.asarray(photograph.convert("RGB"))
-    if not isinstance(photograph, np.ndarray):
-        raise ImatchError(f"{name} is a {type(photograph).__name__}: give a path, an array or a Pillow image")
-    if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
-        raise ImatchError(
-            f"{name} is an array {photograph.shape} of {photograph.dtype}: give (h, w, 3) uint8 RGB, values 0 to 255"
-        )
-    return photograph
+def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
+    """How many photographs may go through a backbone side by side: a network takes one, `sift` what memory allows."""
+    pixels = 1
+    for source in sources:
+        with contextlib.suppress(PhotographError):
+            h, w = source.shape[:2] if isinstance(source, np.ndarray) else images.check_header(source)
+            pixels = max(pixels, h * w)
+    return max(1, min(settings.cores(), PIXELS // pixels)) if weight in CLASSICAL else 1
 
 
 def _matched(a: _Seen, b: _Seen) -> Match:
@@ -324,7 +342,9 @@ class FolderMatches:
         return path
 
 
-def match_folder(folder: str | Path, weight: str = "sift", *, device: str = "auto") -> FolderMatches:
+def match_folder(
+    folder: str | Path, weight: str = "sift", *, device: str = "auto", data_key: str = settings.DATA_KEY
+) -> FolderMatches:
     """Match the photographs of a folder with each other.
 
     All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector. A photograph that
@@ -332,17 +352,20 @@ def match_folder(folder: str | Path, weight: str = "sift", *, device: str = "aut
 
     Args:
         folder: of the photographs; those in folders below it count, too.
-        weight, device: as of `match`.
+        weight, device, data_key: as of `match`.
 
     Raises:
         ImatchError: no such folder, fewer than two photographs that can be read, or more than fit into memory.
     """
     folder = settings.from_workspace(folder)
-    backbone = create_backbone(weight, device=device)
+    backbone = create_backbone(weight, data_key=data_key, device=device)
     names = images.list_photographs(folder)
+    todo = [(folder / name, name) for name in names]
+    backbone.load()
     skipped: dict[str, str] = {}
     seen: list[_Seen] = []
-    for name, found in zip(names, _each(partial(_tried, folder, backbone), names, "embed"), strict=True):
+    at_once = _at_once(weight, [path for path, _ in todo])
+    for name, found in zip(names, _each(partial(_tried, backbone), todo, "embed", at_once), strict=True):
         if isinstance(found, PhotographError):
             skipped[name] = str(found)
             continue
@@ -351,23 +374,24 @@ def match_folder(folder: str | Path, weight: str = "sift", *, device: str = "aut
     if len(seen) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
         raise ImatchError(f"{folder} holds {len(seen)} photographs that can be read, two are needed{left_out}")
-    todo = _nearest(seen) if len(seen) > RETRIEVED else list(itertools.combinations(range(len(seen)), 2))
-    rows = list(_each(lambda pair: _matched(seen[pair[0]], seen[pair[1]]).row, todo, "match"))
+    pairs = _nearest(seen) if len(seen) > RETRIEVED else list(itertools.combinations(range(len(seen)), 2))
+    rows = list(_each(lambda pair: _matched(seen[pair[0]], seen[pair[1]]).row, pairs, "match", settings.cores()))
     together = [(row["query"], row["candidate"]) for row in rows if row["verified"]]
     return FolderMatches([one.name for one in seen], rows, groups(together), skipped, len(seen) > RETRIEVED)
 
 
-def _tried(folder: Path, backbone: Backbone, name: str) -> _Seen | PhotographError:
+def _tried(backbone: Backbone, photograph: tuple[Path | np.ndarray, str]) -> _Seen | PhotographError:
+    """A photograph, or why it cannot be read."""
+    source, name = photograph
     try:
-        return _embedded(folder / name, backbone, name)
+        return _seen(source, backbone, name)
     except PhotographError as error:
         return error
 
 
-def _each(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[Any]:
-    """The answers in order, by as many threads as there are cores, with a progress bar."""
-    workers = settings.cores()
-    return compute.progress(compute.ahead(function, items, workers, 2 * workers), what, len(items))
+def _each(function: Callable[[Any], Any], items: Sequence[Any], what: str, workers: int) -> Iterator[Any]:
+    """The answers in order, by threads, with a progress bar on a terminal: what is printed may be read by a program."""
+    return iter(tqdm(compute.ahead(function, items, workers, 2 * workers), what, len(items), disable=None, delay=1))
 
 
 def _check_memory(tokens: Tokens, n: int, folder: Path) -> None:

@@ -394,9 +394,14 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     Raises:
         ImatchError: a bad request; nothing has run.
     """
-    overrides = [*parameters, *([("shard", shard)] if shard else [])]
-    folder = settings.from_workspace("notebooks")
-    read, schemas = load(recipe, overrides, folder)
+    folder = notebooks()
+    if exports and any(name == "exports" for name, _ in parameters):
+        raise ImatchError("exports is given twice, as --exports and by -p: keep one")
+    read, schemas = load(recipe, parameters, folder)
+    if shard and not any("shard" in known for known in schemas.values()):
+        raise ImatchError(f"{recipe.name} has no parts: run it without --shard")
+    if shard:
+        read.parameters["shard"] = shard
     asked = {name: read.parameters[name] for name in ("shard", "on_change") if name in read.parameters}
     compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
     if read.points:  # all of them need it: one message in place of one each
@@ -413,6 +418,18 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     return 1 if failures else 0
 
 
+def notebooks() -> Path:
+    """Say where the notebooks are.
+
+    Raises:
+        ImatchError: not here.
+    """
+    folder = settings.from_workspace("notebooks")
+    if not any(folder.glob("*.ipynb")):
+        raise ImatchError(f"no notebooks in {folder.parent}: run this in a clone of imatch, whose notebooks/ it runs")
+    return folder
+
+
 def parameters_said(notebook: str | None = None) -> str:
     """The parameters of the notebooks as text: a line each with default and help.
 
@@ -422,7 +439,7 @@ def parameters_said(notebook: str | None = None) -> str:
     Raises:
         ImatchError: there is no such notebook.
     """
-    known = {path.stem: path for path in sorted(settings.from_workspace("notebooks").glob("*.ipynb"))}
+    known = {path.stem: path for path in sorted(notebooks().glob("*.ipynb"))}
     if notebook is not None and notebook not in known:
         raise ImatchError(config.unknown("notebook", notebook, known))
     lines = []

@@ -305,7 +305,7 @@ def examine(check: Callable[[], str]) -> tuple[str, str]:
         return "--", str(absent)
     except ImatchError as error:
         return "FIX", str(error)
-    except (ImportError, OSError, RuntimeError) as error:  # a library that is broken is a finding, too
+    except Exception as error:  # a library that is broken in whatever way is a finding, too
         return "FIX", f"{type(error).__name__}: {error}; build the image anew (outside of it: make clean setup)"
 
 

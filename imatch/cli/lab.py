@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 
 from imatch.cli import demo, doctor
 from imatch.core import settings
+from imatch.core.types import ImatchError
 
 
 def main(cpu: bool, jupyter: Sequence[str]) -> int:
@@ -25,6 +27,8 @@ def main(cpu: bool, jupyter: Sequence[str]) -> int:
         print("JupyterLab opens all the same.", flush=True)
     try:
         demo.write(settings.from_workspace("data/demo"))
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ImatchError) as error:
         print(f"no demo photographs in data/demo: {error}", flush=True)
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise ImatchError("jupyterlab is not installed: pip install 'imatch[notebooks]'")
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *jupyter])

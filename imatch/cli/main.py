@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ EXTRAS = {
         ("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "nbformat", "papermill"), "notebooks"
     ),
     **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
+    "distributed": "dask",
     "faiss": "notebooks,cpu",
+    "openvino": "openvino",
+    "redis": "redis",
     "skimage": "demo",
 }
 """Packages that the base does not bring -> the extra that does."""
@@ -53,6 +57,13 @@ class Group(click.Group):
             if error.name not in EXTRAS:
                 raise
             said = f"{error.name} is not installed: pip install 'imatch[{EXTRAS[error.name]}]'"
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except KeyboardInterrupt:  # click would exit with 1, which means "no match"
+            click.echo("stopped", err=True)
+            return context.exit(130)
         click.echo(f"error: {said}", err=True)
         return context.exit(2)
 
@@ -68,9 +79,12 @@ def main() -> None:
 @click.argument("b", required=False)
 @click.option("-o", "--output", help="Write the picture (.png) or everything (.json); of a folder, the pairs (.csv).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of words.")
-@click.option("--weight", default="sift", show_default=True, help="Backbone: sift, dsift, or weights of data_key.json.")
+@click.option("--weight", default="sift", show_default=True, help="Backbone: sift, dsift, or weights of the registry.")
+@REGISTRY
 @click.pass_context
-def match(context: click.Context, a: str, b: str | None, output: str | None, as_json: bool, weight: str) -> None:
+def match(
+    context: click.Context, a: str, b: str | None, output: str | None, as_json: bool, weight: str, data_key: str
+) -> None:
     """Say whether two photographs show the same, or which photographs of a folder do.
 
     The exit code is 0 for a match, 1 for none, 2 for an error.
@@ -81,10 +95,12 @@ def match(context: click.Context, a: str, b: str | None, output: str | None, as_
 
     if b is None and not from_workspace(a).is_dir():
         raise ImatchError(f"{a} is not a folder: give two photographs, or a folder of them")
+    if b is not None and any(from_workspace(one).is_dir() for one in (a, b)):
+        raise ImatchError(f"{a!r} and {b!r} are not two photographs: a folder is matched alone")
     folder = b is None
     if output:
         api.check_ending(Path(output), (".csv",) if folder else (".png", ".json"))
-    found = api.match_folder(a, weight) if b is None else api.match(a, b, weight)
+    found = api.match_folder(a, weight, data_key=data_key) if b is None else api.match(a, b, weight, data_key=data_key)
     if output:
         found.save(output)
     print(json.dumps(found.record(), ensure_ascii=False) if as_json else found)
@@ -136,9 +152,9 @@ def export(step: str, files: str, folder: str, on_change: str) -> None:
     from imatch.data.store import Embeddings
     from imatch.export import per_image
 
-    opened = open_step(step_folder(step), on_change)
+    opened = replace(open_step(step_folder(step)), on_change=on_change)
     where = from_workspace(folder) if folder else None
-    written = per_image.export(opened, Embeddings(opened.folder), files.split(","), where)
+    written = per_image.export_files(opened, Embeddings(opened.folder), files.split(","), where)
     print(f"{written} files written")
 
 
@@ -163,13 +179,18 @@ def send(step: str, ttl_hours: float) -> None:
     from imatch.core.step import open_step, step_folder
     from imatch.steps import send as steps
 
-    print(steps.send(open_step(step_folder(step)), to="redis", ttl=round(3600 * ttl_hours)))
+    opened = open_step(step_folder(step))
+    if opened.name != "03_index":
+        raise ImatchError(f"{opened.folder} is a {opened.name}: give the folder of a 03_index")
+    print(steps.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
 
 
 @main.command()
 @REGISTRY
-@click.option("--side", default=512, show_default=True, help="Pixels of square photographs.")
-@click.option("--batch-size", default=8, show_default=True, help="Photographs per forward pass.")
+@click.option("--side", default=512, show_default=True, type=click.IntRange(1), help="Pixels of square photographs.")
+@click.option(
+    "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Photographs per forward pass."
+)
 @click.pass_context
 def weights(context: click.Context, data_key: str, side: int, batch_size: int) -> None:
     """Say which data sets and weights are there, and what they need on this machine."""
@@ -210,9 +231,12 @@ def params(notebook: str | None) -> None:
 @click.pass_context
 def demo(context: click.Context, folder: str, photographs: bool, exports: str) -> None:
     """Run the whole chain on 18 real photographs (minutes)."""
-    from imatch.cli import batch
     from imatch.cli import demo as demonstration
 
+    if not photographs:
+        from imatch.cli import batch
+
+        batch.notebooks()  # said before anything is written
     written = demonstration.write(from_workspace(folder))
     print(f"{written} of {len(demonstration.PHOTOGRAPHS)} demo photographs written to {folder}")
     if not photographs:

@@ -149,10 +149,7 @@ _work: list[Callable[[Any], Any]] = []
 
 def _begin(function: Callable[[Any], Any]) -> None:
     """In a worker: one thread, and an end when the process above is gone. That one alone is interrupted."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    threadpool_limits(1)
+    _take_cores(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     _work[:] = [function]
@@ -164,7 +161,12 @@ def _end_with(above: Any) -> None:
 
 
 def _do(item: Any) -> Any:
-    return _work[0](item)
+    try:
+        return _work[0](item)
+    except ImatchError:
+        raise
+    except Exception as error:  # not every exception can be sent to another process
+        raise portable(error) from None
 
 
 ENGINES = {

@@ -233,37 +233,43 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "
         if not data:
             raise PhotographError("empty file")
         with Image.open(io.BytesIO(data)) as image:
-            _check_size(image)
-            exif = _exif(image)
-            turn = _turn(image, exif)
-            size = image.size if _sideways(turn) else image.size[::-1]
-            target = resize.target(size, patch) if resize else size
-            lying = _sideways(turn)
-            # a box in the middle is the same box before and after turning upright, but for its sides
-            left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
-            box = (top, left, bottom, right) if lying else (left, top, right, bottom)
-            pixels = _resized(image, target[::-1] if lying else target, box, by)
-            if turn in UPRIGHT:
-                pixels = pixels.transpose(UPRIGHT[turn])
-            return Decoded(
-                np.asarray(pixels), size, hashlib.sha256(data).hexdigest(), _position(exif), (left, top, right, bottom)
-            )
+            return _decoded(image, hashlib.sha256(data).hexdigest(), resize, patch, by)
 
 
-def from_pixels(pixels: np.ndarray, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
-    """Take a photograph that is in memory already, as `decode` takes one from disk.
+def from_memory(
+    photograph: np.ndarray | Image.Image, resize: Resize | None = None, patch: int = 1, by: str = "opencv"
+) -> Decoded:
+    """Take a photograph that is in memory already, in every respect as `decode` takes one from disk.
 
     Args:
-        pixels: (h, w, 3) uint8 RGB, upright.
+        photograph: a Pillow image, or (h, w, 3) uint8 RGB, upright.
         resize, patch, by: as of `decode`.
 
-    >>> from_pixels(np.zeros((20, 30, 3), np.uint8), Resize("scale", scale=0.5)).pixels.shape
+    Raises:
+        PhotographError: it has no pixels, or Pillow cannot decode them.
+
+    >>> from_memory(np.zeros((20, 30, 3), np.uint8), Resize("scale", scale=0.5)).pixels.shape
     (10, 15, 3)
     """
-    h, w = pixels.shape[:2]
-    box = resize.box((h, w)) if resize else (0.0, 0.0, float(w), float(h))
-    seen = _resized(Image.fromarray(pixels), resize.target((h, w), patch) if resize else (h, w), box, by)
-    return Decoded(np.asarray(seen), (h, w), hashlib.sha256(pixels.tobytes()).hexdigest(), None, box)
+    with _reasons():
+        image = Image.fromarray(photograph) if isinstance(photograph, np.ndarray) else photograph
+        return _decoded(image, hashlib.sha256(image.tobytes()).hexdigest(), resize, patch, by)
+
+
+def _decoded(image: Image.Image, sha256: str, resize: Resize | None, patch: int, by: str) -> Decoded:
+    _check_size(image)
+    exif = _exif(image)
+    turn = _turn(image, exif)
+    size = image.size if _sideways(turn) else image.size[::-1]
+    target = resize.target(size, patch) if resize else size
+    lying = _sideways(turn)
+    # a box in the middle is the same box before and after turning upright, but for its sides
+    left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
+    box = (top, left, bottom, right) if lying else (left, top, right, bottom)
+    pixels = _resized(image, target[::-1] if lying else target, box, by)
+    if turn in UPRIGHT:
+        pixels = pixels.transpose(UPRIGHT[turn])
+    return Decoded(np.asarray(pixels), size, sha256, _position(exif), (left, top, right, bottom))
 
 
 def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -283,7 +289,7 @@ def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -
     """
     resize = Resize("long_side", long_side=side)
     if isinstance(photograph, np.ndarray):
-        return from_pixels(photograph, resize).pixels
+        return from_memory(photograph, resize).pixels
     try:
         return decode(photograph, resize).pixels
     except PhotographError:
@@ -318,6 +324,8 @@ def file_digest(path: Path) -> str:
 
 def _check_size(image: Image.Image) -> None:
     w, h = image.size
+    if not w * h:
+        raise PhotographError("no pixels")
     if w * h > MAX_PIXELS:
         raise PhotographError(f"too large to decode: {w} x {h} are {w * h} pixels, more than {MAX_PIXELS}")
 

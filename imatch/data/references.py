@@ -1,5 +1,5 @@
-"""Photograph -> View: rotated and cropped references with their exact matrix. A kind is one class in one file
-and one line in the table.
+"""Photograph -> View: rotated and cropped references with their exact matrix. A kind is one class and one line in
+the table.
 
 Every kind maps in "edge" coordinates, where a pixel covers [i, i + 1], as Pillow does inside; the matrices that
 leave this file are for pixel centres at whole numbers, as everywhere in imatch.

@@ -1,4 +1,4 @@
-"""Where results go. A sink is one class in one file and one line in the table."""
+"""Where results go. A sink is one class and one line in a table."""
 
 from __future__ import annotations
 

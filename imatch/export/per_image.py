@@ -1,4 +1,4 @@
-"""Per-image files, out: a tree of `.npy` + `_meta.json` for people and other tools (`legacy` reads such trees).
+"""Per-image files, out: a tree of `.npy` + `_meta.json` for people and other tools (`import_tree` reads such trees).
 
     <folder>/<dataset>/<weight>/<label>/GlobalToken/GlobalToken_res256_raw_dinov3_vits16_LVD_<label>_<frame>.npy
     <folder>/<dataset>/<weight>/<label>/rot045/ReferenceGlobal/ReferenceGlobal_res256_raw_..._<label>_<frame>.npy

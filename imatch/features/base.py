@@ -1,4 +1,4 @@
-"""Photographs -> Tokens, in one forward pass. A backbone is one class in one file and one line in the table."""
+"""Photographs -> Tokens, in one forward pass. A backbone is one class and one line in a table."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def sink_of(to: str, ttl: int) -> Redis | None:
 
 
 def message(results: Mapping[str, Any], row: Row) -> bytes:
-    """What is sent of one query, on one line: JSON as sinks/coarse_localisation.schema.json describes it.
+    """What is sent of one query, on one line: JSON as retrieval/coarse_localisation.schema.json describes it.
 
     Args:
         results: what results.json holds.

@@ -478,7 +478,7 @@ def test_pairs_of_two_references_know_their_truth(house):
         ({"matcher_options": {"min_similarty": 0.5}}, "did you mean 'min_similarity'"),
         ({"model": "rigid"}, "is not known"),
         ({"outputs": ["jpg"]}, "unknown output"),
-        ({"confidence": 2.0}, "between 0 and 1"),
+        ({"confidence": 2.0}, "confidence must be less than 1"),
         ({"tag": "a/b"}, "part of a folder's name"),
     ],
     ids=str,

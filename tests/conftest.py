@@ -1,7 +1,9 @@
 """Photographs and finished steps that several tests use."""
 
+import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +15,13 @@ from tools.sift_vocabulary import dead_leaves
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test sets in its own process, as `imatch run --exports` does, is gone after it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -204,11 +204,11 @@ def match(
     names = [source.name if isinstance(source, Path) else name for source, name in zip(sources, "ab", strict=True)]
     backbone.load()
     both, at_once = list(zip(sources, names, strict=True)), _at_once(weight, sources)
-    seen = []
-    for (source, name), found in zip(both, compute.ahead(partial(_tried, backbone), both, at_once, 2), strict=True):
+    with compute.without_opencv_threads() if at_once > 1 else contextlib.nullcontext():
+        seen = list(compute.ahead(partial(_tried, backbone), both, at_once, 2))
+    for (source, name), found in zip(both, seen, strict=True):
         if isinstance(found, PhotographError):
             raise PhotographError(f"{files.printable(str(source if isinstance(source, Path) else name))}: {found}")
-        seen.append(found)
     return _matched(*seen)
 
 

@@ -74,7 +74,7 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
         return
     pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(function,))
     try:
-        with _without_threads():
+        with without_opencv_threads():
             pool.submit(int).result()  # the first job starts the processes
         yield from progress(_ordered(pool, _do, items, 2 * workers), what, len(items), delay=0)
     except BrokenProcessPool as error:
@@ -131,8 +131,9 @@ def progress(items: Iterable[T], what: str, total: int | None = None, delay: flo
 
 
 @contextmanager
-def _without_threads() -> Iterator[None]:
-    """End OpenCV's threads for the block that starts workers: a forked one would wait for ever to end them itself."""
+def without_opencv_threads() -> Iterator[None]:
+    """End OpenCV's threads for a block that has threads of its own, or that starts workers: a forked one would wait for
+    ever to end them itself."""
     import cv2
 
     threads = cv2.getNumThreads()

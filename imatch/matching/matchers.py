@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -154,11 +155,17 @@ def products(a: Side, b: Side, device: str) -> Iterator[Any]:
     tile = library.empty((n, len(of_b)), dtype=of_a.dtype, device=of_a.device)
     for first in range(0, max(1, len(of_a)), n):
         rows = of_a[first : first + n]
-        # OpenBLAS rounds differently with another number of threads, and the engines differ in that. The lock is there
-        # because the limit is the whole process's
-        with _BLAS_LOCK, _BLAS.limit(limits=1):
+        with _one_thread() if device == "cpu" else nullcontext():
             library.matmul(rows, of_b.T, out=tile[: len(rows)])
         yield tile[: len(rows)]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """OpenBLAS on one thread: it rounds differently with another number, and the engines differ in that. The lock is
+    there because the limit is the whole process's."""
+    with _BLAS_LOCK, _BLAS.limit(limits=1):
+        yield
 
 
 def largest(scores: Any, k: int) -> Nearest:
@@ -277,8 +284,18 @@ def _greedy(i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return kept
 
 
+class _Checked:
+    """A matcher whose fields are what their type hints say, on a device that is there."""
+
+    device: str
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        object.__setattr__(self, "device", compute.resolved(self.device))
+
+
 @dataclass(frozen=True)
-class Mutual:
+class Mutual(_Checked):
     """Pairs in which each side is among the other's nearest neighbours by cosine.
 
     Attributes:
@@ -312,10 +329,6 @@ class Mutual:
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
 
-    def __post_init__(self) -> None:
-        config.check(self)
-        object.__setattr__(self, "device", compute.resolved(self.device))
-
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
         of_a, of_b = sides(a, b, self.min_norm)
@@ -328,7 +341,7 @@ class Mutual:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(_Checked):
     """Mutual nearest neighbours that are clearly nearer than anything elsewhere, seen from either photograph.
 
     A pair is kept when its angle is below `max_ratio` times the angle to its rival, the most similar descriptor in
@@ -361,10 +374,6 @@ class Ratio:
     apart: NonNegativeFloat = 1.5
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        object.__setattr__(self, "device", compute.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
@@ -412,7 +421,7 @@ def _angle(cosine: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DualSoftmax:
+class DualSoftmax(_Checked):
     """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
 
     The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor
@@ -439,10 +448,6 @@ class DualSoftmax:
     min_probability: config.Share = 0.2
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        object.__setattr__(self, "device", compute.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""

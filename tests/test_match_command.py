@@ -117,7 +117,7 @@ def test_a_folder_of_one_photograph_is_refused(tmp_path, photographs):
     done = run(tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "holds 1 photograph" in line
+    assert "holds 1 that can be read" in line
 
 
 def test_large_folders_are_matched_through_retrieval(monkeypatch, photographs):
@@ -144,6 +144,8 @@ def test_paths_arrays_and_pillow_images_are_alike(photographs):
     assert found[0].rotation == pytest.approx(60, abs=0.5)
     assert found[0].scale == pytest.approx(1, abs=0.01)
     assert found[0].show().axes
+    assert found[0]
+    assert not imatch.match(photographs / "coffee.png", photographs / "rocket.jpg")
     assert found[3].names == ("a", "b")
 
 

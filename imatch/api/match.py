@@ -59,7 +59,7 @@ class Correspondences:
 
 @dataclass(frozen=True)
 class Match:
-    """What two photographs, A and B, have in common. As text it is one sentence.
+    """What two photographs, A and B, have in common. As text it is one sentence; it is true when verified.
 
     Attributes:
         verified: whether they show the same thing.
@@ -85,6 +85,9 @@ class Match:
     descriptors: tuple[int, int]
     names: tuple[str, str]
     _photographs: tuple[Path | np.ndarray, Path | np.ndarray] = field(repr=False)
+
+    def __bool__(self) -> bool:
+        return self.verified
 
     def __str__(self) -> str:
         if self.rotation is None or self.scale is None:
@@ -373,7 +376,7 @@ def match_folder(
         _check_memory(found.tokens, len(names), folder)
     if len(seen) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
-        raise ImatchError(f"{folder} holds {len(seen)} photographs that can be read, two are needed{left_out}")
+        raise ImatchError(f"two photographs are needed, and {folder} holds {len(seen)} that can be read{left_out}")
     pairs = _nearest(seen) if len(seen) > RETRIEVED else list(itertools.combinations(range(len(seen)), 2))
     rows = list(_each(lambda pair: _matched(seen[pair[0]], seen[pair[1]]).row, pairs, "match", settings.cores()))
     together = [(row["query"], row["candidate"]) for row in rows if row["verified"]]

@@ -478,12 +478,12 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     vectors = rng.normal(size=(2000, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     files.write_array(tmp_path / "vectors.npy", vectors)
-    mapped, keys = np.load(tmp_path / "vectors.npy", mmap_mode="r"), searcher.digests(vectors)
+    mapped, gallery = np.load(tmp_path / "vectors.npy", mmap_mode="r"), searcher.digest(vectors)
     answers = {}
     for name, rows in (("whole", 0), ("local", 300), ("processes", 300)):
         engine = compute.create_engine("local" if name == "whole" else name)
-        searcher.build(tmp_path / name, mapped, keys, kind=kind, shard_rows=rows, engine=engine)
-        found = searcher.Searcher(tmp_path / name, mapped, keys, device="cpu")
+        searcher.build(tmp_path / name, mapped, gallery, kind=kind, shard_rows=rows, engine=engine)
+        found = searcher.Searcher(tmp_path / name, mapped, gallery, device="cpu")
         effort = max(found.kind.efforts(len(vectors)), default=None)
         answers[name] = found.search(vectors[::50], 10, effort=effort)
     for i in (2, 0, 1):
@@ -491,13 +491,13 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
             searcher.build(
                 tmp_path / "parts",
                 mapped,
-                keys,
+                gallery,
                 kind=kind,
                 shard_rows=300,
                 engine=compute.create_engine(shard=f"{i}/3"),
             )
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")}
-    searcher.build(tmp_path / "parts", mapped, keys, kind=kind, shard_rows=300)
+    searcher.build(tmp_path / "parts", mapped, gallery, kind=kind, shard_rows=300)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")} == made
     shards = sorted((tmp_path / "local").glob("0*.faiss"))
     assert len(shards) == 7
@@ -511,21 +511,19 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
 
 def test_parts_do_not_mend_an_index(tmp_path):
     vectors = np.eye(40, dtype=np.float32)
-    keys, part = searcher.digests(vectors), compute.create_engine(shard="0/2")
+    few, part = vectors[:30], compute.create_engine(shard="0/2")
     with pytest.raises(ImatchError, match="parts must choose the same index"):
-        searcher.build(tmp_path / "index", vectors, keys, engine=part)
-    searcher.build(tmp_path / "index", vectors[:30], keys[:30], kind="flat")
+        searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), engine=part)
+    searcher.build(tmp_path / "index", few, searcher.digest(few), kind="flat")
     with pytest.raises(PartDoneError, match="so are all others"):
-        searcher.build(tmp_path / "index", vectors[:30], keys[:30], kind="flat", engine=part)
-    with pytest.raises(ImatchError, match="wants only some more vectors: run it once without a shard"):
-        searcher.build(tmp_path / "index", vectors, keys, kind="flat", engine=part)
-    with pytest.raises(ImatchError, match="made anew, which parts cannot"):
-        searcher.build(tmp_path / "index", vectors, keys, kind="hnsw", engine=part)
+        searcher.build(tmp_path / "index", few, searcher.digest(few), kind="flat", engine=part)
+    with pytest.raises(ImatchError, match="built again, which parts cannot"):
+        searcher.build(tmp_path / "index", few, searcher.digest(few), kind="hnsw", engine=part)
     (tmp_path / "index" / "index.json").rename(kept := tmp_path / "index.json")
     with pytest.raises(ImatchError, match="holds what is left of another index: delete it"):
-        searcher.build(tmp_path / "index", vectors, keys, kind="hnsw", engine=part)
+        searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind="hnsw", engine=part)
     kept.rename(tmp_path / "index" / "index.json")
-    assert len(searcher.Searcher(tmp_path / "index", vectors[:30], keys[:30], device="cpu").shards) == 1
+    assert len(searcher.Searcher(tmp_path / "index", few, searcher.digest(few), device="cpu").shards) == 1
 
 
 def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):

@@ -263,10 +263,9 @@ class Embeddings:
         return _mapped(self.folder / "global.npy")
 
     @property
-    def digests(self) -> np.ndarray:
-        """(N,) uint64, the `vector_digest` of each row: those of the list, or of the vectors if it has none."""
-        found = (row.get("vector") or vector_digest(self.vectors[i]) for i, row in enumerate(self.rows))
-        return np.fromiter((int(digest, 16) for digest in found), np.uint64, len(self))
+    def digest(self) -> str:
+        """Digest its vectors in their order, by the `vector_digest` of the list, or of a vector where it has none."""
+        return files.digest([row.get("vector") or vector_digest(self.vectors[i]) for i, row in enumerate(self.rows)])
 
     def _path(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / "local" / f"{shard:05d}{suffix}"

@@ -1,17 +1,14 @@
-"""Nearest neighbours among the vectors of a gallery: an index on disk in shards, built, kept up to date, searched.
+"""Nearest neighbours among the vectors of a gallery: an index on disk in shards, built and searched.
 
-    index.json      what was asked and chosen, written first; the names of its shards, written last
+    index.json      what was asked and chosen, and of which gallery, written first
     trained.faiss   what was learned from a sample (kinds that learn)
-    00000.faiss     a shard: an index of some of the vectors, mapped into memory when it is searched
-    00000.npy       (n,) uint64: whose vectors these are, by their digests
+    00000.faiss     a shard: an index of the next rows of the gallery, mapped into memory when it is searched
 
-Which row of the gallery a vector is follows from the digests, so that photographs may come and go: only shards that
-hold a vector which is gone are made anew, and new vectors become new shards, all with what was learned before.
+Shards are what a build that was killed resumes by; an index of another gallery is built again.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 from collections import deque
@@ -85,21 +82,19 @@ def sample(n: int, most: int = SAMPLE) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(most, n)).astype(int))
 
 
-def digests(vectors: np.ndarray) -> np.ndarray:
-    """(N,) uint64, the `store.vector_digest` of each vector, as a number.
+def digest(vectors: np.ndarray) -> str:
+    """Digest (N, D) vectors in their order, as `Embeddings.digest` does.
 
-    >>> one = np.ones((1, 2), np.float32)
-    >>> f"{digests(one)[0]:016x}" == store.vector_digest(one[0])
-    True
+    >>> digest(np.eye(2, dtype=np.float32)) == digest(np.eye(2, dtype=np.float32)[::-1])
+    False
     """
-    found = (int(store.vector_digest(vector), 16) for block in _blocks(vectors) for vector in block)
-    return np.fromiter(found, np.uint64, len(vectors))
+    return files.digest([store.vector_digest(vector) for block in _blocks(vectors) for vector in block])
 
 
 def build(
     folder: Path,
     vectors: np.ndarray,
-    keys: np.ndarray,
+    gallery: str,
     *,
     kind: str = "auto",
     options: Mapping[str, Any] | None = None,
@@ -107,17 +102,13 @@ def build(
     shard_rows: int = 0,
     engine: Engine = LOCAL,
 ) -> None:
-    """Build the index of a gallery in a folder, or bring the one that is there up to date.
-
-    A killed build goes on where it stopped (of a gallery that has changed meanwhile, before the index was whole for the
-    first time, most shards are made anew). Vectors are looked at where they are added; where some are not normalised,
-    an index that was whole before stays as it is. What was learned stays while the gallery has between half and twice
-    as many vectors as it was learned from.
+    """Build the index of a gallery in a folder, unless it is there; one of another gallery, or asked for otherwise, is
+    built again. A killed build resumes where it stopped.
 
     Args:
         folder: of the index alone.
         vectors: (N, D) float32, L2-normalised; a memory map is read block by block.
-        keys: (N,) uint64, their `digests`.
+        gallery: their `digest`.
         kind: a name of `kinds.INDEXES`, or "auto" (`choose`).
         options: fields of that kind.
         memory: bytes it may take; 0 is half of what is free.
@@ -125,82 +116,57 @@ def build(
         engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
-        ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
-            of an index that is there and only wants to be brought up to date.
+        ImatchError: no vectors, or not finite, or not normalised (an index that is there stays as it is); options that
+            do not fit; more than the memory; a part of an index that is to be built again.
         PartDoneError: see `compute.do`.
     """
     if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
         raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
-    if len(keys) != len(vectors):
-        raise ImatchError(f"{len(keys)} digests for {len(vectors)} vectors")
     n, d = vectors.shape
-    asked = {"asked": kind, "given": dict(options or {}), "dimension": d, "memory": memory}
+    given = {"asked": kind, "given": dict(options or {}), "memory": memory, "shard_rows": shard_rows}
+    asked = {**given, "gallery": gallery, "vectors": n, "dimension": d}
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
-    lasts = all(plan.get(name) == value for name, value in asked.items()) and n / 2 <= plan["learned_of"] <= 2 * n
-    begun = bool(plan)
+    same = all(plan.get(name) == value for name, value in asked.items())
     if engine.shard:
-        _check_part(folder, begun, lasts, kind, memory)
-    if not lasts:
-        plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "learned_of": n, "shards": [], "build_ms": 0.0}
+        _check_part(folder, bool(plan), same, kind, memory)
+    if not same:
+        if plan:
+            deque(_taken(vectors, np.arange(n)), maxlen=0)
+        plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "build_ms": 0.0}
+        plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
         if not engine.shard:
-            if begun:
-                _check(vectors, np.arange(n))
             shutil.rmtree(folder, ignore_errors=True)
         files.write_json(folder / "index.json", plan)
     started = time.perf_counter()
-    made = kinds.create_kind(plan["kind"], plan["options"])
-    _trained(folder, made, vectors, plan["learned_of"])
-    stays, others = _standing(folder, keys)
-    missing = _left(n, stays)
-    was_whole = "vectors" in plan
-    if engine.shard and was_whole and len(missing):
-        raise ImatchError(f"the index at {folder} wants only some more vectors: run it once without a shard")
-    if was_whole:
-        _check(vectors, missing)
-    kept = stays if was_whole else {}  # else all parts find the same jobs, whatever is done of them
-    jobs = _jobs(kept, keys, shard_rows or max(1, SHARD // max(1, made.memory(n, d) // n)))
+    _trained(folder, _kind(plan), vectors)
     adding = _Adding(folder, plan, vectors)
+    jobs = _shards(plan)
+    was_there = all(adding.done(job) for job in jobs)
     fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
     places = ["cpu"] * min(fit, settings.cores())
     deque(compute.do(engine, compute.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
-    names, changes = [*kept, *(job.name for job in jobs)], len(missing) > 0 or others
-    spent = 1000 * (time.perf_counter() - started) if changes else 0
-    said = {"build_ms": round(plan["build_ms"] + spent, 3), "effort": None if changes else plan.get("effort")}
-    files.write_json(folder / "index.json", {**plan, "shards": sorted(names), **said, "vectors": n})
-    for path in [*folder.glob("[0-9]*.faiss"), *folder.glob("[0-9]*.npy")]:
-        if path.stem not in names:
-            path.unlink()
+    if not was_there:
+        spent = plan["build_ms"] + 1000 * (time.perf_counter() - started)
+        files.write_json(folder / "index.json", {**plan, "build_ms": round(spent, 3)})
 
 
-def _check_part(folder: Path, begun: bool, lasts: bool, kind: str, memory: int) -> None:
+def _check_part(folder: Path, begun: bool, same: bool, kind: str, memory: int) -> None:
     """Refuse a part of an index that would not be that of the other parts, or would take theirs away."""
-    if begun and not lasts:
-        raise ImatchError(f"the index at {folder} is made anew, which parts cannot: run it once without a shard")
+    if begun and not same:
+        raise ImatchError(f"the index at {folder} is built again, which parts cannot: run it once without a shard")
     if kind == "auto" and not memory:
         raise ImatchError("parts must choose the same index: name one, such as flat, or give memory_gb")
-    if not lasts and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
+    if not same and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
         raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
 
 
-def _standing(folder: Path, keys: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
-    """The rows of each shard that holds vectors of the gallery only, and whether there are others."""
-    held = {name: np.load(folder / f"{name}.npy") for name in _whole(folder)}
-    rows = _rows(list(held.values()), keys)
-    stays = {name: part for name, part in zip(held, rows, strict=True) if (part >= 0).all()}
-    return stays, len(stays) < len(held)
+def _kind(plan: Mapping[str, Any]) -> kinds.Kind:
+    return kinds.create_kind(plan["kind"], plan["options"])
 
 
-def _left(n: int, shards: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Those of n rows that no shard holds."""
-    return np.setdiff1d(np.arange(n), np.concatenate([np.zeros(0, int), *shards.values()]))
-
-
-def _jobs(kept: Mapping[str, np.ndarray], keys: np.ndarray, size: int) -> list[_Shard]:
-    """Shards of `size` for the rows that the kept ones do not hold, under names of their own."""
-    left = _left(len(keys), kept)
-    free = (f"{i:05d}" for i in itertools.count() if f"{i:05d}" not in kept)
-    parts = (left[first : first + size] for first in range(0, len(left), size))
-    return [_Shard(next(free), part, keys[part]) for part in parts]
+def _shards(plan: Mapping[str, Any]) -> list[_Shard]:
+    n, size = plan["vectors"], plan["rows"]
+    return [_Shard(f"{i:05d}", first, min(n, first + size)) for i, first in enumerate(range(0, n, size))]
 
 
 def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) -> dict[str, Any]:
@@ -219,14 +185,10 @@ def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) ->
     return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
 
 
-def _check(vectors: np.ndarray, rows: np.ndarray) -> None:
-    """Look at vectors before anything that is there is touched for them."""
-    deque(_taken(vectors, rows), maxlen=0)
-
-
 def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
     """Some rows, block by block, looked at for whether they are normalised."""
-    for part in _parts(rows, vectors.shape[1]):
+    size = max(1, BLOCK // vectors.shape[1])
+    for part in (rows[first : first + size] for first in range(0, len(rows), size)):
         block = files.take(vectors, part)
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
@@ -236,23 +198,22 @@ def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
         yield block
 
 
-def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray, n: int) -> faiss.Index:
+def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray) -> faiss.Index:
     """The empty index, trained: what was saved, or learned now from evenly spread vectors."""
     path = folder / "trained.faiss"
     if path.is_file():
         return _read(path)
-    index = made.empty(n, vectors.shape[1])
+    index = made.empty(*vectors.shape)
     if not index.is_trained:
-        rows = np.unique(np.linspace(0, len(vectors) - 1, min(made.learns_from(n), len(vectors))).astype(int))
-        sample = np.concatenate(list(_taken(vectors, rows)))
+        seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is not None:
             ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
         try:
-            index.train(sample)
+            index.train(seen)
         except RuntimeError as error:
             said = str(error).strip().splitlines()[-1]
-            raise ImatchError(f"{len(sample)} vectors are too few to learn from ({said}): use flat") from error
+            raise ImatchError(f"{len(seen)} vectors are too few to learn from ({said}): use flat") from error
         if path.is_file():  # another part was first
             return _read(path)
         _write(path, index)
@@ -261,11 +222,11 @@ def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray, n: int) -> fai
 
 @dataclass(frozen=True)
 class _Shard:
-    """A job: the rows of the gallery that become one shard, and their keys."""
+    """A job: the rows of the gallery, from the first to before the last, that become one shard."""
 
     name: str
-    rows: np.ndarray
-    keys: np.ndarray
+    first: int
+    last: int
 
 
 class _Adding:
@@ -285,24 +246,19 @@ class _Adding:
 
     @cached_property
     def trained(self) -> faiss.Index:
-        made = kinds.create_kind(self.plan["kind"], self.plan["options"])
-        return _trained(self.folder, made, self.vectors, self.plan["learned_of"])
+        return _trained(self.folder, _kind(self.plan), self.vectors)
 
     def done(self, shard: _Shard) -> bool:
-        """Whether a shard is on disk, with the vectors that it shall have."""
-        path = self.folder / f"{shard.name}.npy"
-        return path.with_suffix(".faiss").is_file() and np.array_equal(np.load(path), shard.keys)
+        """Whether a shard is on disk."""
+        return (self.folder / f"{shard.name}.faiss").is_file()
 
     def __call__(self, shard: _Shard) -> Row:
-        index, made = faiss.clone_index(self.trained), kinds.create_kind(self.plan["kind"], self.plan["options"])
-        with _threads(1 if made.in_order else faiss.omp_get_max_threads()):
-            for block in _taken(self.vectors, shard.rows):
+        index = faiss.clone_index(self.trained)
+        with _threads(1 if _kind(self.plan).in_order else faiss.omp_get_max_threads()):
+            for block in _taken(self.vectors, np.arange(shard.first, shard.last)):
                 index.add(block)
-        path = self.folder / f"{shard.name}.faiss"
-        path.unlink(missing_ok=True)  # an older shard of that name must not pass for this one
-        files.write_array(path.with_suffix(".npy"), shard.keys)
-        _write(path, index)  # last: it says that the shard is whole
-        return {"shard": shard.name, "vectors": len(shard.rows)}
+        _write(self.folder / f"{shard.name}.faiss", index)
+        return {"shard": shard.name, "vectors": index.ntotal}
 
 
 @contextmanager
@@ -313,23 +269,6 @@ def _threads(n: int) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
-
-
-def _whole(folder: Path) -> list[str]:
-    return sorted(p.stem for p in folder.glob("[0-9]*.faiss") if p.with_suffix(".npy").is_file())
-
-
-def _rows(held: Sequence[np.ndarray], keys: np.ndarray) -> list[np.ndarray]:
-    """For each shard's digests the rows of the gallery that they are, -1 where a vector is gone; equal vectors are told
-    apart by their order, each row given once."""
-    all_held = np.concatenate([np.zeros(0, np.uint64), *held])
-    by_key, by_held = np.argsort(keys, kind="stable"), np.argsort(all_held, kind="stable")
-    wanted, there = keys[by_key], all_held[by_held]
-    place = np.searchsorted(wanted, there) + np.arange(len(there)) - np.searchsorted(there, there)
-    rows = np.full(len(there), -1)
-    found = place < np.searchsorted(wanted, there, "right")
-    rows[by_held[found]] = by_key[place[found]]
-    return np.split(rows, np.cumsum([len(part) for part in held])[:-1]) if held else []
 
 
 @dataclass(frozen=True)
@@ -353,7 +292,7 @@ class Searcher:
     Args:
         folder: the index' folder.
         vectors: (N, D) float32, as they were given to `build`.
-        keys: (N,) uint64, their `digests`.
+        gallery: their `digest`.
         device: "cpu", "cuda" (all GPUs), "cuda:N", or "auto": all GPUs if FAISS sees some and knows the kind there.
         float16: whether a GPU keeps numbers in 16 bits.
 
@@ -364,34 +303,33 @@ class Searcher:
     >>> import tempfile
     >>> vectors = np.eye(3, dtype=np.float32)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     build(Path(folder) / "index", vectors, digests(vectors))
-    ...     Searcher(Path(folder) / "index", vectors, digests(vectors)).search(vectors[1:], k=1).rows.tolist()
+    ...     build(Path(folder) / "index", vectors, digest(vectors))
+    ...     Searcher(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
     [[1], [2]]
     """
 
     def __init__(
-        self, folder: Path, vectors: np.ndarray, keys: np.ndarray, *, device: str = "auto", float16: bool = False
+        self, folder: Path, vectors: np.ndarray, gallery: str, *, device: str = "auto", float16: bool = False
     ) -> None:
         if not (folder / "index.json").is_file():
             raise StepError(f"no index at {folder}: run 03_index again")
         self.folder, self.vectors, self.device = folder, vectors, device
         self.plan = files.read_json(folder / "index.json")
-        self.kind = kinds.create_kind(self.plan["kind"], self.plan["options"])
-        names = self.plan["shards"]
-        if not names or not set(names) <= set(_whole(folder)):
-            raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
-        held = [_load(folder / f"{name}.npy") for name in names]
-        self.rows = _rows(held, keys)
-        n = sum(len(part) for part in held)
-        if self.plan["dimension"] != vectors.shape[1] or n != len(keys) or any((part < 0).any() for part in self.rows):
+        if self.plan.get("gallery") != gallery:
             raise StepError(
-                f"the index at {folder} is older than its gallery: it holds {n} vectors of {self.plan['dimension']} "
-                f"numbers, not these {len(keys)} of {vectors.shape[1]}. Run it again and set on_change to recompute"
+                f"the index at {folder} is older than its gallery: it holds {self.plan['vectors']} vectors of "
+                f"{self.plan['dimension']} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}. Run it again "
+                "and set on_change to recompute"
             )
-        self.shards = [_read(folder / f"{name}.faiss", mapped=True) for name in names]
-        for shard, part, name in zip(self.shards, held, names, strict=True):
-            if shard.ntotal != len(part):
-                raise StepError(f"{folder / name}.faiss holds {shard.ntotal} vectors, not {len(part)}: delete {folder}")
+        self.kind, shards = _kind(self.plan), _shards(self.plan)
+        paths = [folder / f"{shard.name}.faiss" for shard in shards]
+        if not all(path.is_file() for path in paths):
+            raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
+        self.firsts = [shard.first for shard in shards]
+        self.shards = [_read(path, mapped=True) for path in paths]
+        for index, shard, path in zip(self.shards, shards, paths, strict=True):
+            if index.ntotal != shard.last - shard.first:
+                raise StepError(f"{path} holds {index.ntotal} vectors, not {shard.last - shard.first}: delete {folder}")
         self.gpus = _gpus(device, self.plan["kind"], self.kind.gpu)
         if self.gpus:
             options = faiss.GpuMultipleClonerOptions()
@@ -453,13 +391,13 @@ class Searcher:
 
     def _nearest(self, queries: np.ndarray, depth: int) -> Hits:
         found = []
-        for shard, rows in zip(self.shards, self.rows, strict=True):
+        for shard, first in zip(self.shards, self.firsts, strict=True):
             if self.gpus and depth > 2048:
                 raise ImatchError(
                     f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu"
                 )
             scores, places = shard.search(queries, min(depth, shard.ntotal))
-            found.append((np.where(places < 0, -1, np.append(rows, -1)[places]), scores))
+            found.append((np.where(places < 0, -1, first + places), scores))
         rows, scores = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
         scores = np.where(rows < 0, -np.inf, scores)
         if len(found) > 1:
@@ -499,7 +437,7 @@ class Searcher:
             return []
         k = min(k, len(self.vectors))
         exact = self.exact(queries, k)
-        efforts = [*self.kind.efforts(self.plan["learned_of"])] or [None]
+        efforts = [*self.kind.efforts(len(self.vectors))] or [None]
         self.search(queries, k, efforts[0])  # the first search maps the file and wakes threads
         points = []
         for effort in efforts:
@@ -543,7 +481,7 @@ class Searcher:
 
     def stored(self) -> int:
         """Bytes of its shards on disk."""
-        return sum((self.folder / f"{name}.faiss").stat().st_size for name in self.plan["shards"])
+        return sum((self.folder / f"{shard.name}.faiss").stat().st_size for shard in _shards(self.plan))
 
 
 def _allow_products(d: int) -> None:
@@ -576,11 +514,6 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
         yield files.take(vectors, slice(first, first + size))
 
 
-def _parts(rows: np.ndarray, d: int) -> Iterator[np.ndarray]:
-    size = max(1, BLOCK // d)
-    return (rows[first : first + size] for first in range(0, len(rows), size))
-
-
 def _write(path: Path, index: faiss.Index) -> None:
     """Write an index through Python, for faiss.write_index hides a full disk."""
     with files.atomic(path) as temporary, temporary.open("wb") as file:
@@ -611,13 +544,6 @@ def _read(path: Path, mapped: bool = False) -> faiss.Index:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
         raise StepError(f"{path} is not a whole FAISS index: delete {path.parent} and run 03_index again") from error
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.asarray(np.load(path))
-    except (ValueError, EOFError) as error:
-        raise StepError(f"{path} cannot be read ({error}): delete {path.parent} and run 03_index again") from error
 
 
 def _gb(size: float) -> str:

@@ -513,11 +513,11 @@ class Ways:
                     block = files.take(self.gallery.vectors, slice(first, first + size))
                     file.write(np.ascontiguousarray(whitening(block), "<f4").data.cast("B"))
         vectors = np.load(folder / "whitened.npy", mmap_mode="r")
-        keys, given = searcher.digests(vectors), (asked["index"], asked["index_options"])
+        digest, given = searcher.digest(vectors), (asked["index"], asked["index_options"])
         memory = round(asked["memory_gb"] * 2**30)
-        searcher.build(folder / "index_whitened", vectors, keys, kind=given[0], options=given[1], memory=memory)
+        searcher.build(folder / "index_whitened", vectors, digest, kind=given[0], options=given[1], memory=memory)
         device = self.plain_space.index.device
-        index = Searcher(folder / "index_whitened", vectors, keys, device=device, float16=asked["float16"])
+        index = Searcher(folder / "index_whitened", vectors, digest, device=device, float16=asked["float16"])
         queries = whitening(files.take(self.query.vectors, searcher.sample(len(self.query))))
         tuned = index.tune(index.curve(queries, asked["k"]), asked["recall"])
         if tuned is not None and tuned.recall < asked["recall"]:

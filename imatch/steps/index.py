@@ -196,7 +196,7 @@ def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
 
 
 def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, device: str = "auto") -> Searcher:
-    """Build the index of the gallery's global vectors, or bring the one that is there up to date, and open it.
+    """Build the index of the gallery's global vectors, unless it is there, and open it.
 
     Prints which kind it is, and why.
 
@@ -211,19 +211,18 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
         StepError: a finished step's index is not whole, or older than the gallery.
         PartDoneError: see `compute.do`.
     """
-    folder, asked = step.folder / "index", step.parameters
-    keys = gallery.digests
+    folder, asked, digest = step.folder / "index", step.parameters, gallery.digest
     if not step.finished:
         searcher.build(
             folder,
             gallery.vectors,
-            keys,
+            digest,
             kind=asked["index"],
             options=asked["index_options"],
             memory=round(asked["memory_gb"] * 2**30),
             engine=engine,
         )
-    index = Searcher(folder, gallery.vectors, keys, device=device, float16=asked["float16"])
+    index = Searcher(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index
 

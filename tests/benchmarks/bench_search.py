@@ -45,10 +45,10 @@ def main() -> None:
 def speed(folder: Path) -> None:
     """Exact search by batches, by single calls and as a bare product; and opening what was saved."""
     vectors, queries = unit(N, D, 0), unit(QUERIES, D, 1)
-    keys = searcher.digests(vectors)
+    gallery = searcher.digest(vectors)
     np.save(folder / "vectors.npy", vectors)
-    searcher.build(folder / "index", vectors, keys, kind="flat")
-    index = searcher.Searcher(folder / "index", vectors, keys, device="cpu")
+    searcher.build(folder / "index", vectors, gallery, kind="flat")
+    index = searcher.Searcher(folder / "index", vectors, gallery, device="cpu")
     plain = faiss.IndexFlatIP(D)
     plain.add(vectors)
 
@@ -84,7 +84,7 @@ def speed(folder: Path) -> None:
 
     def first_answer() -> None:
         mapped = np.load(folder / "vectors.npy", mmap_mode="r")
-        searcher.Searcher(folder / "index", mapped, keys, device="cpu").search(queries[:1], K)
+        searcher.Searcher(folder / "index", mapped, gallery, device="cpu").search(queries[:1], K)
 
     print(f"opening the saved index and the first answer: {measure(first_answer):.2f} s (bar 1)\n")
 
@@ -94,12 +94,12 @@ def memory(folder: Path) -> None:
     writer = multiprocessing.Process(target=write, args=(folder,))  # its memory is not what is measured
     writer.start()
     writer.join()
-    vectors, every = np.load(folder / "v.npy", mmap_mode="r"), np.load(folder / "keys.npy")
+    vectors, gallery = np.load(folder / "v.npy", mmap_mode="r"), "what write() wrote"
     queries = files.take(vectors, np.arange(0, LARGE, LARGE // 1000))
     started = time.perf_counter()
-    searcher.build(folder / "index", vectors, every, memory=2**28, shard_rows=500_000)
+    searcher.build(folder / "index", vectors, gallery, memory=2**28, shard_rows=500_000)
     built = time.perf_counter() - started
-    index = searcher.Searcher(folder / "index", vectors, every, device="cpu")
+    index = searcher.Searcher(folder / "index", vectors, gallery, device="cpu")
     print(f"{index.plan['kind']}: {index.plan['reason']}")
     points = index.curve(queries[:100], K)
     chosen = index.tune(points, 0.95)
@@ -115,7 +115,7 @@ def memory(folder: Path) -> None:
 
 
 def write(folder: Path) -> None:
-    """2,000,000 vectors near 20,000 places, and their digests."""
+    """2,000,000 vectors near 20,000 places."""
     centres = unit(PLACES, NARROW, 2)
     rng = np.random.default_rng(3)
     found = np.lib.format.open_memmap(folder / "v.npy", "w+", np.float32, (LARGE, NARROW))
@@ -124,7 +124,6 @@ def write(folder: Path) -> None:
         block = near + 0.05 * rng.standard_normal(near.shape, dtype=np.float32)
         found[first : first + PART] = block / np.linalg.norm(block, axis=1, keepdims=True)
     found.flush()
-    np.save(folder / "keys.npy", searcher.digests(found))
 
 
 def gpu(folder: Path) -> None:
@@ -133,9 +132,9 @@ def gpu(folder: Path) -> None:
 
     n, d = 1_000_000, 1024
     vectors = unit(n, d, 4)
-    keys = np.arange(n, dtype=np.uint64)
-    searcher.build(folder / "index", vectors, keys, kind="flat")
-    index = searcher.Searcher(folder / "index", vectors, keys, device="cuda")
+    gallery = "vectors of the seed 4"
+    searcher.build(folder / "index", vectors, gallery, kind="flat")
+    index = searcher.Searcher(folder / "index", vectors, gallery, device="cuda")
     on_gpu = torch.from_numpy(vectors).cuda()
     for batch in (1, 32, 1000):
         queries = unit(batch, d, 5)

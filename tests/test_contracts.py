@@ -319,6 +319,29 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
     assert built(folder, vectors, kind).search(vectors[:1], 1, 64).rows.tolist() == [[0]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("flat", {"parts": 4}, "unknown option of index flat 'parts'"),
+        ("ivf_pq", {"part": 4}, "did you mean 'parts'"),
+        ("ivf_pq", {"parts": 5}, r"no index 'IVF\d+,PQ5' of 32 numbers: The dimension of the vector .* multiple"),
+        ("ivf_flat", {"centroids": -1}, "index ivf_flat: option centroids must be greater than or equal to 0, got -1"),
+        ("hnsw", {"neighbours": "many"}, "index hnsw: option neighbours must be a valid integer, got 'many'"),
+        ("factory", {"key": "Fl{at"}, "could not parse index string Fl{at"),
+        ("factory", {"key": "IVF4,SQ8", "search": "nprob=3"}, "with 'nprob=3': .*could not set parameter nprob"),
+    ],
+)
+def test_options_of_an_index_that_do_not_fit_are_refused(kind, options, said, tmp_path):
+    vectors = clustered(600)
+    with pytest.raises(ImatchError, match=said):
+        searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind=kind, options=options)
+
+
+def test_too_few_vectors_to_learn_from(tmp_path):
+    with pytest.raises(ImatchError, match=r"40 vectors are too few to learn from \(.*\): use flat"):
+        built(tmp_path / "index", clustered(40), "ivf_pq")
+
+
 def test_automatic_choice_explains_itself(tmp_path):
     assert searcher.choose(40_000, 384, 2**33) == ("flat", "flat takes 58.59 MB of 8.00 GB")
     kind, why = searcher.choose(10_000_000, 384, 2**35)

@@ -158,8 +158,12 @@ def create(table: Mapping[str, str], what: str, name: str, options: Mapping[str,
     return plugin(**given)
 
 
-def check(plugin: Any) -> None:
+def check(plugin: Any, what: str = "") -> None:
     """Check a plug-in's fields, for its `__post_init__`: ranges are said by its type hints, as pydantic writes them.
+
+    Args:
+        plugin: a dataclass.
+        what: what a message calls it; "" is its class.
 
     Raises:
         ImatchError: a field of the wrong type, or out of its range.
@@ -170,7 +174,7 @@ def check(plugin: Any) -> None:
     imatch.core.types.ImatchError: Mutual: option k must be greater than 0, got 0
     """
     fields = {name: getattr(plugin, name) for name in _options(type(plugin)).model_fields}
-    checked(_options(type(plugin)), fields, f"{type(plugin).__name__}: option ")
+    checked(_options(type(plugin)), fields, f"{what or type(plugin).__name__}: option ")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from imatch.core.settings import DATA_KEY, from_workspace, share_cores
-from imatch.core.types import ImatchError
+from imatch.core.types import ImatchError, ImatchWarning
 
 PARAMETERS = click.option(
     "-p",
@@ -174,15 +175,22 @@ def import_(context: click.Context, tree: str, exports: str, name: str, on_chang
 @main.command()
 @click.argument("step")
 @click.option("--ttl-hours", default=168.0, show_default=True, help="How long the messages live.")
-def send(step: str, ttl_hours: float) -> None:
-    """Send what the queries of a finished 03_index found to Redis (REDIS_URL)."""
+@click.pass_context
+def send(context: click.Context, step: str, ttl_hours: float) -> None:
+    """Send what the queries of a finished 03_index found to Redis (REDIS_URL). The exit code is 1 if it waits."""
     from imatch.core.step import open_step, step_folder
     from imatch.steps import send as steps
 
     opened = open_step(step_folder(step))
     if opened.name != "03_index":
         raise ImatchError(f"{opened.folder} is a {opened.name}: give the folder of a 03_index")
-    print(steps.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ImatchWarning)
+        try:
+            print(steps.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+        except ImatchWarning as waiting:
+            click.echo(f"warning: {waiting}", err=True)
+            context.exit(1)
 
 
 @main.command()

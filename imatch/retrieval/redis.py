@@ -1,60 +1,28 @@
-"""Messages to Redis: each at a key of its own that expires, and an event in the run's stream when it is new.
+"""Messages to Redis: each at a key of its own that expires, and an event in the run's stream for each sending.
 
-A batch is one transaction of two commands. MSETNX writes its messages if none of their keys exists. The script
-`EVENTS` then gives every key without a time to live its event, and a time to live, which so becomes the mark of a key
-whose event was written. If some key existed, the script is called again with the messages, and compares them. Sending
-anything again, whatever went wrong before, therefore only lets it live longer.
+A batch is a pipeline of redis-py: SET and XADD for each message, in one round trip. It is no transaction: a server that
+stops in the middle keeps a part of it, and the whole is sent again. The key makes a message idempotent, its events may
+be several. XADD follows its SET on the same connection, so whoever reads an event finds the message.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
 from urllib.parse import urlsplit
 
 import redis
-from redis.backoff import NoBackoff
-from redis.connection import PythonRespSerializer
-from redis.retry import Retry
 
 from imatch.core.types import ImatchError
 
 PREFIX = "imatch:v1"
 """What all keys begin with; the number rises when the message changes its meaning."""
-EVENTS = """
-local events, ttl, new = KEYS[1], ARGV[1], 0
-local query = #events - #'events' + 1
-for i = 2, #KEYS do
-  local key, payload = KEYS[i], ARGV[i]
-  if payload and redis.call('GET', key) ~= payload then redis.call('SET', key, payload) end
-  if redis.call('EXPIRE', key, ttl, 'NX') == 1 then
-    redis.call('XADD', events, '*', 'query', string.sub(key, query), 'key', key)
-    new = new + 1
-  elseif payload then
-    redis.call('EXPIRE', key, ttl)
-  end
-end
-redis.call('EXPIRE', events, ttl)
-return new
-"""
-"""KEYS: the stream, and a key a message. ARGV: seconds to live and, to compare, the messages; SET takes a key's time to
-live away. The stream lives as long as the message that was sent last: an event is never dropped before its message."""
-IN_FLIGHT = 2
-"""Batches on their way: one is packed while the server works on the other."""
 TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 30}
 """Seconds, where the URL does not say."""
 REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: some are kinds of others
     (redis.AuthenticationError, "correct the user and password in REDIS_URL"),
-    (
-        redis.exceptions.NoPermissionError,
-        "it needs multi, exec, msetnx, eval, get, set, expire and xadd on imatch:v1:*",
-    ),
+    (redis.exceptions.NoPermissionError, "its user needs set, expire and xadd on imatch:v1:*"),
     (redis.BusyLoadingError, "wait until it has loaded its data"),
     (
         redis.TimeoutError,
@@ -71,42 +39,34 @@ class RedisError(ImatchError):
     """Redis could not be reached, or refused: what was not acknowledged is to be sent again."""
 
 
-@dataclass(frozen=True)
 class Redis:
     """A Redis server that messages are sent to.
 
-    Attributes:
+    Args:
         url: `redis://user:password@host:port/db`, `rediss://` for TLS, `unix://`; options of redis-py follow a `?`.
         ttl: seconds that a message, and the stream of events, live after they were last sent.
-        batch: messages a transaction.
+        batch: messages in one round trip.
 
     Raises:
         ImatchError: redis-py would refuse the URL, or take it for another one; a ttl or batch below 1.
 
-    >>> Redis("redis://:secret@localhost:6379/0", ttl=60)
-    Redis(ttl=60, batch=500)
+    >>> Redis("redis://:secret@localhost:6379/0", ttl=60).place
+    'localhost:6379/0'
     """
 
-    url: str = field(repr=False)
-    ttl: int
-    batch: int = 500
-
-    def __post_init__(self) -> None:
-        if self.ttl < 1 or self.batch < 1:
-            raise ImatchError(f"ttl is {self.ttl} seconds, batch {self.batch}: both must be at least 1")
-        if not _means_one_server(self.url):
-            raise ImatchError(_REFUSED)
-        _ = self._client
-
-    @cached_property
-    def _client(self) -> redis.Redis:
+    def __init__(self, url: str, ttl: int, batch: int = 500) -> None:
+        if ttl < 1 or batch < 1:
+            raise ImatchError(f"ttl is {ttl} seconds, batch {batch}: both must be at least 1")
+        self.ttl, self.batch = ttl, batch
         try:
-            once = Retry(NoBackoff(), 0)
-            client = redis.Redis.from_url(self.url, retry=once, command_packer=_Whole(0, _encode), **TIMEOUTS)
-            client.connection_pool.make_connection()  # connects to nothing, but refuses options that nobody knows
+            _check(url)
+            self._client = redis.Redis.from_url(url, **TIMEOUTS)
+            self._client.connection_pool.make_connection()  # connects to nothing, but refuses options nobody knows
         except (ValueError, TypeError, AttributeError, redis.RedisError):
-            raise ImatchError(_REFUSED) from None  # whose message may hold a part of the password
-        return client
+            raise ImatchError(  # from None: their messages may hold a part of the password
+                "REDIS_URL is no URL of a Redis server: write it as redis://user:password@host:6379/0 (rediss:// for "
+                "TLS), options of redis-py after a ?, and %23, %2F, %3A, %3F, %40 for # / : ? @ in the password"
+            ) from None
 
     @property
     def place(self) -> str:
@@ -119,50 +79,39 @@ class Redis:
         server = at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}"
         return f"{server}/{at.get('db') or 0}"
 
-    def __call__(self, run: str, messages: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, int]]:
-        """Send the messages of a run in batches, up to `IN_FLIGHT` at a time.
+    def __call__(self, run: str, messages: Sequence[tuple[str, bytes]]) -> Iterator[int]:
+        """Send the messages of a run in batches.
 
         Args:
             run: part of the keys.
             messages: the query's id and the message itself, each.
 
         Yields:
-            Of each batch in order, when the server has acknowledged it: how many messages, and how many of them are new
-            or another than before, which have an event now.
+            How many messages a batch has, when the server has acknowledged it.
 
         Raises:
-            RedisError: the server cannot be reached or refuses; batches that were on their way may have arrived.
+            RedisError: the server cannot be reached or refuses; a part of the batch may have arrived.
         """
-        waiting: deque[Future[tuple[int, int]]] = deque()
-        pool = ThreadPoolExecutor(IN_FLIGHT)
+        events = os.fsencode(f"{PREFIX}:{run}:events")
         try:
             for first in range(0, len(messages), self.batch):
-                if len(waiting) == IN_FLIGHT:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(self._send, run, messages[first : first + self.batch]))
-            while waiting:
-                yield waiting.popleft().result()
+                batch = messages[first : first + self.batch]
+                with self._client.pipeline(transaction=False) as pipeline:
+                    for query, payload in batch:
+                        key = os.fsencode(f"{PREFIX}:{run}:{query}")
+                        pipeline.set(key, payload, ex=self.ttl)
+                        pipeline.xadd(events, {"query": os.fsencode(query), "key": key})
+                    pipeline.expire(events, self.ttl)  # so no event is dropped before its message
+                    pipeline.execute()
+                yield len(batch)
         except (redis.RedisError, OSError, UnicodeError) as error:
             raise RedisError(self._say(error)) from None
         finally:
-            pool.shutdown(cancel_futures=True)
             self._client.close()
-
-    def _send(self, run: str, messages: Sequence[tuple[str, bytes]]) -> tuple[int, int]:
-        payloads = {os.fsencode(f"{PREFIX}:{run}:{query}"): payload for query, payload in messages}
-        keys = [f"{PREFIX}:{run}:events", *payloads]
-        with self._client.pipeline() as transaction:
-            transaction.msetnx(payloads)
-            transaction.eval(EVENTS, len(keys), *keys, self.ttl)
-            absent, new = transaction.execute()
-        if not absent:
-            new += self._client.eval(EVENTS, len(keys), *keys, self.ttl, *payloads.values())
-        return len(messages), new
 
     def _say(self, error: Exception) -> str:
         """What went wrong, in the server's words where it was the server; but some repeat a password, "with args"."""
-        reason = str(error).rpartition("of pipeline caused error: ")[2]
-        reason = reason.partition(", with args")[0].partition(" script: ")[0]
+        reason = str(error).rpartition("of pipeline caused error: ")[2].partition(", with args")[0]
         at = self._client.connection_pool.connection_kwargs
         for secret in filter(None, (at.get("password"), at.get("username"))):
             reason = reason.replace(secret, "***")
@@ -170,29 +119,9 @@ class Redis:
         return f"Redis at {self.place}: {reason.rstrip('.')}: {remedy}"
 
 
-class _Whole(PythonRespSerializer):
-    """Packs a command into one piece; redis-py makes many of 6 kB, and copies each again with every argument."""
-
-    def pack(self, *args: Any) -> list[bytes]:
-        return [b"".join(super().pack(*args))]
-
-
-def _encode(value: str | bytes | int) -> bytes:
-    return value if isinstance(value, bytes) else str(value).encode()
-
-
-_REFUSED = (
-    "REDIS_URL is no URL of a Redis server: write it as redis://user:password@host:6379/0 (rediss:// for TLS), options "
-    "of redis-py after a ?, and %23, %2F, %3A, %3F, %40 for # / : ? @ in the password"
-)
-
-
-def _means_one_server(url: str) -> bool:
-    """Whether no part of a password that was not percent-encoded is taken for a host, port, database or option."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return False
-    if parts.fragment or "@" in parts.path + parts.query:
-        return False
-    return parts.scheme == "unix" or bool(parts.hostname and re.fullmatch(r"/?\d*", parts.path))
+def _check(url: str) -> None:
+    """Raise ValueError if a part of a password that is not percent-encoded is a host, port, database or option."""
+    parts = urlsplit(url)
+    server = parts.scheme == "unix" or (parts.hostname and re.fullmatch(r"/?\d*", parts.path))
+    if not server or parts.fragment or "@" in parts.path + parts.query:
+        raise ValueError("not the URL of one server")

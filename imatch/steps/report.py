@@ -406,14 +406,11 @@ def html(rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
     """
     text = resources.files("imatch.viz").joinpath("report.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    questions: dict[str, list[Row]] = {}
-    for row in rows:
-        questions.setdefault(row["question"], []).append(row)
     shown = pictures and [
         (name, PICTURES[name][0], data, [_prints(row, PICTURES[name][1]) for row in rows])
         for name, data in pictures.items()
     ]
-    return template.render(questions=questions, columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
+    return template.render(columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
 
 
 def _cell(key: str, value: object) -> str:

@@ -6,11 +6,11 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
@@ -27,6 +27,8 @@ from imatch.evaluation.metrics import PIXELS, asked_twice, hit_at_k, recall_at_k
 from imatch.retrieval import truth
 
 Row = Mapping[str, Any]
+LOOK = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 8, "text.parse_math": False}
+"""Of matplotlib, while a figure is made: sizes of letters, and that a dollar in a name begins no formula."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 """Okabe and Ito, "Color Universal Design", 2008, with grey for the yellow that white swallows."""
 DASHES = ("-", "--", ":", "-.")
@@ -39,6 +41,7 @@ EDGES = {"corner_error": (1e-2, 1e3), "rotation_error": (1e-3, 180.0), "scale_er
 """Logarithmic axes have no 0: smaller errors are drawn at the left edge."""
 
 
+@rc_context(LOOK)
 def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     """How often a turned and cropped photograph is found first: a polar panel a crop, a heat map a configuration.
 
@@ -55,7 +58,7 @@ def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     """
     views = {name: of["by_view"] for name, of in metrics.items() if of["by_view"]}
     if not views:
-        return _words("No Hit@1 by angle: no query that has an answer is a reference with an angle and a crop.")
+        return words("No Hit@1 by angle: no query that has an answer is a reference with an angle and a crop.")
     every = [view for of in views.values() for view in of]
     crops = sorted({view["crop"] for view in every}, reverse=True)
     angles = sorted({view["angle"] for view in every})
@@ -65,7 +68,7 @@ def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
         f"first hit is the photograph that they were cut from; 1 is best. Points up to {JOINED} degrees apart are "
         f"joined. {_interval_words(every)} Below: the same values, the numbers in per cent."
     )
-    if absent := [_plain(name) for name in metrics if name not in views]:
+    if absent := [files.printable(name) for name in metrics if name not in views]:
         caption += f" Not drawn, for no query is a reference: {', '.join(absent)}."
     columns = 1 if len(views) == 1 or len(angles) > 14 else 2
     lines = -(-len(views) // columns)
@@ -80,7 +83,7 @@ def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     ):
         axis.set_theta_zero_location("N")
         axis.set_thetagrids(range(0, 360, 45))
-        axis.set_title(f"crop {crop:g}", fontsize=9)
+        axis.set_title(f"crop {crop:g}")
         for name, of in views.items():
             _around(axis, name, sorted((v for v in of if v["crop"] == crop), key=_turned), looks[name])
         axis.set(ylim=(0, 1.06), yticks=(0.25, 0.5, 0.75, 1), yticklabels=("0.25", "0.5", "0.75", ""))
@@ -89,15 +92,10 @@ def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     cell = ((width - 0.9) / columns - 0.65) / len(angles)  # inches
     for axis, (name, of) in zip(maps.flat[: len(views)], views.items(), strict=True):
         found = {(view["crop"], view["angle"]): view["value"] for view in of}
-        shown = axis.imshow(
-            [[_number(found.get((crop, angle))) for angle in angles] for crop in crops],
-            vmin=0,
-            vmax=1,
-            cmap="cividis",
-            aspect="auto",
-        )
+        cells = [[number(found.get((crop, angle))) for angle in angles] for crop in crops]
+        shown = axis.imshow(cells, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         axis.set_facecolor("white")
-        axis.set_title(_plain(name), fontsize=8, color=looks[name].colour, fontweight="bold", loc="left")
+        axis.set_title(files.printable(name), fontsize=8, color=looks[name].colour, fontweight="bold", loc="left")
         every_nth = math.ceil(0.3 / cell)
         axis.set_xticks(range(0, len(angles), every_nth), [f"{angle:g}°" for angle in angles[::every_nth]], fontsize=7)
         axis.set_yticks(range(len(crops)), [f"crop {crop:g}" for crop in crops], fontsize=7)
@@ -119,7 +117,7 @@ def _around(axis: Axes, name: str, views: Sequence[Row], look: _Look) -> None:
     if not views:
         return
     angles = np.array([_turned(view) for view in views])
-    value, low, high = (np.array([_number(view[key]) for view in views]) for key in ("value", "low", "high"))
+    value, low, high = (np.array([number(view[key]) for view in views]) for key in ("value", "low", "high"))
     ends = np.append(angles, angles[0] + 360)
     wide = np.diff(ends) > JOINED
     # a straight line between two points of a circle runs inside it, so the arc is drawn degree by degree
@@ -151,6 +149,7 @@ def _interval_words(views: Sequence[Row]) -> str:
     return " ".join([shaded, *(f"No interval: {reason}." for reason in why)]).strip()
 
 
+@rc_context(LOOK)
 def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold], k: int) -> Figure:
     """What is found among the first K, how the scores of right and wrong first hits lie, and what "no match" costs.
 
@@ -164,7 +163,7 @@ def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold]
     [1.0, 1.0, 1.0]
     """
     if not any(rows.values()):
-        return _words("Nothing to trust or to doubt: there are no queries.")
+        return words("Nothing to trust or to doubt: there are no queries.")
     rows = {name: of for name, of in rows.items() if of}
     looks = _looks(rows)
     caption = (
@@ -174,8 +173,7 @@ def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold]
         "score on; a lower one believes more right hits (to the right) and more wrong ones (downwards)."
     )
     question = "Is the right photograph found, and when is the first hit to be believed?"
-    height = max(5.4, 2.3 + 1.2 * len(rows))
-    figure, body = _frame(13.0, height, question, caption)
+    figure, body = _frame(13.0, max(5.4, 2.3 + 1.2 * len(rows)), question, caption)
     columns = body.add_gridspec(1, 3)
     _depth(body.add_subplot(columns[0]), rows, k, looks)
     stack = columns[1].subgridspec(len(rows), 1)
@@ -183,8 +181,8 @@ def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold]
         axis = body.add_subplot(stack[line])
         _scores(axis, name, of, thresholds.get(name), looks[name])
         axis.tick_params(labelsize=7)
-    axis.set_xlabel("score of the first hit (cosine)", fontsize=8)
-    _believed(body.add_subplot(columns[2]), rows, thresholds, looks, height - 2.7)
+    axis.set_xlabel("score of the first hit (cosine)")
+    _believed(body.add_subplot(columns[2]), rows, thresholds, looks)
     keys = [
         Patch(facecolor="#bbbbbb", label="first hit is right"),
         Patch(facecolor="white", edgecolor="black", hatch="/////", label="first hit is wrong"),
@@ -203,7 +201,7 @@ def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold]
 
 def _depth(axis: Axes, rows: Mapping[str, Sequence[Row]], k: int, looks: Mapping[str, _Look]) -> None:
     """Hit@K and Recall@K for K from 1 to k."""
-    ks, least, equal = range(1, k + 1), 1.0, True
+    ks, equal = range(1, k + 1), True
     for name, of in rows.items():
         counted = [row for row in of if row["answers"]]
         if not counted:
@@ -215,23 +213,21 @@ def _depth(axis: Axes, rows: Mapping[str, Sequence[Row]], k: int, looks: Mapping
         clusters = [row["cluster"] for row in counted]
         _band(axis, ks, [hit_at_k(right, depth) for depth in ks], clusters, looks[name].colour)
         axis.plot(ks, hit, **looks[name].line(), marker="o", markersize=looks[name].size, label=f"{name} Hit@K")
-        least = min([least, *hit])
         if (answers > 1).any():
-            equal, least = False, min([least, *recall])
+            equal = False
             axis.plot(ks, recall, color=looks[name].colour, linestyle=":", linewidth=1.5, label=f"{name} Recall@K")
     means = (
         "each query has one right answer,\nso Hit@K and Recall@K are the same"
         if equal
         else "solid, Hit@K: a right answer is among the first K\ndotted, Recall@K: share of right answers among them"
     )
-    axis.set_title("found among the first K", fontsize=9)
-    axis.set_xlabel(f"K\n{means}" if axis.lines else "K", fontsize=8)
-    axis.set_ylabel("share, mean over queries", fontsize=8)
-    floor = max(0.0, math.floor(least * 10 - 0.5) / 10) if axis.lines else 0.0
-    axis.set(xlim=(0.7, k + 0.3), ylim=(floor, 1 + 0.03 * (1 - floor)))
+    axis.set(title="found among the first K", xlabel="K", ylabel="share, mean over queries", xlim=(0.7, k + 0.3))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
     _plain_axis(axis)
-    if not axis.lines:
+    if axis.lines:
+        axis.set_xlabel(f"K\n{means}")
+        _up_to_one(axis)
+    else:
         _inside(axis, "No query has an answer in the gallery.")
 
 
@@ -247,7 +243,7 @@ def _scores(axis: Axes, name: str, rows: Sequence[Row], threshold: Threshold | N
     if threshold and threshold.value is not None:
         axis.axvline(threshold.value, color="black", linewidth=1.2, linestyle=":")
         counts += f"; believed from {threshold.value:.4g} on"
-    axis.set_title(f"{_plain(name)}\n{counts}", fontsize=7.5, loc="left", color=look.colour)
+    axis.set_title(f"{files.printable(name)}\n{counts}", fontsize=7.5, loc="left", color=look.colour)
     axis.set_yscale("symlog", linthresh=1, linscale=0.4)  # so that a single wrong one is seen
     axis.set_ylim(bottom=0)
     axis.set_ylabel("queries", fontsize=7)
@@ -255,13 +251,9 @@ def _scores(axis: Axes, name: str, rows: Sequence[Row], threshold: Threshold | N
 
 
 def _believed(
-    axis: Axes,
-    rows: Mapping[str, Sequence[Row]],
-    thresholds: Mapping[str, Threshold],
-    looks: Mapping[str, _Look],
-    inches: float,
+    axis: Axes, rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold], looks: Mapping[str, _Look]
 ) -> None:
-    """Precision against coverage; reasons stand below the curves, in a part of the panel without data."""
+    """Precision against coverage; reasons stand below the panel."""
     reasons = []
     for name, of in rows.items():
         scores, right, has_answer, _ = asked_twice(of)
@@ -270,31 +262,23 @@ def _believed(
         if name not in thresholds:
             continue
         chosen = thresholds[name]
-        for marker, x, y in (
-            ("o", chosen.coverage, chosen.precision),
-            ("D", chosen.held_out_coverage, chosen.held_out_precision),
-        ):
-            if x is not None and y is not None:
-                axis.plot(
-                    x, y, marker, color=looks[name].colour, markeredgecolor="black", markersize=looks[name].size + 3
-                )
+        dot = {"color": looks[name].colour, "markeredgecolor": "black", "markersize": looks[name].size + 3}
+        if chosen.coverage is not None and chosen.precision is not None:
+            axis.plot(chosen.coverage, chosen.precision, "o", **dot)
+        if chosen.held_out_coverage is not None and chosen.held_out_precision is not None:
+            axis.plot(chosen.held_out_coverage, chosen.held_out_precision, "D", **dot)
         if chosen.why:
             none = "no threshold, " if chosen.value is None else ""
-            reasons += textwrap.wrap(f"{_plain(name)}: {none}{chosen.why}", 62)
+            reasons += textwrap.wrap(f"{files.printable(name)}: {none}{chosen.why}", 62)
     for wanted in sorted({threshold.wanted for threshold in thresholds.values()}):
         axis.axhline(wanted, color="black", linestyle="--", linewidth=1)
-    below = min(0.6, (0.135 * len(reasons) + 0.12) / inches) if reasons else 0.0
-    axis.set(xlim=(-0.02, 1.02), ylim=(-1.03 * below / (1 - below) if reasons else 0, 1.03))
-    axis.set_yticks(np.arange(0, 1.01, 0.2))
-    axis.text(0.02, 0.01, "\n".join(reasons), fontsize=7, transform=axis.transAxes, va="bottom")
-    if reasons:
-        axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_title("what believing costs", fontsize=9)
-    axis.set_xlabel("coverage: share of queries with an answer that are believed", fontsize=8)
-    axis.set_ylabel("precision: share of the believed that is right", fontsize=8)
+    axis.set(xlim=(-0.02, 1.02), ylim=(0, 1.03), title="what believing costs")
+    axis.set_xlabel("\n".join(["coverage: share of queries with an answer that are believed", *reasons]))
+    axis.set_ylabel("precision: share of the believed that is right")
     _plain_axis(axis)
 
 
+@rc_context(LOOK)
 def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
     """How exact the found geometry is where the true one is known, over all such pairs and by the reference's angle.
 
@@ -308,7 +292,7 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
     """
     true = {name: [row for row in of if row["has_truth"]] for name, of in pairs.items()}
     if not any(true.values()):
-        return _words("No true error: of no right pair is the true matrix known; a reference and its source have one.")
+        return words("No true error: of no right pair is the true matrix known; a reference and its source have one.")
     caption = (
         "All pairs of a reference and the photograph that it was cut from, whose true matrix is known exactly. Above: "
         "share of the pairs below an error; a curve ends below 1 by the share of failures; shaded: 95 % intervals, by "
@@ -319,8 +303,8 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
     )
     looks = _looks(true)
     every = [row for of in true.values() for row in of]
-    edges = {key: (low, max([high, *(_number(row[key], 0) for row in every)])) for key, (low, high) in EDGES.items()}
-    crops = sorted({row["crop"] for row in every}, key=lambda crop: -_number(crop, math.inf))
+    edges = {key: (low, max([high, *(number(row[key], 0) for row in every)])) for key, (low, high) in EDGES.items()}
+    crops = sorted({row["crop"] for row in every}, key=lambda crop: -number(crop, math.inf))
     figure, body = _frame(12.5, 7.6, "How exact is the geometry that was found?", caption)
     above, below = body.subplots(2, 3)
     for name, of in true.items():
@@ -334,18 +318,15 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
     titles = ("corner error", "rotation error", "scale error")
     units = ("pixels", "degrees", "1 % is one hundredth too large or too small")
     for axis, title, unit in zip(above, titles, units, strict=True):
-        axis.set_title(title, fontsize=9, pad=16)
-        axis.set_xlabel(unit, fontsize=8)
-        axis.set(ylim=(-0.02, 1.03))
-    above[0].set_ylabel("share of pairs below", fontsize=8)
+        axis.set_title(title, pad=16)
+        axis.set(xlabel=unit, ylim=(-0.02, 1.03))
+    above[0].set_ylabel("share of pairs below")
     _thresholds(above[0], PIXELS, "px")
-    turned = [0.0, 330.0, *(_number(row["angle"], 0) for row in every)]
+    turned = [0.0, 330.0, *(number(row["angle"], 0) for row in every)]
     titles = ("median rotation error by angle", "median scale error by angle", "failures by angle")
     units = ("degrees", "too large or too small", "share of pairs not verified")
     for axis, title, unit in zip(below, titles, units, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("rotation of the reference, degrees counter-clockwise", fontsize=8)
-        axis.set_ylabel(unit, fontsize=8)
+        axis.set(title=title, xlabel="rotation of the reference, degrees counter-clockwise", ylabel=unit)
         axis.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 1.5, 3, 4.5, 9, 10]))
         axis.set_xlim(min(turned) - 8, max(turned) + 8)
     below[2].set_ylim(-0.02, 1.03)
@@ -355,18 +336,14 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
         axis.set_ylim(10 ** math.floor(np.log10(low) - 0.05), 10 ** math.ceil(np.log10(high) + 0.05))
     for axis in (*above, *below):
         _plain_axis(axis)
-    for ruler, factor, unit in (
-        (above[0].xaxis, 1, ""),
-        (above[1].xaxis, 1, ""),
-        (above[2].xaxis, 100, " %"),
-        (below[0].yaxis, 1, ""),
-        (below[1].yaxis, 100, " %"),
-    ):
-        _decades(ruler, factor, unit)
+    for ruler in (above[0].xaxis, above[1].xaxis, below[0].yaxis):
+        _decades(ruler)
+    for ruler in (above[2].xaxis, below[1].yaxis):
+        _decades(ruler, 100, " %")
     for axis in below:
         if not axis.lines:
             _inside(axis, "No angle: the queries are no references.")
-    told = {name: f"{_plain(name)} ({_failed(of)})" for name, of in true.items()}
+    told = {name: f"{files.printable(name)} ({_failed(of)})" for name, of in true.items()}
     styles = [
         Line2D([], [], color="grey", linestyle=dashes, label=_crop(crop))
         for crop, dashes in zip(crops, cycle(DASHES), strict=False)
@@ -387,13 +364,13 @@ def _errors(
     angles = sorted({row["angle"] for row in rows if row["angle"] is not None})
     parts = [[row for row in rows if row["angle"] == angle] for angle in angles]
     for axis, (key, ends) in zip(above, edges.items(), strict=True):
-        values = np.array([_number(row[key], math.inf) for row in rows])
+        values = np.array([number(row[key], math.inf) for row in rows])
         at = np.geomspace(*ends, 13)
         _band(axis, at, [values <= error for error in at], [row["cluster"] for row in rows], line["color"])
         _cumulated(axis, values, ends, **line)
     marked = {**line, "marker": "o", "markersize": size}
     for axis, key in zip(below[:2], ("rotation_error", "scale_error"), strict=True):
-        medians = [np.median([_number(row[key], math.inf) for row in part]) for part in parts]
+        medians = [np.median([number(row[key], math.inf) for row in part]) for part in parts]
         if angles:
             drawn = np.where(np.isfinite(medians), np.maximum(medians, edges[key][0]), np.nan)
             axis.plot(angles, drawn, **marked)
@@ -410,6 +387,7 @@ def _failed(rows: Sequence[Row]) -> str:
     return f"{len(rows)} pairs, {failed / len(rows):.1%} not verified" if rows else "no such pair"
 
 
+@rc_context(LOOK)
 def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
     """How far from where a query was taken its first hit was, and the nearest of all its hits.
 
@@ -424,7 +402,7 @@ def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
     known = {name: [row for row in of if row["least_metres"] is not None] for name, of in rows.items()}
     known = {name: of for name, of in known.items() if of}
     if not known:
-        return _words("No metres: of no query and hit are both positions known (EXIF, or a file of labels).")
+        return words("No metres: of no query and hit are both positions known (EXIF, or a file of labels).")
     caption = (
         "Share of the queries whose hit was taken within a distance of the query. Hits nearer than a metre stand at "
         "the left edge; a curve that ends below 1 lacks hits whose position is unknown."
@@ -433,26 +411,28 @@ def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
     figure, body = _frame(9.5, 4.8, "How many metres from the query was the hit taken?", caption)
     left, right = body.subplots(1, 2, sharey=True)
     every = [row for of in known.values() for row in of]
-    furthest = max([1e3, *(_number(row[key], 0) for row in every for key in ("metres", "least_metres"))])
+    furthest = max([1e3, *(number(row[key], 0) for row in every for key in ("metres", "least_metres"))])
     for axis, key, title in ((left, "metres", "first hit"), (right, "least_metres", "nearest of all K hits")):
         for name, of in known.items():
-            values = [_number(row[key], math.inf) for row in of]
+            values = [number(row[key], math.inf) for row in of]
             _cumulated(axis, values, (1.0, furthest), label=name, **looks[name].line())
-        axis.set_title(title, fontsize=9, pad=16)
-        axis.set_xlabel("metres", fontsize=8)
-        axis.set(ylim=(-0.02, 1.03))
+        axis.set_title(title, pad=16)
+        axis.set(xlabel="metres", ylim=(-0.02, 1.03))
         _thresholds(axis, truth.METRES, "m")
         _plain_axis(axis)
         _decades(axis.xaxis)
-    left.set_ylabel("share of queries within", fontsize=8)
+    left.set_ylabel("share of queries within")
     told = {}
     for name, of in known.items():
         unknown = len(rows[name]) - len(of)
-        told[name] = f"{_plain(name)} ({len(of)} queries{f', {unknown} more of unknown place' if unknown else ''})"
+        told[name] = (
+            f"{files.printable(name)} ({len(of)} queries{f', {unknown} more of unknown place' if unknown else ''})"
+        )
     _legend(figure, looks, told)
     return figure
 
 
+@rc_context(LOOK)
 def pareto(table: Sequence[Row], x: str, y: str) -> Figure:
     """What a configuration costs and what it gives, a panel a question; those that no other beats in both are joined.
 
@@ -472,7 +452,7 @@ def pareto(table: Sequence[Row], x: str, y: str) -> Figure:
     """
     shown = [row for row in table if row[x] is not None and row[y] is not None]
     if not shown:
-        return _words(f"Nothing to weigh: no configuration has both {MEANS.get(x, x)} and {MEANS.get(y, y)}.")
+        return words(f"Nothing to weigh: no configuration has both {MEANS.get(x, x)} and {MEANS.get(y, y)}.")
     if wrong := [row for row in shown if not row[x] > 0]:
         raise ImatchError(f"{x} of {_named(wrong[0])} is {wrong[0][x]}: a cost is above 0, and None if unknown")
     caption = (
@@ -492,14 +472,14 @@ def pareto(table: Sequence[Row], x: str, y: str) -> Figure:
         axis.set_visible(False)
     for axis, (question, rows) in zip(panels.flat, questions.items(), strict=False):
         _weigh(axis, rows, x, y)
-        axis.set_title(_plain(question), fontsize=9)
-        axis.set_xlabel(f"{MEANS.get(x, x)} (logarithmic; less is better)", fontsize=8)
-        axis.set_ylabel(f"{MEANS.get(y, y)} (more is better)", fontsize=8)
+        axis.set_title(files.printable(question))
+        axis.set_xlabel(f"{MEANS.get(x, x)} (logarithmic; less is better)")
+        axis.set_ylabel(f"{MEANS.get(y, y)} (more is better)")
     return figure
 
 
 def _named(row: Row) -> str:
-    return _plain(row.get("label", row["name"]))
+    return files.printable(row.get("label", row["name"]))
 
 
 def _beats(other: Row, row: Row, x: str, y: str) -> bool:
@@ -525,18 +505,9 @@ def _weigh(axis: Axes, rows: Sequence[Row], x: str, y: str) -> None:
         )
         together = [n for n, other in enumerate(ranked, 1) if _coincide(row, other, x, y)]
         if number == together[0]:  # of points that coincide, one bears the numbers of all
-            beside = len(together) > 1
-            axis.annotate(
-                ", ".join(map(str, together)),
-                (row[x], row[y]),
-                (9 if beside else 0, 0),
-                textcoords="offset points",
-                color=colour if beside else "white",
-                ha="left" if beside else "center",
-                va="center",
-                fontsize=7,
-                zorder=5,
-            )
+            aside, ink, side = (9, colour, "left") if len(together) > 1 else (0, "white", "center")
+            told, look = ", ".join(map(str, together)), {"color": ink, "ha": side, "va": "center", "fontsize": 7}
+            axis.annotate(told, (row[x], row[y]), (aside, 0), textcoords="offset points", zorder=5, **look)
         if row["low"] is not None and row["high"] is not None:
             axis.vlines(row[x], row["low"], row["high"], color=colour, linewidth=1.5, zorder=3)
     axis.set_xscale("log")
@@ -582,7 +553,13 @@ def _frame(width: float, height: float, question: str, caption: str) -> tuple[Fi
     return figure, body
 
 
-def _words(sentence: str) -> Figure:
+@rc_context(LOOK)
+def words(sentence: str) -> Figure:
+    """A figure that says why there is none.
+
+    >>> words("No photograph costs $.").texts[0].get_text()
+    'No photograph costs $.'
+    """
     figure = Figure(figsize=(8, 1), layout="constrained")
     figure.text(0.02, 0.5, textwrap.fill(sentence, 110), fontsize=9, va="center")
     return figure
@@ -591,21 +568,21 @@ def _words(sentence: str) -> Figure:
 def _inside(axis: Axes, sentence: str) -> None:
     axis.set(xticks=[], yticks=[])
     axis.minorticks_off()
-    axis.text(0.5, 0.5, textwrap.fill(sentence, 40), fontsize=8, ha="center", va="center", transform=axis.transAxes)
+    axis.text(0.5, 0.5, textwrap.fill(sentence, 40), ha="center", va="center", transform=axis.transAxes)
 
 
 def _legend(
     figure: Figure, looks: Mapping[str, _Look], told: Mapping[str, str] | None = None, more: Sequence[Any] = ()
 ) -> None:
     """Below all panels: a line a configuration, then what else needs a word."""
-    lines = [Line2D([], [], **look.line(), label=(told or {}).get(n, _plain(n))) for n, look in looks.items()]
+    lines = [Line2D([], [], **look.line(), label=(told or {}).get(n, files.printable(n))) for n, look in looks.items()]
     for handles, place, share in ((lines, "left", 0.55), (more, "right", 0.45)):
         room = figure.get_figwidth() * (share if more else 1)  # inches
         longest = max((len(handle.get_label()) for handle in handles), default=0)
         columns = max(1, int(room / (0.056 * longest + 0.45)))
         if handles:
             place = place if more else "center"
-            figure.legend(handles=handles, loc=f"outside lower {place}", ncols=min(columns, len(handles)), fontsize=8)
+            figure.legend(handles=handles, loc=f"outside lower {place}", ncols=min(columns, len(handles)))
 
 
 def _mark(marker: str, label: str) -> Line2D:
@@ -645,16 +622,23 @@ def _thresholds(axis: Axes, at: Sequence[float], unit: str) -> None:
         axis.annotate(named, (value, 1), (0, 2), ("data", "axes fraction"), "offset points", fontsize=7, ha=side)
 
 
+def _up_to_one(axis: Axes) -> None:
+    """The axis of shares from the tenth below all that is drawn."""
+    floor = max(0.0, math.floor(axis.dataLim.y0 * 10 - 0.5) / 10)
+    axis.set_ylim(floor, 1 + 0.04 * (1 - floor))
+
+
 def _plain_axis(axis: Axes) -> None:
     axis.grid(alpha=0.3)
     axis.tick_params(labelsize=7)
 
 
-def _plain(name: str) -> str:
-    return files.printable(name).replace("$", r"\$")  # matplotlib would read a formula between dollars
+def number(value: float | None, missing: float = math.nan) -> float:
+    """What is unknown as a number that can be drawn.
 
-
-def _number(value: float | None, missing: float = math.nan) -> float:
+    >>> number(0.5), number(None), number(None, 0)
+    (0.5, nan, 0)
+    """
     return missing if value is None else value
 
 
@@ -665,6 +649,7 @@ SAID = {"better": (COLOURS[2], "better"), "worse": (COLOURS[1], "worse: it hurts
 GREY = COLOURS[7]
 
 
+@rc_context(LOOK)
 def recall_curve(index: Row) -> Figure:
     """What an approximate index finds of that which exact search finds, against its effort and against time.
 
@@ -681,17 +666,17 @@ def recall_curve(index: Row) -> Figure:
     >>> recall_curve(exact).texts[0].get_text()
     'flat is exact: recall 1 by definition; 0.9 ms a query, 1536 bytes a vector'
     """
-    kind, points, size = _plain(index["kind"]), index["curve"], f"{index['bytes_a_vector']:.0f} bytes a vector"
+    kind, points, size = files.printable(index["kind"]), index["curve"], f"{index['bytes_a_vector']:.0f} bytes a vector"
     if not points:
-        return _words(f"{kind} is exact: recall 1 by definition; {_short(index['search_ms'])} ms a query, {size}")
+        return words(f"{kind} is exact: recall 1 by definition; {_short(index['search_ms'])} ms a query, {size}")
     effort, k, exact = index["effort"], index["k"], index["exact_ms"]
     at = next(i for i, point in enumerate(points) if effort is None or point["effort"] == effort["value"])
     chosen = {**points[at], "ms": index["search_ms"]}
     points = [*points[:at], chosen, *points[at + 1 :]]
     caption = (
-        f"Why {kind}: {_plain(index['reason']).rstrip('.')}. Recall@{k}: of the {k} neighbours of exact search, what "
-        f"share the index finds, too, right or wrong; mean over {index['sample']} queries. "
-        f"Times: {_plain(index['backend'])}, all these queries in one batch."
+        f"Why {kind}: {files.printable(index['reason']).rstrip('.')}. Recall@{k}: of the {k} neighbours of exact "
+        f"search, what share the index finds, too, right or wrong; mean over {index['sample']} queries. "
+        f"Times: {files.printable(index['backend'])}, all these queries in one batch."
     )
     if exact <= chosen["ms"]:
         caption += " Exact search is no slower here: the index saves no time."
@@ -700,7 +685,7 @@ def recall_curve(index: Row) -> Figure:
     panels = body.subplots(1, 2 if effort else 1, squeeze=False).flat
     told = f"recall {chosen['recall']:.3f}"
     if effort:
-        told = f"{_plain(effort['name'])} {effort['value']}: {told}"
+        told = f"{files.printable(effort['name'])} {effort['value']}, {told}"
         _tried(panels[0], index, points, chosen, "effort")
         efforts = [point["effort"] for point in points]
         shown = efforts[:: math.ceil(len(efforts) / LABELS)]
@@ -708,9 +693,8 @@ def recall_curve(index: Row) -> Figure:
         panels[0].set_xlim(efforts[0] / 1.5, efforts[-1] * 1.5)
         panels[0].set_xticks(shown, [f"{value:g}" for value in shown])
         panels[0].minorticks_off()
-        panels[0].set_title("recall for effort", fontsize=9)
-        panels[0].set_xlabel(f"{_plain(effort['name'])} (more looks at more of the vectors)", fontsize=8)
-        _call_out(panels[0], (chosen["effort"], chosen["recall"]), told)
+        panels[0].set_title(f"recall for effort\nchosen: {told}")
+        panels[0].set_xlabel(f"{files.printable(effort['name'])} (more looks at more of the vectors)")
     axis = panels[-1]
     _tried(axis, index, points, chosen, "ms")
     named = f"exact search: {_short(exact)} ms a query"
@@ -722,10 +706,9 @@ def recall_curve(index: Row) -> Figure:
         axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.tick_params(which="minor", labelsize=7)
-    axis.set_title("recall for time", fontsize=9)
-    axis.set_xlabel("milliseconds a query (logarithmic; less is better)", fontsize=8)
-    _call_out(axis, (chosen["ms"], chosen["recall"]), f"{told}\n{_short(chosen['ms'])} ms a query")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4 if effort else 2, fontsize=8)
+    axis.set_title(f"recall for time\nchosen: {told}, {_short(chosen['ms'])} ms a query")
+    axis.set_xlabel("milliseconds a query (logarithmic; less is better)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4 if effort else 2)
     return figure
 
 
@@ -744,41 +727,14 @@ def _tried(axis: Axes, index: Row, points: Sequence[Row], chosen: Row, key: str)
         color=colour,
         markeredgecolor="black",
         markersize=11,
-        zorder=4,
         label=f"chosen: {word}",
     )
-    floor = max(0.0, math.floor(min([*recalls, wanted]) * 10 - 0.5) / 10)
-    axis.set(ylim=(floor, 1 + 0.05 * (1 - floor)))
-    axis.set_ylabel(f"recall@{index['k']} against exact search", fontsize=8)
+    _up_to_one(axis)
+    axis.set_ylabel(f"recall@{index['k']} against exact search")
     _plain_axis(axis)
 
 
-def _call_out(axis: Axes, point: tuple[float, float], told: str) -> None:
-    """Words for a point, joined to it by a line, at the nearest place in the panel where nothing else is drawn."""
-    axis.get_xlim()  # lays out the axis: until then the transforms below are old ones
-    to_panel = axis.transAxes.inverted().transform
-    ends = [to_panel(line.get_transform().transform(line.get_xydata())) for line in axis.lines]
-    drawn = np.concatenate([*ends, *(np.linspace(a, b, 50) for line in ends for a, b in pairwise(line))])
-    places = np.array([(x, y) for y in np.linspace(0.1, 0.9, 17) for x in np.linspace(0.2, 0.8, 13)])
-    # the words take some 0.34 of the panel's width and 0.1 of its height
-    room = (np.abs(places[:, None] - drawn) / (0.2, 0.09)).max(2).min(1)
-    far = np.hypot(*(places - to_panel(axis.transData.transform(point))).T)
-    place = places[np.lexsort((far, -np.minimum(room, 1)))[0]]
-    axis.annotate(
-        told,
-        point,
-        tuple(place),
-        textcoords="axes fraction",
-        ha="center",
-        va="center",
-        fontsize=8,
-        fontweight="bold",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.8, "shrinkB": 6},
-        zorder=3,
-    )
-
-
+@rc_context(LOOK)
 def stages(stages: Sequence[Row]) -> Figure:
     """What each option of a search adds: Hit@1 by row, and beside it the change from the row above.
 
@@ -795,10 +751,10 @@ def stages(stages: Sequence[Row]) -> Figure:
     """
     start = stages[0]["hit_at_1"]
     if start["value"] is None:
-        return _words(f"What the options add cannot be told: {start['why']}.")
+        return words(f"What the options add cannot be told: {start['why']}.")
     if len(stages) == 1:
         found = intervals.Interval(**start)
-        return _words(f"plain search; nothing was added: Hit@1 {found}, {_short(stages[0]['ms'])} ms a query")
+        return words(f"plain search; nothing was added: Hit@1 {found}, {_short(stages[0]['ms'])} ms a query")
     records = [row[key] for row in stages for key in ("hit_at_1", "difference") if row[key]]
     caption = (
         "Each row adds one option to all that the row above has, and asks the same queries. Left: Hit@1, the share of "
@@ -818,11 +774,13 @@ def stages(stages: Sequence[Row]) -> Figure:
             _aside(right, line, word, colour)
         else:
             _aside(right, line, "to start from", GREY)
-    left.set_yticks(range(len(stages)), [f"{_plain(row['stage'])}\n{_short(row['ms'])} ms a query" for row in stages])
+    left.set_yticks(
+        range(len(stages)), [f"{files.printable(row['stage'])}\n{_short(row['ms'])} ms a query" for row in stages]
+    )
     left.set_ylim(len(stages) - 0.5, -0.6)
     right.axvline(0, color="black", linewidth=1, zorder=1)
-    left.set_title("Hit@1 (more is better)", fontsize=9)
-    right.set_title("change of Hit@1 from the row above", fontsize=9)
+    left.set_title("Hit@1 (more is better)")
+    right.set_title("change of Hit@1 from the row above")
     for axis in (left, right):
         axis.margins(x=0.1)
         _plain_axis(axis)
@@ -834,30 +792,13 @@ def _bar(axis: Axes, line: int, record: Row, colour: str, told: str) -> None:
     if record["low"] is not None:
         axis.hlines(line, record["low"], record["high"], color=colour, linewidth=2.5)
     axis.plot(record["value"], line, "o", color=colour, markersize=8, markeredgecolor="white", label=told)
-    axis.annotate(
-        told,
-        (record["value"], line),
-        (0, 8),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-    )
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axis.annotate(told, (record["value"], line), (0, 8), textcoords="offset points", ha="center", bbox=paper)
 
 
 def _aside(axis: Axes, line: int, word: str, colour: str) -> None:
     """Words beside the panel, where nothing is drawn."""
-    axis.annotate(
-        word,
-        (1, line),
-        (6, 0),
-        ("axes fraction", "data"),
-        "offset points",
-        color=colour,
-        fontsize=8,
-        fontweight="bold",
-        va="center",
-    )
+    axis.text(1.02, line, word, transform=axis.get_yaxis_transform(), color=colour, fontweight="bold", va="center")
 
 
 def _short(ms: float) -> str:

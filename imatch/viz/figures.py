@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from imatch.data.store import Embeddings
 from imatch.evaluation.metrics import best_pairs
 from imatch.features.denseft import covered, denseft_picture, fit_embeddings
 from imatch.matching import geometry
-from imatch.viz import pictures
+from imatch.viz import curves, pictures
 
 KOREAN = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
 rcParams["font.family"] = ["DejaVu Sans", *(name for name in KOREAN if name in font_manager.get_font_names())]
@@ -37,7 +36,7 @@ EMPTY = (255, 0, 255)
 def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int = 300) -> Figure:
     """The first n photographs with the positions of their local descriptors; where none were kept, that in words."""
     if embeddings.unplaced:
-        return _words(f"No positions: {embeddings.unplaced}.")
+        return curves.words(f"No positions: {embeddings.unplaced}.")
     n = min(n, len(embeddings))
     figure, axes = _sheet(1, n)
     for row, axis in enumerate(axes.flat):
@@ -66,7 +65,7 @@ def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: boo
         basis = fit_embeddings(embeddings)
     except ImatchError:
         gridless = "keypoints lie on no grid" if embeddings.rows[0]["grid"] is None else "there are too few tokens"
-        return _words(f"No DenseFT: {embeddings.unplaced or gridless}.")
+        return curves.words(f"No DenseFT: {embeddings.unplaced or gridless}.")
     shown = np.unique(np.linspace(0, len(embeddings) - 1, max(1, min(n, len(embeddings)))).astype(int)).tolist()
     columns = min(3, len(shown))
     figure, axes = _sheet(-(-len(shown) // columns), 2 * columns)
@@ -231,8 +230,8 @@ def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
     for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
         views = [view for view in metrics["by_view"] if view["crop"] == crop]
         angles = [view["angle"] for view in views]
-        (line,) = hits.plot(angles, [_number(v["hit_at_1"]) for v in views], ".-", label=f"crop {crop:g}")
-        again = [_number(view["reranked_hit_at_1"]) for view in views]
+        (line,) = hits.plot(angles, [curves.number(v["hit_at_1"]) for v in views], ".-", label=f"crop {crop:g}")
+        again = [curves.number(view["reranked_hit_at_1"]) for view in views]
         hits.plot(angles, again, ":", color=line.get_color(), label=f"crop {crop:g}, re-ranked")
     hits.set(title="Hit@1 before and after re-ranking", xlabel="rotation of the query, degrees", ylim=(-0.03, 1.03))
     if not metrics["by_view"]:
@@ -284,14 +283,14 @@ def pair_views(step: Step, pairs: Sequence[Row]) -> Figure:
     """
     row = max(pairs, key=lambda row: row["inliers"], default=None)
     if row is None:
-        return _words("Nothing was matched: there was no pair.")
+        return curves.words("Nothing was matched: there was no pair.")
     if row["candidate"] is None:
-        return _words(f"{files.printable(row['query'])}: {row['reason']}.")
+        return curves.words(f"{files.printable(row['query'])}: {row['reason']}.")
     try:
         matched = Matched(step)
         pair, (a, b) = matched.pair(row), matched.tokens(row)
     except StepError as error:
-        return _words(str(error))
+        return curves.words(str(error))
     style = pictures.Style(side=480, alpha=0.8)
     doubt = "" if pair.geometry.verified else " (not verified)"
     drawn = (
@@ -386,17 +385,6 @@ def _sheet(rows: int, columns: int, side: float = 2.2) -> tuple[Figure, np.ndarr
     return figure, axes
 
 
-def _words(said: str) -> Figure:
-    """A figure that says why there is none."""
-    figure = Figure(figsize=(8, 1), layout="constrained")
-    figure.text(0.02, 0.5, textwrap.fill(said, 100).replace("$", r"\$"), fontsize=9, va="center")
-    return figure
-
-
 def _short(id: str) -> str:
     name = files.printable(Path(id).stem).replace("$", r"\$")  # matplotlib would read a formula between dollars
     return name if len(name) <= 22 else f"{name[:9]}...{name[-10:]}"
-
-
-def _number(value: float | None, missing: float = np.nan) -> float:
-    return missing if value is None else value

@@ -30,7 +30,7 @@ def audited(step, spot_check=2, **planted):
     query, gallery, _, _, metrics = judged(step)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ImatchWarning)
-        said = imatch.audit(step, query, gallery, {**metrics, **planted}, spot_check=spot_check)
+        said = imatch.audit_index(step, query, gallery, {**metrics, **planted}, spot_check=spot_check)
     assert [str(one.message) for one in caught] == said
     step.finish({**metrics, "alarms": said})
     return said

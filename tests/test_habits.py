@@ -85,11 +85,11 @@ index = imatch.start_index(str(step.folder), "", direction="data-data", index="f
     recall=0.95, float16=False, k=2, whiten=0, rotations=1, expand=0, rerank=0, tokens=32, exclude_siblings=False,
     truth="photograph", labels="", radius=60.0, heading=180.0, cluster="photograph", precision=0.95, send="", ttl=60,
     **always)
-query, gallery = imatch.query_and_gallery(index)
+query, gallery = imatch.open_embeddings(index)
 built = imatch.build_index(index, gallery, device="cpu")
-figures, checked = imatch.tune_index(index, built, query), imatch.self_check(built, gallery)
+figures, checked = imatch.tune_index(index, built, query), imatch.check_index(built, gallery)
 ranking = imatch.search(index, built, query, gallery)
-rows, threshold = imatch.judge(index, query, gallery, ranking, figures)
+rows, threshold = imatch.judge_hits(index, query, gallery, ranking, figures)
 index.finish(imatch.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
 match = imatch.start_match(str(index.folder), candidates=2, matcher="ratio", matcher_options={{}}, model="homography",
     threshold=0.0, confidence=0.9999, iterations=10000, min_inliers=8, min_share=0.0, outputs=["npy"], **always)

@@ -247,8 +247,8 @@ def test_from_photographs_to_hits(stores, keep):
         better = indexed(step, references, "reference-data", rerank=3, tokens=AGGREGATED, rotations=4, tag="tokens")
         query, gallery, found, *_ = judged(better)
         assert len(found.rows) == len(query) == 2 * len(gallery)
-        assert imatch.search_stages(better)[-1]["stage"] == f"3 by {AGGREGATED} tokens"
-        assert imatch.search_stages(better)[-1]["hit_at_1"]["value"] >= 0.5
+        assert imatch.index_stages(better)[-1]["stage"] == f"3 by {AGGREGATED} tokens"
+        assert imatch.index_stages(better)[-1]["hit_at_1"]["value"] >= 0.5
     if keep in store.KEEPS_PLACED:
         assert matched(index, outputs=["json"])[1]
     else:

@@ -9,7 +9,7 @@ import pytest
 
 from imatch.core import files
 from imatch.core.types import Geometry, Matches, Tokens
-from imatch.data.store import query_and_gallery, read_ranking
+from imatch.data.store import open_embeddings, read_ranking
 from imatch.viz import html, pictures
 from tests.test_pictures import TURN, on_grid, planted
 from tests.test_steps import embedded, referenced, searched
@@ -244,7 +244,7 @@ def index(few_photographs, tmp_path_factory):
 
 def test_pointing_at_a_hit_shows_it_large_beside_its_query(index, opened, tmp_path):
     sheet = opened(html.sheet_page(index, tmp_path / "sheet.html"))
-    query, gallery = query_and_gallery(index)
+    query, gallery = open_embeddings(index)
     ranking = read_ranking(index)
     assert sheet.locator("section").count() == len(query) == 8
     assert sheet.locator("section .hit").count() == 24

@@ -10,7 +10,7 @@ from PIL import Image
 
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, Tokens, grid_xy
 from imatch.data.pairs import Matched
-from imatch.data.store import query_and_gallery, read_ranking
+from imatch.data.store import open_embeddings, read_ranking
 from imatch.features import denseft
 from imatch.matching import geometry
 from imatch.steps import match
@@ -288,7 +288,7 @@ def test_words_stand_where_a_pair_cannot_be_shown(steps):
 
 def test_the_contact_sheet_says_angle_score_and_metres(steps):
     index, *_ = steps
-    query, gallery = query_and_gallery(index)
+    query, gallery = open_embeddings(index)
     ranking = read_ranking(index)
     metres = np.full(ranking.rows.shape, 1234.5)
     metres[:, 1] = np.nan

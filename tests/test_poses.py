@@ -252,7 +252,7 @@ def drawn(tmp_path, monkeypatch):
 def test_rotations_find_what_was_turned_and_say_by_how_much(drawn):
     step = indexed(*drawn, "reference-data", rotations=4, tag="turned")
     _, _, ranking, rows, metrics = judged(step)
-    plain, turned = imatch.search_stages(step)
+    plain, turned = imatch.index_stages(step)
     assert (plain["stage"], turned["stage"]) == ("plain", "4 rotations")
     assert plain["hit_at_1"]["value"] < 0.5
     assert turned["hit_at_1"]["value"] == metrics["hit_at_1"] == 1.0
@@ -290,7 +290,7 @@ def test_whitening_expansion_and_tokens_against_loops(few_photographs, tmp_path)
         again = np.argsort(-token_score(own, there), kind="stable")
         assert ranking.rows[row].tolist() == [*hits[:4][again], *hits[4:]]
         assert ranking.scores[row] == pytest.approx((expanded @ g.T)[row, ranking.rows[row]], abs=1e-4)
-    names = [stage["stage"] for stage in imatch.search_stages(step)]
+    names = [stage["stage"] for stage in imatch.index_stages(step)]
     assert names == ["plain", "whitened to 5", "expanded by 2", "4 by 16 tokens"]
     assert ranking.turn is None
 
@@ -299,7 +299,7 @@ def test_what_hurts_is_said(drawn):
     """Whitening to one dimension leaves two places to be in."""
     step = indexed(*drawn, "reference-data", whiten=1, rotations=4, tag="hurt")
     judged(step)
-    stages = {row["stage"]: row for row in imatch.search_stages(step)}
+    stages = {row["stage"]: row for row in imatch.index_stages(step)}
     searched(*drawn, "reference-data", rotations=4, tag="unhurt")
     assert stages["4 rotations"]["hit_at_1"]["value"] < 1
     assert "whitened to 1" in tables.stage_table(list(stages.values()))
@@ -345,7 +345,7 @@ def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
     whole = indexed(*drawn, "reference-data", tag="whole", **given)
     judged(whole)
     killed = indexed(*drawn, "reference-data", tag="killed", **given)
-    query, gallery = imatch.query_and_gallery(killed)
+    query, gallery = imatch.open_embeddings(killed)
     index = imatch.build_index(killed, gallery)
 
     def stop(*_):

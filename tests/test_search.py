@@ -36,7 +36,7 @@ def test_an_approximate_index_is_measured_and_tuned(house):
 def test_a_recall_out_of_reach_is_said(house):
     coarse = {"key": "PQ1x4", "refine": 0}  # one of 16 patterns for a whole vector
     step = indexed(*house, "data-reference", index="factory", index_options=coarse, tag="low", recall=0.99)
-    query, gallery = imatch.query_and_gallery(step)
+    query, gallery = imatch.open_embeddings(step)
     built = imatch.build_index(step, gallery)
     with pytest.warns(ImatchWarning, match=r"recall@5 is 0\.\d+ at most, below the 0\.99"):
         assert imatch.tune_index(step, built, query)["recall"] < 0.99
@@ -68,7 +68,7 @@ def test_the_index_outlives_another_k(house):
     path = step.folder / "index" / "00000.faiss"
     before = path.stat().st_mtime_ns
     again = indexed(*house, "data-reference", k=3, tag="kept", on_change="recompute")
-    _, gallery = imatch.query_and_gallery(again)
+    _, gallery = imatch.open_embeddings(again)
     imatch.build_index(again, gallery)
     assert path.stat().st_mtime_ns == before
 

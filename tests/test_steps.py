@@ -87,12 +87,12 @@ def indexed(data, references, direction, **given):
 
 def judged(step):
     """All of a 03_index but its alarms and its end: both sides, the ranking, the rows of queries.jsonl, the metrics."""
-    query, gallery = imatch.query_and_gallery(step)
+    query, gallery = imatch.open_embeddings(step)
     index = imatch.build_index(step, gallery)
     figures = imatch.tune_index(step, index, query)
-    checked = imatch.self_check(index, gallery)
+    checked = imatch.check_index(index, gallery)
     ranking = imatch.search(step, index, query, gallery)
-    rows, threshold = imatch.judge(step, query, gallery, ranking, figures)
+    rows, threshold = imatch.judge_hits(step, query, gallery, ranking, figures)
     metrics = imatch.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
     return query, gallery, ranking, rows, metrics
 
@@ -426,7 +426,7 @@ def test_an_index_that_does_not_belong_is_caught(house):
     index = imatch.build_index(step, gallery)
     index.rows = [part[::-1] for part in index.rows]
     with pytest.raises(StepError, match="the index answers"):
-        imatch.self_check(index, gallery)
+        imatch.check_index(index, gallery)
 
 
 def test_matches_agree_with_the_truth(house):

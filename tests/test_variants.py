@@ -322,7 +322,7 @@ def test_queries_of_another_embed_search_the_photographs(dinov3):
     assert embedded(queries).ids == ["flight 1/d.png"]
     step = index(data, queries)
     assert step.folder.name == "reference-data_few-res96_raw_query"
-    query, gallery = imatch.query_and_gallery(step)
+    query, gallery = imatch.open_embeddings(step)
     hits = imatch.search(step, imatch.build_index(step, gallery), query, gallery)
     assert gallery.ids[hits.rows[0, 0]] == "flight 1/d.png"
     assert hits.scores[0, 0] == pytest.approx(1, abs=1e-5)

@@ -11,7 +11,7 @@ from imatch.core.files import Row
 from imatch.core.step import Step, pair_path, sides
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
 from imatch.data.rotations import Pose
-from imatch.data.store import open_poses, query_and_gallery
+from imatch.data.store import open_embeddings, open_poses
 
 
 class Matched:
@@ -23,7 +23,7 @@ class Matched:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.query, self.gallery = query_and_gallery(step)
+        self.query, self.gallery = open_embeddings(step)
         both = sides(step)
         self.posed = open_poses(both[0].folder, poses_of(step))
         self._roots = [side.linked("photographs") for side in both]

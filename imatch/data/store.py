@@ -539,7 +539,7 @@ def missed(embeddings: Embeddings) -> list[Row]:
     return [row for row in files.read_rows(embeddings.folder / "skipped.jsonl") if "size" in row]
 
 
-def query_and_gallery(step: Step) -> tuple[Embeddings, Embeddings]:
+def open_embeddings(step: Step) -> tuple[Embeddings, Embeddings]:
     """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches."""
     query, gallery = sides(step)
     return Embeddings(query.folder), Embeddings(gallery.folder)

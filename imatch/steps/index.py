@@ -283,7 +283,7 @@ def _ms(work: Callable[[], Any], queries: int) -> float:
     return round(1000 * (time.perf_counter() - started) / queries, 4)
 
 
-def self_check(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tuple[int, int]:
+def check_index(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tuple[int, int]:
     """Let vectors of the gallery, evenly spread, search for themselves.
 
     Args:
@@ -314,7 +314,7 @@ def self_check(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tupl
     return int((other & ~wrong).sum()), int(wrong.sum())
 
 
-def judge(
+def judge_hits(
     step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, index: Mapping[str, Any]
 ) -> tuple[list[Row], Threshold]:
     """Say of every query what it found, and from which score on a hit is to be believed.
@@ -438,8 +438,8 @@ def index_metrics(
     index: Mapping[str, Any],
     checked: tuple[int, int],
 ) -> dict[str, Any]:
-    """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`self_check`), retrieval
-    (`metrics.retrieval_metrics`), chance, threshold, stages (`search_stages`), and metres where positions are known.
+    """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`check_index`), retrieval
+    (`metrics.retrieval_metrics`), chance, threshold, stages (`index_stages`), and metres where positions are known.
     Counted apart: queries that have no answer in the gallery, and photographs that could not be embedded and so never
     became queries."""
     unit = f"{step.parameters['cluster']}s"
@@ -453,7 +453,7 @@ def index_metrics(
         "queries_skipped": len(files.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
         "chance": chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),
-        "stages": search_stages(step),
+        "stages": index_stages(step),
         "positions": None if ranking.metres is None else position_figures(ranking.metres),
     }
 
@@ -473,7 +473,7 @@ def search(
 
     The index goes deep enough to know, too, what each query would find if its right answers were not there. What was
     asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
-    before, and what each adds is measured on the same queries (`search_stages`).
+    before, and what each adds is measured on the same queries (`index_stages`).
 
     Writes ranking.npz and stages.json; for whiten also whitening.faiss, whitened.npy and index_whitened/, for
     rerank tokens/, for rotations a step a turn beside that of the queries.
@@ -535,7 +535,7 @@ def search(
     return Ranking(**ranking)
 
 
-def search_stages(step: Step) -> list[Row]:
+def index_stages(step: Step) -> list[Row]:
     """What each option of the search added: rows as `tables.stage_table` takes them, the plain search first."""
     return list(files.read_json(step.folder / "stages.json"))
 
@@ -569,7 +569,7 @@ def _added(
     return rows
 
 
-def audit(
+def audit_index(
     step: Step, query: Embeddings, gallery: Embeddings, metrics: Mapping[str, Any], *, spot_check: int = 2
 ) -> list[str]:
     """Look for silent faults of a 03_index step.

@@ -19,7 +19,7 @@ from imatch.core.step import Step, flat_name, open_step, run_and_dataset, sides,
 from imatch.core.types import ImatchError
 from imatch.data import images
 from imatch.data.references import views_by_id
-from imatch.data.store import Embeddings, missed, query_and_gallery, read_ranking
+from imatch.data.store import Embeddings, missed, open_embeddings, read_ranking
 from imatch.steps.index import kind_of_reference
 
 LISTS = ("all", "ordered", "one")
@@ -199,7 +199,7 @@ class Retrieved:
 
     def __init__(self, step: Step) -> None:
         index = open_step(step.linked("index"))
-        self.query, self.gallery = query_and_gallery(index)
+        self.query, self.gallery = open_embeddings(index)
         self.unit = f"{index.parameters['cluster']}s"
         self.skipped = index.metrics["queries_skipped"]
         self.said: list[str] = []
@@ -254,7 +254,7 @@ class Listed:
     that shows the same photograph is right, of others nobody knows."""
 
     def __init__(self, step: Step) -> None:
-        self.query, self.gallery = query_and_gallery(step)
+        self.query, self.gallery = open_embeddings(step)
         self.unit, self.unmatched = "photographs", list[Row]()
         self._kind, self._same = step.parameters["pairs"], self.query.folder == self.gallery.folder
         self._one = _row_of(step.parameters["one"], self.query) if self._kind == "one" else None

@@ -19,7 +19,7 @@ from imatch.core.files import Row
 from imatch.core.step import Step
 from imatch.core.types import ImatchError, Pair, Tokens
 from imatch.data import images
-from imatch.data.store import query_and_gallery, read_ranking
+from imatch.data.store import open_embeddings, read_ranking
 from imatch.matching import geometry
 from imatch.viz import figures, pictures
 
@@ -103,7 +103,7 @@ def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
     Returns:
         The path.
     """
-    query, gallery = query_and_gallery(step)
+    query, gallery = open_embeddings(step)
     queries = figures.hits_shown(step, query, gallery, read_ranking(step), n, k)
     shown: dict[Path, tuple[int, int]] = {row["path"]: row["size"] for row in queries}
     shown |= {hit["path"]: hit["size"] for row in queries for hit in row["hits"]}

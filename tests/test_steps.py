@@ -21,6 +21,7 @@ from imatch.core.step import flat_name, open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError, Tokens
 from imatch.evaluation import intervals, tables
 from imatch.features import base
+from imatch.retrieval import index as searcher
 from imatch.steps.references import _reference_names
 from tools.sift_vocabulary import dead_leaves
 
@@ -420,11 +421,11 @@ def test_references_of_another_embedding_are_refused(house, tmp_path, few_photog
         searched(other, references, "reference-data")
 
 
-def test_an_index_that_does_not_belong_is_caught(house):
+def test_an_index_that_does_not_belong_is_caught(house, tmp_path):
     data, _, references = house
-    step, _, gallery, _ = searched(data, references, "data-data")
-    index = imatch.build_index(step, gallery)
-    index.rows = [part[::-1] for part in index.rows]
+    _, _, gallery, _ = searched(data, references, "data-data")
+    searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest, kind="flat")
+    index = searcher.Searcher(tmp_path / "index", gallery.vectors, gallery.digest)
     with pytest.raises(StepError, match="the index answers"):
         imatch.check_index(index, gallery)
 

@@ -45,7 +45,7 @@ lint: $(READY)  ## format and check
 	$(BIN)/ruff check --fix
 
 lab: $(READY)  ## JupyterLab on the notebooks
-	$(BIN)/imatch lab notebooks
+	$(BIN)/imatch lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 image-check: $(READY) buildah debootstrap podman  ## build the container's image without Docker, and use it (minutes; FAISS=cpu for that one)
 	tests/image_check.sh

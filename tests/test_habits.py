@@ -36,6 +36,13 @@ def test_importing_imatch_is_light(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py")))
+def test_tools_run_as_commands(tool):
+    done = subprocess.run([sys.executable, "-m", f"tools.{tool}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+
+
 def test_two_photographs_are_matched_without_torch(tmp_path):
     """From the files to the geometry, resized on the way; torch alone would take longer than all of it."""
     code = f"""

@@ -104,3 +104,7 @@ def main() -> None:
     path = parser.parse_args().path
     files.write_array(path, learn())
     print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
+
+
+if __name__ == "__main__":
+    main()

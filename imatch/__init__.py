@@ -27,7 +27,7 @@ _VERBS = {
         "check_index",
         "search",
         "index_stages",
-        "judge_hits",
+        "judge_index",
         "index_metrics",
         "audit_index",
     ),
@@ -36,7 +36,7 @@ _VERBS = {
     "imatch.steps.match": ("start_match", "match_pairs", "match_metrics"),
     "imatch.steps.preflight": ("preflight",),
     "imatch.steps.report": ("start_report",),
-    "imatch.export.per_image": ("export_files",),
+    "imatch.export.per_image": ("export_per_image",),
     "imatch.viz.explorer": ("browse",),
 }
 _COMMANDS = {

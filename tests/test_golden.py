@@ -109,7 +109,7 @@ def searched(data, references):
     index = imatch.build_index(step, gallery, device="cpu")
     figures, checked = imatch.tune_index(step, index, query), imatch.check_index(index, gallery)
     ranking = imatch.search(step, index, query, gallery)
-    rows, threshold = imatch.judge_hits(step, query, gallery, ranking, figures)
+    rows, threshold = imatch.judge_index(step, query, gallery, ranking, figures)
     metrics = imatch.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
     return step, query.ids, gallery.ids, ranking, step.finish(metrics)
 

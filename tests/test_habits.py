@@ -96,7 +96,7 @@ query, gallery = imatch.open_embeddings(index)
 built = imatch.build_index(index, gallery, device="cpu")
 figures, checked = imatch.tune_index(index, built, query), imatch.check_index(built, gallery)
 ranking = imatch.search(index, built, query, gallery)
-rows, threshold = imatch.judge_hits(index, query, gallery, ranking, figures)
+rows, threshold = imatch.judge_index(index, query, gallery, ranking, figures)
 index.finish(imatch.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
 match = imatch.start_match(str(index.folder), candidates=2, matcher="ratio", matcher_options={{}}, model="homography",
     threshold=0.0, confidence=0.9999, iterations=10000, min_inliers=8, min_share=0.0, outputs=["npy"], **always)

@@ -290,14 +290,14 @@ def test_files_for_each_photograph_that_need_more_are_refused(stores, keep):
     step = stores["dsift", keep]
     for output in ("patch.npy", "grid.json", "denseft.png"):
         with pytest.raises(StepError, match=r"needs local descriptors with positions, .*run 01_embed"):
-            imatch.export_files(step, Embeddings(step.folder), ["global.npy", output])
+            imatch.export_per_image(step, Embeddings(step.folder), ["global.npy", output])
     assert not (step.folder.parents[3] / "per_image").exists()
-    assert imatch.export_files(step, Embeddings(step.folder), ["global.npy"]) == 2 * 4
+    assert imatch.export_per_image(step, Embeddings(step.folder), ["global.npy"]) == 2 * 4
 
 
 def test_files_for_each_photograph_of_int8(stores):
     step = stores["dsift", "int8"]
-    assert imatch.export_files(step, Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
+    assert imatch.export_per_image(step, Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
     path = next(step.folder.parents[3].rglob("PatchGrid*_b.npy"))
     assert path.name == "PatchGrid_res160-int8_raw_dsift_NONE_few_b.npy"
     embeddings = Embeddings(step.folder)

@@ -107,7 +107,7 @@ def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
 
 
 def export(step: Step, folder: Path, outputs=ALL) -> int:
-    return per_image.export_files(step, Embeddings(step.folder), outputs, folder)
+    return per_image.export_per_image(step, Embeddings(step.folder), outputs, folder)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -307,8 +307,10 @@ def test_keypoints_have_global_files_only(few_photographs, tmp_path):
 def test_tree_lies_beside_the_steps_unless_told(tmp_path):
     data, references = with_references(tmp_path / "exports")
     for step in (data, references):
-        assert per_image.export_files(step, Embeddings(step.folder), []) == 0
-        assert per_image.export_files(step, Embeddings(step.folder), ["global.json"]) == len(Embeddings(step.folder))
+        assert per_image.export_per_image(step, Embeddings(step.folder), []) == 0
+        assert per_image.export_per_image(step, Embeddings(step.folder), ["global.json"]) == len(
+            Embeddings(step.folder)
+        )
     assert {path.name for path in (tmp_path / "exports/r/per_image").iterdir()} == {"survey"}
     assert len(files(tmp_path / "exports/r/per_image/survey/vits16+/low")) == 2 + 2 * 3
 

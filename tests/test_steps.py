@@ -93,7 +93,7 @@ def judged(step):
     figures = imatch.tune_index(step, index, query)
     checked = imatch.check_index(index, gallery)
     ranking = imatch.search(step, index, query, gallery)
-    rows, threshold = imatch.judge_hits(step, query, gallery, ranking, figures)
+    rows, threshold = imatch.judge_index(step, query, gallery, ranking, figures)
     metrics = imatch.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
     return query, gallery, ranking, rows, metrics
 

@@ -155,7 +155,7 @@ def export(step: str, files: str, folder: str, on_change: str) -> None:
 
     opened = replace(open_step(step_folder(step)), on_change=on_change)
     where = from_workspace(folder) if folder else None
-    written = per_image.export_files(opened, Embeddings(opened.folder), files.split(","), where)
+    written = per_image.export_per_image(opened, Embeddings(opened.folder), files.split(","), where)
     print(f"{written} files written")
 
 

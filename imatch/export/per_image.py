@@ -48,7 +48,7 @@ ANCHOR = rf"_(?P<variant>raw|sub\d+)_(?P<hub>{HUB}|[^_]+)_(?P<family>LVD|SAT|NON
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names on Windows, whatever follows
 
 
-def export_files(step: Step, embeddings: Embeddings, outputs: Sequence[str], folder: Path | None = None) -> int:
+def export_per_image(step: Step, embeddings: Embeddings, outputs: Sequence[str], folder: Path | None = None) -> int:
     """Write per-image files of a step of 01_embed or 02_references, those that are missing.
 
     Args:
@@ -67,7 +67,7 @@ def export_files(step: Step, embeddings: Embeddings, outputs: Sequence[str], fol
         StepError: an output needs local descriptors that were not kept; or files are there that were made differently,
             and `step.on_change` is "refuse".
 
-    >>> export_files(Step(Path("s"), "01_embed", {}, {}), None, ["globl.npy"])
+    >>> export_per_image(Step(Path("s"), "01_embed", {}, {}), None, ["globl.npy"])
     Traceback (most recent call last):
     imatch.core.types.ImatchError: unknown output 'globl.npy': did you mean 'global.npy'? Known: ...
     """

@@ -314,7 +314,7 @@ def check_index(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tup
     return int((other & ~wrong).sum()), int(wrong.sum())
 
 
-def judge_hits(
+def judge_index(
     step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, index: Mapping[str, Any]
 ) -> tuple[list[Row], Threshold]:
     """Say of every query what it found, and from which score on a hit is to be believed.

@@ -31,9 +31,9 @@ from imatch.export.outputs import Sink
 from imatch.matching import geometry, matchers
 from imatch.matching.align import Alignment, aligned, aligner
 from imatch.matching.matchers import options_of
-from imatch.steps import pairs as sources
+from imatch.steps import candidates as sources
+from imatch.steps.candidates import Candidate, Source
 from imatch.steps.embed import embed_poses, worth_trying
-from imatch.steps.pairs import Candidate, Source
 
 BLOCK = 64
 """Candidates of a query that one worker matches at a time: what a kill loses at most."""
@@ -73,7 +73,8 @@ def start_match(
         index_step, candidates: folder of a finished 03_index, and how many of each query's hits are matched; of no
             meaning to a list.
         pairs: "" is what 03_index found. A list: "all" (each pair once), "ordered" (a with b and b with a), "one" (one
-            photograph against all others), or the path of a CSV with columns query and candidate (`pairs.read_pairs`).
+            photograph against all others), or the path of a CSV with columns query and candidate
+            (`candidates.read_pairs`).
         one: id of that one photograph.
         embed_step: of a list, folder of the finished 01_embed that its queries come from.
         gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references

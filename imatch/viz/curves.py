@@ -155,7 +155,7 @@ def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold]
 
     Args:
         rows: name of a configuration -> its rows of queries.jsonl.
-        thresholds: name of a configuration -> of `steps.index.judge_hits`; one that has none here gets no mark.
+        thresholds: name of a configuration -> of `steps.index.judge_index`; one that has none here gets no mark.
         k: up to which K; no configuration's queries were given fewer hits.
 
     >>> row = {"answers": 1, "right_ranks": [0], "score": 0.9, "score_without": 0.5, "cluster": "a"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import faiss
 import numpy as np
+from scipy import linalg
 
 from imatch.core import compute, files
 from imatch.core.step import Step, open_step
@@ -24,48 +25,52 @@ from imatch.retrieval.truth import Own
 
 FLOOR = 1e-6
 """Axes whose variance is at most this share of the widest one's are noise, which whitening would blow up."""
-SAMPLE = 2**28
-"""Numbers that a whitening is fitted on at most: 1 GB as float32."""
+BLOCK = 2**22
+"""Numbers that are taken from the vectors at once: 32 MB as float64."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """PCA-whitening by FAISS and then L2-normalised: what all the gallery has in common stops counting.
+    """PCA-whitening, (x - mean) @ matrix and then L2-normalised: what all the gallery has in common stops counting.
 
     Source: Jegou and Chum, "Negative evidences and co-occurrences in image retrieval: the benefit of PCA and
     whitening", ECCV 2012.
 
     Attributes:
-        pca: from D numbers to D', the D' widest axes, widest first, each divided by how far the gallery spreads along
-            it; zero along one where it does not vary (see `fit`).
+        mean: (D,) float32, of the gallery.
+        matrix: (D, D') float32, the D' widest axes, widest first, each divided by the gallery's standard deviation
+            along it; a column of zeros where the gallery does not vary (see `fit`).
 
     >>> gallery = np.random.default_rng(0).normal(size=(500, 3)) * [9, 3, 1] + 5
-    >>> whitened = Whitening.fit(gallery, 2)(gallery)
-    >>> abs(whitened.std(axis=0) - 0.5**0.5).max() < 0.02  # both axes count alike
-    np.True_
+    >>> whitening = Whitening.fit(gallery, 2)
+    >>> ((gallery - whitening.mean) @ whitening.matrix).std(axis=0, ddof=1).round(3).tolist()
+    [1.0, 1.0]
     """
 
-    pca: faiss.PCAMatrix
+    mean: np.ndarray
+    matrix: np.ndarray
 
     @classmethod
     def fit(cls, vectors: np.ndarray, dimension: int, sample: int = 100_000) -> Whitening:
         """Learn it from the gallery alone: no query and no truth is looked at.
 
-        Axes along which the variance is at most `FLOOR` of the widest one's, as there are when many vectors are equal,
-        count for nothing: a query would otherwise be ranked by what the gallery lacks.
+        The principal axes come from the (D, D) scatter or, when there are fewer vectors than dimensions, from their
+        (N, N) products, in float64. The sign of each axis makes its largest number positive, so that the same vectors
+        give the same bytes with the same number of threads, and all but the last digits with another. Axes along which
+        the variance is at most `FLOOR` of the widest one's, as there are when many vectors are equal, get a column of
+        zeros: a query would otherwise be ranked by what the gallery lacks.
 
         Args:
-            vectors: (N, D) float of the gallery; of a memory map, only the rows of the sample are read.
+            vectors: (N, D) float of the gallery; a memory map is read in blocks, only the rows of the sample.
             dimension: D', at most D and below the number of vectors.
-            sample: how many vectors to fit on, fewer of more than `SAMPLE` numbers together; of more, as many evenly
-                spaced ones.
+            sample: how many vectors to fit on; of more, as many evenly spaced ones.
 
         Raises:
             ImatchError: dimension is out of range, a vector is not finite, or all vectors are equal.
         """
-        d = vectors.shape[1]
-        rows = searcher.sample(len(vectors), min(sample, SAMPLE // d))
-        n, largest = len(rows), min(d, len(rows) - 1)
+        rows = np.linspace(0, len(vectors) - 1, min(len(vectors), sample), dtype=np.int64)
+        n, d = len(rows), vectors.shape[1]
+        largest = min(d, n - 1)
         if largest < 1:
             raise ImatchError(f"whitening needs at least 2 vectors to fit, not {n}: leave it out")
         if not 1 <= dimension <= largest:
@@ -73,23 +78,28 @@ class Whitening:
                 f"whitening to {dimension} dimensions: {n} vectors of {d} numbers give at most {largest} axes. Ask for "
                 f"1 to {largest}"
             )
-        taken = files.take(vectors, rows)
-        check_finite("vector", taken, rows)
-        if not np.ptp(taken, axis=0).any():
+        mean = sum((block.sum(axis=0) for block in _blocks(vectors, rows)), np.zeros(d)) / n
+        if few := n <= d:
+            centred = np.concatenate(list(_blocks(vectors, rows))) - mean
+            scatter = centred @ centred.T
+        else:
+            scatter = np.zeros((d, d))
+            for block in _blocks(vectors, rows):
+                block -= mean
+                scatter += block.T @ block
+        values, axes = linalg.eigh(scatter, subset_by_index=(len(scatter) - dimension, len(scatter) - 1))
+        values, axes = values[::-1], axes[:, ::-1]
+        if not values[0] > n * (mean @ mean) * np.finfo(np.float32).eps ** 2:
             raise ImatchError(f"the {n} vectors to fit whitening on are all equal: leave it out, nothing can be ranked")
-        mean = taken.mean(axis=0, dtype=np.float64).astype(np.float32)
-        taken -= mean  # FAISS takes it from the products, of which float32 then keeps the widest axes alone
-        pca = faiss.PCAMatrix(d, dimension, -0.5)
-        pca.train(taken)
-        spread = faiss.vector_to_array(pca.eigenvalues)
-        spread[spread <= FLOOR * spread[0]] = np.inf  # the axes are divided by its root
-        faiss.copy_array_to_vector(spread, pca.eigenvalues)
-        faiss.copy_array_to_vector(mean, pca.mean)
-        pca.prepare_Ab()
-        return cls(pca)
+        if few:
+            axes = centred.T @ axes
+        axes = normalise(axes.T).T * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(dimension)])
+        floor = FLOOR * values[0]
+        scale = np.where(values > floor, np.sqrt((n - 1) / np.maximum(values, floor)), 0)
+        return cls(mean.astype(np.float32), np.ascontiguousarray(axes * scale, np.float32))
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """Whiten vectors of the gallery or queries.
+        """Whiten vectors of the gallery or queries, in blocks.
 
         Args:
             vectors: (N, D) float.
@@ -101,21 +111,23 @@ class Whitening:
         Raises:
             ImatchError: vectors of another dimension, or one that is not finite.
         """
-        d = self.pca.d_in
-        if vectors.ndim != 2 or vectors.shape[1] != d:
+        if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
             raise ImatchError(
-                f"vectors {vectors.shape} do not fit a whitening of dimension {d}: embed both sides with the same "
-                "backbone"
+                f"vectors {vectors.shape} do not fit a whitening of dimension {len(self.mean)}: embed both sides with "
+                "the same backbone"
             )
-        check_finite("vector", vectors)
-        # not `pca.apply`: in float64, equal vectors stay equal wherever they lie, and the mean goes to zero
-        matrix = faiss.vector_to_array(self.pca.A).reshape(-1, d).astype(np.float64)
-        return normalise((vectors - faiss.vector_to_array(self.pca.mean)) @ matrix.T).astype(np.float32)
+        # float64, so that equal vectors stay equal wherever in a block they lie
+        matrix, first = self.matrix.astype(np.float64), 0
+        whitened = np.empty((len(vectors), matrix.shape[1]), np.float32)
+        for block in _blocks(vectors, np.arange(len(vectors))):
+            whitened[first : first + len(block)] = normalise((block - self.mean) @ matrix)
+            first += len(block)
+        return whitened
 
     def save(self, path: Path) -> None:
-        """Write it in FAISS's format, atomically."""
-        with files.atomic(path) as temporary:
-            faiss.write_VectorTransform(self.pca, str(temporary))
+        """Write it as .npz, atomically."""
+        with files.atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mean=self.mean, matrix=self.matrix)
 
     @classmethod
     def load(cls, path: Path) -> Whitening:
@@ -125,14 +137,15 @@ class Whitening:
             ImatchError: the file is absent or broken.
         """
         try:
-            pca = faiss.read_VectorTransform(str(path))
-            if not isinstance(pca, faiss.PCAMatrix):
-                raise TypeError(f"it holds a {type(pca).__name__}")
-        except (RuntimeError, MemoryError, TypeError) as error:
+            with path.open("rb") as file, np.load(file) as saved:  # np.load alone leaves a broken file open
+                mean, matrix = saved["mean"], saved["matrix"]
+            if mean.ndim != 1 or matrix.ndim != 2 or len(mean) != len(matrix):
+                raise ValueError(f"mean {mean.shape}, matrix {matrix.shape}")
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ImatchError(
                 f"{path} is not a whitening ({error}): delete its step's folder and run the notebook again"
             ) from error
-        return cls(pca)
+        return cls(mean, matrix)
 
 
 def expand(queries: np.ndarray, neighbours: np.ndarray, scores: np.ndarray, alpha: float = 3.0) -> np.ndarray:
@@ -274,6 +287,15 @@ def _taken(order: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.take_along_axis(array, order, 1) for array in arrays)
 
 
+def _blocks(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of (N, D) vectors as float64, some at once."""
+    step = max(1, BLOCK // vectors.shape[1])
+    for first in range(0, len(rows), step):
+        block = vectors[rows[first : first + step]].astype(np.float64)
+        check_finite("vector", block, rows[first : first + step])
+        yield block
+
+
 HELD = 2**24
 """Hits, or numbers of vectors, that are held at once."""
 PART = 1000
@@ -298,20 +320,27 @@ class Found:
 
     def cut(self, k: int) -> Found:
         """The first k."""
-        return self._each(lambda values, _: np.ascontiguousarray(values[:, :k]))
+        return Found(*(np.ascontiguousarray(values[:, :k]) for values in (self.rows, self.scores, self.turn)))
 
     def but(self, gone: np.ndarray) -> Found:
         """Without some of them, (q, depth) bool; the others move up."""
         order = np.argsort(gone, axis=1, kind="stable")
-        return self._each(lambda values, empty: np.take_along_axis(np.where(gone, empty, values), order, 1))
+        return Found(
+            *(
+                np.take_along_axis(np.where(gone, empty, values), order, 1)
+                for values, empty in zip((self.rows, self.scores, self.turn), NOTHING, strict=True)
+            )
+        )
 
     def filled(self, depth: int) -> Found:
         """With nothing behind them, up to a depth."""
         pad = ((0, 0), (0, depth - self.rows.shape[1]))
-        return self._each(lambda values, empty: np.pad(values, pad, constant_values=empty))
-
-    def _each(self, way: Callable[[np.ndarray, float], np.ndarray]) -> Found:
-        return Found(*map(way, (self.rows, self.scores, self.turn), NOTHING))
+        return Found(
+            *(
+                np.pad(values, pad, constant_values=empty)
+                for values, empty in zip((self.rows, self.scores, self.turn), NOTHING, strict=True)
+            )
+        )
 
 
 @dataclass
@@ -470,12 +499,11 @@ class Ways:
     def _whitened_space(self) -> _Space:
         """The gallery whitened, by what it has in common itself, and an index of that."""
         folder, asked, n = self.step.folder, self.asked, len(self.gallery)
-        if (folder / "whitening.faiss").is_file():
-            whitening = Whitening.load(folder / "whitening.faiss")
+        if (folder / "whitening.npz").is_file():
+            whitening = Whitening.load(folder / "whitening.npz")
         else:
-            (folder / "whitened.npy").unlink(missing_ok=True)  # another whitening's, such as of an older version
             whitening = Whitening.fit(self.gallery.vectors, asked["whiten"])
-            whitening.save(folder / "whitening.faiss")
+            whitening.save(folder / "whitening.npz")
         if not (folder / "whitened.npy").is_file():
             with files.atomic(folder / "whitened.npy") as temporary, temporary.open("wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (n, asked["whiten"])}

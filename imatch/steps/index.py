@@ -475,8 +475,8 @@ def search(
     asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
     before, and what each adds is measured on the same queries (`index_stages`).
 
-    Writes ranking.npz and stages.json; for whiten also whitening.faiss, whitened.npy and index_whitened/, for
-    rerank tokens/, for rotations a step a turn beside that of the queries.
+    Writes ranking.npz and stages.json; for whiten also whitening.npz, whitened.npy and index_whitened/, for rerank
+    tokens/, for rotations a step a turn beside that of the queries.
 
     Args:
         step: of `start_index`.

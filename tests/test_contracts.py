@@ -1,6 +1,8 @@
 """One contract for each table of plug-ins; a new line in a table is under test at once."""
 
 import dataclasses
+import errno
+import os
 import pickle
 from pathlib import Path
 
@@ -261,6 +263,13 @@ def test_index_memory_is_as_the_formula_says(kind, tmp_path):
     assert stored == pytest.approx(kinds.create_kind(kind, options).memory(*vectors.shape), rel=0.05)
 
 
+def test_memory_counts_what_a_refinement_keeps(tmp_path):
+    vectors, options = unit(5000, d=64), {"key": "IVF16,PQ8,RFlat"}
+    searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind="factory", options=options)
+    stored = opened(tmp_path / "index", vectors).stored()
+    assert stored == pytest.approx(kinds.create_kind("factory", options).memory(*vectors.shape), rel=0.07)
+
+
 def test_index_breaks_ties_by_row(kind, tmp_path):
     vectors = np.repeat(clustered(100), 30, axis=0)
     hits = built(tmp_path / "index", vectors, kind, shard_rows=1300).search(vectors[:1], 3, 64)
@@ -293,10 +302,6 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
     with pytest.raises(StepError, match="not whole"):
         opened(folder, bad)
     index = built(folder, vectors, kind)
-    for given in ({}, {"memory": 2**30}):  # another gallery, or asked for otherwise, too
-        with pytest.raises(ImatchError, match="vector 1 has norm nan"):
-            built(folder, bad, kind, **given)
-        assert opened(folder, vectors).search(vectors[:1], 1).rows.tolist() == [[0]]
     with pytest.raises(ImatchError, match="same backbone"):
         index.search(unit(1, d=8), 1)
     with pytest.raises(ImatchError, match="at least 1"):
@@ -327,6 +332,9 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
         ("ivf_pq", {"parts": 5}, r"no index 'IVF\d+,PQ5' of 32 numbers: The dimension of the vector .* multiple"),
         ("ivf_flat", {"centroids": -1}, "index ivf_flat: option centroids must be greater than or equal to 0, got -1"),
         ("hnsw", {"neighbours": "many"}, "index hnsw: option neighbours must be a valid integer, got 'many'"),
+        ("hnsw", {"neighbours": 1}, "index hnsw: option neighbours must be greater than or equal to 2, got 1"),
+        ("factory", {"key": "NSG32,Flat"}, "FAISS cannot tell how large an index 'NSG32,Flat' will be"),
+        ("factory", {"key": "IVF4,Flat", "seen": 0}, "option seen"),
         ("factory", {"key": "Fl{at"}, "could not parse index string Fl{at"),
         ("factory", {"key": "IVF4,SQ8", "search": "nprob=3"}, "with 'nprob=3': .*could not set parameter nprob"),
     ],
@@ -338,8 +346,33 @@ def test_options_of_an_index_that_do_not_fit_are_refused(kind, options, said, tm
 
 
 def test_too_few_vectors_to_learn_from(tmp_path):
-    with pytest.raises(ImatchError, match=r"40 vectors are too few to learn from \(.*\): use flat"):
+    built(tmp_path / "index", clustered(600), "ivf_pq")
+    before = files(tmp_path / "index")
+    with pytest.raises(ImatchError, match="wants as many vectors; there are 40: use flat"):
         built(tmp_path / "index", clustered(40), "ivf_pq")
+    assert files(tmp_path / "index") == before
+    few = clustered(40)
+    with pytest.raises(ImatchError, match=r"40 vectors are too few to learn from \(.*\): use flat"):
+        searcher.build(tmp_path / "other", few, searcher.digest(few), kind="factory", options={"key": "IVF64,Flat"})
+
+
+def test_what_cannot_be_deleted_is_no_shard_of_another_gallery(tmp_path, monkeypatch):
+    built(tmp_path / "index", clustered(600), "flat", shard_rows=200)
+    unlink = os.unlink
+
+    def busy(path, *given, **more):
+        if str(path).endswith("00001.faiss"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        unlink(path, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        with pytest.raises(OSError, match="busy"):
+            built(tmp_path / "index", clustered(600, seed=4), "flat", shard_rows=200)
+    after = clustered(600, seed=4)
+    assert built(tmp_path / "index", after, "flat", shard_rows=200).search(after, 1).rows[:, 0].tolist() == [
+        *range(600)
+    ]
 
 
 def test_automatic_choice_explains_itself(tmp_path):

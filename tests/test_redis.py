@@ -155,7 +155,7 @@ def test_every_message_fits_the_schema_and_says_what_was_found(step, server):
         assert TTL - 60 < client.ttl(EVENTS) <= TTL
         assert kept(client) == {key(row["query"]): message(results, row) for row in results["queries"]}
     assert said == f"3 messages at imatch:v1:demo:* on 127.0.0.1:{server.port}/0"
-    assert read_json(step.folder / "sent.json") == {"run": "demo", "messages": 3}
+    assert read_json(step.folder / "sent.json") == {"run": "demo", "messages": 3, "acknowledged": True}
 
 
 def test_a_message_is_these_bytes():
@@ -262,7 +262,11 @@ def everything_is_there(client, step):
     results = read_json(step.folder / "results.json")
     assert kept(client) == {key(row["query"]): message(results, row) for row in results["queries"]}
     assert {*queries_of(client.xrange(EVENTS))} == {os.fsencode(row["query"]) for row in results["queries"]}
-    assert read_json(step.folder / "sent.json") == {"run": "demo", "messages": len(results["queries"])}
+    assert read_json(step.folder / "sent.json") == {
+        "run": "demo",
+        "messages": len(results["queries"]),
+        "acknowledged": True,
+    }
 
 
 @pytest.mark.parametrize("keeps", ["yes", "no"])
@@ -282,7 +286,7 @@ def test_redis_killed_in_the_middle_costs_nothing(servers, tmp_path, monkeypatch
         patch.setattr(compute, "progress", kill_after_the_first)
         with pytest.warns(ImatchWarning, match=r"2600 messages wait: `imatch send .*03_index"):
             assert send(step, ttl=TTL) == "2600 messages wait"
-    assert not (step.folder / "sent.json").exists()
+    assert not read_json(step.folder / "sent.json")["acknowledged"]
     server.start()
     with server.client() as client:
         assert len(kept(client)) == (500 if keeps == "yes" else 0)  # of those that were acknowledged
@@ -303,7 +307,7 @@ def test_a_sender_killed_in_the_middle_costs_nothing(server, tmp_path, monkeypat
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
     assert done.returncode == -9
-    assert not (step.folder / "sent.json").exists()
+    assert not read_json(step.folder / "sent.json")["acknowledged"]
     with server.client() as client:
         assert len(kept(client)) == 500
         assert send(step, ttl=TTL).startswith("2600 messages at ")
@@ -365,13 +369,33 @@ def test_what_redis_refuses_waits(server, step):
         everything_is_there(client, step)
 
 
-def test_a_user_needs_three_commands(server, step, monkeypatch):
+def test_a_full_server_keeps_no_event_without_its_message(server, tmp_path, monkeypatch):
+    """It fills up in the middle of a batch: that batch is there as a whole or not at all."""
+    monkeypatch.setenv("REDIS_URL", server.url)
+    step = index_step(tmp_path, [f"{i:04d}.jpg" for i in range(3000)])
+    with server.client() as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 2**19)
+        with pytest.warns(ImatchWarning, match=r"raise its maxmemory.* 3000 messages wait"):
+            send(step, ttl=TTL)
+        client.config_set("maxmemory", 0)
+        named = [fields[b"key"] for _, fields in client.xrange("imatch:v1:demo:events")]
+        assert len(named) == len({*named}) == client.exists(*named) < 3000 if named else client.dbsize() == 0
+        other = index_step(tmp_path, ["0001.jpg"], weight="vitb16")
+        with pytest.raises(ImatchError, match="search in another run"):  # its messages would take the first one's place
+            send(other, ttl=TTL)
+        send(step, ttl=TTL)
+        everything_is_there(client, step)
+
+
+def test_a_user_needs_five_commands(server, step, monkeypatch):
     monkeypatch.setenv("REDIS_URL", server.url.replace("://", "://sender:s3same@"))
     with server.client() as client:
-        allowed = ["ACL", "SETUSER", "sender", "on", ">s3same", "~imatch:v1:*", "+set", "+expire"]
+        allowed = ["ACL", "SETUSER", "sender", "on", ">s3same", "~imatch:v1:*", "+multi", "+exec", "+set", "+expire"]
         client.execute_command(*allowed)
-        with pytest.warns(ImatchWarning, match=r"needs set, expire and xadd on imatch:v1:\*\. 3 messages wait"):
+        needs = r"needs multi, exec, set, expire and xadd on imatch:v1:\*\. 3 messages wait"
+        with pytest.warns(ImatchWarning, match=needs):
             send(step, ttl=TTL)
+        assert client.dbsize() == 0
         client.execute_command(*allowed, "+xadd")
         send(step, ttl=TTL)
         everything_is_there(client, step)
@@ -392,20 +416,19 @@ def test_two_steps_with_the_same_queries_are_refused(server, tmp_path, monkeypat
         everything_is_there(client, first)
 
 
-def test_of_two_steps_that_wait_the_first_to_be_sent_is_kept(servers, tmp_path, monkeypatch):
+def test_a_step_that_waits_keeps_its_place(servers, tmp_path, monkeypatch):
     server = servers()
     monkeypatch.setenv("REDIS_URL", server.url)
     first = index_step(tmp_path, ["a.jpg", "b.jpg"])
-    second = index_step(tmp_path, ["b.jpg", "c.jpg"], weight="vitb16")
-    for step in (first, second):
-        with pytest.warns(ImatchWarning, match="2 messages wait"):
-            send(step, ttl=TTL)
-    server.start()
-    send(second, ttl=TTL)
-    with pytest.raises(ImatchError, match=r"1 queries of .*vits16.*such as b\.jpg.*; search in another run"):
+    with pytest.warns(ImatchWarning, match="2 messages wait"):
         send(first, ttl=TTL)
+    second = index_step(tmp_path, ["b.jpg", "c.jpg"], weight="vitb16")
+    with pytest.raises(ImatchError, match=r"1 queries of .*vitb16.*such as b\.jpg.*; search in another run"):
+        send(second, ttl=TTL)
+    server.start()
+    send(first, ttl=TTL)
     with server.client() as client:
-        everything_is_there(client, second)
+        everything_is_there(client, first)
 
 
 def test_other_queries_and_other_runs_are_not_refused(server, step, tmp_path):

@@ -116,8 +116,8 @@ def build(
         engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
-        ImatchError: no vectors, or not finite, or not normalised (an index that is there stays as it is); options that
-            do not fit; more than the memory; a part of an index that is to be built again.
+        ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
+            of an index that is to be built again.
         PartDoneError: see `compute.do`.
     """
     if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
@@ -130,12 +130,10 @@ def build(
     if engine.shard:
         _check_part(folder, bool(plan), same, kind, memory)
     if not same:
-        if plan:
-            deque(_taken(vectors, np.arange(n)), maxlen=0)
         plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "build_ms": 0.0}
         plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
-        if not engine.shard:
-            shutil.rmtree(folder, ignore_errors=True)
+        if not engine.shard and folder.exists():
+            shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
         files.write_json(folder / "index.json", plan)
     started = time.perf_counter()
     _trained(folder, _kind(plan), vectors)
@@ -153,7 +151,10 @@ def build(
 def _check_part(folder: Path, begun: bool, same: bool, kind: str, memory: int) -> None:
     """Refuse a part of an index that would not be that of the other parts, or would take theirs away."""
     if begun and not same:
-        raise ImatchError(f"the index at {folder} is built again, which parts cannot: run it once without a shard")
+        raise ImatchError(
+            f"the index at {folder} is of another gallery or was asked for otherwise: delete it and start the parts "
+            "again, or run it once without a shard"
+        )
     if kind == "auto" and not memory:
         raise ImatchError("parts must choose the same index: name one, such as flat, or give memory_gb")
     if not same and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
@@ -205,6 +206,8 @@ def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray) -> faiss.Index
         return _read(path)
     index = made.empty(*vectors.shape)
     if not index.is_trained:
+        if not made.learns_from(len(vectors)):
+            raise ImatchError("this index learns from vectors, and option seen is 0: give such as 100000")
         seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is not None:
@@ -317,9 +320,9 @@ class Searcher:
         self.plan = files.read_json(folder / "index.json")
         if self.plan.get("gallery") != gallery:
             raise StepError(
-                f"the index at {folder} is older than its gallery: it holds {self.plan['vectors']} vectors of "
-                f"{self.plan['dimension']} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}. Run it again "
-                "and set on_change to recompute"
+                f"the index at {folder} is older than its gallery: it holds {self.plan.get('vectors', 'other')} "
+                f"vectors of {self.plan.get('dimension')} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}: "
+                "run 03_index again"
             )
         self.kind, shards = _kind(self.plan), _shards(self.plan)
         paths = [folder / f"{shard.name}.faiss" for shard in shards]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from imatch.core import config
 from imatch.core.types import ImatchError
@@ -48,7 +48,7 @@ class Kind:
     in_order: bool = False
     centroids: NonNegativeInt = 0
     parts: NonNegativeInt = 0
-    neighbours: PositiveInt = 32
+    neighbours: Annotated[int, Field(ge=2)] = 32
     construction: PositiveInt = 100
     search: str = ""
     refine: NonNegativeInt = 1
@@ -72,6 +72,8 @@ class Kind:
         """
         import faiss
 
+        if "parts" in self.options and n < 256:
+            raise ImatchError(f"it learns 256 patterns and wants as many vectors; there are {n}: use flat")
         parts = self.parts or next(d // size for size in (4, 3, 2, 1) if d % size == 0)
         key = self.key.replace("{centroids}", str(lists(n, self.centroids))).replace("{parts}", str(parts))
         key = key.replace("{neighbours}", str(self.neighbours))
@@ -92,17 +94,28 @@ class Kind:
         return index
 
     def memory(self, n: int, d: int) -> int:
-        """Count the bytes that n vectors of d numbers will take: codes, and lists, patterns or links beside them."""
+        """Count the bytes that n vectors of d numbers will take: codes, and lists, patterns or links beside them.
+
+        Raises:
+            ImatchError: as `empty`; or FAISS cannot tell.
+        """
+        index = self.empty(n, d)
+        try:
+            return self._bytes(index, n, d)
+        except RuntimeError as error:
+            raise ImatchError(f"FAISS cannot tell how large an index {self.key!r} will be: use another key") from error
+
+    def _bytes(self, index: faiss.Index, n: int, d: int) -> int:
         import faiss
 
-        index = self.empty(n, d)
         if hasattr(index, "hnsw"):  # 16 for its level, its place and the levels above
             return n * (int(index.storage.sa_code_size()) + 4 * index.hnsw.nb_neighbors(0) + 16)
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is None:
             return n * int(index.sa_code_size())
         patterns = 4 * 256 * d if "parts" in self.options else 0
-        return n * (int(ivf.code_size) + 8) + ivf.nlist * (4 * d + 8) + patterns
+        code = index.sa_code_size() if isinstance(index, faiss.IndexRefine) else ivf.code_size
+        return n * (int(code) + 8) + ivf.nlist * (4 * d + 8) + patterns
 
 
 INDEXES = {

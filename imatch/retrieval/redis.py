@@ -1,8 +1,7 @@
 """Messages to Redis: each at a key of its own that expires, and an event in the run's stream for each sending.
 
-A batch is a pipeline of redis-py: SET and XADD for each message, in one round trip. It is no transaction: a server that
-stops in the middle keeps a part of it, and the whole is sent again. The key makes a message idempotent, its events may
-be several. XADD follows its SET on the same connection, so whoever reads an event finds the message.
+A batch is one transaction of SET and XADD for each message: whoever reads an event finds its message. What was not
+acknowledged is sent again as a whole. The key makes a message idempotent, its events may be several.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 30}
 """Seconds, where the URL does not say."""
 REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: some are kinds of others
     (redis.AuthenticationError, "correct the user and password in REDIS_URL"),
-    (redis.exceptions.NoPermissionError, "its user needs set, expire and xadd on imatch:v1:*"),
+    (redis.exceptions.NoPermissionError, "its user needs multi, exec, set, expire and xadd on imatch:v1:*"),
     (redis.BusyLoadingError, "wait until it has loaded its data"),
     (
         redis.TimeoutError,
@@ -96,7 +95,7 @@ class Redis:
         try:
             for first in range(0, len(messages), self.batch):
                 batch = messages[first : first + self.batch]
-                with self._client.pipeline(transaction=False) as pipeline:
+                with self._client.pipeline(transaction=True) as pipeline:
                     for query, payload in batch:
                         key = os.fsencode(f"{PREFIX}:{run}:{query}")
                         pipeline.set(key, payload, ex=self.ttl)

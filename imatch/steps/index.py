@@ -212,16 +212,15 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
         PartDoneError: see `compute.do`.
     """
     folder, asked, digest = step.folder / "index", step.parameters, gallery.digest
-    if not step.finished:
-        searcher.build(
-            folder,
-            gallery.vectors,
-            digest,
-            kind=asked["index"],
-            options=asked["index_options"],
-            memory=round(asked["memory_gb"] * 2**30),
-            engine=engine,
-        )
+    searcher.build(
+        folder,
+        gallery.vectors,
+        digest,
+        kind=asked["index"],
+        options=asked["index_options"],
+        memory=round(asked["memory_gb"] * 2**30),
+        engine=LOCAL if step.finished else engine,
+    )
     index = Searcher(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     """Send what the queries of a 03_index step found to Redis (REDIS_URL).
 
-    When all messages were acknowledged the step gets its sent.json. Sent again they are the same messages, each with
+    The step's sent.json says whether all messages were acknowledged. Sent again they are the same messages, each with
     one more event.
 
     Args:
@@ -49,6 +49,8 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     results = files.read_json(step.folder / "results.json")
     _refuse_same_queries(run, step.folder, {row["query"] for row in results["queries"]})
     messages = [(row["query"], message(results, row)) for row in results["queries"]]
+    mark = {"run": run.name, "messages": len(messages), "acknowledged": False}
+    files.write_json(step.folder / "sent.json", mark)  # before the first, for a part of them may arrive
     try:
         for _ in compute.progress(sink(run.name, messages), "send", -(-len(messages) // sink.batch)):
             pass
@@ -58,7 +60,7 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
         remedy = f"`{command}` sends them, and so does the next run of 03_index"
         warnings.warn(ImatchWarning(f"{error}. {waiting}: {remedy}"), stacklevel=2)
         return waiting
-    files.write_json(step.folder / "sent.json", {"run": run.name, "messages": len(messages)})
+    files.write_json(step.folder / "sent.json", {**mark, "acknowledged": True})
     return f"{len(messages)} messages at {PREFIX}:{run.name}:* on {sink.place}"
 
 
@@ -115,7 +117,7 @@ def message(results: Mapping[str, Any], row: Row) -> bytes:
 
 
 def _refuse_same_queries(run: Path, folder: Path, queries: set[str]) -> None:
-    """Raise ImatchError if another step of the run has sent messages of some of these queries."""
+    """Raise ImatchError if another step of the run has sent, or begun to send, messages of some of these queries."""
     for path in sorted((run / "03_index").rglob("results.json")):
         mark = path.with_name("sent.json")
         if path.parent == folder or not (mark.is_file() and files.read_json(mark)["run"] == run.name):
@@ -123,5 +125,6 @@ def _refuse_same_queries(run: Path, folder: Path, queries: set[str]) -> None:
         if same := queries & {row["query"] for row in files.read_json(path)["queries"]}:
             raise ImatchError(
                 f"{len(same)} queries of {folder}, such as {files.printable(min(same, key=os.fsencode))}, were sent by "
-                f"{path.parent} already: their messages would take the place of those; search in another run"
+                f"{path.parent} already, or wait there: their messages would take the place of those; search in "
+                "another run"
             )

@@ -66,6 +66,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_match.py
 	$(BIN)/python tests/benchmarks/bench_match.py --memory
 	$(BIN)/python tests/benchmarks/bench_pairs.py --every 4
+	$(BIN)/python tests/benchmarks/bench_real.py --every 4
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
 	$(BIN)/python -m tools.sift_vocabulary imatch/features/sift_vocabulary.npy

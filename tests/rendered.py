@@ -13,6 +13,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from imatch.cli import demo
+from imatch.data import images
+
 SIZE = (900, 1200)
 FOCAL_35MM = 30
 """What the EXIF says: 30 mm where the diagonal were that of a frame of 36 x 24 mm."""
@@ -64,6 +67,13 @@ class Scene:
         a, b = self.cameras
         t = b.rotation @ (a.centre - b.centre)
         return b.rotation @ a.rotation.T, t / np.linalg.norm(t)
+
+
+def textures(folder: Path) -> list[np.ndarray]:
+    """Photographs large enough to be painted with: the demo's, which are written to a folder."""
+    demo.write(folder)
+    every = [images.decode(path).pixels for path in sorted(folder.iterdir())]
+    return [pixels for pixels in every if min(pixels.shape[:2]) >= 400]
 
 
 def scene(textures: list[np.ndarray], seed: int, baseline: float, boards: int = 4) -> Scene:

@@ -4,17 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
-from imatch.cli import demo
-from imatch.data import images
 from tests import rendered
 
 
 @pytest.fixture(scope="module")
 def textures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    demo.write(folder)
-    every = [images.decode(path).pixels for path in sorted(folder.iterdir())]
-    return [pixels for pixels in every if min(pixels.shape[:2]) >= 400]
+    return rendered.textures(tmp_path_factory.mktemp("demo"))
 
 
 def test_true_points_agree_with_the_cameras(textures):

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from imatch.cli import demo
-from imatch.data import images
 from tests import rendered
 from tests.benchmarks import two_view
 from tests.benchmarks.two_view import Pair, epipolar_distance, median_similarity
@@ -19,10 +17,7 @@ SIZE = (600, 800)
 
 @pytest.fixture(scope="module")
 def textures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    demo.write(folder)
-    every = [images.decode(path).pixels for path in sorted(folder.iterdir())]
-    return [pixels for pixels in every if min(pixels.shape[:2]) >= 400]
+    return rendered.textures(tmp_path_factory.mktemp("demo"))
 
 
 def test_a_scene_of_depth(textures, tmp_path):

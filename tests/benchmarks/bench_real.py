@@ -118,7 +118,7 @@ def collected(folder: Path, sets: Sequence[str], own: Path | None, listed: Path 
         across = [*itertools.combinations(pictures, 2), *itertools.product(pictures, frames)]
         jobs += [Job(a, b, "wrong", "unrelated") for a, b in across[::every]]
     if {"rendered", "rendered unrelated"} & {*sets}:
-        scenes = written(folder / "rendered", pictures)
+        scenes = written(folder / "rendered", rendered.textures(folder / "demo"))
         jobs += scenes if "rendered" in sets else []
         across = list(itertools.product(frames, (job.a for job in scenes))) if "rendered unrelated" in sets else []
         jobs += [Job(a, b, "wrong", "rendered unrelated") for a, b in across[::every]]
@@ -141,10 +141,9 @@ def read_pairs(folder: Path, table: Path, of: str) -> list[Job]:
     return [Job(folder / row["query"], folder / row["candidate"], row["label"], of) for row in rows]
 
 
-def written(folder: Path, pictures: Sequence[Path]) -> list[Job]:
+def written(folder: Path, textures: list[np.ndarray]) -> list[Job]:
     """The rendered scenes: each baseline `SCENES` times, with other depths, textures and cameras."""
     folder.mkdir()
-    textures = [pixels for path in pictures if min((pixels := images.decode(path).pixels).shape[:2]) >= 400]
     jobs = []
     for number, (baseline, turn) in enumerate(itertools.product(BASELINES, range(SCENES))):
         scene = rendered.scene(textures, 1000 + number, baseline, boards=3 + turn % 3)

@@ -378,8 +378,12 @@ class Ratio(_Checked):
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
         of_a, of_b = sides(a, b)
-        in_b, rival_in_b = _with_rivals(of_a, of_b, self.apart * spacing(b.xy), self.device)
-        in_a, rival_in_a = _with_rivals(of_b, of_a, self.apart * spacing(a.xy), self.device)
+        there, back = products(of_a, of_b, self.device), products(of_b, of_a, self.device)
+        if len(of_a.rows) * len(of_b.rows) <= TILE:  # one product serves both directions
+            whole = next(there)
+            there, back = iter([whole]), iter([whole.T.copy() if isinstance(whole, np.ndarray) else whole.T.clone()])
+        in_b, rival_in_b = _with_rivals(there, of_b, self.apart * spacing(b.xy))
+        in_a, rival_in_a = _with_rivals(back, of_a, self.apart * spacing(a.xy))
         i, j, similarity = mutual(in_b, in_a)
         kept = _angle(similarity) < self.max_ratio * _angle(np.maximum(rival_in_b[i], rival_in_a[j]))
         return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
@@ -400,13 +404,13 @@ def spacing(xy: np.ndarray) -> float:
     return float(np.median(KDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else 0.0
 
 
-def _with_rivals(a: Side, b: Side, radius: float, device: str) -> tuple[Nearest, np.ndarray]:
-    """The most similar of B for each of A, n of them, and (n,) float32 the best cosine outside the circle around it, or
-    0."""
+def _with_rivals(tiles: Iterable[Any], b: Side, radius: float) -> tuple[Nearest, np.ndarray]:
+    """The most similar of B for each of A's n rows of cosines, which are overwritten, and (n,) float32 the best cosine
+    outside the circle around it, or 0."""
     from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
 
     found, rivals, places = [], [], KDTree(b.xy)
-    for tile in products(a, b, device):
+    for tile in tiles:
         best = largest(tile, 1)
         around = KDTree(b.xy[best.index.ravel()]).sparse_distance_matrix(places, radius, output_type="ndarray")
         tile[around["i"], around["j"]] = 0.0

@@ -5,6 +5,8 @@ import io
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from imatch.core.types import ImatchError, PhotographError
-from imatch.data import images
+from imatch.data import exif, images
 from imatch.data.images import Resize
 
 BRIGHTON = Path(__file__).resolve().parents[2] / "shared" / "data" / "brighton_beach"
@@ -115,6 +117,7 @@ def test_an_orientation_that_does_not_exist_is_none(tmp_path, value):
     decoded = images.decode(tmp_path / "a.png", Resize("scale", scale=0.5))
     assert decoded.size == (48, 80)
     assert decoded.pixels.shape == (24, 40, 3)
+    assert exif.orientation(tmp_path / "a.png") == 1
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -137,6 +140,26 @@ def test_broken_exif_does_not_cost_the_photograph(tmp_path, exif):
     assert decoded.size == (48, 80)
     assert decoded.position is None
     assert far(decoded.pixels, picture) <= 12
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("value", STORED)
+def test_a_position_goes_back_to_the_stored_pixel(tmp_path, value, suffix):
+    path, (x, y) = tmp_path / f"a{suffix}", (17, 5)
+    upright = np.zeros((48, 80, 3), np.uint8)
+    upright[y, x] = 255
+    pixels = np.ascontiguousarray(STORED[value](upright))
+    Image.fromarray(pixels).save(path, exif=orientation(value), lossless=True)
+    decoded = images.decode(path)
+    assert decoded.pixels[y, x].min() == 255
+    ((x, y),) = exif.stored(np.array([(x, y)], np.float32), decoded.size, exif.orientation(path)).astype(int)
+    assert np.argwhere(pixels[..., 0] == 255).tolist() == [[y, x]]
+
+
+@pytest.mark.parametrize("data", [b"", b"no photograph", b"\x89PNG\r\n\x1a\n broken"])
+def test_what_is_no_photograph_has_orientation_1(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    assert exif.orientation(tmp_path / "a.png") == exif.orientation(tmp_path / "gone.png") == 1
 
 
 # --- colours ----------------------------------------------------------------------------------------------
@@ -303,6 +326,30 @@ def test_a_reduced_decode_is_the_full_one_resized(tmp_path, scale):
     assert far(reduced, resized) <= 3
     shift, _ = cv2.phaseCorrelate(*(cv2.cvtColor(a, cv2.COLOR_RGB2GRAY).astype(np.float32) for a in (reduced, resized)))
     assert np.abs(shift).max() < 0.1
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from imatch.features.base import create_backbone, embed_one
+
+backbone = create_backbone(sys.argv[2])
+embed_one(Path(sys.argv[1]), backbone, {"resize": {"limit": backbone.side}, "variant": "raw"})
+# not ru_maxrss, which begins with the memory of the process that started this one
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_a_large_photograph_takes_little_memory(tmp_path):
+    """2.5 GB at any size: sift's scale space of a square, which is the most; of the pixels, as many bytes for each of
+    these 64 million as the largest that is accepted may take, and Python."""
+    drawn = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 4), np.uint8))
+    drawn.resize((8000, 8000), Image.Resampling.NEAREST).save(tmp_path / "a.png", compress_level=1)
+    pixels = 2.5e9 * 64e6 / images.MAX_PIXELS
+    for weight, most in (("sift", 2.5e9), ("dsift", 0.15e9 + pixels)):
+        command = [sys.executable, "-c", PEAK, str(tmp_path / "a.png"), weight]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert 1024 * int(done.stdout) < most, (weight, done.stdout)
 
 
 # --- position ---------------------------------------------------------------------------------------------

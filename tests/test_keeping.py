@@ -69,18 +69,22 @@ def test_int8_of_nothing():
 # --- what comes back
 
 
+DEFAULT = {"dsift": "float16", "sift": "int8"}
+
+
 @pytest.mark.parametrize("weight", ["dsift", "sift"])
-def test_the_default_is_what_it_was(stores, weight, few_photographs, tmp_path):
-    """Not a parameter, not a name, not a byte more: steps of before there was `keep` are reused."""
-    step = stores[weight, "float16"]
-    assert "keep" not in step.parameters
+def test_the_default_needs_no_word(stores, weight, few_photographs, tmp_path):
+    """Not a parameter, not a name, not a byte more."""
+    step = stores[weight, DEFAULT[weight]]
+    assert step.parameters.get("keep", "float16") == DEFAULT[weight]  # steps of before there was `keep` have float16
     assert step.folder.name == "res160_raw"
-    names = {"00000.npy", "00001.npy"} | ({"00000.xy.npy", "00001.xy.npy"} if weight == "sift" else set())
+    kinds = ("", ".xy", ".scale") if weight == "sift" else ("",)
+    names = {f"{shard}{kind}.npy" for shard in ("00000", "00001") for kind in kinds}
     assert {path.name for path in (step.folder / "local").iterdir()} == names
     before = embedded(few_photographs, tmp_path, weight=weight, resize=SQUARE)
     assert files(before.folder) == files(step.folder)
     assert open_step(before.folder).fingerprint == open_step(step.folder).fingerprint
-    assert Embeddings(step.folder).tokens(0).descriptors.dtype == np.float16
+    assert Embeddings(step.folder).tokens(0).descriptors.dtype == (np.float32 if weight == "sift" else np.float16)
 
 
 @pytest.mark.parametrize("weight", ["dsift", "sift"])
@@ -88,7 +92,7 @@ def test_the_default_is_what_it_was(stores, weight, few_photographs, tmp_path):
 def test_what_is_kept_comes_back(stores, weight, keep):
     step, whole = stores[weight, keep], stores[weight, "float16"]
     assert step.parameters == {**whole.parameters, "keep": keep}
-    assert step.folder.name == f"res160_raw_{keep}"
+    assert step.folder.name == ("res160_raw" if keep == DEFAULT[weight] else f"res160_raw_{keep}")
     assert open_step(step.folder).fingerprint != open_step(whole.folder).fingerprint
     less, all_of_it = Embeddings(step.folder), Embeddings(whole.folder)
     assert np.array_equal(less.vectors, all_of_it.vectors)

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 import imatch
+from imatch.core import files
 from imatch.core.types import ImatchError, StepError, View
 from imatch.data import images, references
 from imatch.matching import geometry
 from imatch.viz import figures
+from tests import test_steps
 
 SIZES = [(120, 180), (121, 181), (181, 120)]
 CROPS = [1.0, 0.75, 0.5]
@@ -316,3 +318,14 @@ def test_outlines_say_what_crop_1_is(embedded):
     for kind, said in (("isometric", True), ("legacy", False)):
         title = figures.reference_outlines(*made(embedded, "shown", kind)).axes[0].get_title()
         assert ("largest square that fits at every angle" in title) == said
+
+
+def test_a_reference_is_seen_at_the_scale_of_its_photograph(few_photographs, tmp_path):
+    """By itself it would fit below the limit at full size."""
+    data = test_steps.embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize(limit=80))
+    views, tokens = test_steps.referenced(data)
+    views = {row["id"]: row for row in files.read_rows(views.folder / "references.jsonl")}
+    for row in imatch.Embeddings(tokens.folder).rows:
+        size, factor = views[row["id"]]["size"], 80 / max(views[row["id"]]["source_size"])
+        assert factor < 80 / max(size)
+        assert list(row["grid"]) == [max(1, round(side * factor / 16)) for side in size]

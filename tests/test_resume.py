@@ -344,7 +344,7 @@ def test_killed_embedding(run_killed, whole, empty, capsys):
     assert f"5 of {PHOTOGRAPHS // SHARD} shards are there, 3 to compute" in capsys.readouterr().out
     after = state(folder / "local")
     arrays = [path for path in before if path.name.endswith(".npy") and ".global." not in path.name]
-    assert len(arrays) == 2 * len(there)
+    assert len(arrays) == 3 * len(there)  # descriptors, their scales, positions
     assert all(after[path] == before[path] for path in arrays)
     assert_same(folder, whole.folder("01_embed"))
 

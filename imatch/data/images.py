@@ -40,6 +40,8 @@ RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
 """Who resizes photographs, and what steps record of it, so that numbers of another way are not mixed with these."""
 REDUCED = 6
 """From so many times the wanted size on, blocks of pixels are averaged before a photograph is resized."""
+STRIP = 1_000_000
+"""Pixels that are converted to RGB at once: beside the decoded photograph and its RGB nothing of its size is held."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,14 @@ class Resize:
             "crop": a square of `long_side` of the largest square in its middle.
         long_side: pixels, a multiple of the backbone's patch.
         scale: factor, larger than 0.
+        limit: pixels that the longer side has at most in mode "scale"; 0 is no limit.
 
     >>> Resize("long_side", long_side=512).target((600, 1000), patch=16)
     (304, 512)
     >>> Resize("scale", scale=0.5).target((600, 1000), patch=1)
     (300, 500)
+    >>> Resize(limit=3200).target((3000, 4000), patch=1)
+    (2400, 3200)
     >>> Resize("crop", long_side=256).target((600, 1000), patch=16), Resize("crop", long_side=256).box((600, 1000))
     ((256, 256), (200.0, 0.0, 800.0, 600.0))
     """
@@ -65,12 +70,16 @@ class Resize:
     mode: str = "scale"
     long_side: int = 640
     scale: float = 1.0
+    limit: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ImatchError(f"resize {self.mode!r} is not known: use {', '.join(MODES[:-1])} or {MODES[-1]}")
-        if self.long_side < 1 or not 0 < self.scale < math.inf:
-            raise ImatchError(f"long_side {self.long_side} and scale {self.scale} must be numbers larger than 0")
+        if self.long_side < 1 or not 0 < self.scale < math.inf or self.limit < 0:
+            raise ImatchError(
+                f"long_side {self.long_side} and scale {self.scale} must be numbers larger than 0, limit {self.limit} "
+                "at least 0"
+            )
 
     def check(self, patch: int) -> None:
         """Raise ImatchError when `long_side` is not a multiple of `patch`.
@@ -90,16 +99,34 @@ class Resize:
         >>> str(Resize("long_side", long_side=512).zoomed(0.5))
         'ls256'
         """
-        return replace(self, long_side=round(self.long_side * zoom), scale=self.scale * zoom)
+        return replace(
+            self,
+            long_side=round(self.long_side * zoom),
+            scale=self.scale * zoom,
+            limit=round(self.limit * zoom),
+        )
+
+    def like(self, size: tuple[int, int]) -> Resize:
+        """The same scale that a photograph of (h, w) pixels gets, for all of its parts.
+
+        >>> Resize(limit=3200).like((3000, 4000)).scale
+        0.8
+        """
+        return replace(self, scale=self._factor(size), limit=0) if self.mode == "scale" else self
 
     def target(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
         """The (h, w) that a photograph of (h, w) pixels is resized to: multiples of `patch`, at least one each."""
         self.check(patch)
         if self.mode in ("stretch", "crop"):
             return self.long_side, self.long_side
-        factor = self.long_side / max(size) if self.mode == "long_side" else self.scale
+        factor = self._factor(size)
         h, w = (max(1, round(side * factor / patch)) * patch for side in size)
         return h, w
+
+    def _factor(self, size: tuple[int, int]) -> float:
+        if self.mode == "long_side":
+            return self.long_side / max(size)
+        return min(self.scale, (self.limit or math.inf) / max(size))
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part (left, top, right, bottom) of a photograph of (h, w) pixels that is seen, in pixel edges."""
@@ -229,11 +256,11 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "
         PhotographError: the file cannot be decoded; the message is the reason.
     """
     with _reasons():
-        data = path.read_bytes()
-        if not data:
+        file = io.BytesIO(path.read_bytes())
+        if not file.getvalue():
             raise PhotographError("empty file")
-        with Image.open(io.BytesIO(data)) as image:
-            return _decoded(image, hashlib.sha256(data).hexdigest(), resize, patch, by)
+        with Image.open(file) as image:
+            return _decoded(image, hashlib.sha256(file.getvalue()).hexdigest(), resize, patch, by, file)
 
 
 def from_memory(
@@ -256,9 +283,12 @@ def from_memory(
         return _decoded(image, hashlib.sha256(image.tobytes()).hexdigest(), resize, patch, by)
 
 
-def _decoded(image: Image.Image, sha256: str, resize: Resize | None, patch: int, by: str) -> Decoded:
+def _decoded(
+    image: Image.Image, sha256: str, resize: Resize | None, patch: int, by: str, file: io.BytesIO | None = None
+) -> Decoded:
     _check_size(image)
     exif = _exif(image)
+    position = _position(exif)
     turn = _turn(image, exif)
     size = image.size if _sideways(turn) else image.size[::-1]
     target = resize.target(size, patch) if resize else size
@@ -266,10 +296,15 @@ def _decoded(image: Image.Image, sha256: str, resize: Resize | None, patch: int,
     # a box in the middle is the same box before and after turning upright, but for its sides
     left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
     box = (top, left, bottom, right) if lying else (left, top, right, bottom)
-    pixels = _resized(image, target[::-1] if lying else target, box, by)
+    target = target[::-1] if lying else target
+    box = _drafted(image, target, box)
+    image.load()
+    if file:
+        file.close()  # large files must not lie beside their pixels, and some decoders keep them
+    pixels = _resized(image, target, box, by)
     if turn in UPRIGHT:
-        pixels = pixels.transpose(UPRIGHT[turn])
-    return Decoded(np.asarray(pixels), size, sha256, _position(exif), (left, top, right, bottom))
+        pixels = np.asarray(Image.fromarray(pixels).transpose(UPRIGHT[turn]))
+    return Decoded(pixels, size, sha256, position, (left, top, right, bottom))
 
 
 def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -365,35 +400,46 @@ def _sideways(turn: int) -> bool:
     return turn >= 5
 
 
-def _resized(
-    image: Image.Image, target: tuple[int, int], box: tuple[float, float, float, float], by: str
-) -> Image.Image:
+Box = tuple[float, float, float, float]
+
+
+def _drafted(image: Image.Image, target: tuple[int, int], box: Box) -> Box:
+    """Ask the decoder for no more than twice the pixels that are wanted of a box, and say where it is then."""
+    (h, w), (width, height) = target, image.size
+    wanted = (math.ceil(2 * w * width / (box[2] - box[0])), math.ceil(2 * h * height / (box[3] - box[1])))
+    drafted = image.draft(None, wanted)  # None unless the decoder can (JPEG)
+    fx, fy = (drafted[1][2] / width, drafted[1][3] / height) if drafted else (1.0, 1.0)
+    return box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy
+
+
+def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> np.ndarray:
     h, w = target
-    whole = (w, h) == image.size
-    if not whole:
-        # the size at which the box alone has twice the pixels that are wanted
-        full = image.size
-        wanted = (math.ceil(2 * w * full[0] / (box[2] - box[0])), math.ceil(2 * h * full[1] / (box[3] - box[1])))
-        drafted = image.draft(None, wanted)  # None unless the decoder can (JPEG)
-        if drafted:
-            fx, fy = drafted[1][2] / full[0], drafted[1][3] / full[1]
-            box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
-    image = _rgb(image)
-    if whole:
-        return image
+    if (w, h) == image.size and box == (0, 0, w, h):
+        return _pixels(image)
     much = by == "torch" and (image.width >= REDUCED * w or image.height >= REDUCED * h)
     if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and neither cuts out parts of pixels
-        return image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2)
+        return np.asarray(_rgb(image).resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2))
+    pixels = _pixels(image)
     if by == "opencv":
         small = min(w, image.width), min(h, image.height)  # first what shrinks, for INTER_AREA does not enlarge
-        pixels = cv2.resize(np.asarray(image), small, interpolation=cv2.INTER_AREA)
-        return Image.fromarray(cv2.resize(pixels, (w, h), interpolation=cv2.INTER_CUBIC))
+        pixels = cv2.resize(pixels, small, interpolation=cv2.INTER_AREA)
+        return cv2.resize(pixels, (w, h), interpolation=cv2.INTER_CUBIC)
     from torch import from_numpy
     from torch.nn.functional import interpolate
 
     # Pillow's numbers, to 1 or 2 in a few of a thousand of them, in a quarter of its time
-    planes = from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return Image.fromarray(interpolate(planes, target, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy())
+    planes = from_numpy(pixels).permute(2, 0, 1)[None]
+    return interpolate(planes, target, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(h, w, 3) uint8 RGB of a photograph, converted strip by strip."""
+    w, h = image.size
+    pixels = np.empty((h, w, 3), np.uint8)
+    rows = max(1, STRIP // w)
+    for top in range(0, h, rows):
+        pixels[top : top + rows] = _rgb(image.crop((0, top, w, min(top + rows, h))))
+    return pixels
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -407,7 +453,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _position(exif: Image.Exif) -> dict[str, float | None] | None:

@@ -413,7 +413,6 @@ KEEPS = {
     "aggregated": "64 aggregated tokens a photograph, which have no positions",
     "global": "no local descriptors",
 }
-KEEP_DEFAULT = "float16"
 KEEPS_PLACED = ("float16", "int8")
 """Those that keep positions."""
 KEEPS_LOCAL = ("float16", "int8", "aggregated")
@@ -422,37 +421,52 @@ AGGREGATED = 64
 """Aggregated tokens a photograph."""
 
 
-def keep_parameter(keep: str) -> dict[str, str]:
-    """What `keep` adds to the parameters of a step: nothing by default, so that steps of before there was `keep` stay
-    what they were.
+def keep_default(weight: str) -> str:
+    """What is kept unless something else is asked for: of SIFT, whose histograms are whole numbers to begin with, a
+    byte a number.
+
+    >>> keep_default("sift"), keep_default("vits16")
+    ('int8', 'float16')
+    """
+    return "int8" if weight == "sift" else "float16"
+
+
+def keep_parameter(keep: str, weight: str) -> dict[str, str]:
+    """What `keep` adds to the parameters of a step: nothing for float16, which is all that there was before `keep`.
+
+    Args:
+        keep: one of `KEEPS`; "" is the default.
+        weight: of the step.
 
     Raises:
         ImatchError: it is not known; the message has the nearest.
 
-    >>> keep_parameter("int8"), keep_parameter("float16")
+    >>> keep_parameter("int8", "vits16"), keep_parameter("", "vits16")
     ({'keep': 'int8'}, {})
     """
-    if keep not in KEEPS:
+    if keep and keep not in KEEPS:
         raise ImatchError(config.unknown("keep", keep, KEEPS))
-    return {} if keep == KEEP_DEFAULT else {"keep": keep}
+    keep = keep or keep_default(weight)
+    return {} if keep == "float16" else {"keep": keep}
 
 
 def keep_of(parameters: Mapping[str, Any]) -> str:
     """What a step of embeddings with such parameters keeps.
 
-    >>> keep_of({"variant": "raw"})
+    >>> keep_of({"weight": "vits16"})
     'float16'
     """
-    return str(parameters.get("keep", KEEP_DEFAULT))
+    return str(parameters.get("keep", "float16"))
 
 
 def variant_of(parameters: Mapping[str, Any]) -> str:
     """The variant of a step of embeddings and, where it is not the default, what it keeps: a part of folders' names.
 
-    >>> variant_of({"variant": "raw"}), variant_of({"variant": "sub2", "keep": "int8"})
-    ('raw', 'sub2_int8')
+    >>> variant_of({"variant": "sub2", "weight": "vits16", "keep": "int8"})
+    'sub2_int8'
     """
-    return "_".join([parameters["variant"], *keep_parameter(keep_of(parameters)).values()])
+    kept = keep_of(parameters)
+    return "_".join([parameters["variant"], *([] if kept == keep_default(parameters["weight"]) else [kept])])
 
 
 def check_keeps(folder: Path, parameters: Mapping[str, Any], what: str, enough: Sequence[str] = KEEPS_PLACED) -> None:
@@ -493,7 +507,7 @@ def as_kept(tokens: Tokens, keep: str) -> Tokens:
     >>> [as_kept(tokens, keep).descriptors.shape for keep in KEEPS]
     [(3, 3), (3, 3), (3, 3), (0, 3)]
     """
-    if keep == KEEP_DEFAULT:
+    if keep == "float16":
         return tokens
     rounded = tokens.descriptors.astype(np.float16)
     if keep == "int8":

@@ -48,6 +48,11 @@ class Backbone(Protocol):
         """Who resizes its photographs, one of `images.RESAMPLING`."""
 
     @property
+    def side(self) -> int:
+        """Pixels of the longer side that it sees of a photograph at most, unless another size was asked for; 0 is all
+        of them."""
+
+    @property
     def digest(self) -> str:
         """What the numbers depend on beside the options (weights, whose code), for the fingerprint."""
 

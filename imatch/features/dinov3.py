@@ -118,6 +118,11 @@ class Dinov3:
         return weights.patch_side(self.hub_entry)
 
     @property
+    def side(self) -> int:
+        """0: a network sees a photograph at the size that was asked for."""
+        return 0
+
+    @property
     def resampling(self) -> str:
         """torch, whose bicubic has antialiasing, as Meta's training had."""
         return "torch"

@@ -18,6 +18,8 @@ from imatch.core.types import Tokens, grid_xy, normalise
 
 PIXELS = 16_000_000
 """How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
+GLOBAL = 1000
+"""How many of the strongest keypoints the global vector is made of: with more it retrieves worse."""
 VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
 
 
@@ -26,6 +28,7 @@ class _Classical:
 
     device: ClassVar[str] = "cpu"
     resampling: ClassVar[str] = "opencv"
+    side: ClassVar[int] = 3072  # a square of which takes 2.3 GB
 
     def __post_init__(self) -> None:
         config.check(self)
@@ -37,7 +40,7 @@ class Sift(_Classical):
     keypoints", IJCV 2004 (OpenCV's implementation); of the rest: `imatch.features.base`.
 
     Attributes:
-        max_keypoints: how many of the strongest keypoints are kept.
+        max_keypoints: how many of the strongest keypoints are kept; about 140 bytes each on disk.
         contrast: OpenCV's contrastThreshold; smaller finds keypoints in flatter places.
 
     Raises:
@@ -50,7 +53,7 @@ class Sift(_Classical):
     """
 
     patch: ClassVar[int] = 1  # any size will do
-    max_keypoints: PositiveInt = 1000
+    max_keypoints: PositiveInt = 4000
     contrast: NonNegativeFloat = 0.02
 
     @cached_property
@@ -74,24 +77,25 @@ class Sift(_Classical):
             return list(pool.map(self._tokens, photographs))
 
     def _tokens(self, photograph: np.ndarray) -> Tokens:
-        xy, descriptors = keypoints(photograph, self.max_keypoints, self.contrast)
-        return Tokens(vlad(descriptors, self.words), descriptors, xy)
+        grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
+        xy, descriptors = keypoints(grey, self.max_keypoints, self.contrast)
+        return Tokens(vlad(descriptors[:GLOBAL], self.words), descriptors, xy)
 
 
-def keypoints(photograph: np.ndarray, n: int, contrast: float) -> tuple[np.ndarray, np.ndarray]:
-    """The n strongest keypoints of a photograph.
+def keypoints(grey: np.ndarray, n: int, contrast: float) -> tuple[np.ndarray, np.ndarray]:
+    """The n strongest keypoints of a photograph (h, w) uint8.
 
     Returns:
         xy (m, 2) float32 and RootSIFT descriptors (m, 128) float32, m <= n, strongest first.
     """
     # without the precise upscaling every keypoint would sit a quarter of a pixel off, and turn with the photograph
-    detector = cv2.SIFT_create(contrastThreshold=contrast, enable_precise_upscale=True)
-    grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
-    found = sorted(detector.detect(grey, None), key=lambda k: (-k.response, k.pt, k.angle, k.size))[:n]
+    detector = cv2.SIFT_create(nfeatures=n, contrastThreshold=contrast, enable_precise_upscale=True)
+    found, descriptors = detector.detectAndCompute(grey, None)
     if not found:
         return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
-    found, descriptors = detector.compute(grey, found)
-    return np.array([k.pt for k in found], np.float32), root_sift(descriptors)
+    told = [(-k.response, *k.pt, k.angle, k.size) for k in found]
+    order = sorted(range(len(found)), key=told.__getitem__)[:n]
+    return np.array([told[i][1:3] for i in order], np.float32), root_sift(descriptors[order])
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def start_embed(
     resize: Resize,
     cfg: str = "",
     variant: str = "raw",
-    keep: str = store.KEEP_DEFAULT,
+    keep: str = "",
     shard_size: int,
     tag: str,
     on_change: str,
@@ -70,11 +70,12 @@ def start_embed(
         weight: "sift", "dsift" or a key of the registry's weights.
         weight_set: the set of the registry that this key is looked up in; "" is any.
         backbone_options: fields of that backbone.
-        resize: how large the backbone sees the photographs.
+        resize: how large the backbone sees the photographs; without a limit of its own it gets the backbone's.
         cfg: the name of this size in folders and files; "" takes one from `resize`.
         variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
         keep: what is stored of the local descriptors, one of `store.KEEPS`: all in "float16" or "int8", or
-            "aggregated" tokens without positions, or "global": none.
+            "aggregated" tokens without positions, or "global": none. "" is int8 for sift, whose histograms are whole
+            numbers, else float16.
         shard_size: photographs a shard, the unit of resuming.
         tag: appended to the folder's name, to keep two configurations apart.
         on_change: "refuse" or "recompute" what was made from something else.
@@ -96,12 +97,12 @@ def start_embed(
         "weight": weight,
         "backbone": base.backbone_identity(backbone),
         "weights_digest": backbone.digest,
-        "resize": {"mode": resize.mode, **_side(resize)},
+        "resize": {"mode": resize.mode, **_side(resize, backbone)},
         "pixels": images.RESAMPLING[backbone.resampling],
         "cfg": checked_name("cfg", cfg) or str(resize),
         "variant": variant,
         "shard_size": shard_size,
-        **store.keep_parameter(keep),
+        **store.keep_parameter(keep, weight),
     }
     name = f"{parameters['cfg']}_{store.variant_of(parameters)}{tagged(tag)}"
     folder = settings.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
@@ -111,8 +112,11 @@ def start_embed(
     return start_step(folder, "01_embed", parameters, {}, links, on_change)
 
 
-def _side(resize: Resize) -> dict[str, float]:
-    return {"scale": resize.scale} if resize.mode == "scale" else {"long_side": resize.long_side}
+def _side(resize: Resize, backbone: Backbone) -> dict[str, float]:
+    if resize.mode != "scale":
+        return {"long_side": resize.long_side}
+    limit = resize.limit or backbone.side
+    return {"scale": resize.scale, **({"limit": limit} if limit else {})}
 
 
 def chosen(step: Step) -> dict[str, Row]:
@@ -233,10 +237,10 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
 
 
 def _timed_decode(
-    path: Path, resize: Resize, backbone: Backbone, degrees: float
+    asked: tuple[Path, Resize], backbone: Backbone, degrees: float
 ) -> tuple[Decoded | PhotographError, float]:
     started = time.perf_counter()
-    decoded = decoded_for(path, resize, backbone, degrees)
+    decoded = decoded_for(*asked, backbone, degrees)
     return decoded, time.perf_counter() - started
 
 
@@ -328,11 +332,16 @@ class _Work:
         step, backbone = self.step, self._backbone(place.device)
         pose = Pose(**step.parameters.get("pose", {}))
         resize = Resize(**step.parameters["resize"]).zoomed(pose.zoom)
-        decode = partial(_timed_decode, resize=resize, backbone=backbone, degrees=pose.turn)
+        whole = {row["id"]: row["source_size"] for row in view_rows(step)} if resize.limit else {}
+        decode = partial(_timed_decode, backbone=backbone, degrees=pose.turn)
         shards, coming = itertools.tee(jobs)
-        paths = (self.root / id for shard in coming for id in shard.readable)
+        asked = (  # a part of a photograph is seen at the scale of all of it
+            (self.root / id, resize.like(whole[id]) if id in whole else resize)
+            for shard in coming
+            for id in shard.readable
+        )
         workers = place.workers(self.workers)
-        decoded = compute.ahead(decode, paths, workers, self.batch_size + 2 * workers)
+        decoded = compute.ahead(decode, asked, workers, self.batch_size + 2 * workers)
         if not place.quiet:
             decoded = compute.progress(decoded, step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
         pending: Future[Row] | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from imatch.cli import demo
 from imatch.data import images
@@ -115,6 +115,17 @@ def save(photograph: np.ndarray, path: Path, focal: bool = True) -> Path:
         exif.get_ifd(0x8769)[0xA405] = FOCAL_35MM
     Image.fromarray(photograph).save(path, quality=92, exif=exif)
     return path
+
+
+def caption(picture: Image.Image, bar: bool) -> Image.Image:
+    """What a camera burns in, drawn onto a picture: a bar along the lower edge, or a date stamp in a corner."""
+    draw, (w, h) = ImageDraw.Draw(picture), picture.size
+    if bar:
+        draw.rectangle((0, h - 40, w, h), fill="black")
+        draw.ellipse((10, h - 34, 38, h - 6), fill="white")
+        draw.text((80, h - 35), "TRAILCAM 4K  Forest-07", font=ImageFont.load_default(26), fill="white")
+    draw.text((w - 300, h - 32), "2026-05-01 06:10:12  4 C", font=ImageFont.load_default(22), fill="orange")
+    return picture
 
 
 def _about_y(degrees: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from imatch.data.references import Isometric
 from imatch.features.sift import DenseSift, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.align import Aligner
-from imatch.matching.geometry import Estimator
+from imatch.matching.two_view import Estimator
 from tools.sift_vocabulary import dead_leaves
 
 LEAVES, OTHER = (
@@ -130,14 +130,14 @@ def test_photographs_that_do_not_confirm_are_said():
     flat = np.full((300, 300, 3), 90, np.uint8)
     found = aligner(Sift())([("only", tokens)], tokens, (300, 300), (300, 300), lambda: (flat, flat))
     assert not found.geometry.verified
-    assert "the photographs do not confirm it" in found.geometry.reason
+    assert "the photographs do not confirm 40 inliers" in found.geometry.reason
 
 
 def test_what_cannot_be_done_is_refused():
     search, mutual = Estimator("similarity"), matchers.create_matcher("mutual")
     with pytest.raises(ImatchError, match="pixel"):
         Aligner(mutual, search, search, "pixels")
-    with pytest.raises(ImatchError, match="use similarity"):
+    with pytest.raises(ImatchError, match="use auto"):
         Aligner(mutual, Estimator("off"), search)
     with pytest.raises(ImatchError, match="no pose"):
         Aligner(mutual, search, search)([], few(3), (9, 9), (9, 9))

@@ -14,7 +14,7 @@ import imatch
 from imatch.api import match
 from imatch.cli import batch, doctor
 from imatch.data import images
-from imatch.matching.geometry import Estimator
+from imatch.matching.two_view import Estimator
 from tests.command import command
 from tests.test_steps import embedded
 
@@ -113,7 +113,7 @@ def test_a_folder_is_matched_alone(few_photographs, capsys):
 
 def test_matching_in_memory_and_04_match_have_the_same_defaults():
     wanted = {name: p.default for name, p in batch.schema(ROOT / "notebooks" / "04_match.ipynb").items()}
-    estimator = Estimator(**{**match.SETTINGS["geometry"], "threshold": 3, "min_share": 0.1})
+    estimator = Estimator(**{**match.SETTINGS["geometry"], "threshold": 3, "min_share": 0.01})
     for name in ("matcher", "matcher_options", "refine"):
         assert match.SETTINGS[name] == wanted[name]
     for name in ("threshold", "min_share"):

@@ -13,7 +13,7 @@ from imatch.core.types import ImatchError, Pair, StepError, Tokens, normalise
 from imatch.data import references
 from imatch.features import base
 from imatch.matching import matchers
-from imatch.matching.geometry import Estimator
+from imatch.matching.two_view import Estimator
 from imatch.retrieval import index as searcher
 from imatch.retrieval import kinds
 from imatch.steps import match

@@ -13,6 +13,7 @@ from imatch.core import files
 from imatch.data import images, references
 from imatch.features.sift import VOCABULARY, Sift
 from imatch.matching import geometry, matchers
+from imatch.matching.two_view import Estimator
 from tools.sift_vocabulary import dead_leaves, learn
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def corner_errors(path, backbone, resize, crops):
             found = tokens(view.pixels)
             matches = matchers.create_matcher("mutual")(found, source)
             size = view.mask.shape
-            estimate = geometry.Estimator()(
+            estimate = Estimator("homography", min_share=0.1)(
                 found.xy[matches.index_a], source.xy[matches.index_b], size, photograph.shape[:2]
             )
             truth = np.linalg.inv(view.matrix)

@@ -119,13 +119,14 @@ def matched(index):
     step = imatch.start_match(
         str(index.folder),
         candidates=2,
-        matcher="mutual",
+        matcher="auto",
         matcher_options={"device": "cpu"},
-        model="homography",
+        rotations=1,
+        model="auto",
         threshold=0.0,
         confidence=0.9999,
         iterations=10000,
-        min_inliers=8,
+        min_inliers=0,
         min_share=0.0,
         outputs=["json"],
         tag="",
@@ -179,8 +180,8 @@ def chain(weight, photographs, weights, exports):
         name = f"{Path(row['query']).stem} {row['candidate']}"
         error = row["corner_error"] if row["verified"] else None
         pairs[name] = [row["verified"], row["inliers"], None if error is None else round(error, 4)]
-        needed = re.search(r"(?:more|fewer) than ([\d.]+)$", row["reason"])
-        if needed and abs(row["inliers"] - float(needed[1])) <= 2:
+        needed = re.search(r"(\d+) are asked for", row["reason"])
+        if needed and abs(row["inliers"] - int(needed[1])) <= 2:
             close.append(name)
     return {
         "hit_at_1": [metrics["hit_at_1"], after["reranked_hit_at_1"]],

@@ -52,16 +52,17 @@ import numpy as np
 from PIL import Image
 from imatch.data import images
 from imatch.features.sift import Sift
-from imatch.matching import geometry, matchers
+from imatch.matching import matchers
 from imatch.matching.align import Aligner
+from imatch.matching.two_view import Estimator
 from tools.sift_vocabulary import dead_leaves
 path = Path({str(tmp_path)!r}) / "leaves.png"
 Image.fromarray(dead_leaves(np.random.default_rng(0), side=320)).save(path)
 decoded = [images.decode(path, images.Resize("scale", scale=scale)) for scale in (0.8, 1.2)]
 a, b = (Sift()(one.pixels[None])[0] for one in decoded)
-homography = geometry.Estimator("homography")
+homography = Estimator("homography")
 for matcher in ("mutual", "ratio"):
-    align = Aligner(matchers.create_matcher(matcher), geometry.Estimator("similarity"), homography)
+    align = Aligner(matchers.create_matcher(matcher), Estimator("similarity"), homography)
     found = align([("upright", a)], b, *(one.pixels.shape[:2] for one in decoded)).geometry
     assert found.verified, found.reason
 print(sorted({{"torch", "timm", "matplotlib", "faiss"}} & set(sys.modules)))

@@ -1,15 +1,20 @@
-"""The candidate for the geometry: what explains two photographs, and what nothing explains."""
+"""What explains two photographs, and what nothing explains."""
 
+import itertools
 import math
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
+import imatch
+from imatch.data import exif
+from imatch.features.sift import Sift
+from imatch.matching.align import aligner
+from imatch.matching.geometry import epipolar_distance, epipolar_line, median_similarity, transform
+from imatch.matching.two_view import MODELS, Estimator
 from tests import rendered
-from tests.benchmarks import two_view
-from tests.benchmarks.two_view import Pair, epipolar_distance, median_similarity
 from tools.sift_vocabulary import dead_leaves
 
 SIZE = (600, 800)
@@ -26,18 +31,40 @@ def test_a_scene_of_depth(textures, tmp_path):
     a, b = (
         rendered.save(pixels, tmp_path / f"{name}.jpg") for name, pixels in zip("ab", scene.photographs, strict=True)
     )
-    found = two_view.match(a, b)
+    found = imatch.match(a, b)
     assert found.verified, found.reason
     assert found.kind == "general"
     assert np.median(epipolar_distance(found.fundamental, *scene.points)) < 1
+    for fundamental, (here, there) in ((found.fundamental, scene.points), (found.fundamental.T, scene.points[::-1])):
+        lines = [epipolar_line(fundamental, xy, rendered.SIZE) for xy in here[::50]]
+        assert np.median([off_line(*line, xy) for line, xy in zip(lines, there[::50], strict=True)]) < 1
     (r, t), (true_r, true_t) = found.pose, scene.relative
     assert math.degrees(math.acos((np.trace(r.T @ true_r) - 1) / 2)) < 0.5
     assert math.degrees(math.acos(t @ true_t)) < 3
     for name, pixels in zip("ab", scene.photographs, strict=True):
         rendered.save(pixels, tmp_path / f"{name}.jpg", focal=False)
-    two_view.focal_length.cache_clear()
-    unknown = two_view.match(a, b)
+    unknown = imatch.match(a, b)
     assert (unknown.kind, unknown.pose) == ("general", None)
+
+
+def off_line(start, end, xy):
+    return abs(np.linalg.det([end - start, xy - start])) / np.linalg.norm(end - start)
+
+
+def test_an_epipolar_line_is_all_that_the_photograph_shows_of_it():
+    random, (h, w), lengths = np.random.default_rng(0), (30, 40), []
+    for _ in range(200):
+        start, angle = random.uniform(-40, 60, 2), random.uniform(0, 2 * math.pi)
+        way = np.array([math.cos(angle), math.sin(angle)])
+        fundamental = np.column_stack([np.zeros((3, 2)), np.cross([*start, 1], [*(start + way), 1])])
+        found = epipolar_line(fundamental, np.array([7.0, 8.0]), (h, w))
+        along = start + np.linspace(-200, 200, 40_001)[:, None] * way
+        inside = along[((along > -0.5) & (along < (w - 0.5, h - 0.5))).all(axis=1)]
+        lengths.append(0 if found is None else np.linalg.norm(found[1] - found[0]))
+        assert lengths[-1] == pytest.approx(0.01 * len(inside), abs=0.02)
+        assert found is None or max(off_line(start, start + way, xy) for xy in found) < 1e-9
+    assert 50 < np.count_nonzero(lengths) < 150
+    assert epipolar_line(np.zeros((3, 3)), np.zeros(2), (h, w)) is None
 
 
 def test_a_camera_that_only_rotates(textures, tmp_path):
@@ -45,7 +72,7 @@ def test_a_camera_that_only_rotates(textures, tmp_path):
     a, b = (
         rendered.save(pixels, tmp_path / f"{name}.jpg") for name, pixels in zip("ab", scene.photographs, strict=True)
     )
-    found = two_view.match(a, b)
+    found = imatch.match(a, b)
     assert (found.verified, found.kind) == (True, "rotation"), found.reason
     turned, shift = found.pose
     assert math.degrees(math.acos((np.trace(turned) - 1) / 2)) == pytest.approx(12, abs=0.3)
@@ -55,16 +82,20 @@ def test_a_camera_that_only_rotates(textures, tmp_path):
 def captioned(seed):
     """A drawn scene with the bar that a trail camera burns in."""
     photograph = Image.fromarray(dead_leaves(np.random.default_rng(seed), side=800)[:600])
-    draw = ImageDraw.Draw(photograph)
-    draw.rectangle((0, 560, 800, 600), fill="black")
-    draw.ellipse((10, 566, 38, 594), fill="white")
-    draw.text((80, 565), "TRAILCAM 4K  Forest-07", font=ImageFont.load_default(26), fill="white")
-    draw.text((500, 568), "2026-05-01 06:10:12  4 C", font=ImageFont.load_default(22), fill="white")
-    return np.asarray(photograph)
+    return np.asarray(rendered.caption(photograph, bar=True))
+
+
+@pytest.mark.parametrize("bar", [True, False], ids=["bar", "stamp"])
+def test_real_photographs_under_one_caption_do_not_match(demo_photographs, bar):
+    photographs = [Image.open(path).convert("RGB") for path in sorted(demo_photographs.iterdir())[::4]]
+    seen = [np.asarray(rendered.caption(ImageOps.fit(one, (800, 600)), bar)) for one in photographs]
+    for a, b in itertools.combinations(seen, 2):
+        found = imatch.match(a, b)
+        assert not found.verified, found.reason
 
 
 def test_a_caption_verifies_nothing():
-    found = two_view.match(captioned(1), captioned(2))
+    found = imatch.match(captioned(1), captioned(2))
     assert not found.verified
     assert found.kind == "watermark"
     assert "stand still in a small part of the picture" in found.reason
@@ -75,18 +106,18 @@ def test_a_caption_does_not_hide_what_is_right():
     wide = dead_leaves(np.random.default_rng(3), side=900)
     one, other = captioned(3).copy(), captioned(3).copy()
     one[:560], other[:560] = wide[:560, :800], wide[20:580, 60:860]
-    moved = two_view.match(one, other)
+    moved = imatch.match(one, other)
     assert (moved.verified, moved.kind) == (True, "planar")
     assert np.allclose(moved.matrix[:2, 2], [-60, -20], atol=0.5)
     darker = np.clip(one * 0.7, 0, 255).astype(np.uint8)
-    assert two_view.match(one, darker).verified
+    assert imatch.match(one, darker).verified
 
 
 def spread(n=80, seed=0):
     return np.random.default_rng(seed).uniform((0, 0), SIZE[::-1], (n, 2))
 
 
-@pytest.mark.parametrize("model", ["auto", "fundamental", "homography"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("a", "b"),
     [
@@ -102,7 +133,7 @@ def spread(n=80, seed=0):
     ids=["none", "three", "seven", "one place", "one place in A", "a line", "chance", "mirrored"],
 )
 def test_what_fixes_no_geometry_has_a_reason(model, a, b):
-    found = two_view.explained(Pair(a, b, SIZE, SIZE), model)
+    found = Estimator(model)(a, b, SIZE, SIZE)
     assert found.reason
     assert not found.verified
 
@@ -110,13 +141,13 @@ def test_what_fixes_no_geometry_has_a_reason(model, a, b):
 @pytest.mark.parametrize("zoom", [0.25, 1.0, 3.0])
 def test_zoom_alone_is_a_plane(zoom):
     a = spread()
-    found = two_view.explained(Pair(a, zoom * a, SIZE, tuple(round(zoom * side) for side in SIZE)))
+    found = Estimator()(a, zoom * a, SIZE, tuple(round(zoom * side) for side in SIZE))
     assert (found.verified, found.kind) == (True, "planar")
 
 
 def test_keypoints_of_several_directions_count_once():
     a = np.repeat(spread(12), 3, axis=0)
-    found = two_view.explained(Pair(a, a + 5, SIZE, SIZE), "homography")
+    found = Estimator("homography")(a, a + 5, SIZE, SIZE)
     assert found.inliers.sum() == 12
 
 
@@ -124,9 +155,9 @@ def test_beyond_what_is_shared_a_plane_may_fold():
     """The horizon of a street is in the picture, and the sky above it folds: the houses below are right."""
     horizon = np.array([[1, 0, 0], [0, 1, 0], [0, -0.01, 1.0]])  # of 100 pixels down
     a = np.random.default_rng(0).uniform((0, 0), (300, 80), (60, 2))
-    found = two_view.explained(Pair(a, two_view.transform(horizon, a), (400, 300), (2000, 2000)))
+    found = Estimator()(a, transform(horizon, a), (400, 300), (2000, 2000))
     assert (found.verified, found.kind) == (True, "planar")
-    mirrored = two_view.explained(Pair(a, a * [-1, 1] + [300, 0], (400, 300), (400, 300)))
+    mirrored = Estimator()(a, a * [-1, 1] + [300, 0], (400, 300), (400, 300))
     assert not mirrored.verified
 
 
@@ -143,16 +174,16 @@ def test_rotation_and_scale_of_depth_are_medians():
 
 def test_a_panorama_of_one_to_ten():
     wide = cv2.resize(dead_leaves(np.random.default_rng(5), side=1200), (3000, 300))
-    assert two_view.match(wide, wide[:, 700:2600]).verified
-    assert not two_view.match(wide, cv2.resize(dead_leaves(np.random.default_rng(6), side=1200), (3000, 300))).verified
+    assert imatch.match(wide, wide[:, 700:2600]).verified
+    assert not imatch.match(wide, cv2.resize(dead_leaves(np.random.default_rng(6), side=1200), (3000, 300))).verified
 
 
 def test_focal_lengths_of_a_header(tmp_path):
     def written(name, tags, size=(400, 300)):
         header = Image.Exif()
         header.get_ifd(0x8769).update(tags)
-        Image.new("RGB", size).save(tmp_path / name, exif=header)
-        return two_view.focal_length(tmp_path / name)
+        Image.new("RGB", size).save(tmp_path / name, exif=header.tobytes())
+        return exif.focal_length(tmp_path / name)
 
     assert written("film.jpg", {0xA405: 24}) == pytest.approx(24 / math.hypot(36, 24) * 500)
     plane = {
@@ -166,4 +197,68 @@ def test_focal_lengths_of_a_header(tmp_path):
     for name, tags in (("none.jpg", {}), ("zero.jpg", {0xA405: 0}), ("half.jpg", {0x920A: 8.8})):
         assert written(name, tags) is None
     (tmp_path / "text.jpg").write_text("no photograph")
-    assert two_view.focal_length(tmp_path / "text.jpg") is None
+    assert exif.focal_length(tmp_path / "text.jpg") is None
+    assert written("film.tif", {0xA405: 24}) == written("film.jpg", {0xA405: 24})
+    assert written("film.jpg", {0xA405: 48}) == 2 * written("film.tif", {0xA405: 24})  # another file now
+
+
+def test_a_static_camera_with_little_to_see_is_right():
+    """A caption stands still in a small part of what there is to see; the moon is all there is."""
+    night = np.full((600, 800, 3), 20, np.uint8)
+    night[240:360, 330:450] = dead_leaves(np.random.default_rng(2), side=120)
+    assert imatch.match(night, night).verified
+    assert imatch.match(night, np.clip(night * 0.8 + 3, 0, 255).astype(np.uint8)).verified
+
+
+def test_comparing_pixels_does_not_flatten_a_scene(textures):
+    a, b = rendered.scene(textures, 11, 15).photographs
+    sizes = a.shape[:2], b.shape[:2]
+    (of_a,), (of_b,) = (Sift()(one[None]) for one in (a, b))
+    geometry = {"threshold": 0, "min_share": 0}
+    pixel = {"matcher": "auto", "matcher_options": {}, "refine": "pixel", "geometry": geometry}
+    found = aligner(pixel, of_b)([("upright", of_a)], of_b, *sizes, lambda: (a, b)).geometry
+    assert (found.verified, found.kind) == (True, "general")
+    assert "pixels were not compared" in found.reason
+
+
+def test_what_is_not_verified_has_no_geometry_of_depth():
+    found = Estimator("fundamental", min_inliers=200)(spread(), spread(seed=1), SIZE, SIZE)
+    assert not found.verified
+    assert (found.matrix, found.fundamental, found.pose, found.kind) == (None, None, None, "")
+
+
+def test_chance_counts_more_in_small_photographs():
+    """An epipolar line with its threshold covers more of them."""
+    asked = [
+        Estimator("fundamental", min_inliers=60)(a, b, size, size).reason
+        for size in ((900, 1600), (120, 160))
+        for a, b in [[np.random.default_rng(seed).uniform((0, 0), size[::-1], (100, 2)) for seed in (1, 2)]]
+    ]
+    assert "61 are asked for" in asked[0]
+    assert "66 are asked for" in asked[1]
+
+
+@pytest.fixture(scope="module")
+def photograph(demo_photographs):
+    return np.asarray(Image.open(demo_photographs / "coffee.png").convert("RGB"))
+
+
+def test_a_photograph_against_itself_and_its_mirror_image(photograph):
+    assert imatch.match(photograph, photograph).kind == "planar"
+    mirrored = imatch.match(photograph, np.ascontiguousarray(photograph[:, ::-1]))
+    assert not mirrored.verified
+    assert mirrored.reason
+
+
+def test_windows_that_repeat_are_refused_in_words(photograph):
+    """A facade, seen from one window further on: it looks the same."""
+    facade = np.tile(photograph[100:220, 200:300], (5, 12, 1))
+    found = imatch.match(facade[:, :900], facade[:, 100:1000])
+    assert not found.verified
+    assert "show repeats" in found.reason
+
+
+def test_photographs_that_share_nothing_are_refused_in_words(photograph):
+    found = imatch.match(photograph[:, :300], photograph[:, 300:])
+    assert not found.verified
+    assert "are asked for" in found.reason

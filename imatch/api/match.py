@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -18,11 +19,11 @@ from tqdm import tqdm
 
 from imatch.core import compute, files, settings
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
-from imatch.data import images
+from imatch.data import exif, images
 from imatch.data.images import Resize
-from imatch.data.rotations import UPRIGHT, Pose
+from imatch.data.rotations import UPRIGHT, Pose, turned
 from imatch.features.base import CLASSICAL, Backbone, create_backbone, embed_decoded
-from imatch.features.sift import PIXELS
+from imatch.features.sift import PIXELS, Sift
 from imatch.matching.align import Aligner, Alignment, aligner
 from imatch.matching.geometry import rotation_scale
 
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
     Photograph = str | Path | np.ndarray | Image.Image
 
-SETTINGS = {"matcher": "mutual", "matcher_options": {}, "refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
+SETTINGS = {"matcher": "auto", "matcher_options": {}, "refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
 """What 04_match does by default, too."""
+FIRST, CLOSER, TURNS = Sift.max_keypoints, 8000, (90, 180, 270)
+"""Keypoints of a first and of a second look at two photographs; degrees by which one is rotated in the second, by a
+backbone that does not rotate with its photographs."""
 RETRIEVED, NEAREST = 200, 20
 """In a folder of more photographs than the first, each is matched with so many nearest ones by global vector."""
 
@@ -66,7 +70,12 @@ class Match:
         reason: why, with the numbers.
         inliers: how many correspondences the geometry explains.
         correspondences: all of them.
-        matrix: (3, 3) float64, pixels of A -> pixels of B; None where there is none.
+        kind: "planar", "rotation" (of the camera alone) or "general" (a scene with depth); where not verified
+            "watermark", "degenerate" or "" (`core.types.Geometry`).
+        matrix: (3, 3) float64, pixels of A -> pixels of B; None where there is none. Of kind "general" it says roughly
+            where A lies.
+        fundamental: (3, 3) float64, x_b^T F x_a = 0, of kind "general".
+        pose: how the camera moved, R (3, 3) and the direction (3,), where both files say their focal length.
         rotation: degrees counter-clockwise by which B shows A rotated; None where not verified.
         scale: how many times as large B shows it; None where not verified.
         sizes: (h, w) in pixels of A and of B.
@@ -78,24 +87,28 @@ class Match:
     reason: str
     inliers: int
     correspondences: Correspondences
+    kind: str
     matrix: np.ndarray | None
+    fundamental: np.ndarray | None
+    pose: tuple[np.ndarray, np.ndarray] | None
     rotation: float | None
     scale: float | None
     sizes: tuple[tuple[int, int], tuple[int, int]]
     descriptors: tuple[int, int]
     names: tuple[str, str]
     _photographs: tuple[Path | np.ndarray, Path | np.ndarray] = field(repr=False)
+    _error: float = field(repr=False)
 
     def __bool__(self) -> bool:
         return self.verified
 
     def __str__(self) -> str:
         if self.rotation is None or self.scale is None:
-            found = f"no match: {self.inliers} inliers of {len(self.correspondences)} correspondences"
-            return f"{found} ({self.reason}); {self._advice()}"
+            return f"no match: {self.reason}; {self._advice()}"
         a, b = (files.printable(name) for name in self.names)
-        turned = round(self.rotation, 1) + 0.0  # no minus zero
-        found = f"{self.inliers} inliers, rotated {turned:.1f} degrees, {self.scale:.2f} times as large"
+        angle = round(self.rotation, 1) + 0.0  # no minus zero
+        about = "about " if self.kind == "general" else ""
+        found = f"{self.inliers} inliers, rotated {about}{angle:.1f} degrees, {about}{self.scale:.2f} times as large"
         same = isinstance(self._photographs[0], Path) and self._photographs[0] == self._photographs[1]
         return f"{b} shows {a}: {found}{' (the same file)' if same else ''}"
 
@@ -104,6 +117,8 @@ class Match:
         for name, n in zip(self.names, self.descriptors, strict=True):
             if not n:
                 return f"{files.printable(name)} has no texture to describe: try another photograph"
+        if self.kind == "watermark":
+            return "cut the caption off, and match what is left"
         return "try photographs that overlap more, or another weight"
 
     @property
@@ -117,6 +132,7 @@ class Match:
             "matches": len(self.correspondences),
             "rotation": self.rotation,
             "scale": self.scale,
+            "kind": self.kind,
             "reason": self.reason,
         }
 
@@ -125,7 +141,7 @@ class Match:
         found = self.correspondences
         return {
             **self.row,
-            "matrix": None if self.matrix is None else self.matrix.tolist(),
+            **self._geometry.record(),
             "sizes": [list(size) for size in self.sizes],
             "correspondences": {
                 "xy_a": np.round(found.xy_a.astype(np.float64), 2).tolist(),
@@ -148,10 +164,15 @@ class Match:
 
         found = self.correspondences
         index = np.arange(len(found))
-        explained = Geometry(self.matrix, found.inlier, np.nan, self.verified, self.reason)
         matches = Matches(index, index, found.score)
-        pair = Pair(self.row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, explained)
+        pair = Pair(self.row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, self._geometry)
         return pictures.lines(pair, pictures.Style(side=side))
+
+    @property
+    def _geometry(self) -> Geometry:
+        inlier = self.correspondences.inlier
+        found = (self.verified, self.reason, self.kind, self.fundamental, self.pose)
+        return Geometry(self.matrix, inlier, self._error, *found)
 
     def show(self) -> Figure:
         """The picture as a matplotlib figure, which a notebook shows."""
@@ -185,7 +206,8 @@ class Match:
 def match(
     a: Photograph, b: Photograph, weight: str = "sift", *, device: str = "auto", data_key: str = settings.DATA_KEY
 ) -> Match:
-    """Match two photographs.
+    """Match two photographs. Those that do not match get a second look: with more keypoints or, by a backbone that does
+    not rotate with its photographs, with A rotated.
 
     Args:
         a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
@@ -202,7 +224,8 @@ def match(
     >>> found.verified, round(found.rotation), round(found.scale, 2), found.sizes
     (True, 90, 1.0, ((160, 240), (240, 160)))
     """
-    backbone = create_backbone(weight, data_key=data_key, device=device)
+    options = {"max_keypoints": CLOSER} if weight == "sift" else {}
+    backbone = create_backbone(weight, options, data_key=data_key, device=device)
     sources = [_source(a, "a"), _source(b, "b")]
     names = [source.name if isinstance(source, Path) else name for source, name in zip(sources, "ab", strict=True)]
     backbone.load()
@@ -212,7 +235,21 @@ def match(
     for (source, name), found in zip(both, seen, strict=True):
         if isinstance(found, PhotographError):
             raise PhotographError(f"{files.printable(str(source if isinstance(source, Path) else name))}: {found}")
-    return _matched(*seen)
+    return looked_at(backbone, *seen)
+
+
+def looked_at(backbone: Backbone, a: _Seen, b: _Seen) -> Match:
+    """Match two photographs that went through a backbone, and look again where they do not match."""
+    first = _matched(a.first(FIRST), b.first(FIRST))
+    if first.verified:
+        return first
+    if not isinstance(backbone, Sift):
+        again = _matched(a, b, [(Pose(turn), _seen(a.source, backbone, a.name, turn).tokens) for turn in TURNS])
+    elif max(len(a.tokens.xy), len(b.tokens.xy)) > FIRST:
+        again = _matched(a, b)
+    else:
+        return first
+    return again if again.verified else first
 
 
 @dataclass(frozen=True)
@@ -223,6 +260,13 @@ class _Seen:
     source: Path | np.ndarray
     size: tuple[int, int]
     tokens: Tokens
+
+    def first(self, n: int) -> _Seen:
+        """With the n strongest keypoints alone; a grid stays whole."""
+        whole = self.tokens
+        if whole.grid is not None:
+            return self
+        return dataclasses.replace(self, tokens=Tokens(whole.vector, whole.descriptors[:n], whole.xy[:n]))
 
 
 def _source(photograph: Photograph, name: str) -> Path | np.ndarray:
@@ -243,10 +287,11 @@ def _source(photograph: Photograph, name: str) -> Path | np.ndarray:
         raise PhotographError(f"{name}: {error}") from error
 
 
-def _seen(source: Path | np.ndarray, backbone: Backbone, name: str) -> _Seen:
-    """A photograph through a backbone."""
+def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, turn: float = 0) -> _Seen:
+    """A photograph through a backbone, rotated by `turn` degrees."""
     take = images.decode if isinstance(source, Path) else images.from_memory
-    decoded = take(source, Resize(), backbone.patch, backbone.resampling)
+    decoded = take(source, Resize(limit=backbone.side), backbone.patch, backbone.resampling)
+    decoded = turned(decoded, turn, backbone.patch) if turn else decoded
     return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone))
 
 
@@ -260,11 +305,12 @@ def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
     return max(1, min(settings.cores(), PIXELS // pixels)) if weight in CLASSICAL else 1
 
 
-def _matched(a: _Seen, b: _Seen) -> Match:
+def _matched(a: _Seen, b: _Seen, rotated: Sequence[tuple[Pose, Tokens]] = ()) -> Match:
     align: Aligner = aligner(SETTINGS, b.tokens)
-    found: Alignment[Pose] = align([(UPRIGHT, a.tokens)], b.tokens, a.size, b.size)
+    poses, focal = [(UPRIGHT, a.tokens), *rotated], exif.focal_lengths(a.source, b.source)
+    found: Alignment[Pose] = align(poses, b.tokens, a.size, b.size, focal=focal)
     explained = found.geometry
-    turned, scaled = (
+    angle, scaled = (
         rotation_scale(explained.matrix, a.size)
         if explained.verified and explained.matrix is not None
         else (None, None)
@@ -274,13 +320,17 @@ def _matched(a: _Seen, b: _Seen) -> Match:
         explained.reason,
         int(explained.inliers.sum()),
         Correspondences(found.xy_a, found.xy_b, found.matches.similarity, explained.inliers),
+        explained.kind,
         explained.matrix,
-        turned,
+        explained.fundamental,
+        explained.pose,
+        angle,
         scaled,
         (a.size, b.size),
         (len(a.tokens.xy), len(b.tokens.xy)),
         (a.name, b.name),
         (a.source, b.source),
+        explained.error,
     )
 
 
@@ -290,7 +340,7 @@ class FolderMatches:
 
     Attributes:
         names: of the photographs that were matched, sorted.
-        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, reason.
+        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, kind, reason.
         groups: names of photographs that belong together, the largest group first; those that match none are in none.
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
@@ -308,9 +358,9 @@ class FolderMatches:
         lines = [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  rotated  times as large"] if verified else []
         for row in verified:
             shown = (files.printable(row[side]) for side in ("query", "candidate"))
-            turned = round(row["rotation"], 1) + 0.0
+            angle = round(row["rotation"], 1) + 0.0
             text = "  ".join(f"{name:<{wide}}" for name in shown)
-            lines.append(f"{text}  {row['inliers']:7d}  {turned:7.1f}  {row['scale']:14.2f}")
+            lines.append(f"{text}  {row['inliers']:7d}  {angle:7.1f}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
         lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
         for number, group in enumerate(self.groups, 1):
@@ -350,8 +400,8 @@ def match_folder(
 ) -> FolderMatches:
     """Match the photographs of a folder with each other.
 
-    All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector. A photograph that
-    cannot be read is left out and named.
+    All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector, without a second
+    look. A photograph that cannot be read is left out and named.
 
     Args:
         folder: of the photographs; those in folders below it count, too.

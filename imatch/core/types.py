@@ -6,6 +6,7 @@ angles are degrees counter-clockwise as one sees them on the screen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,11 +212,13 @@ class Matches:
     Attributes:
         index_a, index_b: (m,) int64, rows of the descriptors of A and of B.
         similarity: (m,) float32, cosine.
+        repeated: how many more there would be, had they not as good a rival: what they show repeats.
     """
 
     index_a: np.ndarray
     index_b: np.ndarray
     similarity: np.ndarray
+    repeated: int = 0
 
     def __len__(self) -> int:
         return len(self.similarity)
@@ -223,14 +226,22 @@ class Matches:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The transformation that explains a set of correspondences.
+    """What explains a set of correspondences.
 
     Attributes:
-        matrix: (3, 3) float64, A (x, y, 1) -> B up to scale; None when none was found.
+        matrix: (3, 3) float64, A (x, y, 1) -> B up to scale; None when none was found. Of kind "general" it is a
+            similarity that says roughly where A lies.
         inliers: (m,) bool, which correspondences agree with it.
-        error: mean reprojection error of the inliers in pixels of B; NaN without a matrix.
+        error: mean distance of the inliers in pixels of B, from where the matrix puts them or, of kind "general", from
+            their epipolar lines; NaN where nothing was found.
         verified: whether the two photographs show the same thing, as far as geometry can say.
         reason: why it is, or is not, verified.
+        kind: "planar" (a flat scene), "rotation" (of the camera alone), "general" (a scene of depth); of what is not
+            verified "watermark" (only what stands still in the picture agrees), "degenerate" (no view of a scene), or
+            "" (too few inliers).
+        fundamental: (3, 3) float64, x_b^T F x_a = 0, of kind "general" alone.
+        pose: how the camera moved, where the focal lengths are known: R (3, 3), and the direction t (3,) of norm 1 (0
+            for a rotation); x_b ~ R x_a + t in coordinates of the cameras (x right, y down, z ahead).
     """
 
     matrix: np.ndarray | None
@@ -238,6 +249,44 @@ class Geometry:
     error: float
     verified: bool
     reason: str
+    kind: str = ""
+    fundamental: np.ndarray | None = None
+    pose: tuple[np.ndarray, np.ndarray] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Give all but the inliers as plain JSON, for the row of a pair."""
+        return {
+            "verified": self.verified,
+            "reason": self.reason,
+            "kind": self.kind,
+            "matrix": None if self.matrix is None else self.matrix.tolist(),
+            "fundamental": None if self.fundamental is None else self.fundamental.tolist(),
+            "pose": self.pose and {"rotation": self.pose[0].tolist(), "direction": self.pose[1].tolist()},
+            "reprojection_error": None if math.isnan(self.error) else self.error,
+        }
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], inliers: np.ndarray) -> Geometry:
+        """Make one of what `record` gave.
+
+        >>> found = Geometry(np.eye(3), np.ones(9, bool), 0.5, True, "9 inliers", "planar")
+        >>> Geometry.of(found.record(), found.inliers).kind
+        'planar'
+        """
+        error, pose = record["reprojection_error"], record.get("pose")
+        matrix, fundamental = (
+            None if record.get(name) is None else np.array(record[name]) for name in ("matrix", "fundamental")
+        )
+        return cls(
+            matrix,
+            inliers,
+            math.nan if error is None else error,
+            record["verified"],
+            record["reason"],
+            record.get("kind", ""),  # steps of before there were kinds have none
+            fundamental,
+            pose and (np.array(pose["rotation"]), np.array(pose["direction"])),
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +53,7 @@ class Matched:
         if not path.is_file():
             raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
         table = np.load(path)
-        error = math.nan if row["reprojection_error"] is None else row["reprojection_error"]
-        matrix = None if row["matrix"] is None else np.array(row["matrix"])
-        found = Geometry(matrix, table["inlier"], error, row["verified"], row["reason"])
+        found = Geometry.of(row, table["inlier"])
         matches = Matches(table["index_a"], table["index_b"], table["similarity"])
         return Pair(row, *self.files(row), table["xy_a"], table["xy_b"], matches, found)
 

@@ -13,14 +13,18 @@ import numpy as np
 
 from imatch.core.config import unknown
 from imatch.core.types import Geometry, ImatchError, Matches, PhotographError, Tokens
-from imatch.data import images
+from imatch.data import exif, images
 from imatch.data.rotations import Pose
 from imatch.matching import matchers, refine
-from imatch.matching.geometry import FEWEST, Estimator, degenerate, transform
+from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher
+from imatch.matching.two_view import FEWEST, Estimator
 
 P = TypeVar("P")
 REFINEMENTS = ("off", "patch", "pixel")
+COARSE = 20
+"""Inliers that verify a pair of grids, between patches: smooth photographs of the demo that show different things agree
+in up to 34 of 62 correspondences, in one of four rotations."""
 ROUNDS = 2
 """How often the photographs are compared: the second time by the geometry that the first has found."""
 
@@ -60,7 +64,7 @@ class Aligner:
 
     >>> from imatch.core.types import Tokens
     >>> from imatch.matching import matchers
-    >>> from imatch.matching.geometry import Estimator
+    >>> from imatch.matching.two_view import Estimator
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2)).astype(np.float32)
     >>> tokens = Tokens(np.ones(1), np.eye(40, dtype=np.float32), xy)
     >>> align = Aligner(matchers.create_matcher("mutual"), Estimator("similarity"), Estimator("affine"))
@@ -78,9 +82,9 @@ class Aligner:
         if self.refinement not in REFINEMENTS:
             raise ImatchError(unknown("refinement", self.refinement, REFINEMENTS))
         if self.search.model == "off":
-            raise ImatchError("the first geometry cannot be off, it chooses the pose: use similarity")
+            raise ImatchError("the first geometry cannot be off, it chooses the pose: use auto")
         if self.refinement == "pixel" and self.estimator.model == "off":
-            raise ImatchError("refinement pixel starts from a geometry: use model similarity, affine or homography")
+            raise ImatchError("refinement pixel starts from a geometry: use model auto or homography")
 
     def __call__(
         self,
@@ -89,6 +93,7 @@ class Aligner:
         size_a: tuple[int, int],
         size_b: tuple[int, int],
         photographs: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+        focal: tuple[float, float] | None = None,
     ) -> Alignment[P]:
         """Align one pair.
 
@@ -98,6 +103,7 @@ class Aligner:
             size_a, size_b: (h, w) of the upright photographs.
             photographs: gives the pixels of A and of B, both upright and (h, w, 3) uint8 RGB, in their full size.
                 Called at most once, and only where pixels are compared.
+            focal: their focal lengths in pixels, where known.
 
         Raises:
             ImatchError: no pose at all, or no photographs for refinement "pixel".
@@ -107,32 +113,39 @@ class Aligner:
         if self.refinement == "pixel" and photographs is None:
             raise ImatchError("refinement pixel compares photographs: give them, or use refinement patch")
         first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
-        tried = [self._tried(pose, a, b, size_a, size_b, first) for pose, a in poses]
+        views = (size_a, size_b, focal, np.concatenate([poses[0][1].xy, b.xy]))
+        tried = [self._tried(pose, a, b, first, views) for pose, a in poses]
         best = max(tried, key=lambda alignment: alignment.geometry.inliers.sum())  # the first of equal ones
-        if self.refinement == "pixel" and photographs is not None:
-            if _usable(best.geometry, size_a):
-                return self._compared(best, size_a, size_b, *photographs())
-            reason = f"no first geometry to compare the photographs from: {best.geometry.reason}"
-            return replace(best, geometry=replace(best.geometry, verified=False, reason=reason))
-        if first is self.estimator:
-            return best
-        return replace(best, geometry=self.estimator(best.xy_a, best.xy_b, size_a, size_b))
+        depth = self._depth(best, views) if self.refinement == "pixel" else None
+        if depth:
+            best = depth
+        elif self.refinement == "pixel" and photographs is not None:
+            why = f"no first geometry to compare the photographs from: {best.geometry.reason}"
+            best = self._compared(best, views, *photographs()) if _usable(best) else _refused(best, why)
+        elif first is not self.estimator:
+            best = replace(best, geometry=self.estimator(best.xy_a, best.xy_b, *views))
+        found, repeated = best.geometry, best.matches.repeated
+        if not found.verified and repeated > len(best.matches):
+            return _refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
+        return best
 
-    def _tried(
-        self, pose: P, a: Tokens, b: Tokens, size_a: tuple[int, int], size_b: tuple[int, int], estimator: Estimator
-    ) -> Alignment[P]:
+    def _tried(self, pose: P, a: Tokens, b: Tokens, estimator: Estimator, views: Views) -> Alignment[P]:
         matches = self.matcher(a, b)
         xy_a = a.xy[matches.index_a]
         xy_b = b.xy[matches.index_b] if self.refinement == "off" else refine.by_patch(a, b, matches)
-        return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, size_a, size_b))
+        return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, *views))
+
+    def _depth(self, coarse: Alignment[P], views: Views) -> Alignment[P] | None:
+        """The alignment of keypoints in a scene of depth. No matrix brings one photograph onto the other there, so
+        pixels are not compared."""
+        found = self.estimator(coarse.xy_a, coarse.xy_b, *views) if self.estimator.model == "auto" else None
+        if not found or found.kind != "general":
+            return None
+        reason = f"{found.reason}; pixels were not compared, for the scene has depth"
+        return replace(coarse, geometry=replace(found, reason=reason))
 
     def _compared(
-        self,
-        coarse: Alignment[P],
-        size_a: tuple[int, int],
-        size_b: tuple[int, int],
-        photograph_a: np.ndarray,
-        photograph_b: np.ndarray,
+        self, coarse: Alignment[P], views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray
     ) -> Alignment[P]:
         """The geometry of what is found in the photographs; correspondences that are not stay where they are."""
         best, matrix = None, coarse.geometry.matrix
@@ -141,38 +154,70 @@ class Aligner:
             near = np.linalg.norm(transform(matrix, coarse.xy_a) - xy_b, axis=1) <= self.search.threshold
             xy_b[near], found = refine.by_pixels(photograph_a, photograph_b, coarse.xy_a[near], xy_b[near], matrix)
             rows, inliers = np.flatnonzero(near)[found], np.zeros(len(xy_b), bool)
-            geometry = self.estimator(coarse.xy_a[rows], xy_b[rows], size_a, size_b)
-            if not _usable(geometry, size_a):
-                break
+            geometry = self.estimator(coarse.xy_a[rows], xy_b[rows], *views)
             inliers[rows] = geometry.inliers
-            best, matrix = replace(coarse, xy_b=xy_b, geometry=replace(geometry, inliers=inliers)), geometry.matrix
-        if best is None:
-            reason = f"the photographs do not confirm it: {geometry.reason}"
-            return replace(coarse, geometry=replace(coarse.geometry, verified=False, reason=reason))
-        return best
+            finer = replace(coarse, xy_b=xy_b, geometry=replace(geometry, inliers=inliers))
+            if not _usable(finer):
+                break
+            best, matrix = finer, geometry.matrix
+        if best and best.geometry.verified:
+            return best
+        why = best.geometry.reason if best else geometry.reason
+        n = coarse.geometry.inliers.sum()
+        return _refused(best or coarse, f"the photographs do not confirm {n} inliers: {why}")
 
 
-def _usable(geometry: Geometry, size: tuple[int, int]) -> bool:
-    return geometry.matrix is not None and geometry.inliers.sum() >= FEWEST and not degenerate(geometry.matrix, size)
+Views = tuple[tuple[int, int], tuple[int, int], tuple[float, float] | None, np.ndarray]
+"""(h, w) of A and of B, their focal lengths, and where both have descriptors."""
+
+
+def _usable(found: Alignment[Any]) -> bool:
+    """Whether photographs can be compared from a geometry."""
+    geometry = found.geometry
+    if geometry.matrix is None or geometry.inliers.sum() < FEWEST:
+        return False
+    return not degenerate(geometry.matrix, found.xy_a[geometry.inliers])
+
+
+def _refused(found: Alignment[P], reason: str) -> Alignment[P]:
+    return replace(found, geometry=replace(found.geometry, verified=False, reason=reason))
+
+
+def matcher_for(keypoints: bool) -> str:
+    """The matcher that "auto" stands for: keypoints have clear rivals, cells of a grid do not."""
+    return "ratio" if keypoints else "mutual"
 
 
 def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
-    """What a 04_match with such parameters aligns a pair with; what was left at 0 is chosen for keypoints or a grid.
+    """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for keypoints or
+    a grid.
+
+    Between the centres of patches lies half a patch of noise, in which a homography by OpenCV's graph cut does better
+    than PoseLib's and a fundamental matrix explains anything: on grids "auto" is a homography.
 
     Args:
         parameters: of the step.
         b: tokens of the right photograph; None stands for keypoints.
     """
-    chosen, refinement = parameters["geometry"], parameters["refine"]
+    chosen, refinement = dict(parameters["geometry"]), parameters["refine"]
     patch = 0.0 if b is None or b.grid is None else max(b.spacing)
     coarse = max(3.0, patch / 2)
     fine = not patch or refinement == "pixel"
-    threshold = chosen["threshold"] or (3.0 if fine else coarse)
-    share = chosen["min_share"] or (0.1 if fine else 0.3)
-    estimator = Estimator(**{**chosen, "threshold": threshold, "min_share": share})
-    search = dataclasses.replace(estimator, model="similarity", method="auto", threshold=max(threshold, coarse))
-    matcher = matchers.create_matcher(parameters["matcher"], parameters["matcher_options"])
-    return Aligner(matcher, search, estimator, refinement)
+    matcher = parameters["matcher"]
+    if matcher == "auto":
+        matcher = matcher_for(not patch)
+    chosen["threshold"] = chosen["threshold"] or (3.0 if fine else coarse)
+    chosen["min_inliers"] = chosen.get("min_inliers") or (0 if fine else COARSE)
+    chosen["min_share"] = chosen["min_share"] or (0.01 if matcher == "ratio" else 0.1 if fine else 0.3)
+    estimator = Estimator(**chosen)
+    widest = max(chosen["threshold"], coarse)
+    search = dataclasses.replace(estimator, model="similarity", method="auto", threshold=widest)
+    if patch and estimator.model == "auto":
+        estimator = dataclasses.replace(estimator, model="homography")
+    if not fine and (estimator.model, estimator.method) == ("homography", "auto"):
+        estimator = dataclasses.replace(estimator, method="accurate")
+    made = matchers.create_matcher(matcher, parameters["matcher_options"])
+    return Aligner(made, search, estimator, refinement)
 
 
 def aligned(
@@ -192,13 +237,12 @@ def aligned(
         sizes: (h, w) of A and of B, upright.
         paths: of the two photographs.
     """
+    focal = exif.focal_lengths(*paths)
     try:
-        return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])))
+        return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
     except PhotographError as error:
-        found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes)
-        reason = f"the photographs cannot be compared: {error}"
-        unsure = dataclasses.replace(found.geometry, verified=False, reason=reason)
-        return dataclasses.replace(found, geometry=unsure)
+        found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
+        return _refused(found, f"the photographs cannot be compared: {error}")
 
 
 @lru_cache(maxsize=2)

@@ -1,137 +1,12 @@
-"""Correspondences -> the transformation that explains them, and what it says."""
+"""What a transformation does to points: where it puts them, how it rotates and enlarges, how far it is off."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
 
 import cv2
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-
-from imatch.core import config
-from imatch.core.types import Geometry, ImatchError
-
-MODELS = {"off": 1, "similarity": 2, "affine": 3, "homography": 4}
-"""The models, and how many correspondences the smallest sample of each needs."""
-METHODS = {"accurate": cv2.USAC_ACCURATE, "magsac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC}
-"""The robust estimators, by OpenCV's number."""
-FEWEST = 4
-"""Fewer inliers than this say nothing, whatever `min_inliers` is: any two points fit a similarity."""
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """Robust estimation with OpenCV. Every method has a seed of its own, so equal input gives equal bytes.
-
-    Attributes:
-        model: "off", "similarity" (4 degrees of freedom), "affine" (6) or "homography" (8).
-        method: "accurate" (USAC_ACCURATE: LO-RANSAC with graph cut; Ivashechkin, Barath and Matas, "USACv20", 2021),
-            "magsac" (Barath et al., "MAGSAC++", CVPR 2020) or "ransac" (Fischler and Bolles, CACM 1981; with local
-            refinement; many times slower where most correspondences are wrong). "auto" is accurate, but ransac
-            for a similarity, for which OpenCV has no other.
-        threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0.
-        confidence: wanted probability that the best sample was found, in (0, 1).
-        iterations: at most so many samples.
-        min_inliers, min_share: verified takes more than min_inliers + min_share * n inliers, where n counts the
-            correspondences that the transformation puts inside B. The form is Brown and Lowe's ("Automatic
-            panoramic image stitching using invariant features", IJCV 2007; they use 8 and 0.3). With mutual
-            neighbours and no ratio test true pairs of vegetation keep as few as a tenth of theirs, wrong ones
-            hardly reach 8, so the share is 0.1. Fewer than 4 inliers are never enough.
-
-    Raises:
-        ImatchError: unknown model or method, a method that the model does not have, or a number out of its range.
-
-    >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
-    >>> geometry = Estimator(model="similarity")(xy, 2 * xy + 5, (100, 100), (210, 210))
-    >>> geometry.verified, geometry.matrix.round(3).tolist()
-    (True, [[2.0, 0.0, 5.0], [-0.0, 2.0, 5.0], [0.0, 0.0, 1.0]])
-    """
-
-    model: str = "homography"
-    threshold: PositiveFloat = 3.0
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9999
-    iterations: PositiveInt = 10_000
-    min_inliers: NonNegativeInt = 8
-    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    method: str = "auto"
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        if self.model not in MODELS:
-            raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
-        if self.method not in ("auto", *METHODS):
-            raise ImatchError(f"method {self.method!r} is not known: use auto, {', '.join(METHODS)}")
-        if self.model == "similarity" and self.method not in ("auto", "ransac"):
-            raise ImatchError(
-                f"OpenCV estimates a similarity by ransac, not by {self.method}: use method auto, or another model"
-            )
-
-    def __call__(
-        self, xy_a: np.ndarray, xy_b: np.ndarray, size_a: tuple[int, int], size_b: tuple[int, int]
-    ) -> Geometry:
-        """Estimate A -> B.
-
-        Args:
-            xy_a: (m, 2) pixels in A.
-            xy_b: (m, 2) pixels in B, row by row the partners.
-            size_a, size_b: (h, w) of the two; A's outline must stay an outline in B.
-
-        Returns:
-            The geometry; `verified` says whether to believe it, `reason` why.
-        """
-        m = len(xy_a)
-        nothing = np.zeros(m, bool)
-        if self.model == "off":
-            return Geometry(None, nothing, math.nan, False, "geometry is off")
-        if m < MODELS[self.model]:
-            return Geometry(None, nothing, math.nan, False, f"{m} correspondences are too few for {self.model}")
-        matrix, inliers = self._estimate(np.asarray(xy_a, np.float64), np.asarray(xy_b, np.float64))
-        if matrix is None or not np.isfinite(matrix).all():
-            return Geometry(None, nothing, math.nan, False, f"no {self.model} found")
-        mapped = transform(matrix, xy_a)
-        distance = np.linalg.norm(mapped - xy_b, axis=1)
-        n = int(inliers.sum())
-        error = float(distance[inliers].mean()) if n else math.nan
-        flaw = degenerate(matrix, size_a)
-        if flaw:
-            return Geometry(matrix, inliers, error, False, flaw)
-        shared = int(((mapped >= -0.5) & (mapped <= np.array(size_b[::-1]) - 0.5)).all(axis=1).sum())
-        if n < FEWEST:
-            return Geometry(matrix, inliers, error, False, f"{n} inliers are fewer than {FEWEST}")
-        needed = self.min_inliers + self.min_share * shared
-        said = f"{n} inliers of {shared} correspondences in the shared area"
-        return Geometry(
-            matrix, inliers, error, n > needed, f"{said}, {'more' if n > needed else 'not more'} than {needed:.1f}"
-        )
-
-    @property
-    def _robust(self) -> str:
-        """The method that "auto" stands for."""
-        if self.method != "auto":
-            return self.method
-        return "ransac" if self.model == "similarity" else "accurate"
-
-    def _estimate(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-        estimate = {
-            "similarity": cv2.estimateAffinePartial2D,
-            "affine": cv2.estimateAffine2D,
-            "homography": cv2.findHomography,
-        }[self.model]
-        found, mask = estimate(
-            a,
-            b,
-            method=METHODS[self._robust],
-            ransacReprojThreshold=self.threshold,
-            maxIters=self.iterations,
-            confidence=self.confidence,
-        )
-        inliers = np.zeros(len(a), bool) if mask is None else mask.ravel().astype(bool)
-        if found is not None and len(found) == 2:
-            found = np.vstack([found, [0, 0, 1]])
-        return found, inliers
 
 
 def transform(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
@@ -155,25 +30,96 @@ def corners(size: tuple[int, int]) -> np.ndarray:
     return np.array([[0.0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
 
 
-def degenerate(matrix: np.ndarray, size: tuple[int, int]) -> str:
-    """Why a matrix is no view of a flat scene ("" if it may be one): a mirrored, folded or collapsed outline.
+def degenerate(matrix: np.ndarray, points: np.ndarray) -> str:
+    """Why a matrix is no view of a flat scene as far as these points reach ("" if it may be one).
 
-    >>> degenerate(np.diag([-1.0, 1, 1]), (10, 10))
-    'the outline is mirrored or folded'
+    Beyond them it may be anything: a right homography of a street folds the sky, for the horizon is in the picture.
+
+    Args:
+        matrix: (3, 3) A -> B.
+        points: (n, 2) pixels of A; their convex hull is looked at.
     """
-    outline = transform(matrix, corners(size))
-    w = np.column_stack([corners(size), np.ones(4)]) @ matrix[2]
-    edges = np.roll(outline, -1, axis=0) - outline
-    after = np.roll(edges, -1, axis=0)
-    turns = edges[:, 0] * after[:, 1] - edges[:, 1] * after[:, 0]
-    if not np.isfinite(outline).all() or (np.sign(w) != np.sign(w[0])).any() or (turns <= 0).any():
-        return "the outline is mirrored or folded"
-    x, y = outline.T
-    area = 0.5 * abs(x @ np.roll(y, -1) - y @ np.roll(x, -1))
-    growth = math.sqrt(area / (size[0] * size[1]))
-    if not 1 / 20 < growth < 20:
-        return f"the outline is {growth:.2g} times as large: collapsed or blown up"
-    return ""
+    if len(points) < 3:
+        return ""
+    hull = cv2.convexHull(points.astype(np.float32))[:, 0].astype(np.float64)
+    w = np.column_stack([hull, np.ones(len(hull))]) @ matrix[2]
+    mapped = transform(matrix, hull)
+    if not np.isfinite(mapped).all() or (np.sign(w) != np.sign(w[0])).any():
+        return "it mirrors or folds what the two share"
+    before, after = (cv2.contourArea(xy.astype(np.float32), oriented=True) for xy in (hull, mapped))
+    if before * after < 0:
+        return "it mirrors or folds what the two share"
+    growth = math.sqrt(abs(after / before)) if before else 1.0
+    return "" if 1 / 20 < growth < 20 else f"it makes what the two share {growth:.2g} times as large"
+
+
+def epipolar_distance(fundamental: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
+    """How far correspondences are from each other's epipolar lines: (n,) float64, the mean of the two photographs.
+
+    Args:
+        fundamental: (3, 3), x_b^T F x_a = 0.
+        xy_a, xy_b: (n, 2) pixels.
+    """
+    a, b = (np.column_stack([xy, np.ones(len(xy))]) for xy in (xy_a, xy_b))
+    in_b, in_a = a @ fundamental.T, b @ fundamental
+    off = np.abs((b * in_b).sum(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (off / np.hypot(*in_b[:, :2].T) + off / np.hypot(*in_a[:, :2].T)) / 2
+
+
+def epipolar_line(fundamental: np.ndarray, xy: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
+    """Give the line of B on which a point of A lies, as far as it crosses B's pixels.
+
+    Args:
+        fundamental: (3, 3), x_b^T F x_a = 0; its transpose gives the line of A on which a point of B lies.
+        xy: (2,) pixel of A.
+        size: (h, w) of B.
+
+    Returns:
+        (2, 2) its two ends in pixels of B; None where it does not cross B.
+
+    >>> sideways = np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # the camera moved along its rows
+    >>> epipolar_line(sideways, np.array([3.0, 5.0]), (10, 20)).tolist()
+    [[19.5, 5.0], [-0.5, 5.0]]
+    """
+    h, w = size
+    rim = np.array([[0, 0], [w, 0], [w, h], [0, h]]) - 0.5
+    line = fundamental @ [*xy, 1.0]
+    off = rim @ line[:2] + line[2]
+    following, off_there = np.roll(rim, -1, axis=0), np.roll(off, -1)
+    crossed = (off > 0) != (off_there > 0)  # of none or two of the four edges
+    share = off[crossed] / (off - off_there)[crossed]
+    return rim[crossed] + share[:, None] * (following - rim)[crossed] if crossed.any() else None
+
+
+def way_ratios(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
+    """How the way between points is rotated and enlarged from A to B, of pairs drawn by a seed: (k,) complex."""
+    a, b = (np.asarray(xy, np.float64) @ [1, 1j] for xy in (xy_a, xy_b))
+    order = np.random.default_rng(0).permutation(len(a))
+    pairs = [(order, np.roll(order, shift)) for shift in (1, 2, 3)]  # in all directions
+    way_a, way_b = (np.concatenate([xy[i] - xy[j] for i, j in pairs]) for xy in (a, b))
+    apart = (way_a != 0) & (way_b != 0)
+    return np.asarray(way_b[apart] / way_a[apart])
+
+
+def median_similarity(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
+    """The similarity A -> B that correspondences of a scene of depth have in the middle: (3, 3) float64.
+
+    Rotation and scale are the medians over pairs of points, the shift is that of the median point.
+
+    Args:
+        xy_a, xy_b: (n, 2) pixels, n >= 2.
+    """
+    ratios = way_ratios(xy_a, xy_b)
+    if not len(ratios):
+        return np.eye(3)
+    middle = np.angle((ratios / np.abs(ratios)).mean())
+    angle = middle + np.median(np.angle(ratios * np.exp(-1j * middle)))
+    zoomed = np.median(np.abs(ratios)) * np.exp(1j * angle)
+    c, s = zoomed.real, zoomed.imag
+    linear = np.array([[c, -s], [s, c]])
+    shift = np.median(np.asarray(xy_b) - np.asarray(xy_a) @ linear.T, axis=0)
+    return np.vstack([np.column_stack([linear, shift]), [0, 0, 1]])
 
 
 def rotation_scale(matrix: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:

@@ -58,6 +58,8 @@ def create_matcher(matcher: str, options: Mapping[str, Any] | None = None) -> Ma
 TILE, ROWS = 2**20, 256
 """How many cosines are in memory at once: 4 MB, which stay in the processor's cache; and how many rows of them are
 copied at once to look along the columns."""
+SAME = 0.95
+"""Cosine from which on two descriptors show the same: where a rival comes near to that, too, what they show repeats."""
 _BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
 
 
@@ -344,19 +346,20 @@ class Mutual(_Checked):
 class Ratio(_Checked):
     """Mutual nearest neighbours that are clearly nearer than anything elsewhere, seen from either photograph.
 
-    A pair is kept when its angle is below `max_ratio` times the angle to its rival, the most similar descriptor in
-    another place of the same photograph. Beside the best descriptor of a grid lies one that shows nearly the same, so
-    the rival is looked for outside a circle around the best; Lowe, too, takes the second neighbour from another object.
-    The circle's radius is `apart` times the spacing of that photograph's positions: the median distance from a position
-    to its nearest other one, which is the side of a cell on a grid (turned or not), and for keypoints how densely they
-    lie. An unrelated descriptor, at 90 degrees, is always among the rivals, for where nothing lies outside the circle.
+    A pair is kept when its angle is below `max_ratio` times the angle to its rival, the second most similar descriptor
+    of the same photograph. Beside the best descriptor of a grid lies one that shows nearly the same, so there the rival
+    is looked for outside a circle around the best; Lowe, too, takes the second neighbour from another object. The
+    circle's radius is `apart` times the spacing of that photograph's positions: the median distance from a position to
+    its nearest other one, which is the side of a cell (turned or not). An unrelated descriptor, at 90 degrees, is
+    always among the rivals, for where there is no other.
 
     Source: Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 2004, section 7.1; angles in place
     of distances as in his published program, nearly the same where angles are small.
 
     Attributes:
-        max_ratio: of the two angles, above 0 and at most 1; smaller is stricter. Lowe's is 0.8, for distances.
-        apart: in spacings, at least 0; 1.5 excludes the eight neighbours of a cell.
+        max_ratio: of the two angles, above 0 and at most 1; smaller is stricter. Asked of both photographs, 0.85 keeps
+            about as many as Lowe's 0.8 asked of one.
+        apart: on grids, in spacings, at least 0; 1.5 excludes the eight neighbours of a cell.
         max_matches: how many of the strongest pairs are kept; 0 keeps all.
         device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
 
@@ -364,13 +367,13 @@ class Ratio(_Checked):
         ImatchError: a number out of its range, or a missing device.
 
     >>> xy = np.array([[0.0, 0], [9, 0], [18, 0]], np.float32)
-    >>> a = Tokens(np.ones(1), np.eye(3), xy)
-    >>> b = Tokens(np.ones(1), np.array([[9, 1, 0], [0, 9, 1.0], [0, 9, 1.1]]), xy)
+    >>> a = Tokens(np.ones(1), np.eye(3), xy, grid=(1, 3))
+    >>> b = Tokens(np.ones(1), np.array([[9, 1, 0], [0, 9, 1.0], [0, 9, 1.1]]), xy, grid=(1, 3))
     >>> [Ratio(apart=apart)(a, b).index_a.tolist() for apart in (0.0, 1.5)]
     [[0], [0, 1]]
     """
 
-    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.8
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.85
     apart: NonNegativeFloat = 1.5
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
@@ -378,15 +381,27 @@ class Ratio(_Checked):
     def __call__(self, a: Tokens, b: Tokens) -> Matches:
         """See `Matcher`."""
         of_a, of_b = sides(a, b)
-        there, back = products(of_a, of_b, self.device), products(of_b, of_a, self.device)
-        if len(of_a.rows) * len(of_b.rows) <= TILE:  # one product serves both directions
-            whole = next(there)
-            there, back = iter([whole]), iter([whole.T.copy() if isinstance(whole, np.ndarray) else whole.T.clone()])
-        in_b, rival_in_b = _with_rivals(there, of_b, self.apart * spacing(b.xy))
-        in_a, rival_in_a = _with_rivals(back, of_a, self.apart * spacing(a.xy))
+        if a.grid is None and b.grid is None:
+            found = nearest(products(of_a, of_b, self.device), 2)
+            (in_b, rival_in_b), (in_a, rival_in_a) = map(_first_two, found)
+        else:
+            there, back = products(of_a, of_b, self.device), products(of_b, of_a, self.device)
+            if len(of_a.rows) * len(of_b.rows) <= TILE:  # one product serves both directions
+                whole = next(there)
+                other = whole.T.copy() if isinstance(whole, np.ndarray) else whole.T.clone()
+                there, back = iter([whole]), iter([other])
+            in_b, rival_in_b = _with_rivals(there, of_b, self.apart * spacing(b.xy))
+            in_a, rival_in_a = _with_rivals(back, of_a, self.apart * spacing(a.xy))
         i, j, similarity = mutual(in_b, in_a)
         kept = _angle(similarity) < self.max_ratio * _angle(np.maximum(rival_in_b[i], rival_in_a[j]))
-        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
+        matches = correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
+        return dataclasses.replace(matches, repeated=int((~kept & (similarity >= SAME)).sum()))
+
+
+def _first_two(found: Nearest) -> tuple[Nearest, np.ndarray]:
+    """The best of each, and the cosine of the second best, at least 0."""
+    rival = found.score[:, 1] if found.score.shape[1] > 1 else np.zeros(len(found.score), np.float32)
+    return Nearest(found.score[:, :1], found.index[:, :1]), rival.clip(0)
 
 
 def spacing(xy: np.ndarray) -> float:

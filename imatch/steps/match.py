@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import poselib
 import psutil
 
 from imatch.core import compute, config, files
@@ -28,8 +29,9 @@ from imatch.data.rotations import Pose, poses
 from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
+from imatch.features.base import INVARIANT
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Alignment, aligned, aligner
+from imatch.matching.align import Alignment, aligned, aligner, matcher_for
 from imatch.matching.matchers import options_of
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
@@ -53,7 +55,7 @@ def start_match(
     gallery_step: str = "",
     matcher: str,
     matcher_options: Mapping[str, Any],
-    rotations: int = 1,
+    rotations: int = 0,
     zooms: Sequence[float] = (1.0,),
     refine: str = "patch",
     model: str,
@@ -80,14 +82,16 @@ def start_match(
         gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references
             made from `embed_step`, that its candidates come from; "" is `embed_step` itself. Two different sides
             have no pair twice, so "all" and "ordered" are every query against every candidate.
-        matcher: a name of `matchers.MATCHERS`.
+        matcher: a name of `matchers.MATCHERS`; "auto" is `align.matcher_for` the backbone.
         matcher_options: fields of that matcher.
         rotations, zooms: poses of each query that are tried (`poses.poses`); the one with the most inliers is kept.
+            rotations 0 is 4 for a backbone that does not rotate with its photographs, else 1.
         refine: one of `align.REFINEMENTS`: "off" leaves correspondences at the centres of patches, "patch" puts them
             between, "pixel" then follows them in the photographs.
-        model, method, threshold, confidence, iterations, min_inliers, min_share: of `geometry.Estimator`. A threshold
-            of 0 means 3 pixels between keypoints and after refinement "pixel", and half a patch on a grid; a share of 0
-            means 0.1 there and 0.3 on a grid, where neighbours see the same pixels and their agreement counts less.
+        model, method, threshold, confidence, iterations, min_inliers, min_share: of `two_view.Estimator`. A threshold
+            of 0 means 3 pixels between keypoints and after refinement "pixel", and half a patch on a grid. A share of 0
+            means 0.01 of what the ratio test leaves, else 0.1, or 0.3 on a grid, where neighbours see the same pixels
+            and their agreement counts less: there 0 inliers mean 20 (`align.COARSE`).
         outputs: names of `match.OUTPUTS`.
         tag, on_change: as in `start_embed`.
 
@@ -98,6 +102,8 @@ def start_match(
     planned = sources.plan_pairs(index_step, candidates, pairs, one, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
+    if matcher == "auto":
+        matcher = matcher_for(planned.query.parameters["weight"] in INVARIANT)
     matchers.create_matcher(matcher, matcher_options)
     for output in outputs:
         create_output(output)
@@ -114,12 +120,14 @@ def start_match(
         **planned.parameters,
         "matcher": matcher,
         "matcher_options": {name: value for name, value in matcher_options.items() if name != "device"},
+        "estimators": f"PoseLib {poselib.__version__}",  # pairs of an older geometry are not mixed with these
         "refine": refine,
         "geometry": chosen,
         "outputs": sorted(outputs),
     }
     aligner(parameters, None)  # refuses bad values before anything is written
-    tries = worth_trying(planned.query, poses(rotations, zooms))
+    fixed = planned.query.parameters["weight"] not in INVARIANT and not planned.query.parameters.get("imported")
+    tries = worth_trying(planned.query, poses(rotations or (4 if fixed else 1), zooms))
     parameters["poses"] = [dataclasses.asdict(pose) for pose in tries]
     folder = planned.folder.with_name(f"{planned.folder.name}{tagged(tag)}")
     return start_step(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
@@ -259,7 +267,7 @@ class _Match:
         both = sides(self.step)
         self.views = [views_by_id(side.folder) for side in both]
         self.roots = [side.linked("photographs") for side in both]
-        self.weight = both[0].parameters["weight"]
+        self.weight, self.most = both[0].parameters["weight"], both[0].parameters["backbone"].get("max_keypoints")
         self.posed = open_poses(both[0].folder, poses_of(self.step))
         parameters = self.step.parameters
         self.sinks = [create_output(name) for name in parameters["outputs"]]
@@ -305,6 +313,10 @@ class _Match:
         found = aligned(align, seen, b, sizes, paths)
         ms = 1000 * (time.perf_counter() - start)
         a = dict(seen)[found.pose]
+        if self.most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
+            more = f"{self.most} keypoints were kept, the most: try backbone_options max_keypoints {2 * self.most}"
+            reason = f"{found.geometry.reason}; {more}"
+            found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
         view_a, view_b = (views.get(meta["id"]) for views, meta in zip(self.views, (meta_a, meta_b), strict=True))
         same = query.shows[q] == gallery.shows[candidate.row]
         truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
@@ -353,12 +365,9 @@ def _judged(found: Alignment[Pose], size: tuple[int, int], truth: np.ndarray | N
     row = {
         "matches": len(found.matches),
         "inliers": int(explained.inliers.sum()),
-        "verified": explained.verified,
-        "reason": explained.reason,
-        "matrix": None if explained.matrix is None else explained.matrix.tolist(),
+        **explained.record(),
         "rotation": turned,
         "scale": scaled,
-        "reprojection_error": None if math.isnan(explained.error) else explained.error,
         "has_truth": truth is not None,
         "true_matrix": None,
         "corner_error": None,

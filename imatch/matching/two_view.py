@@ -1,0 +1,309 @@
+"""Correspondences -> what explains them: a plane, a camera that only rotates, a scene of depth, or nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import poselib
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from imatch.core import config
+from imatch.core.types import Geometry, ImatchError
+from imatch.matching.geometry import degenerate, epipolar_distance, median_similarity, transform, way_ratios
+
+MODELS = ("auto", "homography", "fundamental", "affine", "similarity", "off")
+METHODS = {"accurate": cv2.USAC_ACCURATE, "magsac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC}
+"""The robust estimators of OpenCV, by its number."""
+FEWEST, SAMPLE = 4, 8
+"""Fewer inliers than this say nothing, whatever `min_inliers` is: any two points fit a similarity; and the smallest
+sample of a fundamental matrix."""
+PLANAR, GENERAL = 10, 15
+"""Inliers that verify a plane and a scene of depth, of keypoints matched by ratio: of 529 pairs of unrelated
+photographs (the demo's, and a drone's that share no ground; `bench_real.py`) none has more than 4 and 12, at a second
+look 13. 15 is COLMAP's number, too."""
+EPIPOLAR = 2 / 3
+"""What an epipolar distance may be of a reprojection error: it has one coordinate of the two."""
+PLANE = 0.8
+"""From this share of the fundamental matrix' inliers on a plane explains them (COLMAP's `max_H_inlier_ratio`)."""
+STILL, CELLS, INNER = 3.0, 10, 0.1
+"""Pixels that a caption moves by at most; the picture's cells a side, its outermost ring left out; the share of the
+inner cells with anything in them below which what stands still is a caption, a date stamp, a logo or a part of the
+aircraft: photographs of one view agree all over."""
+AGREEMENT = 0.5
+"""Length of the mean direction of rotation of inliers, from 0 (any) to 1 (the same), that a scene of depth has."""
+TURNED = 0.03
+"""How far K^-1 H K may be from a rotation in any number."""
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Correspondences (m, 2) float64, the strongest first, the photographs' (h, w), and what `Estimator` is told."""
+
+    a: np.ndarray
+    b: np.ndarray
+    size_a: tuple[int, int]
+    size_b: tuple[int, int]
+    focal: tuple[float, float] | None
+    everywhere: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Robust estimation by PoseLib and OpenCV. Every method has a seed of its own, so equal input gives equal bytes.
+
+    Source of the classification: Schönberger and Frahm, "Structure-from-motion revisited", CVPR 2016, section 4.1.
+
+    Attributes:
+        model: "similarity" (4 degrees of freedom), "affine" (6), "homography" (8), "fundamental" (7), "off"; or "auto",
+            a homography where it explains what a fundamental matrix does, else that.
+        method: of the planar models. "auto" is "poselib" for a homography (LO-RANSAC; Larsson, "PoseLib", 2020),
+            "ransac" for a similarity, for which OpenCV has no other, and "accurate" for an affine one (USAC_ACCURATE:
+            LO-RANSAC with graph cut; Ivashechkin, Barath and Matas, "USACv20", 2021). There is also "magsac" (Barath
+            et al., "MAGSAC++", CVPR 2020). Fundamental matrices are always PoseLib's.
+        threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0; from an
+            epipolar line it is two thirds of that.
+        confidence: wanted probability that the best sample was found, in (0, 1).
+        iterations: at most so many samples.
+        min_inliers, min_share: verified takes min_inliers + min_share * n inliers, where n counts the correspondences,
+            of a planar model those that it puts inside B. The form is Brown and Lowe's ("Automatic panoramic image
+            stitching using invariant features", IJCV 2007; they use 8 and 0.3). min_inliers 0 is 10 for planar models
+            and 15 for the fundamental one. Fewer than 4 inliers are never enough.
+
+    Raises:
+        ImatchError: unknown model or method, a method that the model does not have, or a number out of its range.
+
+    >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
+    >>> found = Estimator()(xy, 2 * xy + 5, (100, 100), (210, 210))
+    >>> found.verified, found.kind, found.matrix.round(3).tolist()
+    (True, 'planar', [[2.0, 0.0, 5.0], [0.0, 2.0, 5.0], [0.0, 0.0, 1.0]])
+    """
+
+    model: str = "auto"
+    threshold: PositiveFloat = 3.0
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    iterations: PositiveInt = 10_000
+    min_inliers: NonNegativeInt = 0
+    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    method: str = "auto"
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        if self.model not in MODELS:
+            raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
+        if self.method not in ("auto", "poselib", *METHODS):
+            raise ImatchError(f"method {self.method!r} is not known: use auto, poselib, {', '.join(METHODS)}")
+        if self.method != "auto" and self.method not in _methods(self.model):
+            known = ", ".join(_methods(self.model))
+            raise ImatchError(f"{self.model} is estimated by {known}, not by {self.method}: use method auto")
+
+    def __call__(
+        self,
+        xy_a: np.ndarray,
+        xy_b: np.ndarray,
+        size_a: tuple[int, int],
+        size_b: tuple[int, int],
+        focal: tuple[float, float] | None = None,
+        everywhere: np.ndarray | None = None,
+    ) -> Geometry:
+        """Estimate A -> B.
+
+        Args:
+            xy_a: (m, 2) pixels in A, the strongest correspondence first.
+            xy_b: (m, 2) pixels in B, row by row the partners.
+            size_a, size_b: (h, w) of the two.
+            focal: their focal lengths in pixels, where known.
+            everywhere: (n, 2) where A and B have local descriptors at all: what stands still in a small part of that
+                is a caption. None stands for all over the photograph.
+
+        Returns:
+            The geometry; `verified` says whether to believe it, `reason` why. What is not verified has no kind but
+            "watermark" or "degenerate".
+        """
+        if self.model == "off":
+            return Geometry(None, np.zeros(len(xy_a), bool), math.nan, False, "geometry is off")
+        whole = _Points(np.asarray(xy_a, np.float64), np.asarray(xy_b, np.float64), size_a, size_b, focal, everywhere)
+        rows = _distinct(whole.a, whole.b)
+        still = _standing(whole, rows)
+        used = rows[~still]
+        found = self._explained(replace(whole, a=whole.a[used], b=whole.b[used]))
+        inliers = np.zeros(len(xy_a), bool)
+        inliers[used[found.inliers]] = True
+        found = replace(found, inliers=inliers)
+        if still.any() and not found.verified:
+            what = "stand still in a small part of the picture, as a caption or a logo does"
+            reason = f"{still.sum()} of {len(rows)} correspondences {what}; without them {found.reason}"
+            return replace(found, kind="watermark", reason=reason)
+        return found
+
+    def _explained(self, points: _Points) -> Geometry:
+        if self.model != "auto":
+            return self._general(points) if self.model == "fundamental" else self._planar(points, self.model)
+        planar = self._planar(points, "homography")
+        if planar.verified and planar.inliers.sum() >= PLANE * len(points.a):  # a scene of depth cannot have more
+            return planar
+        general = self._general(points)
+        if planar.verified != general.verified:
+            return planar if planar.verified else general
+        return planar if planar.inliers.sum() >= PLANE * general.inliers.sum() else general
+
+    def _planar(self, points: _Points, model: str) -> Geometry:
+        """What a plane explains."""
+        m = len(points.a)
+        if m < FEWEST:
+            return self._judged(None, np.zeros(m, bool), m)
+        matrix, inliers = self._estimated(points.a, points.b, model)
+        if matrix is None or not np.isfinite(matrix).all() or not inliers.any():
+            return self._judged(None, np.zeros(m, bool), m)
+        mapped = transform(matrix, points.a)
+        shared = ((mapped >= -0.5) & (mapped <= np.array(points.size_b[::-1]) - 0.5)).all(axis=1)
+        found = self._judged(matrix, inliers, int((shared | inliers).sum()))
+        found = replace(found, error=float(np.linalg.norm(mapped - points.b, axis=1)[inliers].mean()))
+        if found.verified and (flaw := degenerate(matrix, points.a[inliers]) or self._narrow(points, inliers)):
+            return replace(found, verified=False, kind="degenerate", reason=flaw)
+        return replace(found, **_rotation(matrix, points)) if found.verified and points.focal else found
+
+    def _general(self, points: _Points) -> Geometry:
+        """What a scene of depth explains."""
+        m = len(points.a)
+        options = {**self._draws, "max_epipolar_error": EPIPOLAR * self.threshold}
+        fundamental, inliers = None, np.zeros(m, bool)
+        if m >= SAMPLE:
+            fundamental, told = poselib.estimate_fundamental(points.a, points.b, options)
+            inliers = np.array(told["inliers"], bool)
+        if fundamental is None or inliers.sum() < SAMPLE or not np.isfinite(fundamental).all():
+            return self._judged(None, np.zeros(m, bool), m, GENERAL)
+        a, b = points.a[inliers], points.b[inliers]
+        by_chance = 4 * EPIPOLAR * self.threshold / min(points.size_b)  # of a photograph lies so near to a line
+        found = self._judged(None, inliers, m, GENERAL, by_chance)
+        found, about = replace(found, error=float(epipolar_distance(fundamental, a, b).mean())), median_similarity(a, b)
+        flaw = self._narrow(points, inliers) or _disagreeing(a, b) or degenerate(about, a)
+        if found.verified and flaw:
+            return replace(found, verified=False, kind="degenerate", reason=flaw)
+        if not found.verified:
+            return found
+        pose = _pose(a, b, points, options) if points.focal else None
+        return replace(found, matrix=about, fundamental=fundamental, kind="general", pose=pose)
+
+    def _judged(
+        self, matrix: np.ndarray | None, inliers: np.ndarray, m: int, least: int = PLANAR, share: float = 0.0
+    ) -> Geometry:
+        """Whether there are inliers enough, and the reason."""
+        n = int(inliers.sum())
+        needed = max(FEWEST, (self.min_inliers or least) + int(max(self.min_share, share) * m))
+        reason = f"{n} inliers of {m} correspondences, {needed} are asked for"
+        return Geometry(matrix, inliers, math.nan, n >= needed, reason, "planar" if n >= needed else "")
+
+    def _narrow(self, points: _Points, inliers: np.ndarray) -> str:
+        """Why inliers fix no geometry ("" if they do): in a photograph they lie in one place or on one line."""
+        for xy in (points.a[inliers], points.b[inliers]):
+            wide, narrow = np.linalg.svd(xy - xy.mean(axis=0), compute_uv=False) / math.sqrt(len(xy))
+            if narrow < self.threshold:
+                return f"all {len(xy)} inliers lie {'in one place' if wide < 2 * self.threshold else 'on one line'}"
+        return ""
+
+    @property
+    def _draws(self) -> dict[str, Any]:
+        return {"max_iterations": self.iterations, "success_prob": self.confidence, "seed": 0}
+
+    def _estimated(self, a: np.ndarray, b: np.ndarray, model: str) -> tuple[np.ndarray | None, np.ndarray]:
+        method = _methods(model)[0] if self.method == "auto" else self.method
+        if method == "poselib":
+            matrix, told = poselib.estimate_homography(a, b, {**self._draws, "max_reproj_error": self.threshold})
+            return matrix / (matrix[2, 2] or 1), np.array(told["inliers"], bool)
+        estimate = {
+            "similarity": cv2.estimateAffinePartial2D,
+            "affine": cv2.estimateAffine2D,
+            "homography": cv2.findHomography,
+        }[model]
+        try:
+            found, mask = estimate(
+                a,
+                b,
+                method=METHODS[method],
+                ransacReprojThreshold=self.threshold,
+                maxIters=self.iterations,
+                confidence=self.confidence,
+            )
+        except cv2.error:  # an assertion of OpenCV's USAC, where points fix no matrix
+            found, mask = None, None
+        inliers = np.zeros(len(a), bool) if mask is None else mask.ravel().astype(bool)
+        if found is not None and len(found) == 2:
+            found = np.vstack([found, [0, 0, 1]])
+        return found, inliers
+
+
+def _methods(model: str) -> tuple[str, ...]:
+    """What estimates a model, the best first."""
+    return {
+        "similarity": ("ransac",),
+        "affine": tuple(METHODS),
+        "fundamental": ("poselib",),
+    }.get(model, ("poselib", *METHODS))
+
+
+def _distinct(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The rows that are the first, and so the strongest, at their place in A and in B: a keypoint of several directions
+    is no further witness."""
+    firsts = (np.unique(np.round(xy, 1), axis=0, return_index=True)[1] for xy in (a, b))
+    return np.intersect1d(*firsts)
+
+
+def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of these rows lie at the same pixels of both photographs, if that covers only a small part of
+    where there is anything to see."""
+    a, b = points.a[rows], points.b[rows]
+    still = np.linalg.norm(a - b, axis=1) <= STILL
+    if points.size_a != points.size_b or still.sum() <= FEWEST:
+        return np.zeros(len(rows), bool)
+    all_over = (CELLS - 2) ** 2 if points.everywhere is None else _inner_cells(points.everywhere, points.size_a)
+    return np.asarray(still & (_inner_cells(a[still], points.size_a) < max(1, INNER * all_over)))
+
+
+def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
+    """In how many cells of a photograph, its outermost ring left out, these points lie."""
+    cells = np.floor(xy / (np.array(size[::-1]) / CELLS)).astype(int)
+    return len(np.unique(cells[((cells > 0) & (cells < CELLS - 1)).all(axis=1)], axis=0))
+
+
+def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
+    """Why inliers are no view of one scene ("" if they are): parallax moves them, but does not rotate them all round.
+    A mirror image does, and chance: they have epipolar lines, too."""
+    ratios = way_ratios(a, b)
+    agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
+    return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
+
+
+def _cameras(points: _Points) -> list[np.ndarray]:
+    """(3, 3) of A and of B: the focal lengths, and the middle of each photograph."""
+    return [
+        np.array([[f, 0, (w - 1) / 2], [0, f, (h - 1) / 2], [0, 0, 1.0]])
+        for (h, w), f in zip((points.size_a, points.size_b), points.focal or (), strict=True)
+    ]
+
+
+def _rotation(matrix: np.ndarray, points: _Points) -> dict[str, Any]:
+    """What changes of a planar geometry if a camera that only rotates, about another axis than its own, sees it so."""
+    of_a, of_b = _cameras(points)
+    rays = np.linalg.inv(of_b) @ matrix @ of_a
+    rays /= np.cbrt(np.linalg.det(rays))
+    u, _, v = np.linalg.svd(rays)
+    aside = math.degrees(math.acos(np.clip((u @ v)[2, 2], -1, 1)))
+    if np.abs(rays - u @ v).max() > TURNED or aside < 1:
+        return {}
+    return {"kind": "rotation", "pose": (u @ v, np.zeros(3))}
+
+
+def _pose(a: np.ndarray, b: np.ndarray, points: _Points, options: dict[str, Any]) -> Any:
+    """How the camera moved (`Geometry.pose`); None where the focal lengths do not explain most of these inliers."""
+    cameras = [
+        {"model": "SIMPLE_PINHOLE", "width": w, "height": h, "params": [k[0, 0], k[0, 2], k[1, 2]]}
+        for (h, w), k in zip((points.size_a, points.size_b), _cameras(points), strict=True)
+    ]
+    pose, told = poselib.estimate_relative_pose(a, b, *cameras, options)
+    if np.sum(told["inliers"]) < PLANE * len(a):
+        return None
+    return np.array(pose.R), np.array(pose.t) / np.linalg.norm(pose.t)

@@ -6,23 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 import imatch
 from imatch.core import files
 from imatch.core.step import flat_name, open_step, pair_path
 from imatch.core.types import ImatchError, ImatchWarning, StepError
-from imatch.data import images
 from imatch.data.pairs import Matched
 from imatch.steps import match, report
 from imatch.viz import figures
-from tests.benchmarks.bench_pairs import shared_ground
+from tests.test_images import STORED, orientation
 from tests.test_resume import assert_same
 from tests.test_steps import embedded, matched, referenced
 
@@ -146,20 +144,15 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
 
 
 def test_drone_frames_that_overlap_verify_and_others_do_not(brighton_beach, tmp_path):
-    """Real parallax, no known matrix: who overlaps is told by GPS. The settings are those of params/overlap.yaml."""
-    given = yaml.safe_load((ROOT / "params" / "overlap.yaml").read_text())["parameters"]
-    data = embedded(brighton_beach, tmp_path, backbone_options=given["backbone_options"])
-    chosen = {name: given[name] for name in ("matcher", "matcher_options", "threshold")}
-    _, rows, _ = listed(data, given["pairs"], outputs=[], **chosen)
-    verified = {(row["query"], row["candidate"]): row["verified"] for row in rows}
-    names = sorted(path.name for path in brighton_beach.glob("*.jpg"))
-    overlap = shared_ground([images.decode(brighton_beach / name) for name in names])
-    pairs = dict(zip(itertools.combinations(names, 2), overlap[np.triu_indices(len(names), 1)], strict=True))
-    neighbours = [verified[pair] for pair in itertools.pairwise(names) if pairs[pair] >= 0.3]
-    apart = [verified[pair] for pair, share in pairs.items() if share == 0]
-    assert (len(neighbours), len(apart)) == (17, 54)
-    assert sum(neighbours) >= 0.9 * len(neighbours)
-    assert sum(apart) <= 0.05 * len(apart)
+    """Real parallax over woods, by the defaults; who overlaps is told by GPS."""
+    table = brighton_beach / "pairs.csv"
+    with table.open(newline="") as file:
+        labels = {(row["query"], row["candidate"]): row["label"] for row in csv.DictReader(file)}
+    _, rows, _ = listed(embedded(brighton_beach, tmp_path), str(table), outputs=[])
+    found = Counter(labels[row["query"], row["candidate"]] for row in rows if row["verified"])
+    assert found["neighbour"] >= 16
+    assert found["further"] >= 28
+    assert found["none"] == 0
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -261,7 +254,8 @@ def test_workers_change_no_byte(data):
 
 def test_json_holds_all_that_is_known_of_a_pair(tmp_path, few_photographs):
     data = embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize("long_side", long_side=128))
-    step, rows, _ = listed(data, "all", outputs=["json", "npy"], matcher_options={"min_similarity": 0.5})
+    options = {"rotations": 1, "matcher_options": {"min_similarity": 0.5}}  # a rotated grid is none
+    step, rows, _ = listed(data, "all", outputs=["json", "npy"], **options)
     row = max(rows, key=lambda row: row["matches"])
     path = pair_path(step, row)
     found, table = json.loads(path.with_suffix(".json").read_text()), np.load(path.with_suffix(".npy"))
@@ -346,6 +340,24 @@ def test_colmap_has_a_known_point_where_it_lies(few_photographs, tmp_path):
     assert np.allclose(one[a], two[b], atol=0.05)
     first = imatch.Embeddings(step.linked("query")).tokens(0).xy[0]
     assert np.linalg.norm(one - (first + 0.5), axis=1).min() < 1e-3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])  # Pillow turns TIFFs by itself, COLMAP does not
+def test_colmap_has_the_pixels_of_the_stored_file(few_photographs, tmp_path, suffix):
+    """Of two that show the same upright, one lies on its side in its file."""
+    (tmp_path / "twins").mkdir()
+    pixels = np.asarray(Image.open(few_photographs / "a.png").convert("RGB"))
+    Image.fromarray(pixels).save(tmp_path / "twins" / f"one{suffix}")
+    lying = np.ascontiguousarray(STORED[6](pixels))
+    Image.fromarray(lying).save(tmp_path / "twins" / f"two{suffix}", exif=orientation(6))
+    step, (row,), _ = listed(embedded(tmp_path / "twins", tmp_path / "exports"), "all", outputs=["colmap"])
+    folder = step.folder / "colmap"
+    (a, b) = read_matches(folder / "inliers.txt")[f"one{suffix}", f"two{suffix}"].T
+    one, two = (read_keypoints(folder / "keypoints" / f"{name}{suffix}.txt") for name in ("one", "two"))
+    assert len(a) == row["inliers"] > 0
+    assert np.allclose(two[b], np.column_stack([one[a][:, 1], pixels.shape[1] - one[a][:, 0]]), atol=0.05)
+    there = [of[tuple(np.floor(xy).astype(int).T[::-1])].astype(int) for of, xy in ((pixels, one[a]), (lying, two[b]))]
+    assert np.median(np.abs(there[0] - there[1])) == 0
 
 
 def test_colmap_has_no_pair_of_a_photograph_with_itself(data, tmp_path):

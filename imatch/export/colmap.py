@@ -13,10 +13,12 @@ import numpy as np
 from imatch.core import files
 from imatch.core.files import Row
 from imatch.core.types import ImatchError, ImatchWarning, Pair
+from imatch.data import exif
 from imatch.export.outputs import Sink
 
 CENTRE = 0.5
-"""Where COLMAP has the centre of the top-left pixel; ours is at 0."""
+"""Where COLMAP has the centre of the top-left pixel; ours is at 0. It takes pixels as they lie in the file, so what
+EXIF says of the orientation is undone."""
 DESCRIPTOR = " ".join(["1 0"] + ["0"] * 128)
 """Scale 1, orientation 0 and 128 numbers that the format asks for; matches are given, so nobody reads them."""
 
@@ -27,12 +29,12 @@ class Colmap(Sink):
 
     The folder colmap/ of the step has keypoints/<id>.txt, the positions of a photograph over all its pairs;
     matches.txt, all correspondences, for COLMAP to verify; inliers.txt, those that the geometry of a verified pair
-    explains. A homography explains one plane, so a scene with depth wants matches.txt:
+    explains:
 
         colmap feature_importer --database_path D --image_path PHOTOGRAPHS --import_path colmap/keypoints
-        colmap matches_importer --database_path D --match_list_path colmap/matches.txt --match_type raw
+        colmap matches_importer --database_path D --match_list_path colmap/inliers.txt --match_type inliers
 
-    or inliers.txt with --match_type inliers. <path>.colmap holds a pair until then: a .npy, (m, 5) float32, x and y in
+    or matches.txt with --match_type raw. <path>.colmap holds a pair until then: a .npy, (m, 5) float32, x and y in
     A and B in COLMAP's pixels, inlier (1 or 0).
     """
 
@@ -50,7 +52,11 @@ class Colmap(Sink):
                 f"COLMAP wants all photographs in one folder, but {' and '.join(sorted(roots))} are two: match the "
                 "pairs of one 01_embed, or leave colmap out of outputs"
             )
-        table = np.column_stack([pair.xy_a + CENTRE, pair.xy_b + CENTRE, pair.geometry.inliers]).astype(np.float32)
+        a, b = (
+            exif.stored(xy, size, exif.orientation(of)) + CENTRE
+            for xy, size, of in zip((pair.xy_a, pair.xy_b), pair.sizes, pair.paths, strict=True)
+        )
+        table = np.column_stack([a, b, pair.geometry.inliers]).astype(np.float32)
         files.write_array(path.with_name(path.name + ".colmap"), table)
 
     def gather(self, folder: Path, pairs: Iterable[tuple[Path, Row]]) -> None:

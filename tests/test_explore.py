@@ -16,7 +16,8 @@ from imatch.core.step import open_step, pair_path
 from imatch.core.types import ImatchError, ImatchWarning
 from imatch.evaluation import tables, verdicts
 from imatch.viz import pictures
-from tests.test_steps import embedded, matched, referenced, searched
+from tests import rendered
+from tests.test_steps import embedded, matched, matched_scene, referenced, searched
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,13 @@ def exports(few_photographs, tmp_path_factory):
         _, tokens = referenced(data, angles=(0, 90))
         matched(searched(data, tokens, "reference-data", tag="")[0], outputs=["npy"])
     return folder
+
+
+@pytest.fixture(scope="module")
+def depth(tmp_path_factory):
+    """The 04_match of a rendered scene of depth."""
+    folder = tmp_path_factory.mktemp("depth")
+    return matched_scene(rendered.scene(rendered.textures(folder / "demo"), 11, 15), folder)
 
 
 def step_of(exports, weight="sift"):
@@ -102,9 +110,9 @@ def test_ransac_is_computed_anew(explorer):
         counts.append(drawn(explorer))
     assert counts[0] < counts[1]
     explorer.model.value = "similarity"
-    assert "turn the query by 0.0° and scale it by 1.00" in explorer.said.value
+    assert "a plane, rotated 0.0 degrees, 1.00 times as large" in explorer.said.value
     explorer.angle.value = 90.0  # another pair: with its own geometry again
-    assert (explorer.model.value, explorer.threshold.value) == ("homography", 3.0)
+    assert (explorer.model.value, explorer.threshold.value) == ("auto", 3.0)
 
 
 @pytest.mark.parametrize("weight", ["sift", "dsift"])
@@ -133,6 +141,31 @@ def test_a_click_shows_the_similarity_of_the_nearest_token(exports, weight, side
     assert (before[:, far] != after[:, far]).any()
     click(explorer, side, tokens.xy[one] + 0.1)  # again: the lines are back
     np.testing.assert_array_equal(picture(explorer), before)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_click_draws_the_epipolar_line(depth, side):
+    explorer = imatch.browse(depth)
+    pair, (here, there) = explorer._opened.pair, (explorer.canvas.sides[side], explorer.canvas.sides[1 - side])
+    ends_of = (pair.xy_a, pair.xy_b) if side == 0 else (pair.xy_b, pair.xy_a)
+    assert "a scene with depth, rotated about -6.0 degrees" in explorer.said.value
+    assert "the camera rotated by 15." in explorer.said.value
+    assert explorer.canvas.sides[1].outline.get_linestyle() == "--"
+    off = []
+    for i in np.flatnonzero(pair.geometry.inliers)[::200]:
+        click(explorer, side, ends_of[0][i])
+        (start, end), partner = there.epipolar.get_xydata(), ends_of[1][i]
+        way = end - start
+        off.append(abs(np.linalg.det([way, partner - start])) / np.linalg.norm(way))
+        assert not len(here.epipolar.get_xydata())
+        assert "it lies on the line" in explorer.patch.value
+    assert max(off) < 1
+    click(explorer, side, ends_of[0][i])
+    assert not len(there.epipolar.get_xydata())
+    explorer.model.value = "homography"  # the geometry of now counts
+    click(explorer, side, ends_of[0][i])
+    assert not len(there.epipolar.get_xydata())
+    assert explorer.canvas.sides[1].outline.get_linestyle() == "-"
 
 
 def test_cells_lie_where_their_patches_are(exports):
@@ -231,7 +264,7 @@ def test_two_photographs_of_one_s_own(explorer, few_photographs, tmp_path):
     explorer.uploads[1].value = uploaded(few_photographs / "a.png")
     explorer.match.click()
     assert "<b>turned.png</b> → <b>a.png</b>" in explorer.said.value
-    assert "turn the query by -90.0° and scale it by 1.00" in explorer.said.value
+    assert "a plane, rotated -90.0 degrees, 1.00 times as large" in explorer.said.value
     assert drawn(explorer) > 20
     assert explorer.label.disabled
     click(explorer, 0, (40, 40))
@@ -335,7 +368,7 @@ def test_a_label_that_could_not_be_written_is_not_shown(explorer, monkeypatch):
 def test_correspondences_that_are_unlike_are_drawn_too(few_photographs, tmp_path):
     data = embedded(few_photographs, tmp_path / "exports")
     index = searched(data, referenced(data, angles=(0,))[1], "reference-data", tag="")[0]
-    step, *_ = matched(index, outputs=["npy"], matcher_options={"min_similarity": -1.0})
+    step, *_ = matched(index, outputs=["npy"], matcher="mutual", matcher_options={"min_similarity": -1.0})
     path = pair_path(step, files.read_rows(step.folder / "pairs.jsonl")[0]).with_suffix(".npy")
     table = np.load(path)
     table["similarity"][-5:] = -0.5  # descriptors of a network can point away from each other
@@ -363,7 +396,7 @@ def test_another_weight_keeps_the_query(exports):
     explorer.query.value, explorer.angle.value = "c.jpg", 90.0
     explorer.weight.value = "dsift"
     assert explorer.row["query"].endswith("c_rot090_crop100.jpg")
-    assert explorer._opened.tokens[0].grid is not None
+    assert explorer._opened.tokens[1].grid is not None
     assert "run 04_match" in imatch.browse({}).value
 
 

@@ -9,10 +9,12 @@ import pytest
 
 from imatch.core import files
 from imatch.core.types import Geometry, Matches, Tokens
+from imatch.data.pairs import Matched
 from imatch.data.store import open_embeddings, read_ranking
 from imatch.viz import html, pictures
+from tests import rendered
 from tests.test_pictures import TURN, on_grid, planted
-from tests.test_steps import embedded, referenced, searched
+from tests.test_steps import embedded, matched_scene, referenced, searched
 
 GRID = (8, 10)
 QUERY, CANDIDATE = "flight 1/<b>.png", "해변 \"1\" & '2'.png"
@@ -58,6 +60,28 @@ def true(tmp_path):
     return SimpleNamespace(pair=pair, a=a, b=b, order=order, path=tmp_path / "pair.html")
 
 
+@pytest.fixture(scope="module")
+def depth(tmp_path_factory):
+    """A rendered scene of depth, and its pair a.jpg, b.jpg with their tokens."""
+    folder = tmp_path_factory.mktemp("depth")
+    scene = rendered.scene(rendered.textures(folder / "demo"), 11, 15)
+    step = matched_scene(scene, folder)
+    (row,) = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["query"] == "a.jpg")
+    return SimpleNamespace(scene=scene, pair=Matched(step).pair(row), tokens=Matched(step).tokens(row))
+
+
+def off_line(sheet, xy):
+    """How far the epipolar line that is shown passes from a pixel of B."""
+    ends = sheet.evaluate(
+        """() => [1, 2].map((end) => {
+            const [x, y] = ["x", "y"].map((axis) => Number(part.epipolar.getAttribute(axis + end)));
+            return [(x - data.b.left) / data.b.factor - 0.5, y / data.b.factor - 0.5];
+        })"""
+    )
+    (x, y), way = np.asarray(xy) - ends[0], np.subtract(*ends)
+    return abs(x * way[1] - y * way[0]) / np.linalg.norm(way)
+
+
 def place(xy):
     return f"({xy[0]:.1f}, {xy[1]:.1f})"
 
@@ -90,6 +114,7 @@ def test_pointing_at_a_patch_shows_where_it_went(true, opened):
     for patch in (0, 42, 79):
         hover(sheet, true.a.xy[patch] + 3, true.pair.sizes[0])
         assert sheet.locator("#heat").is_visible()
+        assert sheet.locator("#epipolar.on").count() == 0  # of a plane
         best = int(np.flatnonzero(true.order == patch)[0])
         assert at(sheet, "best") == pytest.approx(true.b.xy[best], abs=0.01)
         yellow = "#{:02x}{:02x}{:02x}".format(*pictures.COLOURS[255])
@@ -106,6 +131,40 @@ def test_pointing_at_a_patch_shows_where_it_went(true, opened):
     assert not sheet.locator("#heat").is_visible()
 
 
+def test_pointing_at_a_pixel_draws_its_epipolar_line(depth, opened, tmp_path):
+    """Of any pixel, whether a keypoint is there or not."""
+    pair, line = depth.pair, "#epipolar.on"
+    sheet = opened(html.pair_page(pair, *depth.tokens, tmp_path / "pair.html"))
+    assert sheet.locator(line).count() == 0
+    off = []
+    for i in range(0, len(depth.scene.points[0]), 97):
+        hover(sheet, depth.scene.points[0][i], pair.sizes[0])
+        assert sheet.locator(line).count() == 1
+        off.append(off_line(sheet, depth.scene.points[1][i]))
+    assert max(off) < 1
+    sheet.mouse.move(2, 2)
+    assert sheet.locator(line).count() == 0
+    sheet.locator("#pair").focus()
+    for _ in range(3):
+        sheet.keyboard.press("ArrowRight")
+        chosen = int(sheet.locator(".chosen").get_attribute("data-match"))
+        assert off_line(sheet, pair.xy_b[chosen]) < 1
+    assert sheet.locator(line).count() == 1
+    sheet.keyboard.press("Escape")
+    assert sheet.locator(line).count() == 0
+
+
+def test_a_scene_of_depth_is_said_to_be_one(depth, true, opened, tmp_path):
+    sheet = opened(html.pair_page(depth.pair, *depth.tokens, tmp_path / "pair.html"))
+    text = sheet.locator("body").inner_text()
+    assert "A scene with depth, rotated about -6.0 degrees, about 1.2" in text
+    assert re.search(r"The camera rotated by 15\.\d degrees and moved to the right and ahead, \(0\.8\d, 0\.1", text)
+    assert "The threshold is 3 pixels." in text
+    assert sheet.locator("#outline").get_attribute("stroke-dasharray")
+    flat = html.pair_page(true.pair, true.a, true.b, true.path).read_text(encoding="utf-8")
+    assert "stroke-dasharray=" not in flat
+
+
 def test_slider_and_box_choose_the_correspondences(true, opened):
     sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
 
@@ -116,6 +175,9 @@ def test_slider_and_box_choose_the_correspondences(true, opened):
     assert sheet.locator("#count").inner_text() == "15 of 20 correspondences"
     sheet.locator("#inliers").uncheck()
     assert shown() == 20
+    outliers = sheet.locator("#lines .outlier line")
+    dashes = outliers.evaluate_all("(lines) => lines.map((line) => getComputedStyle(line).strokeDasharray)")
+    assert dashes == ["6px, 4px"] * 5
     sheet.locator("#threshold").fill("0.9")
     wanted = int((true.pair.matches.similarity >= 0.9).sum())
     assert shown() == wanted < 15
@@ -149,10 +211,7 @@ def test_names_are_shown_as_they_are(true, opened):
     sheet = opened(html.pair_page(true.pair, true.a, true.b, true.path))
     assert sheet.title() == sheet.locator("h1").inner_text() == f"{QUERY} \N{RIGHTWARDS ARROW} {CANDIDATE}"
     text = sheet.locator("body").inner_text()
-    assert (
-        "Verified: 15 inliers of 20 <correspondences>. A turned by -36.9° counter-clockwise and scaled by 1.000 fits B"
-        in text
-    )
+    assert "Verified: 15 inliers of 20 <correspondences>. Rotated -36.9 degrees, 1.00 times as large" in text
     assert sheet.locator("h1 b, h1 i").count() == 0
     assert sheet.locator("#outline").get_attribute("stroke") == "#5adc5a"
 

@@ -113,6 +113,61 @@ def test_the_outline_is_where_the_truth_puts_it(tmp_path, draw):
     assert not changed[40:100, 50:130].any()
 
 
+def test_the_outline_in_a_scene_of_depth_is_dashed(tmp_path):
+    pair = planted(tmp_path, np.array([[0.5, 0, 40], [0, 0.5, 30], [0, 0, 1]]))
+    shown, plane = np.zeros(20, bool), replace(pair.geometry, kind="planar")
+    green = [
+        (pictures.lines(replace(pair, geometry=found), shown=shown)[pictures.BAR :, 208:] == pictures.GREEN).all(axis=2)
+        for found in (plane, replace(plane, kind="general"))
+    ]
+    assert 0.3 * green[0].sum() < green[1].sum() < 0.7 * green[0].sum()
+    assert green[0][green[1]].mean() > 0.95  # at the same place
+
+
+RIGHT_AND_AHEAD = np.array([0.8, 0.0, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("kind", "verified", "pose", "said"),
+    [
+        ("planar", True, None, ["a plane, rotated -36.9 degrees, 1.00 times as large"]),
+        ("", True, None, ["rotated -36.9 degrees, 1.00 times as large"]),
+        ("planar", False, None, []),
+        ("watermark", False, None, ["a watermark"]),
+        (
+            "general",
+            True,
+            (np.eye(3), -RIGHT_AND_AHEAD),
+            [
+                "a scene with depth, rotated about -36.9 degrees, about 1.00 times as large",
+                "the camera rotated by 0.0 degrees and moved to the right and ahead, (0.80, 0.00, 0.60)",
+            ],
+        ),
+        (
+            "general",
+            True,
+            (TURN_ONLY := np.array([[0, 0, -1.0], [0, 1, 0], [1, 0, 0]]), -TURN_ONLY @ [0, -1, 0]),
+            [
+                "a scene with depth, rotated about -36.9 degrees, about 1.00 times as large",
+                "the camera rotated by 90.0 degrees and moved up, (0.00, -1.00, 0.00)",
+            ],
+        ),
+        (
+            "rotation",
+            True,
+            (TURN_ONLY, np.zeros(3)),
+            [
+                "a camera that only rotates, rotated -36.9 degrees, 1.00 times as large",
+                "the camera rotated by 90.0 degrees",
+            ],
+        ),
+    ],
+)
+def test_words_say_what_was_found(kind, verified, pose, said):
+    found = Geometry(TURN, np.ones(20, bool), 0.5, verified, "", kind, pose=pose)
+    assert pictures.told(found, (160, 200)) == said
+
+
 @pytest.mark.parametrize(
     ("matrix", "reason"), [(None, "3 correspondences are too few"), (np.diag([-1.0, 1, 1]), "mirrored")]
 )

@@ -27,7 +27,7 @@ from matplotlib.transforms import IdentityTransform
 from imatch.core.files import Row, printable, read_rows
 from imatch.core.step import Step, flat_name, open_step, run_and_dataset
 from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
-from imatch.data import images
+from imatch.data import exif, images
 from imatch.data.pairs import Matched, poses_of
 from imatch.data.references import views_by_id
 from imatch.data.rotations import UPRIGHT, Pose
@@ -35,9 +35,9 @@ from imatch.evaluation import verdicts
 from imatch.features import base
 from imatch.features.base import Backbone, Embedded, embed_one
 from imatch.features.denseft import covered
-from imatch.matching import geometry
+from imatch.matching import geometry, two_view
 from imatch.matching.align import aligned, aligner
-from imatch.matching.geometry import Estimator
+from imatch.matching.two_view import Estimator
 from imatch.viz import pictures
 
 if TYPE_CHECKING:
@@ -106,14 +106,24 @@ class PairCanvas:
         self._lines.join(xy_a, xy_b, colours)
         self.widget.draw_idle()
 
-    def outline(self, corners: np.ndarray | None, verified: bool) -> None:
-        """Draw the outline of A in B, (4, 2) pixels of B: green when verified, else red. None draws none."""
+    def outline(self, corners: np.ndarray | None, found: Geometry) -> None:
+        """Draw the outline of A in B, (4, 2) pixels of B: green when verified, else red; dashed in a scene with depth,
+        where it is approximate. None draws none."""
         closed = np.zeros((0, 2)) if corners is None else np.vstack([corners, corners[:1]])
         self.sides[1].outline.set_data(*closed.T)
-        self.sides[1].outline.set_color(FOUND if verified else NOT_FOUND)
+        self.sides[1].outline.set_color(FOUND if found.verified else NOT_FOUND)
+        self.sides[1].outline.set_linestyle("--" if found.kind == "general" else "-")
         self.widget.draw_idle()
 
-    def similar(self, side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> None:
+    def similar(
+        self,
+        side: int,
+        xy: np.ndarray,
+        other: Tokens,
+        similarity: np.ndarray,
+        best: Sequence[int],
+        line: np.ndarray | None,
+    ) -> None:
         """Show how similar a token of one side is to every token of the other one, in place of the lines.
 
         Args:
@@ -122,6 +132,7 @@ class PairCanvas:
             other: the tokens of the other side; cells when they lie on a grid, else dots.
             similarity: (n,) cosine with each of them.
             best: which of them is the most similar and, if there is one, the second best (`pictures.best_two`).
+            line: (2, 2) ends of its epipolar line in pixels of the other side; None draws none.
         """
         ends, colours = other.xy[list(best)], [BEST, SECOND][: len(best)]
         here, there = self.sides[side], self.sides[1 - side]
@@ -129,6 +140,7 @@ class PairCanvas:
         here.mark(xy[None], [CHOSEN])
         there.colour(other, similarity)
         there.mark(ends, colours)
+        there.epipolar.set_data(*(np.zeros((0, 2)) if line is None else line).T)
         starts = np.repeat(xy[None], len(ends), axis=0)
         a, b = (starts, ends) if side == 0 else (ends, starts)
         self._lines.join(a, b, to_rgba_array(colours))
@@ -152,6 +164,7 @@ class _Side:
         self.dots = axes.scatter([], [], c=[], s=14, cmap="magma")
         self.marks = axes.scatter([], [], s=110, facecolors="none", linewidths=2.5, zorder=4)
         (self.outline,) = axes.plot([], [], linewidth=2)
+        (self.epipolar,) = axes.plot([], [], linewidth=2, color=CHOSEN)
 
     def show(self, pixels: np.ndarray, size: tuple[int, int]) -> None:
         self.size = h, w = size
@@ -162,10 +175,11 @@ class _Side:
         self.forget()
 
     def forget(self) -> None:
-        """Take the similarity away."""
+        """Take the similarity and the epipolar line away."""
         self.cells.set_visible(False)
         self.dots.set_visible(False)
         self.marks.set_visible(False)
+        self.epipolar.set_data([], [])
 
     def colour(self, tokens: Tokens, similarity: np.ndarray) -> None:
         self.forget()
@@ -338,7 +352,8 @@ class Explorer(widgets.VBox):
     """Choose a pair, move the sliders, click a patch, say whether the pair is right.
 
     Every pair opens with the geometry that 04_match gave it. The similarity and the RANSAC of the sliders then find it
-    anew from the saved correspondences. A click on one photograph shows how similar that patch is to all of the other.
+    anew from the saved correspondences. A click on one photograph shows how similar that patch is to all of the other
+    and, in a scene with depth, the epipolar line on which it lies there.
 
     Args:
         steps: finished 04_match steps by name.
@@ -372,7 +387,7 @@ class Explorer(widgets.VBox):
         self.similarity = widgets.FloatSlider(-1, min=-1, max=1, step=0.01, description="similarity", style=style)
         self.most = widgets.IntSlider(200, min=0, max=2000, step=10, description="most lines", style=style)
         self.inliers = widgets.Checkbox(True, description="inliers only", indent=False)
-        self.model = widgets.Dropdown(options=list(geometry.MODELS), description="geometry", style=style)
+        self.model = widgets.Dropdown(options=list(two_view.MODELS), description="geometry", style=style)
         self.threshold = widgets.FloatLogSlider(
             3, min=-1, max=2.5, step=0.02, readout_format=".1f", description="within px", style=style
         )
@@ -506,17 +521,21 @@ class Explorer(widgets.VBox):
         alike, found = np.arange(len(pair.matches)), pair.geometry
         if self._found_from() != self._as_opened:
             alike = np.flatnonzero(pair.matches.similarity >= self.similarity.value)
-            estimator = replace(self._opened.estimator, model=self.model.value, threshold=self.threshold.value)
-            found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes)
+            estimator, model = self._opened.estimator, self.model.value
+            method = estimator.method if model == estimator.model else "auto"
+            estimator = replace(estimator, model=model, method=method, threshold=self.threshold.value)
+            found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes, exif.focal_lengths(*pair.paths))
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
         lines = alike[shown]
         self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
         corners = None if found.matrix is None else geometry.transform(found.matrix, geometry.corners(pair.sizes[0]))
-        self.canvas.outline(corners if corners is not None and np.isfinite(corners).all() else None, found.verified)
+        self.canvas.outline(corners if corners is not None and np.isfinite(corners).all() else None, found)
+        self._geometry = found
         self._say(_found(pair, found, len(alike), len(lines)))
 
     def _click(self, side: int, xy: tuple[float, float]) -> None:
-        """Show how similar the nearest token of one side is to all of the other; a second click ends that."""
+        """Show how similar the nearest token of one side is to all of the other, and its epipolar line there; a second
+        click ends that."""
         if self._opened is None:
             return
         tokens, other = self._opened.tokens[side], self._opened.tokens[1 - side]
@@ -529,8 +548,11 @@ class Explorer(widgets.VBox):
         self._clicked = (side, nearest)
         (similarity,) = pictures.similarities(tokens, other, [nearest])
         best = [row for row in pictures.best_two(similarity, other) if row is not None]
-        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best)
-        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best)
+        f, size = self._geometry.fundamental, self._opened.pair.sizes[1 - side]
+        line = None if f is None else geometry.epipolar_line(f if side == 0 else f.T, tokens.xy[nearest], size)
+        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best, line)
+        on_line = "" if line is None else " By the geometry it lies on the line."
+        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best) + on_line
 
     def _say(self, said: str) -> None:
         self.said.value, self.patch.value = said, "Click a patch to see what it resembles in the other photograph."
@@ -642,9 +664,7 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     row = pair.row
     names = [f"<b>{html.escape(printable(row[side]))}</b>" for side in ("query", "candidate")]
     told = [f"{'verified' if found.verified else 'not verified'}: {found.reason}"]
-    if found.matrix is not None and found.verified:
-        turned, scaled = geometry.rotation_scale(found.matrix, pair.sizes[0])
-        told.append(f"turn the query by {turned:z.1f}° and scale it by {scaled:.2f}")
+    told += pictures.told(found, pair.sizes[0])
     if found.matrix is not None and row.get("true_matrix") is not None:
         error = geometry.corner_error(found.matrix, np.array(row["true_matrix"]), pair.sizes[0])
         told.append(f"corners {error:.2f} px from where they truly are")

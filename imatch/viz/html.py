@@ -34,7 +34,8 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
 
     Its correspondences answer to the pointer with similarity and pixels, a slider and a box choose among them. Pointing
     at A shows how similar that patch (of keypoints, the nearest one) is to all of B, with the best and its rival
-    (`pictures.best_two`). Photographs of more than `MOST` descriptors are thinned, and the page says so.
+    (`pictures.best_two`), and in a scene with depth the epipolar line of the pixel. Photographs of more than `MOST`
+    descriptors are thinned, and the page says so.
 
     Args:
         pair: what to show.
@@ -71,6 +72,7 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
         width=side_b["left"] + side_b["width"],
         height=max(side_a["height"], side_b["height"]),
         outline=" ".join(f"{side_b['left'] + x:.1f},{y:.1f}" for x, y in outline),
+        approximate=pair.geometry.kind == "general",
         verified=pair.geometry.verified,
         reason=pair.geometry.reason,
         facts=_facts(pair),
@@ -84,6 +86,7 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
             "a": {**{key: side_a[key] for key in known}, "xy": _rounded(few_a.xy)},
             "b": {**{key: side_b[key] for key in known}, "xy": _rounded(few_b.xy)},
             "cell": _cell(few_b, pair.sizes[1]),
+            "fundamental": pair.geometry.record()["fundamental"],
             **_correspondences(pair),
             **_heat(few_a, few_b),
         },
@@ -228,12 +231,11 @@ def _outline(pair: Pair) -> np.ndarray:
 def _facts(pair: Pair) -> list[str]:
     """What else was found, where it was."""
     row = pair.row
-    said = []
-    if row.get("rotation") is not None:
-        turn = f"{row['rotation']:.1f}\N{DEGREE SIGN} counter-clockwise"
-        said.append(f"A turned by {turn} and scaled by {row['scale']:.3f} fits B")
+    said = [words[0].upper() + words[1:] for words in pictures.told(pair.geometry, pair.sizes[0])]
     if row.get("reprojection_error") is not None:
         said.append(f"Inliers are {row['reprojection_error']:.2f} pixels off on average")
+    if row.get("threshold") is not None:
+        said.append(f"The threshold is {row['threshold']:.3g} pixels")
     if row.get("corner_error") is not None:
         said.append(f"A's corners are {row['corner_error']:.2f} pixels from the truth")
     if row.get("score") is not None:

@@ -6,6 +6,7 @@ of their pixels.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from imatch.core import config, files
-from imatch.core.types import ImatchError, Pair, Tokens, normalise
+from imatch.core.types import Geometry, ImatchError, Pair, Tokens, normalise
 from imatch.data import images
 from imatch.features import denseft
 from imatch.matching import geometry
@@ -34,6 +35,18 @@ NEAR = 0.02
 GREEN, RED, WHITE, BLACK, DARK = (90, 220, 90), (235, 90, 80), (255, 255, 255), (0, 0, 0), (24, 24, 24)
 COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
 """(256, 3) uint8 RGB, from dark blue over green to yellow (viridis)."""
+DASH = 8
+"""Pixels of a dash: the outline is dashed where it is only roughly there."""
+KINDS = {
+    "planar": "a plane",
+    "rotation": "a camera that only rotates",
+    "general": "a scene with depth",
+    "watermark": "a watermark",
+    "degenerate": "no view of a scene",
+}
+"""What explains two photographs (`Geometry.kind`), in plain words."""
+WAYS = (("to the left", "to the right"), ("up", "down"), ("back", "ahead"))
+"""Against and along a camera's axes."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +108,8 @@ def colours(similarity: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> np.ndarray:
-    """Both photographs side by side, correspondences as lines, the outline of A where it was found in B, and in words
-    what was found.
+    """Both photographs side by side, correspondences as lines, the outline of A where it was found in B (dashed where
+    that is only roughly known), and in words what was found.
 
     Args:
         pair: what to draw.
@@ -328,9 +341,14 @@ def _beside(left: np.ndarray, right: np.ndarray, bar: int = 0) -> np.ndarray:
 
 def _flaw(pair: Pair) -> str:
     """Why A cannot be warped onto B; "" if it can."""
-    if pair.geometry.matrix is None:
-        return pair.geometry.reason
-    return geometry.degenerate(pair.geometry.matrix, pair.sizes[0])
+    found = pair.geometry
+    if found.matrix is None:
+        return found.reason
+    if found.kind == "general":
+        return "the scene has depth, which no matrix follows"
+    return geometry.degenerate(
+        found.matrix, pair.xy_a[found.inliers] if found.verified else geometry.corners(pair.sizes[0])
+    )
 
 
 def _warped(pair: Pair, style: Style) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -371,13 +389,16 @@ def _line(canvas: np.ndarray, a: np.ndarray, b: np.ndarray, colour: Sequence[int
 
 
 def _outline(picture: np.ndarray, pair: Pair, there: _Onto, width: int = 2) -> None:
-    """A's outline on B's picture, green where the geometry is verified, else red."""
+    """A's outline on B's picture, green where the geometry is verified, else red; dashed in a scene with depth."""
     matrix = pair.geometry.matrix
     if matrix is None or not np.isfinite(outline := geometry.transform(matrix, geometry.corners(pair.sizes[0]))).all():
         return
     corners = there(outline)
     for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        _line(picture, start, end, GREEN if pair.geometry.verified else RED, width)
+        dashes = min(100, int(np.linalg.norm(end - start) / DASH / 2)) if pair.geometry.kind == "general" else 0
+        stops = np.linspace(start, end, 2 * dashes + 2)
+        for one, other in zip(stops[::2], stops[1::2], strict=True):
+            _line(picture, one, other, GREEN if pair.geometry.verified else RED, width)
 
 
 def _ring(picture: np.ndarray, xy: np.ndarray, name: str = "") -> None:
@@ -393,11 +414,10 @@ def _say(canvas: np.ndarray, pair: Pair) -> None:
     row = pair.row
     _text(canvas, 16, f"{files.printable(row['query'])}  ->  {files.printable(row['candidate'])}", WHITE)
     said = f"{'verified' if row['verified'] else 'not verified'}: {row['inliers']} inliers of {row['matches']} matches"
-    turn = None if row["rotation"] is None else round(row["rotation"], 1) + 0.0  # no minus zero
-    found = "" if turn is None else f", turn it by {turn:.1f} degrees, scale by {row['scale']:.2f}"
+    found = told(pair.geometry, pair.sizes[0])[:1]  # without how the camera moved, for which there is no room
     error = row.get("corner_error")
-    exact = "" if error is None else f", corner error {error:.2f} px"
-    _text(canvas, 36, said + found + exact, GREEN if row["verified"] else RED)
+    exact = [] if error is None else [f"corner error {error:.2f} px"]
+    _text(canvas, 36, ", ".join([said, *found, *exact]), GREEN if row["verified"] else RED)
 
 
 def _words(said: str, pair: Pair, style: Style) -> np.ndarray:
@@ -422,6 +442,35 @@ class Png:
 
     def gather(self, folder: Path, pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
         """See `Sink`; each picture is all there is."""
+
+
+def told(found: Geometry, size: tuple[int, int]) -> list[str]:
+    """Say in plain words what explains two photographs: its kind with rotation and scale, then how the camera moved.
+
+    Args:
+        found: the geometry; of one that is not verified only the kind counts, and only where that is the flaw.
+        size: (h, w) of A.
+
+    >>> told(Geometry(np.eye(3), np.ones(20, bool), 0.5, True, "", "general"), (30, 40))
+    ['a scene with depth, rotated about 0.0 degrees, about 1.00 times as large']
+    """
+    kind = KINDS.get(found.kind, "")
+    if not found.verified or found.matrix is None:
+        return [kind] if found.kind in ("watermark", "degenerate") else []
+    about = "about " if found.kind == "general" else ""
+    angle, scale = geometry.rotation_scale(found.matrix, size)
+    said = f"rotated {about}{angle:z.1f} degrees, {about}{scale:.2f} times as large"
+    return [f"{kind}, {said}" if kind else said, *([_moved(*found.pose)] if found.pose else [])]
+
+
+def _moved(rotation: np.ndarray, direction: np.ndarray) -> str:
+    """How the camera of `Geometry.pose` moved from A to B, along the axes that it had at A."""
+    said = f"the camera rotated by {math.degrees(np.linalg.norm(cv2.Rodrigues(rotation)[0])):.1f} degrees"
+    centre = -rotation.T @ direction
+    if not centre.any():
+        return said
+    ways = [way[int(along > 0)] for way, along in zip(WAYS, centre, strict=True) if abs(along) > 0.38]  # 22.5 degrees
+    return f"{said} and moved {' and '.join(ways)}, ({', '.join(f'{along:z.2f}' for along in centre)})"
 
 
 def metres_said(metres: float) -> str:

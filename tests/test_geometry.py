@@ -57,7 +57,7 @@ def test_too_few_correspondences(n):
     a, b, _ = planted(np.eye(3), n)
     found = Estimator()(a, b, SIZE, SIZE)
     assert found.matrix is None
-    assert found.reason == f"0 inliers of {n} correspondences, 10 are asked for"
+    assert found.reason == f"0 inliers of {n} correspondences, 10 are needed"
     assert math.isnan(found.error)
 
 
@@ -169,4 +169,4 @@ def test_fewer_than_four_inliers_are_refused_however_low_the_bar():
     a, b, _ = planted(np.eye(3), 3, noise=0)
     found = Estimator("similarity", min_inliers=1, min_share=0.0)(a, b, SIZE, SIZE)
     assert not found.verified
-    assert found.reason == "0 inliers of 3 correspondences, 4 are asked for"
+    assert found.reason == "0 inliers of 3 correspondences, 4 are needed"

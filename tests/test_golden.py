@@ -180,7 +180,7 @@ def chain(weight, photographs, weights, exports):
         name = f"{Path(row['query']).stem} {row['candidate']}"
         error = row["corner_error"] if row["verified"] else None
         pairs[name] = [row["verified"], row["inliers"], None if error is None else round(error, 4)]
-        needed = re.search(r"(\d+) are asked for", row["reason"])
+        needed = re.search(r"(\d+) are needed", row["reason"])
         if needed and abs(row["inliers"] - int(needed[1])) <= 2:
             close.append(name)
     return {

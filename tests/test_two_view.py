@@ -234,8 +234,8 @@ def test_chance_counts_more_in_small_photographs():
         for size in ((900, 1600), (120, 160))
         for a, b in [[np.random.default_rng(seed).uniform((0, 0), size[::-1], (100, 2)) for seed in (1, 2)]]
     ]
-    assert "61 are asked for" in asked[0]
-    assert "66 are asked for" in asked[1]
+    assert "61 are needed" in asked[0]
+    assert "66 are needed" in asked[1]
 
 
 @pytest.fixture(scope="module")
@@ -261,4 +261,4 @@ def test_windows_that_repeat_are_refused_in_words(photograph):
 def test_photographs_that_share_nothing_are_refused_in_words(photograph):
     found = imatch.match(photograph[:, :300], photograph[:, 300:])
     assert not found.verified
-    assert "are asked for" in found.reason
+    assert "are needed" in found.reason

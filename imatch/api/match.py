@@ -75,7 +75,7 @@ class Match:
         matrix: (3, 3) float64, pixels of A -> pixels of B; None where there is none. Of kind "general" it says roughly
             where A lies.
         fundamental: (3, 3) float64, x_b^T F x_a = 0, of kind "general".
-        pose: how the camera moved, R (3, 3) and the direction (3,), where both files say their focal length.
+        pose: R (3, 3) and t (3,), x_b ~ R x_a + t, where both files say their focal length (`core/types.py`).
         rotation: degrees counter-clockwise by which B shows A rotated; None where not verified.
         scale: how many times as large B shows it; None where not verified.
         sizes: (h, w) in pixels of A and of B.
@@ -360,7 +360,8 @@ class FolderMatches:
             shown = (files.printable(row[side]) for side in ("query", "candidate"))
             angle = round(row["rotation"], 1) + 0.0
             text = "  ".join(f"{name:<{wide}}" for name in shown)
-            lines.append(f"{text}  {row['inliers']:7d}  {angle:7.1f}  {row['scale']:14.2f}")
+            about = "~" if row["kind"] == "general" else ""
+            lines.append(f"{text}  {row['inliers']:7d}  {about + format(angle, '.1f'):>7}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
         lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
         for number, group in enumerate(self.groups, 1):

@@ -240,8 +240,9 @@ class Geometry:
             verified "watermark" (only what stands still in the picture agrees), "degenerate" (no view of a scene), or
             "" (too few inliers).
         fundamental: (3, 3) float64, x_b^T F x_a = 0, of kind "general" alone.
-        pose: how the camera moved, where the focal lengths are known: R (3, 3), and the direction t (3,) of norm 1 (0
-            for a rotation); x_b ~ R x_a + t in coordinates of the cameras (x right, y down, z ahead).
+        pose: how the camera moved, where the focal lengths are known and inliers are many: R (3, 3), and t (3,) of norm
+            1 (0 for a rotation), for the distance is not known; x_b ~ R x_a + t in coordinates of the cameras (x right,
+            y down, z ahead), so that in those of A the camera moved by -R^T t.
     """
 
     matrix: np.ndarray | None

@@ -389,7 +389,7 @@ class Ways:
         step, index, query, gallery: of `search`.
         depth: hits that are kept a query.
         own: what is left out.
-        deep: hits that are asked for a query, so that `depth` are left.
+        deep: hits that are needed a query, so that `depth` are left.
         turn: embeds the queries of a folder in poses.
     """
 

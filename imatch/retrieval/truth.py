@@ -387,7 +387,7 @@ def within(
         Q times (n,) int64, sorted rows; none where the place is unknown.
 
     Raises:
-        ImatchError: the systems differ, a number is out of its range, or headings are asked for and none is known.
+        ImatchError: the systems differ, a number is out of its range, or headings are needed and none is known.
 
     >>> row = Places("plane", np.array([[0.0, 0], [30, 0], [90, 0]]), np.zeros(3))
     >>> [rows.tolist() for rows in within(row, row, radius=60.0)]

@@ -235,10 +235,10 @@ def match(
     for (source, name), found in zip(both, seen, strict=True):
         if isinstance(found, PhotographError):
             raise PhotographError(f"{files.printable(str(source if isinstance(source, Path) else name))}: {found}")
-    return looked_at(backbone, *seen)
+    return _look_twice(backbone, *seen)
 
 
-def looked_at(backbone: Backbone, a: _Seen, b: _Seen) -> Match:
+def _look_twice(backbone: Backbone, a: _Seen, b: _Seen) -> Match:
     """Match two photographs that went through a backbone, and look again where they do not match."""
     first = _matched(a.first(FIRST), b.first(FIRST))
     if first.verified:

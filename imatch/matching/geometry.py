@@ -31,13 +31,16 @@ def corners(size: tuple[int, int]) -> np.ndarray:
 
 
 def degenerate(matrix: np.ndarray, points: np.ndarray) -> str:
-    """Why a matrix is no view of a flat scene as far as these points reach ("" if it may be one).
+    """Say why a matrix is no view of a flat scene as far as these points reach ("" if it may be one).
 
     Beyond them it may be anything: a right homography of a street folds the sky, for the horizon is in the picture.
 
     Args:
         matrix: (3, 3) A -> B.
         points: (n, 2) pixels of A; their convex hull is looked at.
+
+    >>> degenerate(np.diag([-1.0, 1, 1]), corners((10, 10)))
+    'it mirrors or folds what the two share'
     """
     if len(points) < 3:
         return ""
@@ -54,11 +57,18 @@ def degenerate(matrix: np.ndarray, points: np.ndarray) -> str:
 
 
 def epipolar_distance(fundamental: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
-    """How far correspondences are from each other's epipolar lines: (n,) float64, the mean of the two photographs.
+    """Measure how far correspondences are from each other's epipolar lines.
 
     Args:
         fundamental: (3, 3), x_b^T F x_a = 0.
         xy_a, xy_b: (n, 2) pixels.
+
+    Returns:
+        (n,) float64 pixels, the mean of the two photographs; NaN at an epipole.
+
+    >>> sideways = np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # the camera moved along its rows
+    >>> epipolar_distance(sideways, np.array([[3.0, 5]]), np.array([[9.0, 7]])).tolist()
+    [2.0]
     """
     a, b = (np.column_stack([xy, np.ones(len(xy))]) for xy in (xy_a, xy_b))
     in_b, in_a = a @ fundamental.T, b @ fundamental
@@ -92,8 +102,19 @@ def epipolar_line(fundamental: np.ndarray, xy: np.ndarray, size: tuple[int, int]
     return rim[crossed] + share[:, None] * (following - rim)[crossed] if crossed.any() else None
 
 
-def way_ratios(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
-    """How the way between points is rotated and enlarged from A to B, of pairs drawn by a seed: (k,) complex."""
+def vector_ratios(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
+    """Divide the vectors between points in B by those in A: how each is rotated and enlarged.
+
+    Args:
+        xy_a, xy_b: (n, 2) pixels.
+
+    Returns:
+        (k,) complex, for k <= 3 n pairs of points that a seed draws; the angle of each runs clockwise on the screen.
+
+    >>> xy = np.array([[0.0, 0], [4, 0], [0, 4]])
+    >>> vector_ratios(xy, 2 * xy).real.tolist()
+    [2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    """
     a, b = (np.asarray(xy, np.float64) @ [1, 1j] for xy in (xy_a, xy_b))
     order = np.random.default_rng(0).permutation(len(a))
     pairs = [(order, np.roll(order, shift)) for shift in (1, 2, 3)]  # in all directions
@@ -103,14 +124,21 @@ def way_ratios(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
 
 
 def median_similarity(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
-    """The similarity A -> B that correspondences of a scene of depth have in the middle: (3, 3) float64.
+    """Find the similarity A -> B that correspondences of a scene of depth have in the middle.
 
     Rotation and scale are the medians over pairs of points, the shift is that of the median point.
 
     Args:
         xy_a, xy_b: (n, 2) pixels, n >= 2.
+
+    Returns:
+        (3, 3) float64; the identity where all points lie in one place.
+
+    >>> xy = np.array([[0.0, 0], [4, 0], [0, 4]])
+    >>> np.allclose(median_similarity(xy, 2 * xy + 1), [[2, 0, 1], [0, 2, 1], [0, 0, 1]])
+    True
     """
-    ratios = way_ratios(xy_a, xy_b)
+    ratios = vector_ratios(xy_a, xy_b)
     if not len(ratios):
         return np.eye(3)
     middle = np.angle((ratios / np.abs(ratios)).mean())

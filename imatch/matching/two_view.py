@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imatch.core import config
 from imatch.core.types import Geometry, ImatchError
-from imatch.matching.geometry import degenerate, epipolar_distance, median_similarity, transform, way_ratios
+from imatch.matching.geometry import degenerate, epipolar_distance, median_similarity, transform, vector_ratios
 
 MODELS = ("auto", "homography", "fundamental", "affine", "similarity", "off")
 METHODS = {"accurate": cv2.USAC_ACCURATE, "magsac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC}
@@ -274,7 +274,7 @@ def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
 def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
     """Why inliers are no view of one scene ("" if they are): parallax moves them, but does not rotate them all round.
     A mirror image does, and chance: they have epipolar lines, too."""
-    ratios = way_ratios(a, b)
+    ratios = vector_ratios(a, b)
     agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
     return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
 

@@ -216,7 +216,7 @@ def imatch(job: Job, weight: str) -> Told:
     """`imatch.match` as it comes, less decoding and detecting."""
     a, b = seen(job.a, weight), seen(job.b, weight)
     started = time.process_time()
-    found = api.looked_at(backbone(weight), a, b)
+    found = api._look_twice(backbone(weight), a, b)
     ms = 1000 * (time.process_time() - started)
     return Told(found.verified, found.inliers, ms, found.kind, job.truth and errors(found, job.truth))
 

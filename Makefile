@@ -69,7 +69,7 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_real.py --every 4
 
 vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
-	$(BIN)/python -m tools.sift_vocabulary imatch/features/sift_vocabulary.npy
+	$(BIN)/python -m tools.vocabulary sift imatch/features/sift_vocabulary.npy
 
 # with FAISS=gpu, for faiss-gpu brings CUDA packages that must be pinned, too
 lock: $(READY)  ## write constraints.txt from what is installed

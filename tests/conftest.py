@@ -11,7 +11,7 @@ from PIL import Image
 
 from imatch.cli import demo
 from tests import random_weights
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

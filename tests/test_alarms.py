@@ -20,7 +20,7 @@ from imatch.data.store import Embeddings
 from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage
 from tests.test_steps import embedded, indexed, judged, referenced, with_toys, write_leaves
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 EVERY_ROW = 10**6
 

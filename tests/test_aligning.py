@@ -12,7 +12,7 @@ from imatch.features.sift import DenseSift, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.align import Aligner
 from imatch.matching.two_view import Estimator
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 LEAVES, OTHER = (
     cv2.GaussianBlur(dead_leaves(np.random.default_rng(seed), side=320), None, 1)[:304, :320] for seed in (0, 1)
@@ -97,7 +97,9 @@ def test_unrelated_photographs_are_refused(backbone):
 @pytest.mark.parametrize("refinement", ["off", "patch", "pixel"])
 def test_too_few_correspondences_are_refused_and_said(n, refinement):
     tokens = few(n, grid=(1, n))
-    found = aligner(DenseSift(), refinement)([("only", tokens)], tokens, (99, 99), (99, 99), lambda: (LEAVES, LEAVES))
+    found = aligner(DenseSift(), refinement)(
+        [(rotations.UPRIGHT, tokens)], tokens, (99, 99), (99, 99), lambda: (LEAVES, LEAVES)
+    )
     assert not found.geometry.verified
     assert found.geometry.reason
     assert len(found.xy_a) == len(found.xy_b) == len(found.geometry.inliers) == n
@@ -105,7 +107,7 @@ def test_too_few_correspondences_are_refused_and_said(n, refinement):
 
 def test_points_on_a_line_are_no_homography():
     tokens = few(30)
-    found = aligner(Sift(), "off")([("only", tokens)], tokens, (300, 300), (300, 300))
+    found = aligner(Sift(), "off")([(rotations.UPRIGHT, tokens)], tokens, (300, 300), (300, 300))
     assert not found.geometry.verified
     assert found.geometry.reason
 
@@ -116,19 +118,21 @@ def test_photographs_are_asked_for_only_when_pixels_are_compared():
 
     tokens = few(3)
     for refinement in ("off", "patch", "pixel"):  # three points are too few to begin from
-        aligner(Sift(), refinement)([("only", tokens)], tokens, (99, 99), (99, 99), never)
+        aligner(Sift(), refinement)([(rotations.UPRIGHT, tokens)], tokens, (99, 99), (99, 99), never)
 
 
 def test_of_equal_poses_the_first_is_kept():
     tokens = few(30)
-    found = aligner(Sift(), "off")([("first", tokens), ("second", tokens)], tokens, (300, 300), (300, 300))
-    assert found.pose == "first"
+    found = aligner(Sift(), "off")(
+        [(rotations.UPRIGHT, tokens), (rotations.Pose(90), tokens)], tokens, (300, 300), (300, 300)
+    )
+    assert found.pose == rotations.UPRIGHT
 
 
 def test_photographs_that_do_not_confirm_are_said():
     tokens = Tokens(np.ones(1), np.eye(40, dtype="f4"), np.random.default_rng(0).uniform(20, 280, (40, 2)).astype("f4"))
     flat = np.full((300, 300, 3), 90, np.uint8)
-    found = aligner(Sift())([("only", tokens)], tokens, (300, 300), (300, 300), lambda: (flat, flat))
+    found = aligner(Sift())([(rotations.UPRIGHT, tokens)], tokens, (300, 300), (300, 300), lambda: (flat, flat))
     assert not found.geometry.verified
     assert "the photographs do not confirm 40 inliers" in found.geometry.reason
 
@@ -142,4 +146,4 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(ImatchError, match="no pose"):
         Aligner(mutual, search, search)([], few(3), (9, 9), (9, 9))
     with pytest.raises(ImatchError, match="use refinement patch"):
-        Aligner(mutual, search, search, "pixel")([("only", few(3))], few(3), (9, 9), (9, 9))
+        Aligner(mutual, search, search, "pixel")([(rotations.UPRIGHT, few(3))], few(3), (9, 9), (9, 9))

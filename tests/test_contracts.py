@@ -17,7 +17,7 @@ from imatch.matching.two_view import Estimator
 from imatch.retrieval import index as searcher
 from imatch.retrieval import kinds
 from imatch.steps import match
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 TABLES = [
     (base.CLASSICAL, base.create_backbone),

@@ -14,7 +14,7 @@ from imatch.data import images, references
 from imatch.features.sift import VOCABULARY, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.two_view import Estimator
-from tools.sift_vocabulary import dead_leaves, learn
+from tools.vocabulary import dead_leaves, learn
 
 ROOT = Path(__file__).parents[1]
 ANGLES = [float(angle) for angle in range(0, 360, 30)]

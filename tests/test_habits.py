@@ -55,7 +55,7 @@ from imatch.features.sift import Sift
 from imatch.matching import matchers
 from imatch.matching.align import Aligner
 from imatch.matching.two_view import Estimator
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 path = Path({str(tmp_path)!r}) / "leaves.png"
 Image.fromarray(dead_leaves(np.random.default_rng(0), side=320)).save(path)
 decoded = [images.decode(path, images.Resize("scale", scale=scale)) for scale in (0.8, 1.2)]
@@ -79,7 +79,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import imatch
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 here = Path({str(tmp_path)!r})
 (here / "leaves").mkdir()
 for seed in range(3):

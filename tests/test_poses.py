@@ -18,7 +18,7 @@ from imatch.retrieval import ranking as retrieval_ranking
 from imatch.retrieval.ranking import token_score
 from imatch.steps.embed import embed_poses, worth_trying
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 
 def photograph(h, w):

@@ -6,7 +6,7 @@ import pytest
 
 from imatch.core.types import ImatchError, Matches, Tokens, grid_xy
 from imatch.matching import geometry, refine
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 LEAVES = cv2.GaussianBlur(dead_leaves(np.random.default_rng(0), side=240), None, 1)
 

@@ -16,7 +16,7 @@ from imatch.steps import report
 from imatch.viz import curves
 from imatch.viz.figures import show
 from tests.test_steps import embedded, matched, referenced, searched
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from imatch.features import base
 from imatch.retrieval import index as searcher
 from imatch.steps.references import _reference_names
 from tests import rendered
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 
 def embedded(photographs, exports, weight="sift", resize=None, **given):

@@ -10,12 +10,13 @@ from PIL import Image, ImageOps
 
 import imatch
 from imatch.data import exif
+from imatch.data.rotations import UPRIGHT
 from imatch.features.sift import Sift
 from imatch.matching.align import aligner
 from imatch.matching.geometry import epipolar_distance, epipolar_line, median_similarity, transform
 from imatch.matching.two_view import MODELS, Estimator
 from tests import rendered
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 SIZE = (600, 800)
 
@@ -215,8 +216,8 @@ def test_comparing_pixels_does_not_flatten_a_scene(textures):
     sizes = a.shape[:2], b.shape[:2]
     (of_a,), (of_b,) = (Sift()(one[None]) for one in (a, b))
     geometry = {"threshold": 0, "min_share": 0}
-    pixel = {"matcher": "auto", "matcher_options": {}, "refine": "pixel", "geometry": geometry}
-    found = aligner(pixel, of_b)([("upright", of_a)], of_b, *sizes, lambda: (a, b)).geometry
+    pixel = {"matcher": "ratio", "matcher_options": {}, "refine": "pixel", "geometry": geometry}
+    found = aligner(pixel, of_b)([(UPRIGHT, of_a)], of_b, *sizes, lambda: (a, b)).geometry
     assert (found.verified, found.kind) == (True, "general")
     assert "pixels were not compared" in found.reason
 
@@ -245,7 +246,7 @@ def photograph(demo_photographs):
 
 def test_a_photograph_against_itself_and_its_mirror_image(photograph):
     assert imatch.match(photograph, photograph).kind == "planar"
-    mirrored = imatch.match(photograph, np.ascontiguousarray(photograph[:, ::-1]))
+    mirrored = imatch.match(photograph, np.ascontiguousarray(photograph[:, ::-1]), "sift")
     assert not mirrored.verified
     assert mirrored.reason
 
@@ -253,7 +254,7 @@ def test_a_photograph_against_itself_and_its_mirror_image(photograph):
 def test_windows_that_repeat_are_refused_in_words(photograph):
     """A facade, seen from one window further on: it looks the same."""
     facade = np.tile(photograph[100:220, 200:300], (5, 12, 1))
-    found = imatch.match(facade[:, :900], facade[:, 100:1000])
+    found = imatch.match(facade[:, :900], facade[:, 100:1000], "sift")
     assert not found.verified
     assert "show repeats" in found.reason
 

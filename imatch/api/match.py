@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from imatch.core import compute, files, settings
+from imatch.core import compute, files, learned, settings
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
 from imatch.data import exif, images
 from imatch.data.images import Resize
 from imatch.data.rotations import UPRIGHT, Pose, turned
-from imatch.features.base import CLASSICAL, Backbone, create_backbone, embed_decoded
+from imatch.features.base import CLASSICAL, Backbone, create_backbone, embed_decoded, matcher_for
 from imatch.features.sift import PIXELS, Sift
-from imatch.matching.align import Aligner, Alignment, aligner
+from imatch.features.xfeat import XFeat
+from imatch.matching.align import aligner
 from imatch.matching.geometry import rotation_scale
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
 
     Photograph = str | Path | np.ndarray | Image.Image
 
-SETTINGS = {"matcher": "auto", "matcher_options": {}, "refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
+SETTINGS = {"matcher_options": {}, "refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
 """What 04_match does by default, too."""
 FIRST, CLOSER, TURNS = Sift.max_keypoints, 8000, (90, 180, 270)
 """Keypoints of a first and of a second look at two photographs; degrees by which one is rotated in the second, by a
 backbone that does not rotate with its photographs."""
+AUTO = ("sift", "xfeat")
+"""The backbones of weight "auto": what the first does not verify is asked of the second."""
 RETRIEVED, NEAREST = 200, 20
 """In a folder of more photographs than the first, each is matched with so many nearest ones by global vector."""
 
@@ -48,7 +51,7 @@ class Correspondences:
 
     Attributes:
         xy_a, xy_b: (m, 2) float32 pixels, the strongest first.
-        score: (m,) float32, the cosine of the two descriptors.
+        score: (m,) float32, the cosine of the two descriptors; by xfeat the probability of the pair.
         inlier: (m,) bool, whether the geometry explains it.
     """
 
@@ -81,6 +84,8 @@ class Match:
         sizes: (h, w) in pixels of A and of B.
         descriptors: how many local descriptors each has.
         names: of the two photographs.
+        weight: backbone that gave this answer.
+        refined: whether pixels of the photographs were compared to make positions and geometry exact.
     """
 
     verified: bool
@@ -96,6 +101,8 @@ class Match:
     sizes: tuple[tuple[int, int], tuple[int, int]]
     descriptors: tuple[int, int]
     names: tuple[str, str]
+    weight: str
+    refined: bool
     _photographs: tuple[Path | np.ndarray, Path | np.ndarray] = field(repr=False)
     _error: float = field(repr=False)
 
@@ -108,7 +115,8 @@ class Match:
         a, b = (files.printable(name) for name in self.names)
         angle = round(self.rotation, 1) + 0.0  # no minus zero
         about = "about " if self.kind == "general" else ""
-        found = f"{self.inliers} inliers, rotated {about}{angle:.1f} degrees, {about}{self.scale:.2f} times as large"
+        shown = f"rotated {about}{angle:.1f} degrees, {about}{self.scale:.2f} times as large"
+        found = f"{self.inliers} inliers by {self.weight}, {shown}"
         same = isinstance(self._photographs[0], Path) and self._photographs[0] == self._photographs[1]
         return f"{b} shows {a}: {found}{' (the same file)' if same else ''}"
 
@@ -133,6 +141,8 @@ class Match:
             "rotation": self.rotation,
             "scale": self.scale,
             "kind": self.kind,
+            "weight": self.weight,
+            "refined": self.refined,
             "reason": self.reason,
         }
 
@@ -204,14 +214,15 @@ class Match:
 
 
 def match(
-    a: Photograph, b: Photograph, weight: str = "sift", *, device: str = "auto", data_key: str = settings.DATA_KEY
+    a: Photograph, b: Photograph, weight: str = "auto", *, device: str = "auto", data_key: str = settings.DATA_KEY
 ) -> Match:
     """Match two photographs. Those that do not match get a second look: with more keypoints or, by a backbone that does
     not rotate with its photographs, with A rotated.
 
     Args:
         a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
-        weight: backbone: sift, dsift, or weights of the registry.
+        weight: backbone: sift, dsift, xfeat, or weights of the registry. "auto" is sift, exact and at any rotation;
+            what that does not verify is asked of xfeat, if the extra `learned` is installed.
         device: where a network runs; "auto" is the GPU, if there is one.
         data_key: the registry that names the weights.
 
@@ -224,42 +235,82 @@ def match(
     >>> found.verified, round(found.rotation), round(found.scale, 2), found.sizes
     (True, 90, 1.0, ((160, 240), (240, 160)))
     """
-    options = {"max_keypoints": CLOSER} if weight == "sift" else {}
-    backbone = create_backbone(weight, options, data_key=data_key, device=device)
     sources = [_source(a, "a"), _source(b, "b")]
     names = [source.name if isinstance(source, Path) else name for source, name in zip(sources, "ab", strict=True)]
+    weights, lacking = weights_of(weight)
+    tried: list[Match] = []
+    for one in weights:
+        options = {"max_keypoints": CLOSER} if one == "sift" else {}
+        backbone = create_backbone(one, options, data_key=data_key, device=device)
+        tried.append(_look_twice(backbone, *_both(backbone, one, list(zip(sources, names, strict=True)))))
+        if tried[-1].verified:
+            return tried[-1]
+    return _none_of(tried, lacking)
+
+
+def weights_of(weight: str) -> tuple[tuple[str, ...], str]:
+    """The backbones that a weight stands for, and what "auto" lacks ("" if nothing).
+
+    >>> weights_of("sift")
+    (('sift',), '')
+    """
+    if weight != "auto":
+        return (weight,), ""
+    lacking = learned.lacking()
+    return (AUTO[:1], f"{AUTO[0]} only; {lacking}") if lacking else (AUTO, "")
+
+
+def _none_of(tried: Sequence[Match], lacking: str) -> Match:
+    """The first of several that verified nothing, with the reasons of all."""
+    reasons = [f"{one.weight}: {one.reason}" for one in tried] if len(tried) > 1 else [tried[0].reason]
+    return dataclasses.replace(tried[0], reason="; ".join([*reasons, *([lacking] if lacking else [])]))
+
+
+def _both(backbone: Backbone, weight: str, photographs: Sequence[tuple[Path | np.ndarray, str]]) -> list[_Seen]:
+    """Two photographs through a backbone; PhotographError names the one that cannot be read."""
     backbone.load()
-    both, at_once = list(zip(sources, names, strict=True)), _at_once(weight, sources)
+    at_once = _at_once(weight, [source for source, _ in photographs])
     with compute.without_opencv_threads() if at_once > 1 else contextlib.nullcontext():
-        seen = list(compute.ahead(partial(_tried, backbone), both, at_once, 2))
-    for (source, name), found in zip(both, seen, strict=True):
+        seen = list(compute.ahead(partial(_tried, backbone, weight=weight), photographs, at_once, 2))
+    for (source, name), found in zip(photographs, seen, strict=True):
         if isinstance(found, PhotographError):
             raise PhotographError(f"{files.printable(str(source if isinstance(source, Path) else name))}: {found}")
-    return _look_twice(backbone, *seen)
+    return seen
 
 
 def _look_twice(backbone: Backbone, a: _Seen, b: _Seen) -> Match:
     """Match two photographs that went through a backbone, and look again where they do not match."""
-    first = _matched(a.first(FIRST), b.first(FIRST))
-    if first.verified:
-        return first
-    if not isinstance(backbone, Sift):
-        again = _matched(a, b, [(Pose(turn), _seen(a.source, backbone, a.name, turn).tokens) for turn in TURNS])
-    elif max(len(a.tokens.xy), len(b.tokens.xy)) > FIRST:
+    if isinstance(backbone, Sift):
+        first = _matched(a.first(FIRST), b.first(FIRST))
+        if first.verified or max(len(a.tokens.xy), len(b.tokens.xy)) <= FIRST:
+            return first
         again = _matched(a, b)
+    elif isinstance(backbone, XFeat):  # its matcher takes longer than all rotations
+        return _matched(a if a.rotated else _rotated(a, backbone), b)
     else:
-        return first
+        first = _matched(a, b)
+        if first.verified:
+            return first
+        again = _matched(_rotated(a, backbone), b)
     return again if again.verified else first
+
+
+def _rotated(a: _Seen, backbone: Backbone) -> _Seen:
+    """A photograph also by its rotations."""
+    rotated = ((Pose(turn), _seen(a.source, backbone, a.name, a.weight, turn).tokens) for turn in TURNS)
+    return dataclasses.replace(a, rotated=tuple(rotated))
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A photograph and its tokens; `source` is where its pixels are."""
+    """A photograph and its tokens by a backbone, also of other poses; `source` is where its pixels are."""
 
     name: str
     source: Path | np.ndarray
     size: tuple[int, int]
     tokens: Tokens
+    weight: str
+    rotated: tuple[tuple[Pose, Tokens], ...] = ()
 
     def first(self, n: int) -> _Seen:
         """With the n strongest keypoints alone; a grid stays whole."""
@@ -287,12 +338,12 @@ def _source(photograph: Photograph, name: str) -> Path | np.ndarray:
         raise PhotographError(f"{name}: {error}") from error
 
 
-def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, turn: float = 0) -> _Seen:
+def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, weight: str, turn: float = 0) -> _Seen:
     """A photograph through a backbone, rotated by `turn` degrees."""
     take = images.decode if isinstance(source, Path) else images.from_memory
     decoded = take(source, Resize(limit=backbone.side), backbone.patch, backbone.resampling)
     decoded = turned(decoded, turn, backbone.patch) if turn else decoded
-    return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone))
+    return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone), weight)
 
 
 def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
@@ -305,10 +356,10 @@ def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
     return max(1, min(settings.cores(), PIXELS // pixels)) if weight in CLASSICAL else 1
 
 
-def _matched(a: _Seen, b: _Seen, rotated: Sequence[tuple[Pose, Tokens]] = ()) -> Match:
-    align: Aligner = aligner(SETTINGS, b.tokens)
-    poses, focal = [(UPRIGHT, a.tokens), *rotated], exif.focal_lengths(a.source, b.source)
-    found: Alignment[Pose] = align(poses, b.tokens, a.size, b.size, focal=focal)
+def _matched(a: _Seen, b: _Seen) -> Match:
+    align = aligner({**SETTINGS, "matcher": matcher_for(a.weight)}, b.tokens, b.size)
+    poses, focal = [(UPRIGHT, a.tokens), *a.rotated], exif.focal_lengths(a.source, b.source)
+    found = align(poses, b.tokens, a.size, b.size, lambda: (_pixels(a.source), _pixels(b.source)), focal)
     explained = found.geometry
     angle, scaled = (
         rotation_scale(explained.matrix, a.size)
@@ -329,9 +380,15 @@ def _matched(a: _Seen, b: _Seen, rotated: Sequence[tuple[Pose, Tokens]] = ()) ->
         (a.size, b.size),
         (len(a.tokens.xy), len(b.tokens.xy)),
         (a.name, b.name),
+        a.weight,
+        found.compared,
         (a.source, b.source),
         explained.error,
     )
+
+
+def _pixels(source: Path | np.ndarray) -> np.ndarray:
+    return images.decode(source).pixels if isinstance(source, Path) else source
 
 
 @dataclass(frozen=True)
@@ -344,6 +401,7 @@ class FolderMatches:
         groups: names of photographs that belong together, the largest group first; those that match none are in none.
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
+        lacking: what weight "auto" had to do without.
     """
 
     names: list[str]
@@ -351,23 +409,30 @@ class FolderMatches:
     groups: list[list[str]]
     skipped: dict[str, str]
     retrieved: bool
+    lacking: str = ""
 
     def __str__(self) -> str:
         verified = sorted((row for row in self.pairs if row["verified"]), key=lambda row: -row["inliers"])
         wide = max([len(files.printable(row[side])) for row in verified for side in ("query", "candidate")] + [9])
-        lines = [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  rotated  times as large"] if verified else []
+        lines = (
+            [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  by     rotated  times as large"]
+            if verified
+            else []
+        )
         for row in verified:
             shown = (files.printable(row[side]) for side in ("query", "candidate"))
             angle = round(row["rotation"], 1) + 0.0
             text = "  ".join(f"{name:<{wide}}" for name in shown)
             about = "~" if row["kind"] == "general" else ""
-            lines.append(f"{text}  {row['inliers']:7d}  {about + format(angle, '.1f'):>7}  {row['scale']:14.2f}")
+            turned = about + format(angle, ".1f")
+            lines.append(f"{text}  {row['inliers']:7d}  {row['weight']:<6} {turned:>7}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
         lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
         for number, group in enumerate(self.groups, 1):
             lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
         alone = len(self.names) - sum(map(len, self.groups))
         lines += [f"{alone} photographs match no other"] if alone else []
+        lines += [self.lacking] if self.lacking else []
         lines += [f"left out: {files.printable(name)}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines).lstrip("\n")
 
@@ -397,12 +462,13 @@ class FolderMatches:
 
 
 def match_folder(
-    folder: str | Path, weight: str = "sift", *, device: str = "auto", data_key: str = settings.DATA_KEY
+    folder: str | Path, weight: str = "auto", *, device: str = "auto", data_key: str = settings.DATA_KEY
 ) -> FolderMatches:
     """Match the photographs of a folder with each other.
 
     All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector, without a second
-    look. A photograph that cannot be read is left out and named.
+    look. By weight "auto" what sift does not verify is asked of xfeat, for the 20 nearest of each. A photograph that
+    cannot be read is left out and named.
 
     Args:
         folder: of the photographs; those in folders below it count, too.
@@ -412,33 +478,60 @@ def match_folder(
         ImatchError: no such folder, fewer than two photographs that can be read, or more than fit into memory.
     """
     folder = settings.from_workspace(folder)
-    backbone = create_backbone(weight, data_key=data_key, device=device)
+    weights, lacking = weights_of(weight)
     names = images.list_photographs(folder)
+    skipped: dict[str, str] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in weights:
+        backbone = create_backbone(one, data_key=data_key, device=device)
+        seen = _all_seen(backbone, one, folder, names, skipped)
+        names = [photograph.name for photograph in seen]
+        few = one == weights[0] and len(seen) <= RETRIEVED
+        pairs = list(itertools.combinations(seen, 2)) if few else _nearest(seen)
+        todo = [(a, b) for a, b in pairs if not rows.get((a.name, b.name), {}).get("verified")]
+        for row in _each(lambda pair: _matched(*pair).row, todo, f"match by {one}", _side_by_side(one)):
+            pair = row["query"], row["candidate"]
+            if row["verified"] or pair not in rows:
+                rows[pair] = row
+    found = [rows[pair] for pair in sorted(rows)]
+    together = [(row["query"], row["candidate"]) for row in found if row["verified"]]
+    return FolderMatches(names, found, groups(together), skipped, len(names) > RETRIEVED, lacking)
+
+
+def _all_seen(
+    backbone: Backbone, weight: str, folder: Path, names: Sequence[str], skipped: dict[str, str]
+) -> list[_Seen]:
+    """The photographs of a folder through a backbone; those that cannot be read are added to `skipped`."""
     todo = [(folder / name, name) for name in names]
     backbone.load()
-    skipped: dict[str, str] = {}
     seen: list[_Seen] = []
     at_once = _at_once(weight, [path for path, _ in todo])
-    for name, found in zip(names, _each(partial(_tried, backbone), todo, "embed", at_once), strict=True):
+    look = partial(_tried, backbone, weight=weight, rotate=isinstance(backbone, XFeat))
+    for name, found in zip(names, _each(look, todo, f"embed by {weight}", at_once), strict=True):
         if isinstance(found, PhotographError):
             skipped[name] = str(found)
             continue
         seen.append(found)
-        _check_memory(found.tokens, len(names), folder)
+        _check_memory(found, len(names), folder)
     if len(seen) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
         raise ImatchError(f"two photographs are needed, and {folder} holds {len(seen)} that can be read{left_out}")
-    pairs = _nearest(seen) if len(seen) > RETRIEVED else list(itertools.combinations(range(len(seen)), 2))
-    rows = list(_each(lambda pair: _matched(seen[pair[0]], seen[pair[1]]).row, pairs, "match", settings.cores()))
-    together = [(row["query"], row["candidate"]) for row in rows if row["verified"]]
-    return FolderMatches([one.name for one in seen], rows, groups(together), skipped, len(seen) > RETRIEVED)
+    return seen
 
 
-def _tried(backbone: Backbone, photograph: tuple[Path | np.ndarray, str]) -> _Seen | PhotographError:
+def _side_by_side(weight: str) -> int:
+    """How many pairs are matched at once: a network has threads of its own."""
+    return 1 if weight == "xfeat" else settings.cores()
+
+
+def _tried(
+    backbone: Backbone, photograph: tuple[Path | np.ndarray, str], weight: str, rotate: bool = False
+) -> _Seen | PhotographError:
     """A photograph, or why it cannot be read."""
     source, name = photograph
     try:
-        return _seen(source, backbone, name)
+        seen = _seen(source, backbone, name, weight)
+        return _rotated(seen, backbone) if rotate else seen
     except PhotographError as error:
         return error
 
@@ -448,10 +541,11 @@ def _each(function: Callable[[Any], Any], items: Sequence[Any], what: str, worke
     return iter(tqdm(compute.ahead(function, items, workers, 2 * workers), what, len(items), disable=None, delay=1))
 
 
-def _check_memory(tokens: Tokens, n: int, folder: Path) -> None:
+def _check_memory(seen: _Seen, n: int, folder: Path) -> None:
     import psutil
 
-    wanted = n * (tokens.descriptors.nbytes + tokens.vector.nbytes)
+    poses = (seen.tokens, *(tokens for _, tokens in seen.rotated))
+    wanted = n * sum(tokens.descriptors.nbytes + tokens.vector.nbytes for tokens in poses)
     if wanted > psutil.virtual_memory().total // 2:
         raise ImatchError(
             f"{n} photographs take about {wanted / 2**30:.0f} GB of memory here: use imatch run params/pairs.yaml "
@@ -459,15 +553,16 @@ def _check_memory(tokens: Tokens, n: int, folder: Path) -> None:
         )
 
 
-def _nearest(seen: Sequence[_Seen]) -> list[tuple[int, int]]:
+def _nearest(seen: Sequence[_Seen]) -> list[tuple[_Seen, _Seen]]:
     """Each photograph with its `NEAREST` by cosine, each pair once, in order."""
     vectors = np.stack([one.tokens.vector for one in seen])
     pairs: set[tuple[int, int]] = set()
     for q, vector in enumerate(vectors):
         cosine = vectors @ vector
         cosine[q] = -np.inf
-        pairs |= {(min(q, int(i)), max(q, int(i))) for i in np.argsort(-cosine, kind="stable")[:NEAREST]}
-    return sorted(pairs)
+        order = (int(i) for i in np.argsort(-cosine, kind="stable")[:NEAREST] if i != q)
+        pairs |= {(min(q, i), max(q, i)) for i in order}
+    return [(seen[i], seen[j]) for i, j in sorted(pairs)]
 
 
 def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:

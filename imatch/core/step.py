@@ -256,8 +256,15 @@ def run_and_dataset(step: Step) -> tuple[Path, str]:
     raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
 
 
-def sides(step: Step) -> tuple[Step, Step]:
-    """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown."""
+def sides(step: Step, weight: str = "") -> tuple[Step, Step]:
+    """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown.
+
+    Args:
+        step: the 03_index or 04_match.
+        weight: of a 04_match, another backbone that it matches by.
+    """
+    if f"query_{weight}" in step.links:
+        return open_step(step.linked(f"query_{weight}")), open_step(step.linked(f"gallery_{weight}"))
     of = step if "query" in step.links else open_step(step.linked("index"))
     return open_step(of.linked("query")), open_step(of.linked("gallery"))
 

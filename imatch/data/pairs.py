@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +13,64 @@ from imatch.core.files import Row
 from imatch.core.step import Step, pair_path, sides
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
 from imatch.data.rotations import Pose
-from imatch.data.store import open_embeddings, open_poses
+from imatch.data.store import Embeddings, open_embeddings, open_poses
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a 04_match looks at its pairs: by the descriptors of one backbone.
+
+    Attributes:
+        weight: the backbone.
+        matcher, matcher_options: of `matchers.create_matcher`.
+        poses: in which each query is shown.
+    """
+
+    weight: str
+    matcher: str
+    matcher_options: Mapping[str, Any]
+    poses: Sequence[Pose]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Plain JSON, for the step's parameters."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Look:
+        """Make one of what `record` gave."""
+        return cls(**{**record, "poses": [Pose(**pose) for pose in record["poses"]]})
+
+
+def looks_of(step: Step) -> list[Look]:
+    """How a 04_match looks at its pairs: the next one where none before has verified a pair."""
+    return [Look.of(look) for look in step.parameters["looks"]]
+
+
+def settings_of(step: Step, look: Look) -> dict[str, Any]:
+    """The parameters that a 04_match aligns a pair with (`align.aligner`)."""
+    return {**step.parameters, "matcher": look.matcher, "matcher_options": look.matcher_options}
+
+
+class Looked:
+    """The tokens of both sides of a 04_match by one backbone, opened once and memory-mapped.
+
+    Args:
+        step: of `start_match`.
+        look: one of `looks_of` it.
+    """
+
+    def __init__(self, step: Step, look: Look) -> None:
+        query, gallery = sides(step, look.weight)
+        self.look, self.most = look, query.parameters["backbone"].get("max_keypoints")
+        self.posed, self.gallery = open_poses(query.folder, look.poses), Embeddings(gallery.folder)
+        self.parameters = gallery.parameters
+        self._places = [{id: place for place, id in enumerate(side.ids)} for side in (self.posed.upright, self.gallery)]
+
+    def __call__(self, query: str, candidate: str) -> tuple[list[tuple[Pose, Tokens]], Tokens] | None:
+        """The tokens of A in each pose and those of B, by their ids; None where the backbone found nothing in one."""
+        a, b = self._places[0].get(query), self._places[1].get(candidate)
+        return None if a is None or b is None else (self.posed.tokens(a), self.gallery.tokens(b))
 
 
 class Matched:
@@ -23,15 +83,22 @@ class Matched:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.query, self.gallery = open_embeddings(step)
-        both = sides(step)
-        self.posed = open_poses(both[0].folder, poses_of(step))
-        self._roots = [side.linked("photographs") for side in both]
+        self.looked = {look.weight: Looked(step, look) for look in looks_of(step)}
+        self._roots = [side.linked("photographs") for side in sides(step)]
         self._places = [{id: place for place, id in enumerate(side.ids)} for side in (self.query, self.gallery)]
 
     def tokens(self, row: Row) -> tuple[Tokens, Tokens]:
-        """The tokens of a row of pairs.jsonl: A's in the pose that it was matched in, and B's."""
-        a, b = self._where(row)
-        return dict(self.posed.tokens(a))[Pose(row["turn"], row["zoom"])], self.gallery.tokens(b)
+        """The tokens of a row of pairs.jsonl: A's in the pose that it was matched in, and B's.
+
+        Raises:
+            StepError: they are gone.
+        """
+        found = self.looked[row["weight"]](row["query"], row["candidate"])
+        if found is None:
+            raise StepError(
+                f"no tokens of {row['query']} and {row['candidate']} by {row['weight']}: run 04_match again"
+            )
+        return dict(found[0])[Pose(row["turn"], row["zoom"])], found[1]
 
     def upright(self, row: Row) -> Tokens:
         """A's tokens of a row of pairs.jsonl as 01_embed left them."""
@@ -59,8 +126,3 @@ class Matched:
 
     def _where(self, row: Row) -> tuple[int, int]:
         return self._places[0][row["query"]], self._places[1][row["candidate"]]
-
-
-def poses_of(step: Step) -> list[Pose]:
-    """The poses in which a 04_match shows its queries."""
-    return [Pose(**pose) for pose in step.parameters["poses"]]

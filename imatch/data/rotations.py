@@ -103,6 +103,29 @@ def _there(degrees: float, size: tuple[int, ...], canvas: tuple[int, ...]) -> np
     )
 
 
+def shown(xy: np.ndarray, size: tuple[int, int], pose: Pose) -> tuple[np.ndarray, tuple[int, int]]:
+    """Where points of a photograph lie when it is shown in a pose.
+
+    Args:
+        xy: (n, 2) pixels of the upright photograph.
+        size: its (h, w).
+        pose: the zoom changes nothing: the pixels stay the photograph's.
+
+    Returns:
+        (n, 2) float32 pixels of the rotated photograph, and its (h, w).
+
+    >>> where, size = shown(np.array([[2.0, 0.0]]), (2, 3), Pose(90))
+    >>> where.round(3).tolist(), size
+    ([[0.0, 0.0]], (3, 2))
+    """
+    if not pose.turn:
+        return xy, size
+    spread = np.abs(references.turn(pose.turn)[:2, :2]) @ size[::-1]
+    canvas = (math.ceil(spread[1] - 1e-9), math.ceil(spread[0] - 1e-9))
+    there = _there(pose.turn, size, canvas)
+    return (xy @ there[:2, :2].T + there[:2, 2]).astype(np.float32), canvas
+
+
 def placed(tokens: Tokens, photograph: Decoded) -> Tokens:
     """Tokens of a turned photograph with their positions in the original: without a grid, for turned rows are no rows
     there, and without those that look at what lies outside.

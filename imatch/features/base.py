@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 BACKBONES = {
     "sift": "imatch.features.sift:Sift",
     "dsift": "imatch.features.sift:DenseSift",
+    "xfeat": "imatch.features.xfeat:XFeat",
     "dinov3": "imatch.features.dinov3:Dinov3",
 }
 CLASSICAL = ("sift", "dsift")
-"""Those that need no weights and are named by themselves; the others are named by their weights."""
+"""Those that have no network."""
+NAMED = (*CLASSICAL, "xfeat")
+"""Those that are named by themselves; the others are named by their weights, which the registry knows."""
 INVARIANT = ("sift",)
 """Those that turn and zoom with their photographs, so that turned ones say nothing new."""
+MATCHED_BY = {"sift": "ratio", "xfeat": "lighterglue"}
+"""What matches their descriptors best; those of grids, whose cells have no clear rivals, are matched by "mutual"."""
 
 
 class Backbone(Protocol):
@@ -85,7 +90,7 @@ def create_backbone(
     """Make the backbone that a weight names.
 
     Args:
-        weight: "sift", "dsift", or a key of the registry's weights, such as "vits16".
+        weight: one of `NAMED`, or a key of the registry's weights, such as "vits16".
         options: the backbone's fields; those of `identity` make the same backbone without the registry.
         weight_set: where in the registry a key is looked up that stands in several sets.
         data_key: the registry's file.
@@ -106,17 +111,29 @@ def create_backbone(
             raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
         backbone = config.create(BACKBONES, "weight", weight, given)
         return backbone
+    if weight in NAMED:
+        backbone = config.create(BACKBONES, "weight", weight, {**given, "device": device})
+        return backbone
     if "filename" not in given:
         if not settings.from_workspace(data_key).is_file():
-            said = f"{config.unknown('weight', weight, CLASSICAL)}; no others are known, for there is no {data_key}"
+            said = f"{config.unknown('weight', weight, NAMED)}; no others are known, for there is no {data_key}"
             raise ImatchError(said)
         known = registry.load(data_key)
         if weight not in {entry.key for entry in known.weights}:
-            raise ImatchError(config.unknown("weight", weight, [*CLASSICAL, *(entry.key for entry in known.weights)]))
+            raise ImatchError(config.unknown("weight", weight, [*NAMED, *(entry.key for entry in known.weights)]))
         entry = known.weight(weight, weight_set)
         given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
     backbone = config.create(BACKBONES, "weight", "dinov3", {**given, "device": device})
     return backbone
+
+
+def matcher_for(weight: str, matcher: str = "auto") -> str:
+    """Say what "auto" stands for with a backbone; any other matcher is itself.
+
+    >>> matcher_for("sift"), matcher_for("vits16"), matcher_for("sift", "mutual")
+    ('ratio', 'mutual', 'mutual')
+    """
+    return MATCHED_BY.get(weight, "mutual") if matcher == "auto" else matcher
 
 
 def backbone_identity(backbone: Backbone) -> dict[str, Any]:

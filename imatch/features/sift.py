@@ -63,7 +63,7 @@ class Sift(_Classical):
 
     @cached_property
     def words(self) -> np.ndarray:
-        """(64, 128) float32, the visual words; made by `python -m tools.sift_vocabulary`."""
+        """(64, 128) float32, the visual words; made by `python -m tools.vocabulary sift`."""
         return np.load(VOCABULARY).astype(np.float32)
 
     def load(self) -> None:

@@ -7,30 +7,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from imatch.core.config import unknown
 from imatch.core.types import Geometry, ImatchError, Matches, PhotographError, Tokens
 from imatch.data import exif, images
-from imatch.data.rotations import Pose
+from imatch.data.rotations import Pose, shown
 from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher
 from imatch.matching.two_view import FEWEST, Estimator
 
-P = TypeVar("P")
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
 """Inliers that verify a pair of grids, between patches: smooth photographs of the demo that show different things agree
 in up to 34 of 62 correspondences, in one of four rotations."""
+FLAT = ("planar", "rotation")
+"""What one matrix explains everywhere."""
+CONFIRMED = 0.5
+"""Share of a coarse geometry's inliers that pixels must find again."""
 ROUNDS = 2
 """How often the photographs are compared: the second time by the geometry that the first has found."""
 
 
 @dataclass(frozen=True)
-class Alignment(Generic[P]):
+class Alignment:
     """How A lies on B.
 
     Attributes:
@@ -39,18 +42,21 @@ class Alignment(Generic[P]):
         xy_a: (m, 2) float32 pixels of the upright A.
         xy_b: (m, 2) float32 pixels of B, refined as far as was asked, and where they were found.
         geometry: A -> B.
+        compared: whether positions and geometry are those of pixels that were compared.
     """
 
-    pose: P
+    pose: Pose
     matches: Matches
     xy_a: np.ndarray
     xy_b: np.ndarray
     geometry: Geometry
+    compared: bool = False
 
 
 @dataclass(frozen=True)
 class Aligner:
-    """Aligns A with B: matches every pose of A, keeps the one with the most inliers, refines it and estimates again.
+    """Aligns A with B: matches every pose of A (of a slow matcher the likeliest one), keeps the one with the most
+    inliers, refines it and estimates again.
 
     Attributes:
         matcher: makes the correspondences.
@@ -58,19 +64,22 @@ class Aligner:
             coarse points fix a similarity better than a homography.
         estimator: the geometry that is given back.
         refinement: "off" (centres of patches), "patch" (`refine.by_patch`) or "pixel" (`refine.by_pixels` after it).
+            What a coarse matcher verifies is compared in pixels, too, unless it is off, and stays as it is where these
+            do not confirm it: light and season may differ.
 
     Raises:
         ImatchError: unknown refinement, or a search that is off.
 
     >>> from imatch.core.types import Tokens
+    >>> from imatch.data.rotations import UPRIGHT
     >>> from imatch.matching import matchers
     >>> from imatch.matching.two_view import Estimator
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2)).astype(np.float32)
     >>> tokens = Tokens(np.ones(1), np.eye(40, dtype=np.float32), xy)
     >>> align = Aligner(matchers.create_matcher("mutual"), Estimator("similarity"), Estimator("affine"))
-    >>> found = align([("upright", tokens)], tokens, (100, 100), (100, 100))
-    >>> found.pose, int(found.geometry.inliers.sum()), found.geometry.verified
-    ('upright', 40, True)
+    >>> found = align([(UPRIGHT, tokens)], tokens, (100, 100), (100, 100))
+    >>> str(found.pose), int(found.geometry.inliers.sum()), found.geometry.verified
+    ('rot000', 40, True)
     """
 
     matcher: Matcher
@@ -88,13 +97,13 @@ class Aligner:
 
     def __call__(
         self,
-        poses: Sequence[tuple[P, Tokens]],
+        poses: Sequence[tuple[Pose, Tokens]],
         b: Tokens,
         size_a: tuple[int, int],
         size_b: tuple[int, int],
         photographs: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
         focal: tuple[float, float] | None = None,
-    ) -> Alignment[P]:
+    ) -> Alignment:
         """Align one pair.
 
         Args:
@@ -112,6 +121,8 @@ class Aligner:
             raise ImatchError("there is no pose of A to align: give at least the upright one")
         if self.refinement == "pixel" and photographs is None:
             raise ImatchError("refinement pixel compares photographs: give them, or use refinement patch")
+        if len(poses) > 1 and (quick := self.matcher.quick):
+            poses = [max(poses, key=lambda pose: len(quick(pose[1], b)))]
         first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
         views = (size_a, size_b, focal, np.concatenate([poses[0][1].xy, b.xy]))
         tried = [self._tried(pose, a, b, first, views) for pose, a in poses]
@@ -124,18 +135,21 @@ class Aligner:
             best = self._compared(best, views, *photographs()) if _usable(best) else _refused(best, why)
         elif first is not self.estimator:
             best = replace(best, geometry=self.estimator(best.xy_a, best.xy_b, *views))
+        if self.matcher.coarse and self.refinement == "patch" and photographs and best.geometry.kind in FLAT:
+            best = self._finer(best, views, *photographs())
         found, repeated = best.geometry, best.matches.repeated
         if not found.verified and repeated > len(best.matches):
             return _refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
         return best
 
-    def _tried(self, pose: P, a: Tokens, b: Tokens, estimator: Estimator, views: Views) -> Alignment[P]:
-        matches = self.matcher(a, b)
+    def _tried(self, pose: Pose, a: Tokens, b: Tokens, estimator: Estimator, views: Views) -> Alignment:
+        xy, size_a = shown(a.xy, views[0], pose)
+        matches = self.matcher(replace(a, xy=xy), b, (size_a, views[1]))
         xy_a = a.xy[matches.index_a]
         xy_b = b.xy[matches.index_b] if self.refinement == "off" else refine.by_patch(a, b, matches)
         return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, *views))
 
-    def _depth(self, coarse: Alignment[P], views: Views) -> Alignment[P] | None:
+    def _depth(self, coarse: Alignment, views: Views) -> Alignment | None:
         """The alignment of keypoints in a scene of depth. No matrix brings one photograph onto the other there, so
         pixels are not compared."""
         found = self.estimator(coarse.xy_a, coarse.xy_b, *views) if self.estimator.model == "auto" else None
@@ -144,9 +158,17 @@ class Aligner:
         reason = f"{found.reason}; pixels were not compared, for the scene has depth"
         return replace(coarse, geometry=replace(found, reason=reason))
 
+    def _finer(self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray) -> Alignment:
+        """The alignment by pixels if they confirm most of it, else as it was."""
+        model = "homography" if self.estimator.model == "auto" else self.estimator.model
+        exact = replace(self, estimator=replace(self.estimator, model=model, threshold=min(3.0, self.search.threshold)))
+        found = exact._compared(coarse, views, photograph_a, photograph_b)
+        most = found.geometry.inliers.sum() >= CONFIRMED * coarse.geometry.inliers.sum()
+        return found if found.geometry.verified and most else coarse
+
     def _compared(
-        self, coarse: Alignment[P], views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray
-    ) -> Alignment[P]:
+        self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray
+    ) -> Alignment:
         """The geometry of what is found in the photographs; correspondences that are not stay where they are."""
         best, matrix = None, coarse.geometry.matrix
         for _ in range(ROUNDS):
@@ -156,7 +178,7 @@ class Aligner:
             rows, inliers = np.flatnonzero(near)[found], np.zeros(len(xy_b), bool)
             geometry = self.estimator(coarse.xy_a[rows], xy_b[rows], *views)
             inliers[rows] = geometry.inliers
-            finer = replace(coarse, xy_b=xy_b, geometry=replace(geometry, inliers=inliers))
+            finer = replace(coarse, xy_b=xy_b, geometry=replace(geometry, inliers=inliers), compared=True)
             if not _usable(finer):
                 break
             best, matrix = finer, geometry.matrix
@@ -171,7 +193,7 @@ Views = tuple[tuple[int, int], tuple[int, int], tuple[float, float] | None, np.n
 """(h, w) of A and of B, their focal lengths, and where both have descriptors."""
 
 
-def _usable(found: Alignment[Any]) -> bool:
+def _usable(found: Alignment) -> bool:
     """Whether photographs can be compared from a geometry."""
     geometry = found.geometry
     if geometry.matrix is None or geometry.inliers.sum() < FEWEST:
@@ -179,18 +201,13 @@ def _usable(found: Alignment[Any]) -> bool:
     return not degenerate(geometry.matrix, found.xy_a[geometry.inliers])
 
 
-def _refused(found: Alignment[P], reason: str) -> Alignment[P]:
+def _refused(found: Alignment, reason: str) -> Alignment:
     return replace(found, geometry=replace(found.geometry, verified=False, reason=reason))
 
 
-def matcher_for(keypoints: bool) -> str:
-    """The matcher that "auto" stands for: keypoints have clear rivals, cells of a grid do not."""
-    return "ratio" if keypoints else "mutual"
-
-
-def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
-    """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for keypoints or
-    a grid.
+def aligner(parameters: Mapping[str, Any], b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:
+    """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for the matcher,
+    and for keypoints or a grid.
 
     Between the centres of patches lies half a patch of noise, in which a homography by OpenCV's graph cut does better
     than PoseLib's and a fundamental matrix explains anything: on grids "auto" is a homography.
@@ -198,26 +215,24 @@ def aligner(parameters: Mapping[str, Any], b: Tokens | None) -> Aligner:
     Args:
         parameters: of the step.
         b: tokens of the right photograph; None stands for keypoints.
+        size_b: its (h, w).
     """
     chosen, refinement = dict(parameters["geometry"]), parameters["refine"]
     patch = 0.0 if b is None or b.grid is None else max(b.spacing)
     coarse = max(3.0, patch / 2)
     fine = not patch or refinement == "pixel"
-    matcher = parameters["matcher"]
-    if matcher == "auto":
-        matcher = matcher_for(not patch)
-    chosen["threshold"] = chosen["threshold"] or (3.0 if fine else coarse)
+    matcher = matchers.create_matcher(parameters["matcher"], parameters["matcher_options"])
+    chosen["threshold"] = chosen["threshold"] or (max(3.0, matcher.coarse * max(size_b)) if fine else coarse)
     chosen["min_inliers"] = chosen.get("min_inliers") or (0 if fine else COARSE)
-    chosen["min_share"] = chosen["min_share"] or (0.01 if matcher == "ratio" else 0.1 if fine else 0.3)
-    estimator = Estimator(**chosen)
+    chosen["min_share"] = chosen["min_share"] or matcher.share or (0.1 if fine else 0.3)
+    estimator = Estimator(**chosen, caution=matcher.caution)
     widest = max(chosen["threshold"], coarse)
     search = dataclasses.replace(estimator, model="similarity", method="auto", threshold=widest)
     if patch and estimator.model == "auto":
         estimator = dataclasses.replace(estimator, model="homography")
     if not fine and (estimator.model, estimator.method) == ("homography", "auto"):
         estimator = dataclasses.replace(estimator, method="accurate")
-    made = matchers.create_matcher(matcher, parameters["matcher_options"])
-    return Aligner(made, search, estimator, refinement)
+    return Aligner(matcher, search, estimator, refinement)
 
 
 def aligned(
@@ -226,7 +241,7 @@ def aligned(
     b: Tokens,
     sizes: tuple[tuple[int, int], tuple[int, int]],
     paths: tuple[Path, Path],
-) -> Alignment[Pose]:
+) -> Alignment:
     """One pair. A photograph that is gone or broken by now must not end a run: its pixels are not compared, and the
     pair is not verified.
 
@@ -242,7 +257,7 @@ def aligned(
         return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
     except PhotographError as error:
         found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
-        return _refused(found, f"the photographs cannot be compared: {error}")
+        return _refused(found, f"the photographs cannot be compared: {error}") if align.refinement == "pixel" else found
 
 
 @lru_cache(maxsize=2)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -20,7 +20,10 @@ MATCHERS = {
     "mutual": "imatch.matching.matchers:Mutual",
     "ratio": "imatch.matching.matchers:Ratio",
     "dual_softmax": "imatch.matching.matchers:DualSoftmax",
+    "lighterglue": "imatch.matching.lighterglue:LighterGlue",
 }
+Sizes = tuple[tuple[int, int], tuple[int, int]]
+"""(h, w) of A and of B."""
 
 
 class Matcher(Protocol):
@@ -31,11 +34,31 @@ class Matcher(Protocol):
     def device(self) -> str:
         """Where it works: "cpu", "cuda" or "cuda:1"."""
 
-    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+    @property
+    def share(self) -> float:
+        """What share of its correspondences must agree; 0 for what is usual (`align.aligner`)."""
+
+    @property
+    def caution(self) -> float:
+        """Of `two_view.Estimator`, where its correspondences agree by themselves."""
+
+    @property
+    def coarse(self) -> float:
+        """Reprojection error of an inlier as a share of a photograph's longer side, if that is more than 3 pixels."""
+
+    @property
+    def quick(self) -> Matcher | None:
+        """What chooses the pose beforehand, by its number of correspondences, for a matcher that is slow."""
+
+    def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
 
         Any local descriptors with positions will do, on a grid or not; those of norm 0 are never matched. The roles
         are equal: exchanging A and B exchanges the two sides of the answer, but where pairs are equally strong.
+
+        Args:
+            a, b: their tokens, xy in pixels of the photographs as the backbone saw them.
+            sizes: of those photographs; for matchers that look at positions, too.
 
         Returns:
             strongest first, equally strong ones in the order of A; none where a side has no descriptors.
@@ -286,9 +309,13 @@ def _greedy(i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return kept
 
 
-class _Checked:
+class Checked:
     """A matcher whose fields are what their type hints say, on a device that is there."""
 
+    share: ClassVar[float] = 0.0
+    caution: ClassVar[float] = 1.0
+    coarse: ClassVar[float] = 0.0
+    quick: ClassVar[Matcher | None] = None
     device: str
 
     def __post_init__(self) -> None:
@@ -297,7 +324,7 @@ class _Checked:
 
 
 @dataclass(frozen=True)
-class Mutual(_Checked):
+class Mutual(Checked):
     """Pairs in which each side is among the other's nearest neighbours by cosine.
 
     Attributes:
@@ -331,7 +358,7 @@ class Mutual(_Checked):
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
 
-    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+    def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:  # noqa: ARG002
         """See `Matcher`."""
         of_a, of_b = sides(a, b, self.min_norm)
         tiles = products(of_a, of_b, self.device)
@@ -343,7 +370,7 @@ class Mutual(_Checked):
 
 
 @dataclass(frozen=True)
-class Ratio(_Checked):
+class Ratio(Checked):
     """Mutual nearest neighbours that are clearly nearer than anything elsewhere, seen from either photograph.
 
     A pair is kept when its angle is below `max_ratio` times the angle to its rival, the second most similar descriptor
@@ -373,12 +400,13 @@ class Ratio(_Checked):
     [[0], [0, 1]]
     """
 
+    share: ClassVar[float] = 0.01
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.85
     apart: NonNegativeFloat = 1.5
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
 
-    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+    def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:  # noqa: ARG002
         """See `Matcher`."""
         of_a, of_b = sides(a, b)
         if a.grid is None and b.grid is None:
@@ -440,7 +468,7 @@ def _angle(cosine: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DualSoftmax(_Checked):
+class DualSoftmax(Checked):
     """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
 
     The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor
@@ -468,7 +496,7 @@ class DualSoftmax(_Checked):
     max_matches: NonNegativeInt = 2000
     device: str = field(default="cpu", compare=False)
 
-    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+    def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:  # noqa: ARG002
         """See `Matcher`."""
         of_a, of_b = sides(a, b)
         scores = _log_probabilities(of_a, of_b, self.temperature, self.device)

@@ -26,7 +26,8 @@ PLANAR, GENERAL = 10, 15
 photographs (the demo's, and a drone's that share no ground; `bench_real.py`) none has more than 4 and 12, at a second
 look 13. 15 is COLMAP's number, too."""
 SURE = 2 * GENERAL
-"""Inliers from which on a pose is stated: of 21 between a drone's frames 6 were wrong, and it was off by 90 degrees."""
+"""Inliers from which on a pose is stated, for a wrong one misleads: of 21 between a drone's frames 6 were wrong, and it
+was off by 90 degrees."""
 EPIPOLAR = 2 / 3
 """What an epipolar distance may be of a reprojection error: it has one coordinate of the two."""
 PLANE = 0.8
@@ -73,7 +74,8 @@ class Estimator:
         min_inliers, min_share: verified takes min_inliers + min_share * n inliers, where n counts the correspondences,
             of a planar model those that it puts inside B. The form is Brown and Lowe's ("Automatic panoramic image
             stitching using invariant features", IJCV 2007; they use 8 and 0.3). min_inliers 0 is 10 for planar models
-            and 15 for the fundamental one. Fewer than 4 inliers are never enough.
+            and 15 for the fundamental one, both times `caution`. Fewer than 4 inliers are never enough.
+        caution: how many times as many inliers the correspondences have by chance as those of the ratio test.
 
     Raises:
         ImatchError: unknown model or method, a method that the model does not have, or a number out of its range.
@@ -91,6 +93,7 @@ class Estimator:
     min_inliers: NonNegativeInt = 0
     min_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     method: str = "auto"
+    caution: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
         config.check(self)
@@ -187,7 +190,8 @@ class Estimator:
             return replace(found, verified=False, kind="degenerate", reason=flaw)
         if not found.verified:
             return found
-        pose = _pose(a, b, points, options) if points.focal else None
+        sure = len(a) >= self.caution * SURE
+        pose = _pose(a, b, points, options) if points.focal and sure else None
         return replace(found, matrix=about, fundamental=fundamental, kind="general", pose=pose)
 
     def _judged(
@@ -195,7 +199,7 @@ class Estimator:
     ) -> Geometry:
         """Whether there are inliers enough, and the reason."""
         n = int(inliers.sum())
-        needed = max(FEWEST, (self.min_inliers or least) + int(max(self.min_share, share) * m))
+        needed = max(FEWEST, (self.min_inliers or round(self.caution * least)) + int(max(self.min_share, share) * m))
         reason = f"{n} inliers of {m} correspondences, {needed} are needed"
         return Geometry(matrix, inliers, math.nan, n >= needed, reason, "planar" if n >= needed else "")
 
@@ -300,10 +304,7 @@ def _rotation(matrix: np.ndarray, points: _Points) -> dict[str, Any]:
 
 
 def _pose(a: np.ndarray, b: np.ndarray, points: _Points, options: dict[str, Any]) -> Any:
-    """How the camera moved (`Geometry.pose`); None of few inliers, which a wrong one misleads, and where the focal
-    lengths do not explain most of them."""
-    if len(a) < SURE:
-        return None
+    """How the camera moved (`Geometry.pose`); None where the focal lengths do not explain most inliers."""
     cameras = [
         {"model": "SIMPLE_PINHOLE", "width": w, "height": h, "params": [k[0, 0], k[0, 2], k[1, 2]]}
         for (h, w), k in zip((points.size_a, points.size_b), _cameras(points), strict=True)

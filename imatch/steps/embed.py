@@ -67,7 +67,7 @@ def start_embed(
         data_key: the registry's file.
         image_groups: which of the photographs (see `datasets.Dataset.select`); none is all.
         exports, run: results go to <exports>/<run>/.
-        weight: "sift", "dsift" or a key of the registry's weights.
+        weight: "sift", "dsift", "xfeat" or a key of the registry's weights.
         weight_set: the set of the registry that this key is looked up in; "" is any.
         backbone_options: fields of that backbone.
         resize: how large the backbone sees the photographs; without a limit of its own it gets the backbone's.
@@ -94,15 +94,8 @@ def start_embed(
     parameters = {
         "dataset": photographs.key if photographs.registered else "",
         "image_groups": list(image_groups),
-        "weight": weight,
-        "backbone": base.backbone_identity(backbone),
-        "weights_digest": backbone.digest,
-        "resize": {"mode": resize.mode, **_side(resize, backbone)},
-        "pixels": images.RESAMPLING[backbone.resampling],
-        "cfg": checked_name("cfg", cfg) or str(resize),
-        "variant": variant,
         "shard_size": shard_size,
-        **store.keep_parameter(keep, weight),
+        **_seen_by(weight, backbone, resize, cfg, variant, keep),
     }
     name = f"{parameters['cfg']}_{store.variant_of(parameters)}{tagged(tag)}"
     folder = settings.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
@@ -110,6 +103,22 @@ def start_embed(
     if photographs.registered:
         links["data_key"] = settings.from_workspace(data_key)
     return start_step(folder, "01_embed", parameters, {}, links, on_change)
+
+
+def _seen_by(
+    weight: str, backbone: Backbone, resize: Resize, cfg: str = "", variant: str = "raw", keep: str = ""
+) -> dict[str, Any]:
+    """How photographs go through a backbone: the parameters of a step that are not about the data set."""
+    return {
+        "weight": weight,
+        "backbone": base.backbone_identity(backbone),
+        "weights_digest": backbone.digest,
+        "resize": {"mode": resize.mode, **_side(resize, backbone)},
+        "pixels": images.RESAMPLING[backbone.resampling],
+        "cfg": checked_name("cfg", cfg) or str(resize),
+        "variant": variant,
+        **store.keep_parameter(keep, weight),
+    }
 
 
 def _side(resize: Resize, backbone: Backbone) -> dict[str, float]:
@@ -631,14 +640,14 @@ class _Bad:
             warnings.warn(message, ImatchWarning, stacklevel=3)
 
 
-def worth_trying(step: Step, poses: Sequence[Pose]) -> list[Pose]:
-    """The poses that are worth trying with a step's backbone: the upright one alone, which is said, if it turns and
-    zooms with its photographs.
+def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Pose]:
+    """The poses that are worth trying with a step's backbone, or another: the upright one alone, which is said, if it
+    turns and zooms with its photographs.
 
     Raises:
         StepError: the step was imported, without its photographs.
     """
-    weight = step.parameters["weight"]
+    weight = weight or step.parameters["weight"]
     if len(poses) > 1 and step.parameters.get("imported"):
         raise StepError(f"{step.folder} was imported, and its photographs are not known to be there: run 01_embed")
     if len(poses) > 1 and weight in base.INVARIANT:
@@ -690,6 +699,59 @@ def embed_poses(
     if unfinished:
         raise unfinished
     return open_poses(folder, poses)
+
+
+def folder_by(source: Step, weight: str) -> Path:
+    """Say where `embed_by` puts the photographs of a step of embeddings: where 01_embed puts them by default."""
+    return source.folder.parents[1] / weight / f"{Resize()}_raw"
+
+
+def embed_by(
+    folder: Path,
+    weight: str,
+    *,
+    engine: Engine = LOCAL,
+    devices: str = "auto",
+    workers: int = -1,
+    batch_size: int = 8,
+    on_change: str = "refuse",
+) -> Step:
+    """Embed the photographs of a finished step by another backbone, too, as that sees them by default, if no 01_embed
+    of the run has done so.
+
+    Args:
+        folder: of the 01_embed or 02_references step.
+        weight: the other backbone.
+        engine, devices, workers, batch_size: as in `embed`.
+        on_change: as in `start_embed`.
+
+    Raises:
+        StepError: the step was imported, without its photographs; or there is another one in its place.
+    """
+    source = open_step(folder)
+    if source.parameters.get("imported"):
+        raise StepError(f"{folder} was imported, and its photographs are not known to be there: run 01_embed")
+    how: dict[str, Any] = {
+        "engine": engine,
+        "devices": devices,
+        "workers": workers,
+        "batch_size": batch_size,
+        "on_change": on_change,
+    }
+    links, upstream = {name: source.linked(name) for name in source.links}, dict(source.upstream)
+    if source.name == "02_references":
+        made = embed_by(source.linked("embed"), weight, **how)
+        links["embed"], upstream["embed"], parameters = made.folder, str(made.fingerprint), made.parameters
+    else:
+        about = {name: source.parameters[name] for name in ("dataset", "image_groups", "shard_size")}
+        parameters = {**about, **_seen_by(weight, base.create_backbone(weight), Resize())}
+    step = start_step(folder_by(source, weight), source.name, parameters, upstream, links, on_change)
+    if not step.finished:
+        finish_embed(
+            step,
+            embed(step, engine=engine, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0),
+        )
+    return open_step(step.folder)
 
 
 def _check_zoom(source: Step, pose: Pose) -> None:

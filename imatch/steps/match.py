@@ -17,25 +17,24 @@ import numpy as np
 import poselib
 import psutil
 
-from imatch.core import compute, config, files
+from imatch.core import compute, config, files, learned
 from imatch.core.compute import LOCAL, Engine
 from imatch.core.files import Row
 from imatch.core.step import Step, core_each, flat_name, pair_path, sides, start_step, tagged
 from imatch.core.types import ImatchError, Pair, Tokens
 from imatch.data import store
-from imatch.data.pairs import poses_of
+from imatch.data.pairs import Look, Looked, looks_of, settings_of
 from imatch.data.references import views_by_id
-from imatch.data.rotations import Pose, poses
-from imatch.data.store import open_poses
+from imatch.data.rotations import poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
-from imatch.features.base import INVARIANT
+from imatch.features.base import INVARIANT, create_backbone, matcher_for
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Alignment, aligned, aligner, matcher_for
+from imatch.matching.align import Aligner, Alignment, aligned, aligner
 from imatch.matching.matchers import options_of
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
-from imatch.steps.embed import embed_poses, worth_trying
+from imatch.steps.embed import embed_by, embed_poses, folder_by, worth_trying
 
 BLOCK = 64
 """Candidates of a query that one worker matches at a time: what a kill loses at most."""
@@ -53,6 +52,7 @@ def start_match(
     one: str = "",
     embed_step: str = "",
     gallery_step: str = "",
+    match_weight: str = "",
     matcher: str,
     matcher_options: Mapping[str, Any],
     rotations: int = 0,
@@ -82,7 +82,10 @@ def start_match(
         gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references
             made from `embed_step`, that its candidates come from; "" is `embed_step` itself. Two different sides
             have no pair twice, so "all" and "ordered" are every query against every candidate.
-        matcher: a name of `matchers.MATCHERS`; "auto" is `align.matcher_for` the backbone.
+        match_weight: the backbone whose descriptors are matched, embedded here if no 01_embed of the run has done so;
+            "" is the one that retrieved. "auto" is that one, and xfeat for what it does not verify, if it is installed.
+        matcher: a name of `matchers.MATCHERS`; "auto" is `features.base.matcher_for` the backbone. Where there are two,
+            it is that of the first, as `rotations` and `zooms`; the second has four rotations.
         matcher_options: fields of that matcher.
         rotations, zooms: poses of each query that are tried (`poses.poses`); the one with the most inliers is kept.
             rotations 0 is 4 for a backbone that does not rotate with its photographs, else 1.
@@ -102,9 +105,12 @@ def start_match(
     planned = sources.plan_pairs(index_step, candidates, pairs, one, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
-    if matcher == "auto":
-        matcher = matcher_for(planned.query.parameters["weight"] in INVARIANT)
+    own = planned.query.parameters["weight"]
+    weights, lacking = _weights(match_weight, planned.query)
+    matcher = matcher_for(weights[0], matcher)
     matchers.create_matcher(matcher, matcher_options)
+    if lacking:
+        print(lacking)
     for output in outputs:
         create_output(output)
     chosen = {
@@ -118,19 +124,35 @@ def start_match(
     }
     parameters = {
         **planned.parameters,
-        "matcher": matcher,
-        "matcher_options": {name: value for name, value in matcher_options.items() if name != "device"},
         "estimators": f"PoseLib {poselib.__version__}",  # pairs of an older geometry are not mixed with these
         "refine": refine,
         "geometry": chosen,
         "outputs": sorted(outputs),
     }
-    aligner(parameters, None)  # refuses bad values before anything is written
-    fixed = planned.query.parameters["weight"] not in INVARIANT and not planned.query.parameters.get("imported")
-    tries = worth_trying(planned.query, poses(rotations or (4 if fixed else 1), zooms))
-    parameters["poses"] = [dataclasses.asdict(pose) for pose in tries]
-    folder = planned.folder.with_name(f"{planned.folder.name}{tagged(tag)}")
-    return start_step(folder, "04_match", parameters, planned.upstream, planned.links, on_change)
+    chosen_options = {name: value for name, value in matcher_options.items() if name != "device"}
+    fixed = weights[0] not in INVARIANT and not planned.query.parameters.get("imported")
+    tries = poses(rotations or (4 if fixed else 1), zooms)
+    looks = [Look(weights[0], matcher, chosen_options, worth_trying(planned.query, tries, weights[0]))]
+    looks += [Look(weight, matcher_for(weight), {}, poses(4)) for weight in weights[1:]]
+    parameters["looks"] = [look.record for look in looks]
+    aligner({**parameters, "matcher": matcher, "matcher_options": matcher_options}, None)  # refuses bad values now
+    links = dict(planned.links)
+    for weight in {*weights} - {own}:
+        parameters[f"{weight}_digest"] = create_backbone(weight).digest
+        links[f"query_{weight}"] = folder_by(planned.query, weight)
+        links[f"gallery_{weight}"] = folder_by(planned.gallery, weight)
+    by = f"_{match_weight}" if match_weight not in ("", own) else ""
+    folder = planned.folder.with_name(f"{planned.folder.name}{by}{tagged(tag)}")
+    return start_step(folder, "04_match", parameters, planned.upstream, links, on_change)
+
+
+def _weights(match_weight: str, query: Step) -> tuple[list[str], str]:
+    """The backbones that pairs are matched by, and what "auto" lacks ("" if nothing)."""
+    own = query.parameters["weight"]
+    if match_weight != "auto" or own == "xfeat":
+        return [own if match_weight in ("", "auto") else match_weight], ""
+    lacking = "imported without photographs" if query.parameters.get("imported") else learned.lacking()
+    return ([own], f"{own} only; {lacking}") if lacking else ([own, "xfeat"], "")
 
 
 def match_pairs(
@@ -159,15 +181,18 @@ def match_pairs(
     """
     if not step.finished:
         _check_memory(step)
-        embed_poses(
-            sides(step)[0].folder,
-            poses_of(step),
-            engine=engine,
-            devices=devices,
-            workers=workers,
-            batch_size=batch_size,
-            on_change=step.on_change,
-        )
+        how: dict[str, Any] = {
+            "engine": engine,
+            "devices": devices,
+            "workers": workers,
+            "batch_size": batch_size,
+            "on_change": step.on_change,
+        }
+        for look in looks_of(step):
+            if f"query_{look.weight}" in step.links:
+                for side in {side.folder: side for side in sides(step)}.values():
+                    embed_by(side.folder, look.weight, **how)
+            embed_poses(sides(step, look.weight)[0].folder, look.poses, **how)
         job = _Match(step)
         blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
@@ -238,7 +263,7 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
     with tempfile.TemporaryDirectory() as elsewhere:
         for i in np.linspace(0, len(todo) - 1, SAMPLE).astype(int):
             candidates = job.candidates(todo[i])
-            pair = job.pair(todo[i].query, job.posed.tokens(todo[i].query), candidates[len(candidates) // 2])
+            pair = job.pair(todo[i].query, candidates[len(candidates) // 2])
             job.write(Path(elsewhere) / str(i), pair)
             taken["rows"] += 2 * len(files.line(pair.row))  # in the query's folder and in pairs.jsonl
         for path in Path(elsewhere).iterdir():
@@ -267,10 +292,8 @@ class _Match:
         both = sides(self.step)
         self.views = [views_by_id(side.folder) for side in both]
         self.roots = [side.linked("photographs") for side in both]
-        self.weight, self.most = both[0].parameters["weight"], both[0].parameters["backbone"].get("max_keypoints")
-        self.posed = open_poses(both[0].folder, poses_of(self.step))
-        parameters = self.step.parameters
-        self.sinks = [create_output(name) for name in parameters["outputs"]]
+        self.looked = [Looked(self.step, look) for look in looks_of(self.step)]
+        self.sinks = [create_output(name) for name in self.step.parameters["outputs"]]
 
     def __getstate__(self) -> Step:
         return self.step
@@ -291,9 +314,9 @@ class _Match:
         return self.source.candidates(block.query)[block.first : block.end]
 
     def __call__(self, block: _Block) -> Row:
-        a, rows = self.posed.tokens(block.query), []
+        rows = []
         for candidate in self.candidates(block):
-            pair = self.pair(block.query, a, candidate)
+            pair = self.pair(block.query, candidate)
             self.write(pair_path(self.step, pair.row), pair)
             rows.append(pair.row)
         files.write_rows(self.done(block), rows)
@@ -303,18 +326,16 @@ class _Match:
         for sink in self.sinks:
             sink(path, pair)
 
-    def pair(self, q: int, seen: Sequence[tuple[Pose, Tokens]], candidate: Candidate) -> Pair:
+    def pair(self, q: int, candidate: Candidate) -> Pair:
         query, gallery = self.source.query, self.source.gallery
-        meta_a, meta_b, b = query.rows[q], gallery.rows[candidate.row], gallery.tokens(candidate.row)
+        meta_a, meta_b = query.rows[q], gallery.rows[candidate.row]
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
         paths = self.roots[0] / meta_a["id"], self.roots[1] / meta_b["id"]
-        align = aligner(self.step.parameters, b)
         start = time.perf_counter()
-        found = aligned(align, seen, b, sizes, paths)
+        looked, align, found, a, b = self._best(meta_a["id"], meta_b["id"], sizes, paths)
         ms = 1000 * (time.perf_counter() - start)
-        a = dict(seen)[found.pose]
-        if self.most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
-            more = f"{self.most} keypoints were kept, the most: try backbone_options max_keypoints {2 * self.most}"
+        if looked.most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
+            more = f"{looked.most} keypoints were kept, the most: try backbone_options max_keypoints {2 * looked.most}"
             reason = f"{found.geometry.reason}; {more}"
             found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
         view_a, view_b = (views.get(meta["id"]) for views, meta in zip(self.views, (meta_a, meta_b), strict=True))
@@ -331,14 +352,16 @@ class _Match:
             **self.source.about(q),
             "descriptors": [len(a.descriptors), len(b.descriptors)],
             **dataclasses.asdict(found.pose),
+            "weight": looked.look.weight,
+            "refined": found.compared,
             "threshold": align.estimator.threshold,
             **_judged(found, sizes[0], truth),
         }
         settings = {
-            "matcher": self.step.parameters["matcher"],
+            "matcher": looked.look.matcher,
             "matcher_options": options_of(align.matcher),
             "refine": align.refinement,
-            "poses": self.step.parameters["poses"],
+            "poses": looked.look.record["poses"],
             "geometry": dataclasses.asdict(align.estimator),
         }
         return Pair(
@@ -350,13 +373,38 @@ class _Match:
             found.matches,
             found.geometry,
             grids=(a.grid, b.grid),
-            weight=self.weight,
+            weight=looked.look.weight,
             settings=settings,
             time_ms=round(ms, 3),
         )
 
+    def _best(
+        self, query: str, candidate: str, sizes: Any, paths: tuple[Path, Path]
+    ) -> tuple[Looked, Aligner, Alignment, Tokens, Tokens]:
+        """The first look that verifies a pair or, if none does, the first."""
+        first, reasons = None, []
+        for looked in self.looked:
+            tokens = looked(query, candidate)
+            if tokens is None:
+                reasons.append(f"{looked.look.weight} found nothing in one of the two")
+                continue
+            seen, b = tokens
+            align = aligner(settings_of(self.step, looked.look), b, sizes[1])
+            found = aligned(align, seen, b, sizes, paths)
+            told = looked, align, found, dict(seen)[found.pose], b
+            if found.geometry.verified:
+                return told
+            first = first or told
+            reasons.append(f"{looked.look.weight}: {found.geometry.reason}")
+        if first is None:
+            raise ImatchError(f"{query} and {candidate}: {'; '.join(reasons)}")
+        if len(reasons) > 1:
+            geometry = dataclasses.replace(first[2].geometry, reason="; ".join(reasons))
+            first = (*first[:2], dataclasses.replace(first[2], geometry=geometry), *first[3:])
+        return first
 
-def _judged(found: Alignment[Pose], size: tuple[int, int], truth: np.ndarray | None) -> Row:
+
+def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Row:
     """What was found, and how far it is from the true matrix where that is known: the geometric part of a row."""
     explained, wanted = found.geometry, None if truth is None else geometry.rotation_scale(truth, size)
     turned, scaled = (None, None)

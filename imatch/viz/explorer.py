@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
 from imatch.core.files import Row, printable, read_rows
-from imatch.core.step import Step, flat_name, open_step, run_and_dataset
+from imatch.core.step import Step, flat_name, run_and_dataset
 from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
 from imatch.data import exif, images
-from imatch.data.pairs import Matched, poses_of
+from imatch.data.pairs import Looked, Matched, settings_of
 from imatch.data.references import views_by_id
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.evaluation import verdicts
@@ -294,12 +294,13 @@ class Saved:
 
     def open(self, row: Row) -> Opened:
         """A pair of pairs.jsonl; it is matched again where the outputs had no "npy"."""
-        a, b = self._matched.tokens(row)
+        looked, (a, b) = self._matched.looked[row["weight"]], self._matched.tokens(row)
+        files, sizes = self._matched.files(row)
         try:
             pair = self._matched.pair(row)
         except StepError:
-            return self._match(row, *self._matched.files(row), [(Pose(row["turn"], row["zoom"]), a)], b)
-        return Opened(pair, (a, b), aligner(self.step.parameters, b).estimator)
+            return self._match(row, files, sizes, [(Pose(row["turn"], row["zoom"]), a)], b, looked)
+        return Opened(pair, (a, b), aligner(settings_of(self.step, looked.look), b, sizes[1]).estimator)
 
     def match(self, names: tuple[str, str], files: tuple[Path, Path]) -> Opened:
         """Embed two photographs as 01_embed did and match them as 04_match did.
@@ -311,10 +312,19 @@ class Saved:
         Raises:
             ImatchError: a photograph cannot be decoded, or the weights are not there or have changed.
         """
-        seen = [(pose, self._embed(names[0], files[0], pose)) for pose in poses_of(self.step)]
-        a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT)
-        row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
-        return self._match(row, files, (a.size, b.size), [(pose, one.tokens) for pose, one in seen], b.tokens)
+        found: Opened | None = None
+        for looked in self._matched.looked.values():
+            seen = [(pose, self._embed(names[0], files[0], pose, looked)) for pose in looked.look.poses]
+            a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT, looked)
+            row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
+            poses = [(pose, one.tokens) for pose, one in seen]
+            one = self._match(row, files, (a.size, b.size), poses, b.tokens, looked)
+            found = one if found is None or one.pair.geometry.verified else found
+            if found.pair.geometry.verified:
+                break
+        if found is None:
+            raise StepError(f"{self.step.folder} has no backbone to match by: run 04_match again")
+        return found
 
     def _match(
         self,
@@ -323,29 +333,27 @@ class Saved:
         sizes: tuple[tuple[int, int], tuple[int, int]],
         seen: Sequence[tuple[Pose, Tokens]],
         b: Tokens,
+        looked: Looked,
     ) -> Opened:
-        align = aligner(self.step.parameters, b)
+        align = aligner(settings_of(self.step, looked.look), b, sizes[1])
         found = aligned(align, seen, b, sizes, files)
-        pair = Pair(row, files, sizes, found.xy_a, found.xy_b, found.matches, found.geometry)
+        pair = Pair(row, files, sizes, found.xy_a, found.xy_b, found.matches, found.geometry, weight=looked.look.weight)
         return Opened(pair, (dict(seen)[found.pose], b), align.estimator)
 
-    @cached_property
-    def _backbone(self) -> Backbone:
-        made_by = self._embed_parameters
-        backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
-        if backbone.digest != made_by["weights_digest"]:
-            raise StepError(f"the weights of {made_by['weight']} have changed since 01_embed: run it again")
-        return backbone
-
-    @property
-    def _embed_parameters(self) -> dict[str, Any]:
-        return open_step(self._matched.gallery.folder).parameters
-
-    def _embed(self, name: str, file: Path, pose: Pose) -> Embedded:
+    def _embed(self, name: str, file: Path, pose: Pose, looked: Looked) -> Embedded:
         try:
-            return embed_one(file, self._backbone, self._embed_parameters, pose)
+            return embed_one(file, _backbone(looked), looked.parameters, pose)
         except PhotographError as error:
             raise PhotographError(f"{name}: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def _backbone(looked: Looked) -> Backbone:
+    made_by = looked.parameters
+    backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
+    if backbone.digest != made_by["weights_digest"]:
+        raise StepError(f"the weights of {made_by['weight']} have changed since 01_embed: run it again")
+    return backbone
 
 
 class Explorer(widgets.VBox):

@@ -43,17 +43,20 @@ ANGLES, CROPS = range(0, 360, 15), (1.0, 0.75, 0.5)
 
 
 @dataclass(frozen=True)
-class Remembered:
+class Remembered(matchers.Checked):
     """A matcher that answers the same question once: refinements share it."""
 
     matcher: matchers.Matcher
-    known: dict[tuple[int, int], Matches]
+    known: dict[tuple[bytes, bytes], Matches]
 
-    def __call__(self, a: Tokens, b: Tokens) -> Matches:
+    def __post_init__(self) -> None:
+        """Nothing: the matcher has checked its own fields."""
+
+    def __call__(self, a: Tokens, b: Tokens, sizes: matchers.Sizes | None = None) -> Matches:
         """See `Matcher`."""
-        key = id(a), id(b)
+        key = a.descriptors.tobytes(), b.descriptors.tobytes()
         if key not in self.known:
-            self.known[key] = self.matcher(a, b)
+            self.known[key] = self.matcher(a, b, sizes)
         return self.known[key]
 
 
@@ -97,10 +100,11 @@ def backbone(folder: Path, weight: str) -> base.Backbone:
     return base.create_backbone(weight, data_key=str(folder / "data_key.json"), device="cpu")
 
 
-def aligner(refinement: str, b: Tokens, known: dict[tuple[int, int], Matches]) -> Aligner:
+def aligner(weight: str, refinement: str, b: Tokens, known: dict[tuple[bytes, bytes], Matches]) -> Aligner:
     """What 04_match aligns with by default."""
     geometry = {"threshold": 0.0, "min_share": 0.0}
-    made = align.aligner({"matcher": "auto", "matcher_options": {}, "refine": refinement, "geometry": geometry}, b)
+    matcher = base.matcher_for(weight)
+    made = align.aligner({"matcher": matcher, "matcher_options": {}, "refine": refinement, "geometry": geometry}, b)
     return dataclasses.replace(made, matcher=Remembered(made.matcher, known))
 
 
@@ -118,13 +122,13 @@ def photograph(number: int, folder: Path, weight: str, every: int) -> list[tuple
         path, size = folder / f"{weight}_{number}_{i}.png", view.pixels.shape[:2]
         Image.fromarray(view.pixels).save(path)
         posed = [(pose, shown(sees, path, pose)) for pose in rotations.poses(turns)]
-        known: dict[tuple[int, int], Matches] = {}
+        known: dict[tuple[bytes, bytes], Matches] = {}
         truth = np.linalg.inv(view.matrix)
         for refinement in REFINEMENTS:
             if weight == "sift" and refinement == "patch":
                 continue
             found, other = (
-                aligner(refinement, b, known)(
+                aligner(weight, refinement, b, known)(
                     posed, b, size, pixels.shape[:2], partial(pair, view.pixels, pixels)
                 ).geometry
                 for pixels, b in gallery

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from imatch.api import match as api
 from imatch.cli import demo
+from imatch.core import settings
 from imatch.data import images
 from imatch.features import base
 from imatch.matching.geometry import epipolar_distance
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=None, choices=SETS, help="those at hand")
     parser.add_argument("--folder", type=Path, help="photographs of one's own")
     parser.add_argument("--pairs", type=Path, help="their pairs: query,candidate,label")
-    parser.add_argument("--weight", default="sift")
+    parser.add_argument("--weight", default="auto")
     parser.add_argument("--methods", nargs="*", default=["imatch", "tutorial", "colmap"])
     parser.add_argument("--every", type=int, default=1, help="take every n-th unrelated pair")
     parser.add_argument("--worst", type=int, default=0, help="name so many pairs of each set that went wrong")
@@ -95,6 +96,7 @@ def main() -> None:
 
 def quiet() -> None:
     """One thread a process."""
+    settings.take_cores(1)
     cv2.setNumThreads(1)
 
 
@@ -203,10 +205,12 @@ def judged(job: Job, ways: Sequence[tuple[str, str]]) -> list[Told]:
 
 @lru_cache(maxsize=64)
 def seen(path: Path, weight: str) -> api._Seen:
-    """A photograph as `imatch.match` sees it."""
-    return api._seen(path, backbone(weight), path.name)
+    """A photograph as `imatch.match` sees it, by xfeat in each rotation."""
+    whole = api._seen(path, backbone(weight), path.name, weight)
+    return api._rotated(whole, backbone(weight)) if weight == "xfeat" else whole
 
 
+@lru_cache(maxsize=4)
 def backbone(weight: str) -> base.Backbone:
     """As `imatch.match` makes it."""
     return base.create_backbone(weight, {"max_keypoints": api.CLOSER} if weight == "sift" else {})
@@ -214,10 +218,14 @@ def backbone(weight: str) -> base.Backbone:
 
 def imatch(job: Job, weight: str) -> Told:
     """`imatch.match` as it comes, less decoding and detecting."""
-    a, b = seen(job.a, weight), seen(job.b, weight)
-    started = time.process_time()
-    found = api._look_twice(backbone(weight), a, b)
-    ms = 1000 * (time.process_time() - started)
+    ms = 0.0
+    for one in api.weights_of(weight)[0]:
+        a, b = seen(job.a, one), seen(job.b, one)
+        started = time.process_time()
+        found = api._look_twice(backbone(one), a, b)
+        ms += 1000 * (time.process_time() - started)
+        if found.verified:
+            break
     return Told(found.verified, found.inliers, ms, found.kind, job.truth and errors(found, job.truth))
 
 

@@ -1,7 +1,7 @@
-"""How sift_vocabulary.npy was made: visual words learned from procedural images, so that no photograph's
-licence or content is in the package.
+"""How sift_vocabulary.npy and xfeat_vocabulary.npy were made: visual words learned from procedural images, so that no
+photograph's licence or content is in the package.
 
-    python -m tools.sift_vocabulary imatch/features/sift_vocabulary.npy
+    python -m tools.vocabulary sift imatch/features/sift_vocabulary.npy
 
 The images are dead leaves (Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001): shapes with
 radii of density r^-3 that cover each other, which gives edges, corners and scales the statistics of photographs.
@@ -17,9 +17,14 @@ import cv2
 import numpy as np
 
 from imatch.core import files
-from imatch.features.sift import keypoints
+from imatch.features import sift, xfeat
 
 WORDS, IMAGES, SIDE, LEAVES, KEYPOINTS, SEED = 64, 100, 512, 4000, 1000, 0
+DESCRIBED = {
+    "sift": lambda photograph: sift.keypoints(photograph, KEYPOINTS, 0.02)[1],
+    "xfeat": lambda photograph: xfeat.keypoints(photograph, KEYPOINTS, "cpu")[1],
+}
+"""Backbone -> the descriptors of a photograph."""
 
 
 def dead_leaves(rng: np.random.Generator, side: int = SIDE) -> np.ndarray:
@@ -83,14 +88,14 @@ def _texture(rng: np.random.Generator, side: int, radius: float) -> np.ndarray:
     return np.asarray(shade + rng.uniform(0, 50) * pattern, np.float32)
 
 
-def learn(images: int = IMAGES, words: int = WORDS, seed: int = SEED) -> np.ndarray:
-    """K-means words over the RootSIFT descriptors of dead leaves.
+def learn(weight: str = "sift", images: int = IMAGES, words: int = WORDS, seed: int = SEED) -> np.ndarray:
+    """K-means words over a backbone's descriptors of dead leaves.
 
     Returns:
-        (words, 128) float16, sorted so that the order does not depend on the start.
+        (words, d) float16, sorted so that the order does not depend on the start.
     """
     rng = np.random.default_rng(seed)
-    descriptors = np.concatenate([keypoints(dead_leaves(rng), KEYPOINTS, 0.02)[1] for _ in range(images)])
+    descriptors = np.concatenate([DESCRIBED[weight](dead_leaves(rng)) for _ in range(images)])
     cv2.setRNGSeed(seed)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 60, 1e-5)
     _, _, centres = cv2.kmeans(descriptors, words, None, stop, 3, cv2.KMEANS_PP_CENTERS)
@@ -99,10 +104,12 @@ def learn(images: int = IMAGES, words: int = WORDS, seed: int = SEED) -> np.ndar
 
 def main() -> None:
     """Write the vocabulary to the path given on the command line."""
-    parser = argparse.ArgumentParser(description="Learn the visual words of `sift` from procedural images.")
+    parser = argparse.ArgumentParser(description="Learn the visual words of a backbone from procedural images.")
+    parser.add_argument("weight", choices=DESCRIBED)
     parser.add_argument("path", type=Path, help="the .npy file to write")
-    path = parser.parse_args().path
-    files.write_array(path, learn())
+    given = parser.parse_args()
+    path = given.path
+    files.write_array(path, learn(given.weight))
     print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
 
 

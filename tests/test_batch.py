@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from imatch.cli import batch
-from imatch.core import settings
+from imatch.core import learned, settings
 from imatch.core.step import step_folder
 from imatch.core.types import ImatchError
 from tests.command import command
@@ -35,6 +35,8 @@ def run(*arguments, cwd=ROOT):
     [
         ({"parameters": {"wieght": "sift"}}, [], "did you mean 'weight'"),
         ({"sweep": {"long_sid": [1]}}, [], "did you mean 'long_side'"),
+        ({"also": [{"wieght": "sift"}]}, [], "did you mean 'weight'"),
+        ({"also": {"weight": "sift"}}, [], r"also must be a valid list"),
         ({}, [("wieght", "sift")], "did you mean 'weight'"),
         ({"parameters": {"long_side": "640"}}, [], "long_side wants int"),
         ({"parameters": {"scale": True}}, [], "scale wants float"),
@@ -62,6 +64,26 @@ def test_files_that_are_no_recipe(tmp_path, content):
         batch.load(tmp_path / "recipe.yaml", [], NOTEBOOKS)
     with pytest.raises(ImatchError, match="no file"):
         batch.load(tmp_path / "absent.yaml", [], NOTEBOOKS)
+
+
+def test_single_points_stand_beside_a_sweep(tmp_path):
+    also = [{"weight": "xfeat", "scale": 0.5}]
+    path = recipe(tmp_path, sweep={"weight": ["sift", "dsift"]}, also=also)
+    assert batch.load(path, [], NOTEBOOKS)[0].also == also
+    assert batch.load(path, [("long_side", "64")], NOTEBOOKS)[0].also == also
+    assert batch.load(path, [("weight", "sift")], NOTEBOOKS)[0].also == []
+
+
+def test_without_the_extra_xfeat_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(batch, "run", lambda read, *_: asked.append(read) or ({}, []))
+    path = recipe(tmp_path, also=[{"weight": "xfeat"}])
+    assert batch.main(path, [], "", "") == 0
+    assert "left out" not in capsys.readouterr().out
+    monkeypatch.setattr(learned, "lacking", lambda: "xfeat is not installed: so and so")
+    assert batch.main(path, [], "", "") == 0
+    assert "left out: weight xfeat; xfeat is not installed: so and so" in capsys.readouterr().out
+    assert [read.also for read in asked] == [[{"weight": "xfeat"}], []]
 
 
 def test_command_line_wins_over_file_and_sweep(tmp_path):

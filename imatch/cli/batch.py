@@ -31,7 +31,7 @@ import yaml
 from pydantic import Field
 
 from imatch.cli import manifest
-from imatch.core import compute, config, files, settings
+from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import PartDoneError
 from imatch.core.step import MIME
 from imatch.core.types import ImatchError
@@ -72,7 +72,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file asks for: notebooks in order, parameters for all of them, lists to sweep over.
+    """What a file asks for: notebooks in order, parameters for all of them, lists to sweep over, single points besides.
 
     A manifest has `points` in place of a sweep: what each is called by -> its parameters.
     """
@@ -80,6 +80,7 @@ class Recipe:
     notebooks: list[str]
     parameters: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, list[Any]] = field(default_factory=dict)
+    also: list[dict[str, Any]] = field(default_factory=list)
     points: dict[str, dict[str, Any]] | None = None
 
 
@@ -87,6 +88,7 @@ class _File(config.Said):
     notebooks: list[str]
     parameters: dict[str, Any] = Field({})
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
+    also: list[dict[str, Any]] = Field([])
 
 
 def schema(notebook: Path) -> dict[str, Parameter]:
@@ -151,8 +153,8 @@ def load(
 
     Args:
         path: the file.
-        overrides: (name, text) pairs from the command line; they also replace a sweep over that name, and what a
-            manifest says of it.
+        overrides: (name, text) pairs from the command line; they also replace a sweep over that name, what a
+            manifest says of it, and the single points that name it.
         notebooks: the folder of notebooks.
 
     Returns:
@@ -190,12 +192,13 @@ def load(
     for name, values in recipe.sweep.items():
         for value in values:
             check(name, value, wanted(name))
-    for point in (recipe.points or {}).values():
+    for point in [*(recipe.points or {}).values(), *recipe.also]:
         for name, value in point.items():
             check(name, value, wanted(name))
     for name, value in given.items():
         recipe.parameters[name] = value
         recipe.sweep.pop(name, None)
+        recipe.also[:] = [point for point in recipe.also if name not in point]
     return recipe, schemas
 
 
@@ -224,8 +227,11 @@ def run(
     each = [name for name in recipe.notebooks if name not in together]
     todo = recipe.points if each else {}
     if todo is None:
-        swept = points(recipe.sweep)
-        todo = {" ".join(f"{name}={value}" for name, value in point.items()) or "run": point for point in swept}
+        swept = [*points(recipe.sweep), *recipe.also]
+        todo = {
+            " ".join(f"{name}={point[name]}" for name in recipe.sweep if name in point) or "run": point
+            for point in swept
+        }
     for label, point in todo.items():
         steps: dict[str, Path] = {}
         for name in each:
@@ -398,6 +404,9 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     if exports and any(name == "exports" for name, _ in parameters):
         raise ImatchError("exports is given twice, as --exports and by -p: keep one")
     read, schemas = load(recipe, parameters, folder)
+    if any(point.get("weight") == "xfeat" for point in read.also) and (lacking := learned.lacking()):
+        print(f"left out: weight xfeat; {lacking}")
+        read.also[:] = [point for point in read.also if point.get("weight") != "xfeat"]
     if shard and not any("shard" in known for known in schemas.values()):
         raise ImatchError(f"{recipe.name} has no parts: run it without --shard")
     if shard:

@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "pip>=25.1" setuptools
 	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks,dinov3,$(FAISS),demo,redis,dask,openvino]" --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks,dinov3,learned,$(FAISS),demo,redis,dask,openvino]" --group dev
 	rm -f .venv/ready-* && touch $@
 
 demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures
@@ -65,11 +65,13 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_search.py --memory
 	$(BIN)/python tests/benchmarks/bench_match.py
 	$(BIN)/python tests/benchmarks/bench_match.py --memory
+	$(BIN)/python tests/benchmarks/bench_learned.py
 	$(BIN)/python tests/benchmarks/bench_pairs.py --every 4
 	$(BIN)/python tests/benchmarks/bench_real.py --every 4
 
-vocabulary: $(READY)  ## learn the visual words of sift again (minutes)
+vocabulary: $(READY)  ## learn the visual words of sift and xfeat again (minutes)
 	$(BIN)/python -m tools.vocabulary sift imatch/features/sift_vocabulary.npy
+	$(BIN)/python -m tools.vocabulary xfeat imatch/features/xfeat_vocabulary.npy
 
 # with FAISS=gpu, for faiss-gpu brings CUDA packages that must be pinned, too
 lock: $(READY)  ## write constraints.txt from what is installed

@@ -17,7 +17,7 @@ import sys
 import cv2
 import numpy as np
 
-from tools.sift_vocabulary import dead_leaves
+from tools.vocabulary import dead_leaves
 
 photograph = dead_leaves(np.random.default_rng(0), side=400)
 cv2.imwrite(f"{sys.argv[1]}/a.png", photograph)
@@ -30,8 +30,9 @@ imatch="$folder/venv/bin/imatch"
 "$imatch" match a.png b.png -o pair.png
 test -s pair.png
 code=0
-"$imatch" match a.png c.png || code=$?
+said=$("$imatch" match a.png c.png) || code=$?
 test "$code" = 1
+grep -q "sift only; xfeat is not installed: pip install 'imatch\[learned\]'" <<< "$said"
 code=0
 said=$("$imatch" match a.png b.png --weight vits16 2>&1) || code=$?
 test "$code" = 2

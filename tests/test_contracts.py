@@ -12,6 +12,7 @@ import pytest
 from imatch.core.types import ImatchError, Pair, StepError, Tokens, normalise
 from imatch.data import references
 from imatch.features import base
+from imatch.features.xfeat import XFeat
 from imatch.matching import matchers
 from imatch.matching.two_view import Estimator
 from imatch.retrieval import index as searcher
@@ -20,7 +21,7 @@ from imatch.steps import match
 from tools.vocabulary import dead_leaves
 
 TABLES = [
-    (base.CLASSICAL, base.create_backbone),
+    (base.NAMED, base.create_backbone),
     (references.REFERENCES, references.create),
     (kinds.INDEXES, kinds.create_kind),
     (matchers.MATCHERS, matchers.create_matcher),
@@ -39,7 +40,7 @@ def test_unknown_name_gets_the_nearest(table, create):
 @pytest.mark.parametrize(
     ("create", "table"),
     [
-        (base.create_backbone, base.CLASSICAL),
+        (base.create_backbone, base.NAMED),
         (references.create, references.REFERENCES),
         (matchers.create_matcher, matchers.MATCHERS),
     ],
@@ -56,14 +57,14 @@ def test_unknown_and_mistyped_options_raise(create, table):
 # --- backbones
 
 
-@pytest.fixture(params=[*base.CLASSICAL, "vits16", "cxTiny"])
+@pytest.fixture(params=[*base.NAMED, "vits16", "cxTiny"])
 def backbone(request):
     weights = request.getfixturevalue("weights")
     return base.create_backbone(request.param, data_key=str(weights / "data_key.json"))
 
 
 def test_every_backbone_is_under_contract():
-    assert set(base.BACKBONES) == {*base.CLASSICAL, "dinov3"}
+    assert set(base.BACKBONES) == {*base.NAMED, "dinov3"}
 
 
 def leaves(h, w, seed=0):
@@ -100,7 +101,7 @@ def test_backbone_is_deterministic_and_independent_of_the_batch(backbone):
     assert [t.descriptors.tobytes() for t in backbone(batch)] == [t.descriptors.tobytes() for t in together]
 
 
-@pytest.mark.parametrize("weight", base.CLASSICAL)
+@pytest.mark.parametrize("weight", base.NAMED)
 def test_classical_backbone_sees_nothing_in_an_even_grey(weight):
     (tokens,) = base.create_backbone(weight)(np.full((1, 64, 64, 3), 127, np.uint8))
     assert not tokens.vector.any()
@@ -109,6 +110,8 @@ def test_classical_backbone_sees_nothing_in_an_even_grey(weight):
 
 def test_descriptor_positions_turn_with_the_photograph(backbone):
     """A quarter turn of the pixels must turn the positions exactly: a slip of half a pixel shows here as one."""
+    if isinstance(backbone, XFeat):
+        pytest.skip("its keypoints do not rotate with the photograph; test_xfeat.py moves one")
     photograph = leaves(128, 128)
     (upright,), (turned,) = backbone(photograph[None]), backbone(np.rot90(photograph)[None])
     expected = np.column_stack([upright.xy[:, 1], 127 - upright.xy[:, 0]])
@@ -417,7 +420,7 @@ def test_a_memory_map_is_read_in_blocks(tmp_path, monkeypatch):
 # --- matchers
 
 
-@pytest.fixture(params=sorted(matchers.MATCHERS))
+@pytest.fixture(params=sorted({*matchers.MATCHERS} - {"lighterglue"}))  # that takes xfeat's alone: test_xfeat.py
 def matcher(request):
     return request.param
 

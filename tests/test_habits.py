@@ -51,6 +51,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from imatch.data import images
+from imatch.data.rotations import UPRIGHT
 from imatch.features.sift import Sift
 from imatch.matching import matchers
 from imatch.matching.align import Aligner
@@ -63,7 +64,7 @@ a, b = (Sift()(one.pixels[None])[0] for one in decoded)
 homography = Estimator("homography")
 for matcher in ("mutual", "ratio"):
     align = Aligner(matchers.create_matcher(matcher), Estimator("similarity"), homography)
-    found = align([("upright", a)], b, *(one.pixels.shape[:2] for one in decoded)).geometry
+    found = align([(UPRIGHT, a)], b, *(one.pixels.shape[:2] for one in decoded)).geometry
     assert found.verified, found.reason
 print(sorted({{"torch", "timm", "matplotlib", "faiss"}} & set(sys.modules)))
 """

@@ -242,7 +242,8 @@ def test_workers_change_no_byte(data):
         tag="together",
         on_change="refuse",
         **step.parameters["geometry"],
-        **{key: step.parameters[key] for key in ("matcher", "matcher_options", "outputs")},
+        outputs=step.parameters["outputs"],
+        **{key: step.parameters["looks"][0][key] for key in ("matcher", "matcher_options")},
         candidates=1,
     )
     assert imatch.match_pairs(other, workers=2) == rows
@@ -385,7 +386,7 @@ def test_the_notebook_matches_all_pairs(few_photographs, tmp_path):
     done = subprocess.run([*command, "--exports", "exports"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of 6 pairs verified" in done.stdout
-    step = open_step(tmp_path / "exports/pairs/04_match/few/sift/scale1_raw/pairs-all")
+    step = open_step(tmp_path / "exports/pairs/04_match/few/sift/scale1_raw/pairs-all_auto")
     assert (step.folder / "notebook.ipynb").is_file()
     assert step.metrics["pairs"] == 6
     assert len(list((step.folder / "pairs" / flat_name("a.png")).glob("*.png"))) == 3

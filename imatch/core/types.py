@@ -211,7 +211,7 @@ class Matches:
 
     Attributes:
         index_a, index_b: (m,) int64, rows of the descriptors of A and of B.
-        similarity: (m,) float32, cosine.
+        similarity: (m,) float32, cosine; by lighterglue the probability of the pair.
         repeated: how many more there would be, had they not as good a rival: what they show repeats.
     """
 

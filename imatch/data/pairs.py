@@ -12,7 +12,7 @@ import numpy as np
 from imatch.core.files import Row
 from imatch.core.step import Step, pair_path, sides
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
-from imatch.data.rotations import Pose
+from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.store import Embeddings, open_embeddings, open_poses
 
 
@@ -43,7 +43,13 @@ class Look:
 
 
 def looks_of(step: Step) -> list[Look]:
-    """How a 04_match looks at its pairs: the next one where none before has verified a pair."""
+    """How a 04_match looks at its pairs: the next one where none before has verified a pair.
+
+    Raises:
+        StepError: the step is of an earlier version.
+    """
+    if "looks" not in step.parameters:
+        raise StepError(f"{step.folder} is of an earlier version: run 04_match again and set on_change to recompute")
     return [Look.of(look) for look in step.parameters["looks"]]
 
 
@@ -67,10 +73,12 @@ class Looked:
         self.parameters = gallery.parameters
         self._places = [{id: place for place, id in enumerate(side.ids)} for side in (self.posed.upright, self.gallery)]
 
-    def __call__(self, query: str, candidate: str) -> tuple[list[tuple[Pose, Tokens]], Tokens] | None:
-        """The tokens of A in each pose and those of B, by their ids; None where the backbone found nothing in one."""
+    def __call__(self, query: str, candidate: str) -> tuple[list[tuple[Pose, Tokens]], Tokens]:
+        """The tokens of A in each pose and those of B, by their ids; empty ones where the backbone found nothing."""
         a, b = self._places[0].get(query), self._places[1].get(candidate)
-        return None if a is None or b is None else (self.posed.tokens(a), self.gallery.tokens(b))
+        one = self.gallery.tokens(0)
+        none = Tokens(np.zeros_like(one.vector), one.descriptors[:0], one.xy[:0])
+        return [(UPRIGHT, none)] if a is None else self.posed.tokens(a), none if b is None else self.gallery.tokens(b)
 
 
 class Matched:
@@ -88,21 +96,13 @@ class Matched:
         self._places = [{id: place for place, id in enumerate(side.ids)} for side in (self.query, self.gallery)]
 
     def tokens(self, row: Row) -> tuple[Tokens, Tokens]:
-        """The tokens of a row of pairs.jsonl: A's in the pose that it was matched in, and B's.
-
-        Raises:
-            StepError: they are gone.
-        """
-        found = self.looked[row["weight"]](row["query"], row["candidate"])
-        if found is None:
-            raise StepError(
-                f"no tokens of {row['query']} and {row['candidate']} by {row['weight']}: run 04_match again"
-            )
-        return dict(found[0])[Pose(row["turn"], row["zoom"])], found[1]
+        """The tokens of a row of pairs.jsonl: A's in the pose that it was matched in, and B's."""
+        seen, b = self.looked[row["weight"]](row["query"], row["candidate"])
+        return dict(seen)[Pose(row["turn"], row["zoom"])], b
 
     def upright(self, row: Row) -> Tokens:
-        """A's tokens of a row of pairs.jsonl as 01_embed left them."""
-        return self.query.tokens(self._where(row)[0])
+        """A's tokens of a row of pairs.jsonl as it is, not rotated."""
+        return self.looked[row["weight"]](row["query"], row["candidate"])[0][0][1]
 
     def files(self, row: Row) -> tuple[tuple[Path, Path], tuple[tuple[int, int], tuple[int, int]]]:
         """The photographs of a row of pairs.jsonl: where they lie, and their (h, w)."""

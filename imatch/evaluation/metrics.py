@@ -236,15 +236,21 @@ def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
 
 
 def rerank(pairs: Iterable[T]) -> list[T]:
-    """One query's retrieved pairs in a new order: verified ones by their inliers, then the others as retrieval
-    ranked them (inliers that do not verify are chance).
+    """One query's retrieved pairs in a new order: verified ones by their inliers, those of an earlier look first (of
+    another backbone they are not comparable), then the others as retrieval ranked them (inliers that do not verify are
+    chance).
 
     >>> rows = [dict(rank=r, verified=r == 1, inliers=9 * r, retrieved=True) for r in range(3)]
     >>> [row["rank"] for row in rerank(rows)]
     [1, 0, 2]
     """
     retrieved = (row for row in pairs if row["retrieved"])
-    return sorted(retrieved, key=lambda r: (not r["verified"], -r["inliers"] if r["verified"] else 0, r["rank"]))
+    return sorted(retrieved, key=_place)
+
+
+def _place(row: Row) -> tuple[float, ...]:
+    verified = (row.get("look", 0), -row["inliers"]) if row["verified"] else (0, 0)
+    return (not row["verified"], *verified, row["rank"])
 
 
 def best_pairs(pairs: Iterable[Row]) -> list[Row]:

@@ -130,9 +130,14 @@ def create_backbone(
 def matcher_for(weight: str, matcher: str = "auto") -> str:
     """Say what "auto" stands for with a backbone; any other matcher is itself.
 
+    Raises:
+        ImatchError: a matcher that was trained for another backbone.
+
     >>> matcher_for("sift"), matcher_for("vits16"), matcher_for("sift", "mutual")
     ('ratio', 'mutual', 'mutual')
     """
+    if matcher == "lighterglue" and weight != "xfeat":
+        raise ImatchError(f"lighterglue matches the keypoints of xfeat, not {weight}: use matcher auto")
     return MATCHED_BY.get(weight, "mutual") if matcher == "auto" else matcher
 
 

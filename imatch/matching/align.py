@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +19,14 @@ from imatch.data.rotations import Pose, shown
 from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher
-from imatch.matching.two_view import FEWEST, Estimator
+from imatch.matching.two_view import FEWEST, PLANE, Estimator
 
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
 """Inliers that verify a pair of grids, between patches: smooth photographs of the demo that show different things agree
 in up to 34 of 62 correspondences, in one of four rotations."""
-FLAT = ("planar", "rotation")
-"""What one matrix explains everywhere."""
-CONFIRMED = 0.5
-"""Share of a coarse geometry's inliers that pixels must find again."""
+CONFIRMED, AROUND = 0.5, 4
+"""Share of a coarse plane's inliers that pixels must find again; how many times the threshold they are looked for."""
 ROUNDS = 2
 """How often the photographs are compared: the second time by the geometry that the first has found."""
 
@@ -135,8 +134,9 @@ class Aligner:
             best = self._compared(best, views, *photographs()) if _usable(best) else _refused(best, why)
         elif first is not self.estimator:
             best = replace(best, geometry=self.estimator(best.xy_a, best.xy_b, *views))
-        if self.matcher.coarse and self.refinement == "patch" and photographs and best.geometry.kind in FLAT:
-            best = self._finer(best, views, *photographs())
+        if self.matcher.coarse and self.refinement == "patch" and photographs and best.geometry.verified:
+            with contextlib.suppress(PhotographError):  # one is gone or broken by now: it stays as it was
+                best = self._finer(best, views, *photographs())
         found, repeated = best.geometry, best.matches.repeated
         if not found.verified and repeated > len(best.matches):
             return _refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
@@ -159,11 +159,16 @@ class Aligner:
         return replace(coarse, geometry=replace(found, reason=reason))
 
     def _finer(self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray) -> Alignment:
-        """The alignment by pixels if they confirm most of it, else as it was."""
+        """The alignment by pixels where they confirm most of it, else as it was. Coarse points of something flat may
+        look like a scene of depth, so that is compared, too."""
         model = "homography" if self.estimator.model == "auto" else self.estimator.model
-        exact = replace(self, estimator=replace(self.estimator, model=model, threshold=min(3.0, self.search.threshold)))
+        if coarse.geometry.matrix is None or model == "fundamental":
+            return coarse
+        around = replace(self.search, threshold=AROUND * self.search.threshold)
+        exact = replace(self, search=around, estimator=replace(self.estimator, model=model))
         found = exact._compared(coarse, views, photograph_a, photograph_b)
-        most = found.geometry.inliers.sum() >= CONFIRMED * coarse.geometry.inliers.sum()
+        share = PLANE if coarse.geometry.kind == "general" else CONFIRMED
+        most = found.geometry.inliers.sum() >= share * coarse.geometry.inliers.sum()
         return found if found.geometry.verified and most else coarse
 
     def _compared(
@@ -257,7 +262,7 @@ def aligned(
         return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
     except PhotographError as error:
         found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
-        return _refused(found, f"the photographs cannot be compared: {error}") if align.refinement == "pixel" else found
+        return _refused(found, f"the photographs cannot be compared: {error}")
 
 
 @lru_cache(maxsize=2)

@@ -32,13 +32,13 @@ class LighterGlue(Checked):
 
     Attributes:
         min_probability: 0 to 1; a pair below it is dropped. 0.1 is LightGlue's.
-        device: "auto" (the GPU, if there is one), "cpu", "cuda" or "cuda:1".
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
 
     Raises:
         ImatchError: a number out of its range, a missing device, or the extra `learned` is not installed.
 
     >>> keypoints = Tokens(np.ones(1), np.eye(64, dtype=np.float32)[:2], np.zeros((2, 2), np.float32))
-    >>> len(LighterGlue(device="cpu")(keypoints, keypoints, ((9, 9), (9, 9)))) <= 2
+    >>> len(LighterGlue()(keypoints, keypoints, ((9, 9), (9, 9)))) <= 2
     True
     """
 
@@ -47,7 +47,7 @@ class LighterGlue(Checked):
     coarse: ClassVar[float] = 2 / 1024  # of what XFeat sees
     quick: ClassVar[Matcher | None] = Mutual(min_similarity=0.82, max_matches=0)
     min_probability: config.Share = 0.1
-    device: str = field(default="auto", compare=False)
+    device: str = field(default="cpu", compare=False)
 
     def __post_init__(self) -> None:
         learned.check()

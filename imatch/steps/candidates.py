@@ -325,6 +325,8 @@ def _unmatched(judged: Row, has_truth: bool) -> Row:
         "rank": 0,
         "reranked": 0,
         "retrieved": True,
+        "weight": None,
+        "refined": False,
         "descriptors": [0, 0],
         "matches": 0,
         "inliers": 0,

@@ -701,12 +701,23 @@ def embed_poses(
     return open_poses(folder, poses)
 
 
-def folder_by(source: Step, weight: str) -> Path:
-    """Say where `embed_by` puts the photographs of a step of embeddings: where 01_embed puts them by default."""
-    return source.folder.parents[1] / weight / f"{Resize()}_raw"
+def step_by(source: Step, weight: str) -> Path:
+    """Say where the photographs of a finished step of embeddings are by another backbone: in a finished step of the run
+    that has just these photographs, or else beside the step, where `embed_by` puts them."""
+    beside = source.folder.with_name(f"{source.folder.name}_{weight}")
+    if not (beside / "metrics.json").is_file():
+        for path in sorted((source.folder.parents[1] / weight).glob("*/metrics.json")):
+            other = open_step(path.parent)
+            of_all = not {"pose", "imported"} & other.parameters.keys() and other.parameters["variant"] == "raw"
+            digests = {step.metrics["photographs_digest"] for step in (source, other)}
+            same = other.linked("photographs") == source.linked("photographs") and len(digests) == 1
+            if of_all and same and store.keep_of(other.parameters) in store.KEEPS_PLACED:
+                return other.folder
+    return beside
 
 
 def embed_by(
+    source: Step,
     folder: Path,
     weight: str,
     *,
@@ -715,43 +726,30 @@ def embed_by(
     workers: int = -1,
     batch_size: int = 8,
     on_change: str = "refuse",
-) -> Step:
-    """Embed the photographs of a finished step by another backbone, too, as that sees them by default, if no 01_embed
-    of the run has done so.
+) -> None:
+    """Embed the photographs of a finished step by another backbone, too, as that sees them by default, if they are not
+    there.
 
     Args:
-        folder: of the 01_embed or 02_references step.
+        source: the 01_embed or 02_references step.
+        folder: of `step_by`.
         weight: the other backbone.
         engine, devices, workers, batch_size: as in `embed`.
         on_change: as in `start_embed`.
 
     Raises:
-        StepError: the step was imported, without its photographs; or there is another one in its place.
+        PartDoneError: see `compute.do`.
     """
-    source = open_step(folder)
-    if source.parameters.get("imported"):
-        raise StepError(f"{folder} was imported, and its photographs are not known to be there: run 01_embed")
-    how: dict[str, Any] = {
-        "engine": engine,
-        "devices": devices,
-        "workers": workers,
-        "batch_size": batch_size,
-        "on_change": on_change,
-    }
-    links, upstream = {name: source.linked(name) for name in source.links}, dict(source.upstream)
-    if source.name == "02_references":
-        made = embed_by(source.linked("embed"), weight, **how)
-        links["embed"], upstream["embed"], parameters = made.folder, str(made.fingerprint), made.parameters
-    else:
-        about = {name: source.parameters[name] for name in ("dataset", "image_groups", "shard_size")}
-        parameters = {**about, **_seen_by(weight, base.create_backbone(weight), Resize())}
-    step = start_step(folder_by(source, weight), source.name, parameters, upstream, links, on_change)
+    if folder != source.folder.with_name(f"{source.folder.name}_{weight}"):
+        return  # another 01_embed made it
+    links = {name: source.linked(name) for name in source.links}
+    backbone = base.create_backbone(weight, data_key=str(links.get("data_key", settings.DATA_KEY)))
+    about = {name: source.parameters[name] for name in ("dataset", "image_groups", "shard_size")}
+    parameters = {**about, **_seen_by(weight, backbone, Resize())}
+    step = start_step(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)
+    how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers, "batch_size": batch_size}
     if not step.finished:
-        finish_embed(
-            step,
-            embed(step, engine=engine, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0),
-        )
-    return open_step(step.folder)
+        finish_embed(step, embed(step, **how, max_skipped=1.0))
 
 
 def _check_zoom(source: Step, pose: Pose) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 import poselib
 import psutil
 
-from imatch.core import compute, config, files, learned
-from imatch.core.compute import LOCAL, Engine
+from imatch.core import compute, config, files, learned, settings
+from imatch.core.compute import LOCAL, Engine, PartDoneError
 from imatch.core.files import Row
-from imatch.core.step import Step, core_each, flat_name, pair_path, sides, start_step, tagged
-from imatch.core.types import ImatchError, Pair, Tokens
+from imatch.core.step import Step, core_each, flat_name, open_step, pair_path, sides, start_step, tagged
+from imatch.core.types import ImatchError, Pair, StepError, Tokens
 from imatch.data import store
 from imatch.data.pairs import Look, Looked, looks_of, settings_of
 from imatch.data.references import views_by_id
@@ -34,7 +34,7 @@ from imatch.matching.align import Aligner, Alignment, aligned, aligner
 from imatch.matching.matchers import options_of
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
-from imatch.steps.embed import embed_by, embed_poses, folder_by, worth_trying
+from imatch.steps.embed import embed_by, embed_poses, step_by, worth_trying
 
 BLOCK = 64
 """Candidates of a query that one worker matches at a time: what a kill loses at most."""
@@ -106,7 +106,7 @@ def start_match(
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
     own = planned.query.parameters["weight"]
-    weights, lacking = _weights(match_weight, planned.query)
+    weights, lacking = _weights(match_weight, planned)
     matcher = matcher_for(weights[0], matcher)
     matchers.create_matcher(matcher, matcher_options)
     if lacking:
@@ -136,23 +136,30 @@ def start_match(
     looks += [Look(weight, matcher_for(weight), {}, poses(4)) for weight in weights[1:]]
     parameters["looks"] = [look.record for look in looks]
     aligner({**parameters, "matcher": matcher, "matcher_options": matcher_options}, None)  # refuses bad values now
-    links = dict(planned.links)
+    links, upstream = dict(planned.links), dict(planned.upstream)
     for weight in {*weights} - {own}:
-        parameters[f"{weight}_digest"] = create_backbone(weight).digest
-        links[f"query_{weight}"] = folder_by(planned.query, weight)
-        links[f"gallery_{weight}"] = folder_by(planned.gallery, weight)
+        data_key = planned.query.linked("data_key") if "data_key" in planned.query.links else settings.DATA_KEY
+        parameters[f"{weight}_digest"] = create_backbone(weight, data_key=str(data_key)).digest
+        for name, side in (("query", planned.query), ("gallery", planned.gallery)):
+            links[f"{name}_{weight}"] = there = step_by(side, weight)
+            if there.parent != side.folder.parent:
+                upstream[f"{name}_{weight}"] = str(open_step(there).fingerprint)
     by = f"_{match_weight}" if match_weight not in ("", own) else ""
     folder = planned.folder.with_name(f"{planned.folder.name}{by}{tagged(tag)}")
-    return start_step(folder, "04_match", parameters, planned.upstream, links, on_change)
+    return start_step(folder, "04_match", parameters, upstream, links, on_change)
 
 
-def _weights(match_weight: str, query: Step) -> tuple[list[str], str]:
+def _weights(match_weight: str, planned: sources.Plan) -> tuple[list[str], str]:
     """The backbones that pairs are matched by, and what "auto" lacks ("" if nothing)."""
-    own = query.parameters["weight"]
-    if match_weight != "auto" or own == "xfeat":
-        return [own if match_weight in ("", "auto") else match_weight], ""
-    lacking = "imported without photographs" if query.parameters.get("imported") else learned.lacking()
-    return ([own], f"{own} only; {lacking}") if lacking else ([own, "xfeat"], "")
+    own = planned.query.parameters["weight"]
+    weights = {"": [own], "auto": [own, *({"xfeat"} - {own})]}.get(match_weight, [match_weight])
+    imported = [side.folder for side in (planned.query, planned.gallery) if side.parameters.get("imported")]
+    lacking = f"{imported[0]} was imported without its photographs" if imported else learned.lacking()
+    if weights == [own] or not (lacking and (imported or "xfeat" in weights)):
+        return weights, ""
+    if match_weight != "auto":
+        raise StepError(f"match_weight is {match_weight}, but {lacking}")
+    return [own], f"{own} only; {lacking}"
 
 
 def match_pairs(
@@ -188,11 +195,7 @@ def match_pairs(
             "batch_size": batch_size,
             "on_change": step.on_change,
         }
-        for look in looks_of(step):
-            if f"query_{look.weight}" in step.links:
-                for side in {side.folder: side for side in sides(step)}.values():
-                    embed_by(side.folder, look.weight, **how)
-            embed_poses(sides(step, look.weight)[0].folder, look.poses, **how)
+        _embed_looks(step, how)
         job = _Match(step)
         blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
@@ -214,6 +217,22 @@ def match_metrics(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
         "queries_skipped": source.skipped,
         **metrics.match_metrics(pairs, source.unit),
     }
+
+
+def _embed_looks(step: Step, how: Mapping[str, Any]) -> None:
+    """What is missing of the tokens of each look, in each pose."""
+    late: PartDoneError | None = None
+    for look in looks_of(step):
+        for name, side in zip(("query", "gallery"), sides(step), strict=True):
+            if f"{name}_{look.weight}" in step.links:
+                try:
+                    embed_by(side, step.linked(f"{name}_{look.weight}"), look.weight, **how)
+                except PartDoneError as part:  # this part of the others can be done all the same
+                    late = part
+        if not late:
+            embed_poses(sides(step, look.weight)[0].folder, look.poses, **how)
+    if late:
+        raise late
 
 
 class _Block(NamedTuple):
@@ -353,6 +372,7 @@ class _Match:
             "descriptors": [len(a.descriptors), len(b.descriptors)],
             **dataclasses.asdict(found.pose),
             "weight": looked.look.weight,
+            "look": self.looked.index(looked),
             "refined": found.compared,
             "threshold": align.estimator.threshold,
             **_judged(found, sizes[0], truth),
@@ -382,26 +402,19 @@ class _Match:
         self, query: str, candidate: str, sizes: Any, paths: tuple[Path, Path]
     ) -> tuple[Looked, Aligner, Alignment, Tokens, Tokens]:
         """The first look that verifies a pair or, if none does, the first."""
-        first, reasons = None, []
+        tried: list[tuple[Looked, Aligner, Alignment, Tokens, Tokens]] = []
         for looked in self.looked:
-            tokens = looked(query, candidate)
-            if tokens is None:
-                reasons.append(f"{looked.look.weight} found nothing in one of the two")
-                continue
-            seen, b = tokens
+            seen, b = looked(query, candidate)
             align = aligner(settings_of(self.step, looked.look), b, sizes[1])
             found = aligned(align, seen, b, sizes, paths)
-            told = looked, align, found, dict(seen)[found.pose], b
+            tried.append((looked, align, found, dict(seen)[found.pose], b))
             if found.geometry.verified:
-                return told
-            first = first or told
-            reasons.append(f"{looked.look.weight}: {found.geometry.reason}")
-        if first is None:
-            raise ImatchError(f"{query} and {candidate}: {'; '.join(reasons)}")
-        if len(reasons) > 1:
-            geometry = dataclasses.replace(first[2].geometry, reason="; ".join(reasons))
-            first = (*first[:2], dataclasses.replace(first[2], geometry=geometry), *first[3:])
-        return first
+                return tried[-1]
+        looked, align, found, a, b = tried[0]
+        if len(tried) > 1:
+            reason = "; ".join(f"{one[0].look.weight}: {one[2].geometry.reason}" for one in tried)
+            found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
+        return looked, align, found, a, b
 
 
 def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Row:

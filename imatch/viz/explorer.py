@@ -283,6 +283,7 @@ class Saved:
 
     def __init__(self, step: Step) -> None:
         self.step, self._matched = step, Matched(step)
+        self._backbones: dict[str, Backbone] = {}
         views = views_by_id(self._matched.query.folder)
         self.photographs: dict[str, dict[tuple[float, float], str]] = {}
         self.candidates: dict[str, list[Row]] = {}
@@ -312,19 +313,16 @@ class Saved:
         Raises:
             ImatchError: a photograph cannot be decoded, or the weights are not there or have changed.
         """
-        found: Opened | None = None
+        tried: list[Opened] = []
         for looked in self._matched.looked.values():
             seen = [(pose, self._embed(names[0], files[0], pose, looked)) for pose in looked.look.poses]
             a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT, looked)
             row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
             poses = [(pose, one.tokens) for pose, one in seen]
-            one = self._match(row, files, (a.size, b.size), poses, b.tokens, looked)
-            found = one if found is None or one.pair.geometry.verified else found
-            if found.pair.geometry.verified:
-                break
-        if found is None:
-            raise StepError(f"{self.step.folder} has no backbone to match by: run 04_match again")
-        return found
+            tried.append(self._match(row, files, (a.size, b.size), poses, b.tokens, looked))
+            if tried[-1].pair.geometry.verified:
+                return tried[-1]
+        return tried[0]
 
     def _match(
         self,
@@ -342,18 +340,17 @@ class Saved:
 
     def _embed(self, name: str, file: Path, pose: Pose, looked: Looked) -> Embedded:
         try:
-            return embed_one(file, _backbone(looked), looked.parameters, pose)
+            return embed_one(file, self._backbone(looked), looked.parameters, pose)
         except PhotographError as error:
             raise PhotographError(f"{name}: {error}") from None
 
-
-@lru_cache(maxsize=4)
-def _backbone(looked: Looked) -> Backbone:
-    made_by = looked.parameters
-    backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
-    if backbone.digest != made_by["weights_digest"]:
-        raise StepError(f"the weights of {made_by['weight']} have changed since 01_embed: run it again")
-    return backbone
+    def _backbone(self, looked: Looked) -> Backbone:
+        made_by, weight = looked.parameters, looked.look.weight
+        if weight not in self._backbones:
+            self._backbones[weight] = base.create_backbone(weight, made_by["backbone"])
+        if self._backbones[weight].digest != made_by["weights_digest"]:
+            raise StepError(f"the weights of {weight} have changed since 01_embed: run it again")
+        return self._backbones[weight]
 
 
 class Explorer(widgets.VBox):

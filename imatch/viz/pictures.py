@@ -414,6 +414,8 @@ def _say(canvas: np.ndarray, pair: Pair) -> None:
     row = pair.row
     _text(canvas, 16, f"{files.printable(row['query'])}  ->  {files.printable(row['candidate'])}", WHITE)
     said = f"{'verified' if row['verified'] else 'not verified'}: {row['inliers']} inliers of {row['matches']} matches"
+    by = f" by {row['weight']}" if row.get("weight") else ""
+    said += by + (" and pixels" if row.get("refined") else "")
     found = told(pair.geometry, pair.sizes[0])[:1]  # without how the camera moved, for which there is no room
     error = row.get("corner_error")
     exact = [] if error is None else [f"corner error {error:.2f} px"]

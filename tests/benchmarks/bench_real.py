@@ -39,15 +39,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from imatch.api import match as api
 from imatch.cli import demo
 from imatch.core import settings
-from imatch.data import images
+from imatch.data import images, references
+from imatch.evaluation import metrics
 from imatch.features import base
-from imatch.matching.geometry import epipolar_distance
+from imatch.matching.geometry import corner_error, epipolar_distance
 from tests import rendered
 
 DRONE = Path(__file__).parents[3] / "shared" / "data" / "brighton_beach"
-SETS = ("brighton", "unrelated", "captions", "one view", "rendered", "rendered unrelated")
+SETS = ("brighton", "unrelated", "captions", "one view", "rendered", "rendered unrelated", "references")
 RIGHT, WRONG = ("right", "neighbour", "further"), ("wrong", "none")
 BASELINES, SCENES = (5, 10, 15, 20, 25, 30), 12
+ANYHOW, UPRIGHT = range(0, 360, 15), (0, 90, 180)
+"""Angles of references."""
+NEAR = 8
+"""Pixels that the corners of a reference may be off."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Job:
     label: str
     of: str
     truth: rendered.Scene | None = field(default=None, repr=False, compare=False)
+    matrix: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Told:
     ms: float
     kind: str = ""
     errors: tuple[float, float, float] | None = None  # of a scene: pixels, degrees of rotation and of direction
+    off: float | None = None  # of a reference: pixels of its corners
 
 
 def main() -> None:
@@ -129,6 +136,9 @@ def collected(folder: Path, sets: Sequence[str], own: Path | None, listed: Path 
         jobs += captioned(folder / "captions", pictures)
     if "one view" in sets:
         jobs += one_view(folder / "one view", [*pictures, *frames][::2])
+    if "references" in sets:
+        jobs += made(folder / "references", pictures, ANYHOW, 36)
+        jobs += made(folder / "upright", pictures, UPRIGHT, 108)
     if own is not None:
         photographs = [own / name for name in images.list_photographs(own)]
         jobs += (
@@ -159,6 +169,20 @@ def written(folder: Path, textures: list[np.ndarray]) -> list[Job]:
             for side, photograph in zip("ab", scene.photographs, strict=True)
         )
         jobs.append(Job(a, b, "right", f"rendered {baseline}", scene))
+    return jobs
+
+
+def made(folder: Path, photographs: Sequence[Path], angles: Sequence[float], n: int) -> list[Job]:
+    """References of both kinds drawn at random, each with its own photograph."""
+    folder.mkdir()
+    every = list(itertools.product(photographs, references.REFERENCES, angles, (1.0, 0.75, 0.5)))
+    jobs = []
+    for number in np.random.default_rng(0).choice(len(every), n, replace=False):
+        path, kind, angle, crop = every[number]
+        view = references.create(kind)(images.decode(path).pixels, angle, crop)
+        there = folder / f"{path.stem}_{kind}_{angle}_{crop}.png"
+        Image.fromarray(view.pixels).save(there)
+        jobs.append(Job(there, path, "right", f"references, {folder.name}", matrix=np.linalg.inv(view.matrix)))
     return jobs
 
 
@@ -226,7 +250,10 @@ def imatch(job: Job, weight: str) -> Told:
         ms += 1000 * (time.process_time() - started)
         if found.verified:
             break
-    return Told(found.verified, found.inliers, ms, found.kind, job.truth and errors(found, job.truth))
+    off = None
+    if job.matrix is not None:
+        off = math.inf if found.matrix is None else corner_error(found.matrix, job.matrix, found.sizes[0])
+    return Told(found.verified, found.inliers, ms, found.kind, job.truth and errors(found, job.truth), off)
 
 
 def errors(found: api.Match, truth: rendered.Scene) -> tuple[float, float, float]:
@@ -314,6 +341,15 @@ def report(jobs: Sequence[Job], told: Sequence[Sequence[Told]], methods: Sequenc
         ]
         for job, one in wrong[:worst]:
             print(f"    {job.a.name} {job.b.name}: {one.inliers} inliers, {one.kind}")
+    for of in sorted({job.of for job in jobs if job.matrix is not None}):
+        off, sure = zip(
+            *((row[0].off, row[0].verified) for job, row in zip(jobs, told, strict=True) if job.of == of), strict=True
+        )
+        far = sum(verified and px > NEAR for px, verified in zip(off, sure, strict=True))
+        print(
+            f"{of}: within {NEAR} px {np.mean(np.array(off) <= NEAR):.3f}, median {np.median(off):.2f} px, AUC@5 "
+            f"{metrics.corner_auc(off, 5):.3f}; verified yet further off: {far} of {len(off)}"
+        )
     of_scenes = [one for row in told for one in row if one.errors]
     if of_scenes:
         kinds_of = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(one.kind for one in of_scenes).items()))

@@ -125,6 +125,24 @@ def test_sift_that_verifies_loads_no_network(tmp_path, coffee):
 # --- the matcher ------------------------------------------------------------------------------------------
 
 
+def test_the_networks_give_what_kornia_s_own_give():
+    """They are made faster: folded, and with another attention."""
+    kornia = pytest.importorskip("kornia")
+    import torch
+
+    own = kornia.feature.XFeat().eval()
+    own.net.load_state_dict(learned.read(xfeat.FILE))
+    image = torch.from_numpy(np.random.default_rng(0).random((1, 3, 96, 128), np.float32))
+    with torch.inference_mode():
+        for one, other in zip(own.net(image), xfeat.network("cpu").net(image), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        block = lighterglue.network("cpu").transformers[0].cross_attn
+        sides = torch.randn(2, 1, 40, 96, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(
+            block(sides[0], sides[1, :, :30]), type(block).forward(block, sides[0], sides[1, :, :30])
+        )
+
+
 def test_a_network_leaves_how_others_attend_as_it_was():
     before = torch.backends.cuda.flash_sdp_enabled()
     lighterglue.network.__wrapped__("cpu")

@@ -210,8 +210,8 @@ def vlad(descriptors: np.ndarray, words: np.ndarray) -> np.ndarray:
     >>> vlad(np.array([[1.0, 1.0]]), words=np.array([[1.0, 0.0], [9.0, 9.0]])).tolist()
     [0.0, 1.0, 0.0, 0.0]
     """
-    blocks = np.zeros(words.shape)
     # the nearest word by |x - w|^2 = |x|^2 - 2 x.w + |w|^2, where |x|^2 is the same for all words
     nearest = np.argmin((words**2).sum(axis=1) - 2 * descriptors @ words.T, axis=1)
-    np.add.at(blocks, nearest, descriptors - words[nearest])
+    member = np.equal.outer(np.arange(len(words)), nearest)
+    blocks = member @ (descriptors - words[nearest]).astype(np.float64)
     return normalise(normalise(blocks).ravel()).astype(np.float32)

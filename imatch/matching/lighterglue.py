@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,8 @@ from imatch.matching.matchers import Checked, Matcher, Mutual, Sizes
 
 if TYPE_CHECKING:
     from kornia.feature import LightGlue
+    from kornia.feature.lightglue import CrossBlock
+    from torch import Tensor
 
 FILE = "xfeat-lighterglue.pt"
 DIMENSION = 64
@@ -108,7 +110,24 @@ def network(device: str) -> LightGlue:
     lost = made.load_state_dict(tensors, strict=False)
     if lost.unexpected_keys or set(lost.missing_keys) - {CONSTANTS}:
         raise ImatchError(f"this kornia does not know the weights of lighterglue: {learned.REMEDY}")
+    for layer in made.transformers:
+        layer.cross_attn.forward = partial(_across, layer.cross_attn)
     return made.eval().requires_grad_(False).to(device)
+
+
+def _across(block: CrossBlock, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend as kornia does, in one step without its (m, n) matrices: the same but for rounding, sooner."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (block.heads, -1)).transpose(1, 2)
+
+    def told(x: Tensor, seen: Tensor) -> Tensor:
+        return x + block.ffn(torch.cat([x, block.to_out(seen.transpose(1, 2).flatten(-2))], -1))
+
+    (qa, va), (qb, vb) = ((heads(block.to_qk(x)), heads(block.to_v(x))) for x in (a, b))
+    return told(a, attend(qa, qb, vb)), told(b, attend(qb, qa, va))
 
 
 def _name(name: str) -> str:

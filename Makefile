@@ -43,6 +43,7 @@ redis-server chromium buildah debootstrap podman:
 lint: $(READY)  ## format and check
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+	$(BIN)/mypy
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/imatch lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -78,4 +79,4 @@ lock: $(READY)  ## write constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | grep -v '^faiss' > constraints.txt
 
 clean:  ## remove the environment and the caches (never exports or data)
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -190,7 +190,7 @@ if [ -n "$composed" ]; then
     password=given$RANDOM$RANDOM
     setting REDIS_PASSWORD "$password"
     inside run params/demo.yaml -p weight sift -p kind isometric -p angles '[0, 90]' -p crops '[0.75]' -p candidates 1 \
-        -p send redis > "$run/batch" 2>&1 || { tail -30 "$run/batch" && exit 1; }
+        -p send.to redis > "$run/batch" 2>&1 || { tail -30 "$run/batch" && exit 1; }
     grep "messages at imatch:v1:demo" "$run/batch" || fail "nothing was sent"
     podman healthcheck run imatch_redis_1 || fail "its health check does not pass"
     podman exec imatch_redis_1 redis-cli dbsize | grep NOAUTH || fail "it answers without its password"

@@ -15,7 +15,6 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning, StepError
 from imatch.data import images, store
 from imatch.data.images import Resize
-from imatch.data.references import source_rows
 from imatch.data.store import Embeddings
 from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage
@@ -231,6 +230,7 @@ def test_imported_stores_are_said_to_be_unchecked(tmp_path):
     vectors = np.load(folder / "global.npy")
     np.save(folder / "global.npy", vectors[::-1].copy())
     shutil.rmtree(tmp_path / "back" / "i" / "03_index")
+    shutil.rmtree(folder / "index")
     with pytest.raises(StepError, match="holds the vector of"):  # their rows are checked all the same
         among(open_step(folder))
 
@@ -305,14 +305,14 @@ def apart(rows):
 
 def test_different_photographs_do_not_look_alike(demo):
     assert not [one for one in among(demo) if "look alike" in one]
-    assert apart(source_rows(demo.folder).values()) > 2 * alarms.LOOK
+    assert apart(Embeddings(demo.folder).decodable.values()) > 2 * alarms.LOOK
 
 
 def test_overlapping_frames_of_a_flight_do_not_look_alike(brighton_beach, tmp_path):
     step = embedded(brighton_beach, tmp_path, weight="dsift", resize=Resize("long_side", long_side=320))
     assert len(Embeddings(step.folder)) == 18
     assert not [one for one in among(step) if "look alike" in one]
-    assert apart(source_rows(step.folder).values()) > 2 * alarms.LOOK
+    assert apart(Embeddings(step.folder).decodable.values()) > 2 * alarms.LOOK
 
 
 def test_plain_photographs_look_like_nothing(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 import imatch
 from imatch.core.files import read_rows
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
+from tests import grouped
 from tests.test_images import STORED, orientation, png_of_zeros
 from tests.test_steps import indexed, judged, without_times
 
@@ -48,7 +49,7 @@ def truncate(path):
 
 def start(dataset, exports, **given):
     options = {"shard_size": 4, "on_change": "refuse", "resize": imatch.Resize(), **given}
-    return imatch.start_embed(
+    return grouped.start_embed(
         str(dataset),
         exports=str(exports),
         run="r",
@@ -523,7 +524,7 @@ def references_of(step):
 
 def matched(index_step):
     """The first neighbours of a 03_index matched 1:1: the rows of the pairs and the finished 04_match."""
-    step = imatch.start_match(
+    step = grouped.start_match(
         str(index_step.folder),
         candidates=1,
         matcher="mutual",

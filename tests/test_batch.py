@@ -1,6 +1,7 @@
 """imatch.cli.batch: the schema is held before anything runs, a sweep goes on past a point that fails."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,26 @@ def run(*arguments, cwd=ROOT):
     ("content", "overrides", "message"),
     [
         ({"parameters": {"wieght": "sift"}}, [], "did you mean 'weight'"),
-        ({"sweep": {"long_sid": [1]}}, [], "did you mean 'long_side'"),
+        ({"sweep": {"resize.long_sid": [1]}}, [], "did you mean 'resize.long_side'"),
         ({"also": [{"wieght": "sift"}]}, [], "did you mean 'weight'"),
         ({"also": {"weight": "sift"}}, [], r"also must be a valid list"),
         ({}, [("wieght", "sift")], "did you mean 'weight'"),
-        ({"parameters": {"long_side": "640"}}, [], "long_side wants int"),
-        ({"parameters": {"scale": True}}, [], "scale wants float"),
+        ({"parameters": {"resize": {"long_side": "640"}}}, [], "resize.long_side wants int"),
+        ({"parameters": {"resize.scale": True}}, [], "resize.scale wants float"),
         ({"parameters": {"dataset": 2024}}, [], "dataset wants str"),
-        ({}, [("long_side", "large")], "long_side wants int"),
+        ({}, [("resize.long_side", "large")], "resize.long_side wants int"),
+        ({}, [("resize.long_side", "0")], "long_side 0 and scale"),
+        ({"sweep": {"storage.keep": ["int8", "int9"]}}, [], "did you mean 'int8'"),
+        ({"notebooks": ["03_index"]}, [("ranking", "{whitn: 64}")], "did you mean 'ranking.whiten'"),
+        ({"notebooks": ["03_index"]}, [("index", "flat")], "index is a group of options.*set one of index.kind"),
+        ({"notebooks": ["04_match"]}, [("min_inliers", "9")], "min_inliers is geometry.min_inliers now"),
+        (
+            {"notebooks": ["03_index", "04_match"]},
+            [("rotations", "8")],
+            "is ranking.rotations or matching.rotations now",
+        ),
+        ({"notebooks": ["04_match"]}, [("one", "a.jpg")], "one is a part of pairs"),
+        ({}, [("exports", "here")], "exports is --exports DIR"),
         ({}, [("backbone_options", "{a: [")], "is not readable"),
         ({"sweep": {"weight": "sift"}}, [], r"sweep\.weight must be a valid list"),
         ({"sweep": {"weight": []}}, [], r"sweep\.weight: List should have at least 1 item"),
@@ -67,10 +80,10 @@ def test_files_that_are_no_recipe(tmp_path, content):
 
 
 def test_single_points_stand_beside_a_sweep(tmp_path):
-    also = [{"weight": "xfeat", "scale": 0.5}]
+    also = [{"weight": "xfeat", "resize.scale": 0.5}]
     path = recipe(tmp_path, sweep={"weight": ["sift", "dsift"]}, also=also)
     assert batch.load(path, [], NOTEBOOKS)[0].also == also
-    assert batch.load(path, [("long_side", "64")], NOTEBOOKS)[0].also == also
+    assert batch.load(path, [("resize.long_side", "64")], NOTEBOOKS)[0].also == also
     assert batch.load(path, [("weight", "sift")], NOTEBOOKS)[0].also == []
 
 
@@ -87,9 +100,9 @@ def test_without_the_extra_xfeat_is_left_out_and_said(tmp_path, monkeypatch, cap
 
 
 def test_command_line_wins_over_file_and_sweep(tmp_path):
-    path = recipe(tmp_path, parameters={"scale": 2}, sweep={"weight": ["sift", "dsift"]})
-    read, _ = batch.load(path, [("weight", "dsift"), ("scale", "0.5"), ("dataset", "007")], NOTEBOOKS)
-    assert read.parameters == {"scale": 0.5, "weight": "dsift", "dataset": "007"}
+    path = recipe(tmp_path, parameters={"resize": {"scale": 2}}, sweep={"weight": ["sift", "dsift"]})
+    read, _ = batch.load(path, [("weight", "dsift"), ("resize.scale", "0.5"), ("dataset", "007")], NOTEBOOKS)
+    assert read.parameters == {"resize.scale": 0.5, "weight": "dsift", "dataset": "007"}
     assert read.sweep == {}
 
 
@@ -118,18 +131,28 @@ def ran(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_recipe_takes_exports_and_run(ran, tmp_path, path):
-    assert command("run", path, "--exports", tmp_path / "results", "-p", "run", "mine") == 0
-    assert settings.exports_folder(ran[0].parameters.get("exports", "")) == tmp_path / "results"
+    steps = ("-p", "embed_step", "a", "-p", "references_step", "b") if path.name == "search.yaml" else ()
+    assert command("run", path, "--exports", tmp_path / "results", "-p", "run", "mine", *steps) == 0
+    assert settings.root("EXPORT_ROOT") == tmp_path / "results"
     assert step_folder("exports/demo") == tmp_path / "results" / "demo"
     assert ran[0].parameters["run"] == "mine"
 
 
-def test_exports_of_the_command_line_win_over_the_files(ran, tmp_path):
-    path = recipe(tmp_path, parameters={"exports": "of the file"})
-    assert command("run", path, "--exports", tmp_path / "results") == 0
-    assert "exports" not in ran[0].parameters
-    assert command("run", path) == 0
-    assert ran[1].parameters["exports"] == "of the file"
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"notebooks": ["02_references"]}, "02_references reads a 01_embed, and none runs before it"),
+        ({"notebooks": ["01_embed", "03_index"]}, "03_index reads a 02_references.*-p references_step FOLDER"),
+        ({"notebooks": ["01_embed", "04_match"]}, "04_match reads a 03_index"),
+        ({"notebooks": ["01_embed", "03_index"], "parameters": {"direction": "data-data"}}, None),
+        ({"notebooks": ["01_embed", "04_match"], "parameters": {"pairs": "all"}}, None),
+        ({"notebooks": ["04_match"], "parameters": {"index_step": "exports/r"}}, None),
+    ],
+)
+@pytest.mark.usefixtures("ran")
+def test_a_recipe_reads_no_other_run_s_steps(tmp_path, content, said, capsys):
+    assert command("run", recipe(tmp_path, **content)) == (2 if said else 0)
+    assert not said or re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])
@@ -157,14 +180,14 @@ def test_a_request_that_is_wrong_exits_with_2_and_makes_nothing(tmp_path):
 def test_a_point_that_fails_is_reported_and_the_others_go_on(tmp_path, few_photographs):
     content = {
         "parameters": {"dataset": str(few_photographs)},
-        "sweep": {"weight": ["nothing", "dsift"], "scale": [0.5, 1.0]},
+        "sweep": {"weight": ["nothing", "dsift"], "resize.scale": [0.5, 1.0]},
     }
     done = run(recipe(tmp_path, **content), "--exports", tmp_path / "exports")
     assert done.returncode == 1
     failed = [line for line in done.stderr.splitlines() if line.startswith("FAILED")]
     assert {line.split(":")[0] for line in failed} == {
-        "FAILED weight=nothing scale=0.5",
-        "FAILED weight=nothing scale=1.0",
+        "FAILED weight=nothing resize.scale=0.5",
+        "FAILED weight=nothing resize.scale=1.0",
     }
     assert all("unknown weight 'nothing'" in line for line in failed)
     finished = sorted(path.parent.name for path in (tmp_path / "exports").rglob("metrics.json"))

@@ -78,12 +78,10 @@ def test_weights_refuses_sizes_of_nothing(option):
         command("weights", option, 0)
 
 
-def test_what_is_given_twice_or_has_no_parts_is_refused(monkeypatch, capsys):
+def test_what_has_no_parts_is_refused(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert command("run", "params/report.yaml", "--shard", "0/3") == 2
     assert "report.yaml has no parts: run it without --shard" in capsys.readouterr().err
-    assert command("run", "params/demo.yaml", "--exports", "a", "-p", "exports", "b") == 2
-    assert "exports is given twice" in capsys.readouterr().err
 
 
 def test_a_check_of_the_doctor_that_breaks_is_a_finding():
@@ -114,12 +112,14 @@ def test_a_folder_is_matched_alone(few_photographs, capsys):
 def test_matching_in_memory_and_04_match_have_the_same_defaults():
     wanted = {name: p.default for name, p in batch.schema(ROOT / "notebooks" / "04_match.ipynb").items()}
     estimator = Estimator(**{**match.SETTINGS["geometry"], "threshold": 3, "min_share": 0.01})
-    assert match.SETTINGS["refine"] == wanted["refine"]
-    assert (wanted["matcher"], wanted["matcher_options"]) == ("auto", {}), "as features.base.matcher_for has it"
+    assert match.SETTINGS["refine"] == wanted["matching.refine"]
+    assert (wanted["matching.matcher"], wanted["matching.options"]) == ("auto", {}), (
+        "as features.base.matcher_for has it"
+    )
     for name in ("threshold", "min_share"):
-        assert match.SETTINGS["geometry"][name] == wanted[name]
+        assert match.SETTINGS["geometry"][name] == wanted[f"geometry.{name}"]
     for name in ("model", "method", "confidence", "iterations", "min_inliers"):
-        assert getattr(estimator, name) == wanted[name]
+        assert getattr(estimator, name) == wanted[f"geometry.{name}"]
 
 
 @pytest.mark.parametrize("kind", ["turned", "transparent", "16 bits"])

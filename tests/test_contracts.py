@@ -386,7 +386,7 @@ def test_automatic_choice_explains_itself(tmp_path):
     assert searcher.choose(10_000_000, 384, 2**31)[0] == "ivf_pq"
     assert searcher.choose(10_000_000, 384, 900 * 2**20)[0] == "ivf_rabitq"
     with pytest.raises(
-        ImatchError, match=r"no index of 10000000 .* fits: flat takes .*; ivf_rabitq takes .* memory_gb"
+        ImatchError, match=r"no index of 10000000 .* fits: flat takes .*; ivf_rabitq takes .* index\.memory_gb"
     ):
         searcher.choose(10_000_000, 384, 2**28)
     vectors = clustered(2000)

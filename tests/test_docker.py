@@ -314,7 +314,7 @@ def test_no_notebook_step_or_log_has_the_token_or_the_password(project, few_phot
     exports = tmp_path / "exports"
     recipe = tmp_path / "send.yaml"
     recipe.write_text(
-        "notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, send: redis, spot_check: 0}\n"
+        "notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, send.to: redis, spot_check: 0}\n"
     )
     done = verb(
         project,

@@ -25,7 +25,7 @@ from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError
 from imatch.data.images import Resize, list_photographs
 from imatch.retrieval import index as searcher
-from imatch.steps.embed import start_embed
+from tests import grouped
 from tests.command import command
 from tests.test_resume import House, assert_same, content, write_photographs
 
@@ -322,7 +322,7 @@ def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., Step]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def started(name: str, folder: Path = photographs) -> Step:
-        return start_embed(
+        return grouped.start_embed(
             str(folder),
             data_key=str(weights),
             exports=str(tmp_path / name),
@@ -532,8 +532,8 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     recipe, first = tmp_path / "parts.yaml", tmp_path / "first.yaml"
-    recipe.write_text("notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, shard_size: 4}\n")
-    first.write_text("notebooks: [01_embed]\nparameters: {shard_size: 4}\n")
+    recipe.write_text("notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, storage.shard_size: 4}\n")
+    first.write_text("notebooks: [01_embed]\nparameters: {storage: {shard_size: 4}}\n")
     given = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
     for shard in ("0/2", "1/2"):
         assert command("run", *given, "--shard", shard) == 0
@@ -544,10 +544,10 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     assert command("run", str(first), *given[1:]) == 0
     assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
     for shard in ("0/2", "1/2"):
-        assert command("run", *given, "-p", "index", "flat", "--shard", shard) == 0
+        assert command("run", *given, "-p", "index.kind", "flat", "--shard", shard) == 0
         assert f"index: part {shard} is done" in capsys.readouterr().out
-    assert command("run", *given, "-p", "index", "flat") == 0
-    assert run(Recipe(["01_embed"], {"shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
+    assert command("run", *given, "-p", "index.kind", "flat") == 0
+    assert run(Recipe(["01_embed"], {"compute.shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
     assert "01_embed has no parts, run it without --shard" in capsys.readouterr().out
     assert command("run", *given, "--shard", "2/2") == 2
     assert "shard '2/2' is no i/n" in capsys.readouterr().err

@@ -12,9 +12,11 @@ from PIL import Image
 
 import imatch
 from imatch.core import files
-from imatch.core.step import open_step, pair_path
+from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning
+from imatch.data.pairs import pair_path
 from imatch.evaluation import tables, verdicts
+from imatch.steps.match import labels_path
 from imatch.viz import pictures
 from tests import rendered
 from tests.test_steps import embedded, matched, matched_scene, referenced, searched
@@ -47,7 +49,7 @@ def step_of(exports, weight="sift"):
 def explorer(exports):
     found = imatch.browse(step_of(exports))
     yield found
-    verdicts.path(step_of(exports)).unlink(missing_ok=True)
+    labels_path(step_of(exports)).unlink(missing_ok=True)
 
 
 def picture(explorer):
@@ -191,7 +193,7 @@ def test_zoomed_lines_end_inside(explorer):
 
 
 def test_labels_are_written_changed_and_withdrawn(exports, explorer):
-    step, file = step_of(exports), verdicts.path(step_of(exports))
+    step, file = step_of(exports), labels_path(step_of(exports))
     first = (explorer.row["query"], explorer.row["candidate"])
     explorer.label.value = "accept"
     assert verdicts.read(file) == {first: "accept"}
@@ -208,7 +210,7 @@ def test_labels_are_written_changed_and_withdrawn(exports, explorer):
     explorer.label.value = "unclear"
     assert verdicts.read(file) == {second: "reject"}
     assert not file.is_relative_to(step.folder)  # which goes when the step is computed anew
-    assert imatch.browse(step).saved.step.finished
+    assert imatch.browse(step).saved.matched.folder == step.folder
 
 
 def test_the_evaluation_reads_the_labels(exports):
@@ -341,7 +343,7 @@ def test_a_pair_that_the_pixels_did_not_confirm_opens_unverified(few_photographs
 
 
 def test_a_pair_that_cannot_be_opened_takes_no_label(exports, explorer):
-    path = pair_path(step_of(exports), explorer._candidates()[1]).with_suffix(".npy")
+    path = pair_path(step_of(exports).folder, explorer._candidates()[1]).with_suffix(".npy")
     explorer.label.value = "accept"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -369,7 +371,7 @@ def test_correspondences_that_are_unlike_are_drawn_too(few_photographs, tmp_path
     data = embedded(few_photographs, tmp_path / "exports")
     index = searched(data, referenced(data, angles=(0,))[1], "reference-data", tag="")[0]
     step, *_ = matched(index, outputs=["npy"], matcher="mutual", matcher_options={"min_similarity": -1.0})
-    path = pair_path(step, files.read_rows(step.folder / "pairs.jsonl")[0]).with_suffix(".npy")
+    path = pair_path(step.folder, files.read_rows(step.folder / "pairs.jsonl")[0]).with_suffix(".npy")
     table = np.load(path)
     table["similarity"][-5:] = -0.5  # descriptors of a network can point away from each other
     np.save(path, table)

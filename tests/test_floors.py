@@ -72,5 +72,19 @@ def test_nothing_runs_in_a_circle():
 
 
 def test_the_front_door_imports_nothing():
-    assert not list(imported(PACKAGE / "__init__.py"))
+    """But for type checkers: that these are the names it loads is for test_types.py to say."""
+    verbs = {file for file, names in imatch._VERBS.items() for _ in names}
+    assert {*imported(PACKAGE / "__init__.py")} == verbs
     assert list(imported(PACKAGE / "__main__.py")) == ["imatch.cli.main"]
+
+
+def test_only_those_that_write_steps_know_of_them():
+    """Every other room takes embeddings, arrays and small types."""
+    know = {name for name, path in INSIDE.items() if "imatch.core.step" in imported(path)}
+    assert not {name for name in know if package(name) not in ("steps", "cli")} - {"imatch.data.store"}
+
+
+def test_no_fact_is_read_from_where_a_folder_lies():
+    """What a step is stands in its step.json."""
+    place = re.compile(r"folder\.(parents\[|parts\[|parent\.(name|parent))")
+    assert not [name for name, path in FILES.items() if place.search(path.read_text())]

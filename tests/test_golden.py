@@ -6,10 +6,12 @@ records them anew: after a change that is meant to move them, and in the same co
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -41,18 +43,10 @@ CASES = {
 
 def embedded(photographs, exports, weight, data_key, backbone_options):
     """A finished 01_embed."""
-    step = imatch.start_embed(
-        str(photographs),
-        data_key=str(data_key),
-        exports=str(exports),
-        run="golden",
-        weight=weight,
-        backbone_options=backbone_options,
-        resize=imatch.Resize("scale", scale=1.0),
-        shard_size=64,
-        tag="",
-        on_change="refuse",
-    )
+    with patch.dict(os.environ, {"EXPORT_ROOT": str(exports)}):
+        step = imatch.start_embed(
+            str(photographs), data_key=str(data_key), run="golden", weight=weight, backbone_options=backbone_options
+        )
     imatch.finish_embed(step, imatch.embed(step, workers=0, devices="cpu"))
     return step
 
@@ -78,33 +72,8 @@ def referenced(step, angles, crops):
 
 def searched(data, references):
     """A finished 03_index: its step, the ids of the queries and of the gallery, the ranking, the metrics."""
-    step = imatch.start_index(
-        str(data.folder),
-        str(references.folder),
-        direction="reference-data",
-        index="flat",
-        index_options={},
-        memory_gb=0.0,
-        recall=0.95,
-        float16=False,
-        k=5,
-        whiten=0,
-        rotations=1,
-        expand=0,
-        rerank=0,
-        tokens=32,
-        exclude_siblings=False,
-        truth="photograph",
-        labels="",
-        radius=60.0,
-        heading=180.0,
-        cluster="photograph",
-        precision=0.95,
-        send="",
-        ttl=60,
-        tag="",
-        on_change="refuse",
-    )
+    flat = imatch.IndexOptions(kind="flat")
+    step = imatch.start_index(str(data.folder), str(references.folder), direction="reference-data", k=5, index=flat)
     query, gallery = imatch.open_embeddings(step)
     index = imatch.build_index(step, gallery, device="cpu")
     figures, checked = imatch.tune_index(step, index, query), imatch.check_index(index, gallery)
@@ -116,22 +85,8 @@ def searched(data, references):
 
 def matched(index):
     """The rows of a finished 04_match, and its metrics."""
-    step = imatch.start_match(
-        str(index.folder),
-        candidates=2,
-        matcher="auto",
-        matcher_options={"device": "cpu"},
-        rotations=1,
-        model="auto",
-        threshold=0.0,
-        confidence=0.9999,
-        iterations=10000,
-        min_inliers=0,
-        min_share=0.0,
-        outputs=["json"],
-        tag="",
-        on_change="refuse",
-    )
+    matching = imatch.MatchingOptions(options={"device": "cpu"}, rotations=1)
+    step = imatch.start_match(str(index.folder), candidates=2, matching=matching, outputs=["json"])
     rows = imatch.match_pairs(step, workers=0)
     return rows, step.finish(imatch.match_metrics(step, rows))
 

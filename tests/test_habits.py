@@ -72,8 +72,9 @@ print(sorted({{"torch", "timm", "matplotlib", "faiss"}} & set(sys.modules)))
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_a_run_with_sift_needs_no_torch(tmp_path):
+def test_a_run_with_sift_needs_no_torch(tmp_path, monkeypatch):
     """01_embed to 04_match, by the verbs of the notebooks."""
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
     code = f"""
 import sys
 from pathlib import Path
@@ -85,23 +86,18 @@ here = Path({str(tmp_path)!r})
 (here / "leaves").mkdir()
 for seed in range(3):
     Image.fromarray(dead_leaves(np.random.default_rng(seed), side=160)).save(here / "leaves" / f"{{seed}}.png")
-always = {{"tag": "", "on_change": "refuse"}}
-step = imatch.start_embed(str(here / "leaves"), exports=str(here), run="r", weight="sift", backbone_options={{}},
-    resize=imatch.Resize("scale", scale=1.5), shard_size=2, **always)
+resize, storage = imatch.Resize("scale", scale=1.5), imatch.StorageOptions(shard_size=2)
+step = imatch.start_embed(str(here / "leaves"), run="r", resize=resize, storage=storage)
 imatch.preflight(step, batch_size=8)
 imatch.finish_embed(step, imatch.embed(step))
-index = imatch.start_index(str(step.folder), "", direction="data-data", index="flat", index_options={{}}, memory_gb=0.0,
-    recall=0.95, float16=False, k=2, whiten=0, rotations=1, expand=0, rerank=0, tokens=32, exclude_siblings=False,
-    truth="photograph", labels="", radius=60.0, heading=180.0, cluster="photograph", precision=0.95, send="", ttl=60,
-    **always)
+index = imatch.start_index(str(step.folder), direction="data-data", k=2)
 query, gallery = imatch.open_embeddings(index)
 built = imatch.build_index(index, gallery, device="cpu")
 figures, checked = imatch.tune_index(index, built, query), imatch.check_index(built, gallery)
 ranking = imatch.search(index, built, query, gallery)
 rows, threshold = imatch.judge_index(index, query, gallery, ranking, figures)
 index.finish(imatch.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
-match = imatch.start_match(str(index.folder), candidates=2, matcher="ratio", matcher_options={{}}, model="homography",
-    threshold=0.0, confidence=0.9999, iterations=10000, min_inliers=8, min_share=0.0, outputs=["npy"], **always)
+match = imatch.start_match(str(index.folder), candidates=2, outputs=["npy"])
 assert imatch.match_pairs(match, workers=2)
 print("torch" in sys.modules, "timm" in sys.modules)
 """
@@ -156,3 +152,13 @@ def test_every_dependency_is_pinned_and_used():
         assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b|\"-m\", \"{name}\"", text, re.M), (
             f"{name} is not used"
         )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_functions_are_short_and_take_little(path):
+    """Ratchets: they only go down."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 70, node.name
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([one for one in taken if one.arg not in ("self", "cls")]) <= 10, node.name

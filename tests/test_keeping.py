@@ -182,7 +182,7 @@ def test_turned_photographs_and_references_are_kept_alike(stores, keep):
     _, tokens = referenced(step)
     assert tokens.parameters == step.parameters
     assert tokens.folder.name == step.folder.name
-    posed = embed_poses(step.folder, rotations.poses(4), workers=0)
+    posed = embed_poses(imatch.Embeddings(step.folder), rotations.poses(4), workers=0)
     for pose, embeddings in posed.posed.items():
         assert embeddings.folder.name == f"{step.folder.name}_{pose}"
         assert open_step(embeddings.folder).parameters["keep"] == keep
@@ -193,9 +193,10 @@ KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import imatch
+from tests import grouped
 from tests.test_keeping import SQUARE
-step = imatch.start_embed(sys.argv[1], exports=sys.argv[2], run="r", weight="dsift", backbone_options={}, resize=SQUARE,
-                          keep=sys.argv[3], shard_size=1, tag="", on_change="refuse")
+step = grouped.start_embed(sys.argv[1], sys.argv[2], run="r", weight="dsift", resize=SQUARE, keep=sys.argv[3],
+                           shard_size=1)
 def kill():
     while not list((step.folder / "local").glob("*.jsonl")): time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -294,14 +295,14 @@ def test_files_for_each_photograph_that_need_more_are_refused(stores, keep):
     step = stores["dsift", keep]
     for output in ("patch.npy", "grid.json", "denseft.png"):
         with pytest.raises(StepError, match=r"needs local descriptors with positions, .*run 01_embed"):
-            imatch.export_per_image(step, Embeddings(step.folder), ["global.npy", output])
+            imatch.export_per_image(Embeddings(step.folder), ["global.npy", output])
     assert not (step.folder.parents[3] / "per_image").exists()
-    assert imatch.export_per_image(step, Embeddings(step.folder), ["global.npy"]) == 2 * 4
+    assert imatch.export_per_image(Embeddings(step.folder), ["global.npy"]) == 2 * 4
 
 
 def test_files_for_each_photograph_of_int8(stores):
     step = stores["dsift", "int8"]
-    assert imatch.export_per_image(step, Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
+    assert imatch.export_per_image(Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
     path = next(step.folder.parents[3].rglob("PatchGrid*_b.npy"))
     assert path.name == "PatchGrid_res160-int8_raw_dsift_NONE_few_b.npy"
     embeddings = Embeddings(step.folder)
@@ -316,10 +317,11 @@ def test_pictures_say_what_is_missing(stores, few_photographs, keep, said):
 
 
 @pytest.mark.parametrize("keep", LESS)
-def test_the_notebook_runs_to_its_end(keep, few_photographs, tmp_path):
+def test_the_notebook_runs_to_its_end(keep, few_photographs, tmp_path, monkeypatch):
     import papermill
 
-    given = {"dataset": str(few_photographs), "exports": str(tmp_path), "keep": keep, "weight": "dsift", "workers": 0}
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
+    given = {"dataset": str(few_photographs), "weight": "dsift", "storage": {"keep": keep}, "compute": {"workers": 0}}
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(
         ROOT / "notebooks" / "01_embed.ipynb", out, given, kernel_name="python3", progress_bar=False, cwd=str(ROOT)

@@ -1,6 +1,5 @@
 """What a person sees: a real JupyterLab in a headless Chromium runs 04_match and uses the explorer in it."""
 
-import inspect
 import io
 import json
 import os
@@ -19,9 +18,9 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.cli import batch
 from imatch.core.step import open_step
 from imatch.evaluation import verdicts
+from imatch.steps.match import labels_path
 from tests.test_steps import embedded, matched, referenced, searched
 
 ROOT = Path(__file__).parents[1]
@@ -46,13 +45,13 @@ def workspace(tmp_path_factory, demo_photographs):
     data = embedded(folder / "data" / "demo", exports, weight="dsift", run="demo", resize=imatch.Resize())
     _, tokens = referenced(data, kind="legacy", angles=(0, 15, 90), crops=(0.75,))
     index, *_ = searched(data, tokens, "reference-data", tag="")
-    asked = {name: parameter.default for name, parameter in batch.schema(ROOT / "notebooks" / "04_match.ipynb").items()}
-    wanted = inspect.signature(imatch.start_match).parameters.keys() - {"index_step"}
-    matched(index, **{name: value for name, value in asked.items() if name in wanted})
+    matched(index, candidates=3, iterations=10_000)
     path = folder / "notebooks" / "04_match.ipynb"
     notebook = nbformat.read(path, 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    cell.source = cell.source.replace(asked["index_step"], index.folder.relative_to(folder).as_posix())
+    cell.source = cell.source.replace(
+        'index_step = ""', f'index_step = "{index.folder.relative_to(folder).as_posix()}"'
+    )
     nbformat.write(notebook, path)
     return folder
 
@@ -186,4 +185,4 @@ def test_a_label_is_written(page, workspace):
     shot(page, "label")
     (step,) = (open_step(path.parent) for path in (workspace / "exports" / "demo" / "04_match").rglob("step.json"))
     query = "references_demo/Rdemo/astronaut_rot015_crop75.jpg"
-    assert verdicts.read(verdicts.path(step)) == {(query, "astronaut.png"): "accept"}
+    assert verdicts.read(labels_path(step)) == {(query, "astronaut.png"): "accept"}

@@ -14,7 +14,7 @@ from PIL import Image
 
 import imatch
 from imatch.core.files import read_json, read_rows, write_array, write_json
-from imatch.core.step import open_step, start_step
+from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError, grid_xy
 from imatch.data import store
 from imatch.data.store import Embeddings
@@ -25,6 +25,7 @@ from tests.test_perimage import (
     IDS,
     LOW_7,
     PARAMETERS,
+    begun,
     embedded,
     export,
     files,
@@ -144,7 +145,7 @@ def test_references_come_back_in_a_store_of_their_own(crops, tmp_path):
 def test_cropped_and_thinned_grids_keep_their_places(tmp_path):
     """Positions that no grid over the whole photograph has come back by first centre and step."""
     folder = tmp_path / "exports/r/01_embed/survey/vits16+/res64_raw"
-    step = start_step(folder, "01_embed", PARAMETERS, {}, {"photographs": tmp_path})
+    step = begun(folder, "01_embed", PARAMETERS, {}, {"photographs": tmp_path})
     xy = grid_xy((4, 4), (64, 64)) + np.float32([16, 0])
     store.write_shard(folder, 0, [row("f/1.jpg", 1), row("f/2.jpg", 2)], [tokens(i, (4, 4), xy=xy) for i in (1, 2)])
     store.merge(folder)

@@ -39,8 +39,7 @@ def shared(tag):
     return {
         "dataset": "survey",
         "data_key": str(SHIPPED),
-        "weight_set": "dinov3",
-        "resize": "stretch",
+        "resize.mode": "stretch",
         "tag": tag,
         "run": "manifest",
         **({"crops": [1.0]} if tag == "reference" else {}),
@@ -62,9 +61,9 @@ def test_the_shipped_manifest():
         parameters=shared(""),
         points={
             f"weight={weight} cfg=res256 variant={variant}": {
-                "weight": weight,
-                "long_side": 256,
-                "variant": variant,
+                "weight": f"dinov3/{weight}",
+                "resize.long_side": 256,
+                "storage.variant": variant,
                 **rest,
             }
             for weight in ("vits16", "cxTiny")
@@ -81,9 +80,9 @@ def test_the_shipped_query_manifest():
         parameters=shared("query"),
         points={
             "weight=vits16 cfg=res256 variant=raw": {
-                "weight": "vits16",
-                "long_side": 256,
-                "variant": "raw",
+                "weight": "dinov3/vits16",
+                "resize.long_side": 256,
+                "storage.variant": "raw",
                 "image_groups": [{"folder": ["flight01", "flight02"], "indices": [[1, 3], [1, 2, 5]]}],
                 "files": ["global.npy", "patch.npy", "grid.npy"],
             }
@@ -99,9 +98,9 @@ def test_the_shipped_reference_manifest():
         parameters=shared("reference"),
         points={
             "weight=vits16 cfg=res256 variant=raw": {
-                "weight": "vits16",
-                "long_side": 256,
-                "variant": "raw",
+                "weight": "dinov3/vits16",
+                "resize.long_side": 256,
+                "storage.variant": "raw",
                 "image_groups": [{"folder": "flight01", "indices": [1, 3]}],
                 "files": ["global.npy", "patch.npy"],
                 "angles": [0, 90, 180, 270],
@@ -112,8 +111,8 @@ def test_the_shipped_reference_manifest():
 
 def test_the_least_a_manifest_says(tmp_path):
     found = read(tmp_path, SMALL)
-    assert found.parameters == {**shared(""), "weight_set": ""}
-    point = {"weight": "vits16", "long_side": 256, "variant": "raw", "image_groups": [], "files": []}
+    assert found.parameters == shared("")
+    point = {"weight": "vits16", "resize.long_side": 256, "storage.variant": "raw", "image_groups": [], "files": []}
     assert found.points == {"weight=vits16 cfg=res256 variant=raw": point}
 
 
@@ -128,7 +127,7 @@ def test_every_weight_size_and_variant(tmp_path):
         ],
     }
     found = read(tmp_path, content).points
-    assert [(label, point["long_side"], point.get("cfg", "")) for label, point in found.items()] == [
+    assert [(label, point["resize.long_side"], point.get("storage.cfg", "")) for label, point in found.items()] == [
         (f"weight={weight} cfg={cfg} variant={variant}", size, cfg.removeprefix(f"res{size}"))
         for weight, size, cfg in [
             *(("vits16", 256, "res256"), ("vits16", 512, "res512")),
@@ -154,7 +153,7 @@ def test_every_weight_size_and_variant(tmp_path):
 )
 def test_variants(tmp_path, variant, wanted):
     found = points(tmp_path, {**SMALL, "experiment": {"variant": variant}})
-    assert [point["variant"] for point in found] == wanted
+    assert [point["storage.variant"] for point in found] == wanted
 
 
 @pytest.mark.parametrize(
@@ -231,7 +230,7 @@ def test_models_that_differ_in_photographs_alone_are_one_point(tmp_path):
     [
         (
             {"target_res": 512, "embedding_cfg": "res256"},
-            r"models\[1\] asks for weight=vits16 cfg=res256 variant=raw again, but with another cfg",
+            r"models\[1\] asks for weight=vits16 cfg=res256 variant=raw again, but with another resize.long_side",
         ),
         ({"outputs": {"global": {"npy": True}}}, r"another files \(\['global.npy'\], not \[\]\)"),
         ({"run": {"generate_denseft": True}}, "another files"),
@@ -423,7 +422,11 @@ def executed(monkeypatch):
 
     def execute(notebook, values, exports):
         calls.append((notebook.stem, values, exports))
-        return "it broke" if values.get("weight") == "cxTiny" else Path("/done") / f"{notebook.stem}_{len(calls)}"
+        return (
+            "it broke"
+            if values.get("weight", "").endswith("cxTiny")
+            else Path("/done") / f"{notebook.stem}_{len(calls)}"
+        )
 
     monkeypatch.setattr(batch, "execute", execute)
     return calls
@@ -439,26 +442,29 @@ def test_a_manifest_runs_point_by_point_past_one_that_fails(monkeypatch, tmp_pat
         f"weight=cxTiny cfg=res256 variant={variant}: 01_embed: it broke" for variant in ("raw", "sub2")
     ]
     made = manifest.read(ROOT / "params" / "manifest.json", SHIPPED).points.values()
-    assert [values for _, values, _ in executed] == [{**shared(""), **point, "run": "mine"} for point in made]
+    assert [values for _, values, _ in executed] == [
+        batch._folded({**shared(""), **point, "run": "mine"}) for point in made
+    ]
     assert {exports for _, _, exports in executed} == {tmp_path / "results"}
 
 
-def test_references_read_the_step_before_them(tmp_path, executed):
+def test_references_read_the_step_before_them(tmp_path, executed, monkeypatch):
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
     path = ROOT / "params" / "manifestReference.json"
-    recipe, schemas = batch.load(path, [("data_key", str(SHIPPED)), ("exports", str(tmp_path))], NOTEBOOKS)
+    recipe, schemas = batch.load(path, [("data_key", str(SHIPPED))], NOTEBOOKS)
     batch.run(recipe, schemas, NOTEBOOKS)
     (first, embed, exports), (second, references, _) = executed
     assert (first, second, exports) == ("01_embed", "02_references", tmp_path)
     assert "angles" not in embed
     views = {"angles": [0, 90, 180, 270], "crops": [1.0], "tag": "reference", "files": ["global.npy", "patch.npy"]}
-    assert references == {"embed_step": "/done/01_embed_1", **views}
+    assert references == {"run": "manifest", "embed_step": "/done/01_embed_1", **views}
 
 
 def test_the_command_line_wins_over_a_manifest(executed):
-    overrides = [("data_key", str(SHIPPED)), ("weight", "vitb16"), ("variant", "raw"), ("tag", "x")]
+    overrides = [("data_key", str(SHIPPED)), ("weight", "vitb16"), ("storage.variant", "raw"), ("tag", "x")]
     recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
     finished, failures = batch.run(recipe, schemas, NOTEBOOKS)
-    assert [(values["weight"], values["variant"], values["tag"]) for _, values, _ in executed] == [
+    assert [(values["weight"], values["storage"]["variant"], values["tag"]) for _, values, _ in executed] == [
         ("vitb16", "raw", "x")
     ]
     assert list(finished) == ["weight=vitb16 cfg=res256 variant=raw"]
@@ -473,26 +479,29 @@ def loaded(path, *overrides):
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [
-        ([("long_side", "512")], "res512"),
-        ([("resize", "crop")], "crop256"),
-        ([("resize", "scale"), ("scale", "0.5")], "scale0p5"),
-        ([("cfg", "mine")], "mine"),
+        ([("resize.long_side", "512")], "res512"),
+        ([("resize.mode", "crop")], "crop256"),
+        ([("resize.mode", "scale"), ("resize.scale", "0.5")], "scale0p5"),
+        ([("storage.cfg", "mine")], "mine"),
     ],
     ids=str,
 )
 def test_points_are_called_as_what_the_command_line_makes_of_them(overrides, size):
     found = loaded(ROOT / "params" / "manifestQuery.json", *overrides)
     assert list(found) == [f"weight=vits16 cfg={size} variant=raw"]
-    assert [values.get("cfg") for values in found.values()] == [{"mine": "mine"}.get(size)]
+    assert [values.get("storage.cfg") for values in found.values()] == [{"mine": "mine"}.get(size)]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (("cfg", "x"), r"weight=vits16 cfg=x variant=raw again, but with another long_side \(512, not 256\)"),
+        (
+            ("storage.cfg", "x"),
+            r"weight=vits16 cfg=x variant=raw again, but with another resize.long_side \(512, not 256\)",
+        ),
         (("weight", "vitb16"), "weight=vitb16 cfg=res256 variant=raw again, but with another files"),
-        (("long_side", "250"), "long_side 250 is not a multiple of patch 16"),
-        (("resize", "squeeze"), "resize 'squeeze' is not known"),
+        (("resize.long_side", "250"), "long_side 250 is not a multiple of patch 16"),
+        (("resize.mode", "squeeze"), "resize 'squeeze' is not known"),
     ],
     ids=str,
 )
@@ -504,7 +513,7 @@ def test_what_the_command_line_makes_of_points_is_checked_before_anything_runs(t
     path = write(tmp_path, {**SMALL, "models": models})
     with pytest.raises(ImatchError, match=message):
         loaded(path, override)
-    assert list(loaded(path, ("cfg", "x"), ("long_side", "256"))) == [
+    assert list(loaded(path, ("storage.cfg", "x"), ("resize.long_side", "256"))) == [
         "weight=vits16 cfg=x variant=raw",
         "weight=cxTiny cfg=x variant=raw",
     ]
@@ -523,7 +532,7 @@ def test_a_tag_keeps_views_apart(tmp_path):
     ("overrides", "message"),
     [
         ([("wieght", "vits16")], "did you mean 'weight'"),
-        ([("long_side", "big")], "long_side wants int"),
+        ([("resize.long_side", "big")], "resize.long_side wants int"),
         ([("angles", "[0]")], "unknown parameter 'angles'"),
         ([("data_key", "absent.json")], r"no file .*absent\.json"),
     ],
@@ -535,7 +544,8 @@ def test_overrides_are_checked(overrides, message):
 
 
 def test_values_are_checked_against_the_notebooks(tmp_path):
-    cell = "\n".join(f"{name} = {p.default!r}" for name, p in batch.schema(NOTEBOOKS / "01_embed.ipynb").items())
+    schema = batch.schema(NOTEBOOKS / "01_embed.ipynb")
+    cell = "\n".join(f"{name} = {p.default!r}" for name, p in schema.items() if "." not in name)
     cell = cell.replace("image_groups = []", 'image_groups = ""')
     cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_embed.ipynb")

@@ -17,7 +17,7 @@ from imatch.core.types import ImatchError
 from imatch.data.images import Resize
 from imatch.features import base, dinov3, openvino
 from imatch.features.dinov3 import Dinov3
-from tests import random_weights
+from tests import grouped, random_weights
 
 if not openvino.installed():  # not importorskip, whose import would send usage data to Intel
     pytest.skip("no openvino: pip install -c constraints.txt -e '.[openvino]'", allow_module_level=True)
@@ -246,7 +246,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(create, monkeypatch, 
 
 def test_the_step_records_it(weights, few_photographs, tmp_path):
     def run(engine, name, workers=0):
-        step = imatch.start_embed(
+        step = grouped.start_embed(
             str(few_photographs),
             data_key=str(weights / "data_key.json"),
             exports=str(tmp_path),

@@ -9,8 +9,8 @@ import pytest
 
 from imatch.core import files
 from imatch.core.types import Geometry, Matches, Tokens
-from imatch.data.pairs import Matched
 from imatch.data.store import open_embeddings, read_ranking
+from imatch.steps.match import open_match
 from imatch.viz import html, pictures
 from tests import rendered
 from tests.test_pictures import TURN, on_grid, planted
@@ -67,7 +67,8 @@ def depth(tmp_path_factory):
     scene = rendered.scene(rendered.textures(folder / "demo"), 11, 15)
     step = matched_scene(scene, folder)
     (row,) = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["query"] == "a.jpg")
-    return SimpleNamespace(scene=scene, pair=Matched(step).pair(row), tokens=Matched(step).tokens(row))
+    found = open_match(step)
+    return SimpleNamespace(scene=scene, pair=found.pair(row), tokens=found.tokens(row))
 
 
 def off_line(sheet, xy):
@@ -302,7 +303,7 @@ def index(few_photographs, tmp_path_factory):
 
 
 def test_pointing_at_a_hit_shows_it_large_beside_its_query(index, opened, tmp_path):
-    sheet = opened(html.sheet_page(index, tmp_path / "sheet.html"))
+    sheet = opened(html.sheet_page("few", *open_embeddings(index), read_ranking(index), tmp_path / "sheet.html"))
     query, gallery = open_embeddings(index)
     ranking = read_ranking(index)
     assert sheet.locator("section").count() == len(query) == 8
@@ -321,7 +322,7 @@ def test_pointing_at_a_hit_shows_it_large_beside_its_query(index, opened, tmp_pa
 
 
 def test_the_sheet_frames_right_and_wrong_and_says_metres(index, opened, tmp_path):
-    sheet = opened(html.sheet_page(index, tmp_path / "sheet.html"))
+    sheet = opened(html.sheet_page("few", *open_embeddings(index), read_ranking(index), tmp_path / "sheet.html"))
     ranking = read_ranking(index)
     hits = sheet.locator("section .hit")
     classes = hits.evaluate_all("(hits) => hits.map((hit) => hit.classList.contains('right'))")
@@ -334,7 +335,14 @@ def test_the_sheet_frames_right_and_wrong_and_says_metres(index, opened, tmp_pat
 
 
 def test_a_sheet_of_some_queries_says_so(index, tmp_path):
-    text = html.sheet_page(index, tmp_path / "sheet.html", n=3, k=1).read_text(encoding="utf-8")
+    text = html.sheet_page(
+        "few", *open_embeddings(index), read_ranking(index), tmp_path / "sheet.html", n=3, k=1
+    ).read_text(encoding="utf-8")
     assert "3 of 8 queries and their best hits" in text
     assert text.count('class="hit ') == 3
-    assert html.sheet_page(index, tmp_path / "again.html", n=3, k=1).read_text(encoding="utf-8") == text
+    assert (
+        html.sheet_page(
+            "few", *open_embeddings(index), read_ranking(index), tmp_path / "again.html", n=3, k=1
+        ).read_text(encoding="utf-8")
+        == text
+    )

@@ -15,11 +15,12 @@ from PIL import Image
 
 import imatch
 from imatch.core import files
-from imatch.core.step import flat_name, open_step, pair_path
+from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError
-from imatch.data.pairs import Matched
+from imatch.data.pairs import pair_path
 from imatch.steps import match, report
 from imatch.viz import figures
+from tests import grouped
 from tests.test_images import STORED, orientation
 from tests.test_resume import assert_same
 from tests.test_steps import embedded, matched, referenced
@@ -92,7 +93,7 @@ def test_ordered_pairs_come_in_both_directions_best_first(data):
 
 
 def test_one_against_all_others(data):
-    step, rows, _ = listed(data, "one", one="flight 1/d.png")
+    step, rows, _ = listed(data, "one:flight 1/d.png")
     assert sorted(named(rows)) == [("flight 1/d.png", id) for id in IDS[:3]]
     assert step.folder.name == "pairs-one-flight 1__d.png"
 
@@ -135,8 +136,8 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
         assert metrics[name] is None, name
     figure = figures.match_summary(rows, metrics)
     assert "nobody knows whether right (6)" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert figures.pair_sheet(step, rows).axes[0].images
-    loaded = Matched(step).pair(rows[0])
+    assert figures.pair_sheet(step.folder, rows).axes[0].images
+    loaded = imatch.open_match(step).pair(rows[0])
     assert len(loaded.matches) == rows[0]["matches"]
     assert [path.name for path in loaded.paths] == [Path(id).name for id in named(rows)[0]]
     with pytest.raises(StepError, match="matched a list"):
@@ -162,9 +163,9 @@ def test_drone_frames_that_overlap_verify_and_others_do_not(brighton_beach, tmp_
     ("pairs", "given", "message"),
     [
         ("al", {}, "did you mean 'all'.* or the path of a CSV"),
-        ("one", {"one": "a.jpg"}, r"unknown photograph.*did you mean 'c\.jpg'"),
-        ("one", {"one": "broken.png"}, "which was skipped"),
-        ("all", {"one": "a.png"}, "set pairs to one"),
+        ("one:a.jpg", {}, r"unknown photograph.*did you mean 'c\.jpg'"),
+        ("one:broken.png", {}, "which was skipped"),
+        ("one", {}, "unknown photograph"),
     ],
     ids=str,
 )
@@ -235,12 +236,11 @@ def test_a_killed_run_goes_on_with_the_same_bytes(data, tmp_path, monkeypatch):
 
 def test_workers_change_no_byte(data):
     step, rows, _ = listed(data, "all", tag="alone", outputs=["json", "npy"])
-    other = imatch.start_match(
+    other = grouped.start_match(
         "",
         pairs="all",
         embed_step=str(data.folder),
         tag="together",
-        on_change="refuse",
         **step.parameters["geometry"],
         outputs=step.parameters["outputs"],
         **{key: step.parameters["looks"][0][key] for key in ("matcher", "matcher_options")},
@@ -258,7 +258,7 @@ def test_json_holds_all_that_is_known_of_a_pair(tmp_path, few_photographs):
     options = {"rotations": 1, "matcher_options": {"min_similarity": 0.5}}  # a rotated grid is none
     step, rows, _ = listed(data, "all", outputs=["json", "npy"], **options)
     row = max(rows, key=lambda row: row["matches"])
-    path = pair_path(step, row)
+    path = pair_path(step.folder, row)
     found, table = json.loads(path.with_suffix(".json").read_text()), np.load(path.with_suffix(".npy"))
     assert found["weight"] == "dsift"
     assert (
@@ -281,7 +281,7 @@ def test_json_holds_all_that_is_known_of_a_pair(tmp_path, few_photographs):
 
 def test_csv_has_a_row_a_correspondence(data):
     step, rows, _ = listed(data, "all", outputs=["csv", "npy"], tag="csv")
-    path = pair_path(step, rows[0])
+    path = pair_path(step.folder, rows[0])
     with path.with_suffix(".csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     table = np.load(path.with_suffix(".npy"))
@@ -319,7 +319,7 @@ def test_colmap_is_read_back_to_the_same_correspondences(data):
     assert sorted(matches) == list(itertools.combinations(IDS[:3], 2))  # one entry for both orders
     for row in rows:
         if (row["query"], row["candidate"]) in matches:
-            table = np.load(pair_path(step, row).with_suffix(".npy"))
+            table = np.load(pair_path(step.folder, row).with_suffix(".npy"))
             a, b = matches[row["query"], row["candidate"]].T
             assert np.allclose(points[row["query"]][a], table["xy_a"] + 0.5, atol=1e-3)
             assert np.allclose(points[row["candidate"]][b], table["xy_b"] + 0.5, atol=1e-3)
@@ -389,6 +389,6 @@ def test_the_notebook_matches_all_pairs(few_photographs, tmp_path):
     step = open_step(tmp_path / "exports/pairs/04_match/few/sift/scale1_raw/pairs-all_auto")
     assert (step.folder / "notebook.ipynb").is_file()
     assert step.metrics["pairs"] == 6
-    assert len(list((step.folder / "pairs" / flat_name("a.png")).glob("*.png"))) == 3
+    assert len(list((step.folder / "pairs" / files.flat_name("a.png")).glob("*.png"))) == 3
     with pytest.raises(ImatchError, match="no finished 04_match or 03_index"):
-        imatch.start_report([str(step.folder)], exports=str(tmp_path), run="r", tag="", on_change="refuse")
+        grouped.start_report([str(step.folder)], exports=str(tmp_path), run="r", tag="", on_change="refuse")

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core.files import read_json, read_rows, relative, write_array, write_json, write_rows
+from imatch.core.files import read_json, read_rows, write_array, write_json, write_rows
 from imatch.core.step import Step, open_step, start_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
 from imatch.data import store
 from imatch.data.store import Embeddings
 from imatch.export import per_image
 from imatch.steps import import_tree
+from tests import grouped
 
 ALL = ("global.npy", "patch.npy", "grid.npy", "denseft.npy", "denseft.png")
 PATCH, D = 16, 24
@@ -56,11 +57,24 @@ def tokens(seed: int, grid=(4, 6), size=(64, 96), dtype=np.float16, xy=None) -> 
     return Tokens((vector / np.linalg.norm(vector)).astype(np.float32), descriptors, xy, grid)
 
 
+WORDS = {
+    "01_embed": ("dataset", "weight", "configuration"),
+    "02_references": ("dataset", "kind", "weight", "configuration"),
+}
+
+
+def begun(folder: Path, name: str, parameters: dict, upstream: dict, links: dict) -> Step:
+    """The step that writes to <exports>/<run>/<name>/<dataset>/..."""
+    place = folder.parts.index(name)
+    about = dict(zip(WORDS[name], folder.parts[place + 1 :], strict=False))
+    return start_step(Path(*folder.parts[:place]), name, about, parameters, upstream, links)
+
+
 def made(folder: Path, rows: list[dict], name="01_embed", upstream=None, links=None, **given) -> Step:
     """A finished step as 01_embed or 02_references leaves it."""
     given = {**PARAMETERS, **given}
     links = {"photographs": folder.parent, **(links or {})}
-    step = start_step(folder, name, given, upstream or {}, links)
+    step = begun(folder, name, given, upstream or {}, links)
     for shard in range(0, len(rows), 3):
         part = rows[shard : shard + 3]
         every = [tokens(shard + i, size=row["size"]) for i, row in enumerate(part)]
@@ -85,7 +99,7 @@ def survey(exports: Path, **given) -> Step:
 def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
     data = survey(exports)
     views = exports / "r" / "02_references" / "survey" / "isometric"
-    step = start_step(views / "views", "02_references", {"crops": list(crops)}, {}, {"embed": data.folder})
+    step = begun(views / "views", "02_references", {"crops": list(crops)}, {}, {"embed": data.folder})
     rows, described = [], []
     for number, source in enumerate(read_rows(data.folder / "images.jsonl")):
         for angle in (0.0, 22.5, -45.0):
@@ -107,7 +121,7 @@ def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
 
 
 def export(step: Step, folder: Path, outputs=ALL) -> int:
-    return per_image.export_per_image(step, Embeddings(step.folder), outputs, folder)
+    return per_image.export_per_image(Embeddings(step.folder), outputs, folder, step.on_change)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -115,7 +129,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def embedded(photographs: Path, exports: Path, weight: str, **given) -> Step:
-    step = imatch.start_embed(
+    step = grouped.start_embed(
         str(photographs),
         exports=str(exports),
         run="r",
@@ -307,10 +321,8 @@ def test_keypoints_have_global_files_only(few_photographs, tmp_path):
 def test_tree_lies_beside_the_steps_unless_told(tmp_path):
     data, references = with_references(tmp_path / "exports")
     for step in (data, references):
-        assert per_image.export_per_image(step, Embeddings(step.folder), []) == 0
-        assert per_image.export_per_image(step, Embeddings(step.folder), ["global.json"]) == len(
-            Embeddings(step.folder)
-        )
+        assert per_image.export_per_image(Embeddings(step.folder), []) == 0
+        assert per_image.export_per_image(Embeddings(step.folder), ["global.json"]) == len(Embeddings(step.folder))
     assert {path.name for path in (tmp_path / "exports/r/per_image").iterdir()} == {"survey"}
     assert len(files(tmp_path / "exports/r/per_image/survey/vits16+/low")) == 2 + 2 * 3
 
@@ -319,6 +331,8 @@ def test_tag_follows_the_configuration(tmp_path):
     plain = survey(tmp_path / "exports")
     tagged = plain.folder.with_name("res64_raw_new_try")
     shutil.copytree(plain.folder, tagged)
+    record = read_json(tagged / "step.json")
+    write_json(tagged / "step.json", {**record, "about": {**record["about"], "configuration": tagged.name}})
     for step in (plain, open_step(tagged)):
         export(step, tmp_path / "tree", ["global.npy"])
     names = {Path(name).name for name in files(tmp_path / "tree")}
@@ -332,7 +346,7 @@ def test_tag_follows_the_configuration(tmp_path):
 
 def named(*ids: str) -> list[str]:
     rows = [{"id": id, "frame": 3} for id in ids]
-    return ["/".join(name) for name in per_image.names(Step(Path("r/01_embed/beach/w/c"), "", {}, {}), rows).values()]
+    return ["/".join(name) for name in per_image.names(rows, "beach").values()]
 
 
 @pytest.mark.parametrize(
@@ -403,11 +417,9 @@ def test_two_captures_with_one_label_are_told_apart_whatever_is_selected(rows, t
     wanted[CAPTURED[2]["id"]] = ("high", "2")
     key = tmp_path / "data_key.json"
     write_json(key, {"datasets": {"beach": {"root": "b", "captures": {"1": "low", "2": "low", "3": "high"}}}})
-    links = {"data_key": relative(key, tmp_path / "r/01_embed/beach/w/c")}
-    step = Step(tmp_path / "r/01_embed/beach/w/c", "01_embed", {"dataset": "beach"}, {}, links)
-    assert per_image.names(step, rows) == {row["id"]: wanted[row["id"]] for row in rows}
+    assert per_image.names(rows, "beach", key) == {row["id"]: wanted[row["id"]] for row in rows}
     key.unlink()
-    assert per_image.names(step, CAPTURED) == wanted
+    assert per_image.names(CAPTURED, "beach", key) == wanted
 
 
 # --- what changes, and what does not ----------------------------------------------------------------------

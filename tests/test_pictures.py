@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, Tokens, grid_xy
-from imatch.data.pairs import Matched
 from imatch.data.store import open_embeddings, read_ranking
 from imatch.features import denseft
 from imatch.matching import geometry
@@ -313,13 +312,14 @@ def steps(request, few_photographs, tmp_path_factory):
 def test_a_pair_is_seen_in_all_views(steps):
     _, step, pairs = steps
     row = max(pairs, key=lambda row: row["inliers"])
-    figure = figures.pair_views(step, pairs)
+    found = match.open_match(step)
+    figure = figures.pair_views(found, pairs)
     titles = [axis.get_title() for axis in figure.axes]
     said = ("A's outline", "every other square", "half transparent", "(ring)", "best (1)", "rincipal components")
     assert len(titles) == 6
     for title, words in zip(titles, said, strict=True):
         assert words in title
-    pair, (a, b) = Matched(step).pair(row), Matched(step).tokens(row)
+    pair, (a, b) = found.pair(row), found.tokens(row)
     assert [len(axis.images) for axis in figure.axes] == [1] * 5 + [int(a.grid is not None)]
     assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
     moved = np.abs(pair.xy_b - b.xy[pair.matches.index_b])  # by refinement, less than a patch
@@ -329,9 +329,10 @@ def test_a_pair_is_seen_in_all_views(steps):
 
 def test_words_stand_where_a_pair_cannot_be_shown(steps):
     _, step, pairs = steps
-    nothing = figures.pair_views(step, [{**pairs[0], "candidate": None, "reason": "the backbone found nothing"}])
-    unsaved = figures.pair_views(step, [{**pairs[0], "rank": 77}])
-    none = figures.pair_views(step, [])
+    found = match.open_match(step)
+    nothing = figures.pair_views(found, [{**pairs[0], "candidate": None, "reason": "the backbone found nothing"}])
+    unsaved = figures.pair_views(found, [{**pairs[0], "rank": 77}])
+    none = figures.pair_views(found, [])
     for figure, words in (
         (nothing, "found nothing"),
         (unsaved, "outputs that have 'npy'"),
@@ -347,7 +348,7 @@ def test_the_contact_sheet_says_angle_score_and_metres(steps):
     ranking = read_ranking(index)
     metres = np.full(ranking.rows.shape, 1234.5)
     metres[:, 1] = np.nan
-    figure = figures.hit_sheet(index, query, gallery, replace(ranking, metres=metres), n=2, k=3)
+    figure = figures.hit_sheet(query, gallery, replace(ranking, metres=metres), n=2, k=3)
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 8
     assert titles[0].startswith("query, turned by 0 deg\n")

@@ -10,7 +10,6 @@ from imatch.core import files
 from imatch.core.types import ImatchError, StepError
 from imatch.data import images, rotations, store
 from imatch.data.images import Decoded
-from imatch.data.pairs import Matched
 from imatch.data.rotations import Pose
 from imatch.evaluation import tables
 from imatch.features.sift import keypoints
@@ -82,7 +81,7 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
     shutil.copytree(few_photographs, folder)
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     wanted = [*rotations.poses(4), Pose(0.0, 2.0)]
-    found = embed_poses(step.folder, wanted, workers=0)
+    found = embed_poses(imatch.Embeddings(step.folder), wanted, workers=0)
     assert sorted(path.name for path in step.folder.parent.iterdir()) == [
         "scale1_raw",
         *(f"scale1_raw_{pose}" for pose in ("rot000_x2", "rot090", "rot180", "rot270")),
@@ -98,13 +97,13 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
             assert one.xy.max(axis=0) == pytest.approx([w, h], rel=0.2)
     assert [len(vectors) for _, vectors in found.vectors(slice(1, 3))] == [2] * 5
     capsys.readouterr()
-    embed_poses(step.folder, wanted, workers=0)
+    embed_poses(imatch.Embeddings(step.folder), wanted, workers=0)
     assert capsys.readouterr().out.count("there already") == 4
     images.Image.fromarray(dead_leaves(np.random.default_rng(9), side=96)).save(folder / "a.png")
     with pytest.raises(StepError, match=r"changed: a\.png"):
-        embed_poses(step.folder, wanted, workers=0)
+        embed_poses(imatch.Embeddings(step.folder), wanted, workers=0)
     with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
-        embed_poses(step.folder, [rotations.UPRIGHT, Pose(45.0)], workers=0)
+        embed_poses(imatch.Embeddings(step.folder), [rotations.UPRIGHT, Pose(45.0)], workers=0)
 
 
 def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_photographs, tmp_path):
@@ -113,14 +112,14 @@ def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_phot
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     (folder / "b.png").unlink()
     with pytest.raises(StepError, match=r"1 photographs of .* cannot be read any more, such as b\.png"):
-        embed_poses(step.folder, rotations.poses(4), workers=0)
+        embed_poses(imatch.Embeddings(step.folder), rotations.poses(4), workers=0)
 
 
 def test_a_zoom_that_fits_no_patch_is_said_before_anything_is_written(few_photographs, tmp_path):
     long_side = imatch.Resize("long_side", long_side=96)
     step = embedded(few_photographs, tmp_path, weight="dsift", resize=long_side)
     with pytest.raises(ImatchError, match=r"zoom 1\.25: long_side 120 is not a multiple of patch 16"):
-        embed_poses(step.folder, rotations.poses(1, [1.25]), workers=0)
+        embed_poses(imatch.Embeddings(step.folder), rotations.poses(1, [1.25]), workers=0)
     assert [path.name for path in step.folder.parent.iterdir()] == [step.folder.name]
     with pytest.raises(ImatchError, match="zooms"):
         rotations.poses(1, ["a"])
@@ -132,7 +131,7 @@ def test_a_backbone_that_turns_needs_no_poses(few_photographs, tmp_path, capsys)
     assert "sift turns and zooms with its photographs" in capsys.readouterr().out
     data, references = step, referenced(step)[1]
     started = indexed(data, references, "reference-data", rotations=8)
-    assert started.parameters["rotations"] == 1
+    assert started.parameters["ranking"]["rotations"] == 1
 
 
 # --- 1:1 matching of turned queries
@@ -183,7 +182,7 @@ def test_turned_queries_are_matched_in_the_pose_that_fits(turned_queries):
 
 def test_a_saved_pair_is_read_in_its_pose(turned_queries):
     step, rows, _ = matched(turned_queries, rotations=4, candidates=1, outputs=["npy"], tag="read")
-    matches = Matched(step)
+    matches = imatch.open_match(step)
     for row in rows:
         pair, (a, b) = matches.pair(row), matches.tokens(row)
         assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
@@ -365,8 +364,8 @@ def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
 def test_bad_options_are_refused_before_anything_is_written(drawn):
     for given, said in (
         ({"rotations": 3}, "rotations is 3"),
-        ({"whiten": -1}, "whiten -1"),
-        ({"tokens": 0}, "tokens 0 at least 1"),
+        ({"whiten": -1}, "whiten must be greater than or equal to 0"),
+        ({"tokens": 0}, "tokens must be greater than 0"),
     ):
         with pytest.raises(ImatchError, match=said):
             indexed(*drawn, "reference-data", tag="never", **given)

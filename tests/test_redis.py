@@ -101,8 +101,8 @@ def step(tmp_path, server, monkeypatch):
 
 
 def index_step(tmp_path, queries, weight="vits16", run="demo"):
-    folder = tmp_path / "exports" / run / "03_index" / "few" / weight / "scale1" / "data-data"
-    step = start_step(folder, "03_index", {"direction": "data-data"})
+    about = {"dataset": "few", "weight": weight, "configuration": "scale1", "question": "data-data"}
+    step = start_step(tmp_path / "exports" / run, "03_index", about, {"direction": "data-data"})
     hits = [
         {"rank": 0, "id": "x/caf\udce9.jpg", "path": "x/caf\udce9.jpg", "score": 0.93, "accepted": True},
         {"rank": 1, "id": "ö.jpg", "path": "ö.jpg", "score": -0.5, "accepted": False},
@@ -112,7 +112,7 @@ def index_step(tmp_path, queries, weight="vits16", run="demo"):
     rows = [{"query": query, **about, "hits": hits, "timing_ms": timing} for query in queries]
     rows[0]["hits"] = []
     index = {"backend": "faiss-cpu", "dimension": 384, "index_build_ms": 12.3}
-    write_json(folder / "results.json", {**about, **index, "queries": rows})
+    write_json(step.folder / "results.json", {**about, **index, "queries": rows})
     return step
 
 

@@ -19,7 +19,7 @@ from imatch.core.types import ImatchError, StepError, View
 from imatch.data import images, references
 from imatch.matching import geometry
 from imatch.viz import figures
-from tests import test_steps
+from tests import grouped, test_steps
 
 SIZES = [(120, 180), (121, 181), (181, 120)]
 CROPS = [1.0, 0.75, 0.5]
@@ -225,7 +225,7 @@ def test_view_of_a_single_pixel(reference):
 
 @pytest.fixture(scope="module")
 def embedded(few_photographs, tmp_path_factory):
-    step = imatch.start_embed(
+    step = grouped.start_embed(
         str(few_photographs),
         exports=str(tmp_path_factory.mktemp("exports")),
         run="r",
@@ -303,7 +303,7 @@ def test_what_a_file_is_made_of_belongs_to_the_step(embedded):
 
 def test_both_kinds_are_shown_whichever_was_made(embedded, reference_kind):
     views, rows = made(embedded, "shown", reference_kind)
-    figure = figures.reference_kinds(views, rows)
+    figure = figures.reference_kinds(views.linked("photographs"), rows)
     titles = [axis.get_title() for axis in figure.axes]
     assert [title.split(" deg")[0] for title in titles] == [
         f"{kind}, {angle}" for kind in references.REFERENCES for angle in (0, 30, 90)
@@ -316,7 +316,8 @@ def test_both_kinds_are_shown_whichever_was_made(embedded, reference_kind):
 
 def test_outlines_say_what_crop_1_is(embedded):
     for kind, said in (("isometric", True), ("legacy", False)):
-        title = figures.reference_outlines(*made(embedded, "shown", kind)).axes[0].get_title()
+        views, rows = made(embedded, "shown", kind)
+        title = figures.reference_outlines(views.linked("photographs"), rows).axes[0].get_title()
         assert ("largest square that fits at every angle" in title) == said
 
 

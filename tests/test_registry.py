@@ -145,7 +145,7 @@ def test_a_key_in_several_sets_must_say_which():
     other = [VITS[0], "mine.pth", "SAT"]
     read = weights({"a": {"vit": {"v": VITS}}, "b": {"vit": {"v": other}, "sat": {"v": VITS}}})
     with pytest.raises(
-        ImatchError, match=r"weight v is in a\.vit, b\.vit, b\.sat: say which set as weight_set, or rename one"
+        ImatchError, match=r"weight v is in a\.vit, b\.vit, b\.sat: say which, such as SET/v, or rename one"
     ):
         read.weight("v")
     with pytest.raises(ImatchError, match=r"weight v is in b\.vit, b\.sat"):

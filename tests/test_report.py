@@ -13,8 +13,10 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError
 from imatch.evaluation import verdicts
 from imatch.steps import report
+from imatch.steps.match import labels_path
 from imatch.viz import curves
 from imatch.viz.figures import show
+from tests import grouped
 from tests.test_steps import embedded, matched, referenced, searched
 from tools.vocabulary import dead_leaves
 
@@ -44,7 +46,7 @@ def exports(photographs, tmp_path_factory):
 
 def reported(exports, steps=None, tag=""):
     given = [str(exports / "r")] if steps is None else steps
-    return imatch.start_report(given, exports=str(exports), run="r", tag=tag, on_change="recompute")
+    return grouped.start_report(given, exports=str(exports), run="r", tag=tag, on_change="recompute")
 
 
 def drawn(step, rows):
@@ -94,7 +96,7 @@ def test_labels_enter_the_table_and_the_explorer_has_its_names(exports):
     assert {row["labelled"] for row in rows} == {None}
     found = report.matched(step, rows)
     assert set(found) == {"sift raw", "dsift raw"}
-    file = verdicts.path(found["sift raw"])
+    file = labels_path(found["sift raw"])
     pairs = files.read_rows(found["sift raw"].folder / "pairs.jsonl")[:3]
     verdicts.write(file, {(row["query"], row["candidate"]): "accept" for row in pairs})
     try:
@@ -260,7 +262,7 @@ def test_wrong_requests(exports, tmp_path):
     with pytest.raises(ImatchError, match="no finished 04_match or 03_index"):
         reported(exports, steps=[str(tmp_path)])
     with pytest.raises(ImatchError, match="run is empty"):
-        imatch.start_report([str(exports)], exports=str(exports), run="", tag="", on_change="refuse")
+        grouped.start_report([str(exports)], exports=str(exports), run="", tag="", on_change="refuse")
     reported(exports, tag="kept")
     (one,) = [path.parent for path in exports.rglob("04_match/**/metrics.json") if "dsift" not in path.parts]
     step = reported(exports, tag="kept")
@@ -268,7 +270,7 @@ def test_wrong_requests(exports, tmp_path):
     drawn(step, rows)
     step.finish(report.metrics(rows))
     with pytest.raises(StepError, match="was made differently"):
-        imatch.start_report([str(one)], exports=str(exports), run="r", tag="kept", on_change="refuse")
+        grouped.start_report([str(one)], exports=str(exports), run="r", tag="kept", on_change="refuse")
     assert len(report.tabulate(reported(exports, steps=[str(one)], tag="one"))) == 1
 
 
@@ -279,6 +281,6 @@ def test_a_step_whose_source_is_gone_is_left_out(exports, tmp_path, capsys):
     shutil.rmtree(tmp_path / "r" / "05_report", ignore_errors=True)
     (lost,) = (tmp_path / "r").rglob("03_index/**/sift/**/metrics.json")
     lost.unlink()
-    step = imatch.start_report([str(tmp_path)], exports=str(tmp_path), run="r", tag="", on_change="refuse")
+    step = grouped.start_report([str(tmp_path)], exports=str(tmp_path), run="r", tag="", on_change="refuse")
     assert len(step.links) == 2
     assert "left out" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Better rankings: each method against loops over everything, where it must help, and where it must hurt."""
 
+from types import SimpleNamespace
+
 import faiss
 import numpy as np
 import pytest
@@ -290,6 +292,16 @@ def test_best_turn_refuses():
     rows[1, 2] = -1  # what stands beside no candidate is not looked at
     assert best_turn(rows, scores, 2)[0].tolist() == [[0, -1]] * 3
     assert [len(array) for array in best_turn(rows[:, :0], scores[:, :0], 2)] == [0, 0, 0]
+
+
+def test_embedding_the_rotated_queries_counts_as_time_of_that_stage():
+    """And it asks nothing anew: its search is not repeated without the right answers."""
+    ways = object.__new__(ranking.Ways)
+    ways.k, ways.asked = 5, {"whiten": 0, "rotations": 4, "expand": 0, "rerank": 0}
+    vars(ways)["posed"] = SimpleNamespace(posed={pose: SimpleNamespace(work={"seconds": 2.5}) for pose in range(3)})
+    plain, rotated = ways.stages()
+    assert (plain.seconds, rotated.seconds) == (0.0, 7.5)
+    assert [plain.asks_anew, rotated.asks_anew] == [False, False]
 
 
 # --- tokens

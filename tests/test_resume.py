@@ -25,6 +25,7 @@ import imatch
 from imatch.core import files
 from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
+from tests import grouped
 from tests.test_steps import indexed, judged, without_times
 
 PHOTOGRAPHS, SHARD = 16, 2
@@ -79,7 +80,7 @@ class House:
         return self.root / self.name
 
     def start_embed(self) -> Step:
-        return imatch.start_embed(
+        return grouped.start_embed(
             str(self.photographs),
             exports=str(self.exports),
             run="run",
@@ -123,7 +124,7 @@ class House:
         return step
 
     def start_match(self) -> Step:
-        return imatch.start_match(
+        return grouped.start_match(
             str(self.folder("03_index")),
             candidates=1,
             matcher="mutual",
@@ -206,6 +207,8 @@ def content(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
+        if name.startswith("index/"):
+            continue  # of those who searched this folder's vectors
         if path.name == "step.json":
             found[name] = {**files.read_json(path), "seconds": None, "work": None}
         elif path.name == "seen.jsonl":

@@ -8,6 +8,7 @@ import pytest
 import imatch
 from imatch.core import files
 from imatch.core.types import ImatchError, ImatchWarning
+from imatch.retrieval import index as searcher
 from tests.test_steps import embedded, indexed, judged, referenced, searched
 
 
@@ -63,14 +64,23 @@ def test_results_for_programs(house):
     assert ids[0].tolist() == [gallery.ids[row] for row in ranking.rows[0]]
 
 
-def test_the_index_outlives_another_k(house):
-    step, *_ = searched(*house, "data-reference", k=2, tag="kept")
-    path = step.folder / "index" / "00000.faiss"
+def test_an_index_is_the_gallery_s_and_serves_all_who_search_it(house):
+    searched(*house, "data-reference", k=2, tag="kept")
+    (path,) = house[1].folder.glob("index/flat/*.faiss")
     before = path.stat().st_mtime_ns
-    again = indexed(*house, "data-reference", k=3, tag="kept", on_change="recompute")
-    _, gallery = imatch.open_embeddings(again)
-    imatch.build_index(again, gallery)
+    for direction, given in (("data-reference", {"on_change": "recompute"}), ("reference-reference", {})):
+        again = indexed(*house, direction, k=3, tag="kept", **given)
+        imatch.build_index(again, imatch.open_embeddings(again)[1])
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_finished_step_searches_as_it_was_tuned(house):
+    step, query, gallery, _ = searched(*house, "data-reference", tag="tuned", index="ivf_flat")
+    built = imatch.build_index(step, gallery)
+    built.tune([searcher.Point(7, 1.0, 0.1)], 1.0)  # by other queries
+    built = imatch.build_index(step, gallery)
+    assert built.effort == 7
+    assert imatch.tune_index(step, built, query)["effort"]["value"] == built.effort != 7
 
 
 def test_an_index_follows_the_photographs(few_photographs, tmp_path):
@@ -93,13 +103,14 @@ def test_bad_requests_are_refused_before_anything_is_written(house, monkeypatch)
     for given, said in (
         ({"index": "ivf"}, "did you mean"),
         ({"index": "ivf_pq", "index_options": {"part": 4}}, "unknown option"),
-        ({"recall": 1.5}, "recall 1.5"),
-        ({"memory_gb": -1.0}, "memory_gb -1.0"),
-        ({"send": "reddis"}, "did you mean 'redis'"),
-        ({"send": "redis"}, "set REDIS_URL"),
+        ({"recall": 1.5}, "recall must be less than or equal to 1"),
+        ({"memory_gb": -1.0}, "memory_gb must be greater than or equal to 0"),
     ):
         with pytest.raises(ImatchError, match=said):
             indexed(*house, "data-reference", tag="never", **given)
+    for to, said in (("reddis", "did you mean 'redis'"), ("redis", "set REDIS_URL")):
+        with pytest.raises(ImatchError, match=said):
+            imatch.SendOptions(to)
     data, _ = house
     assert not list(data.folder.parents[3].rglob("*_never"))
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,22 +18,22 @@ from PIL import ExifTags, Image
 
 import imatch
 from imatch.core import files
-from imatch.core.step import flat_name, open_step
+from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError, Tokens
+from imatch.data import rotations
 from imatch.evaluation import intervals, tables
 from imatch.features import base
 from imatch.retrieval import index as searcher
+from imatch.steps.embed import embed_poses
 from imatch.steps.references import _reference_names
-from tests import rendered
+from tests import grouped, rendered
 from tools.vocabulary import dead_leaves
 
 
 def embedded(photographs, exports, weight="sift", resize=None, **given):
     max_skipped = given.pop("max_skipped", 0.05)
-    options = {"run": "r", "backbone_options": {}, "shard_size": 3, "tag": "", "on_change": "refuse", **given}
-    step = imatch.start_embed(
-        str(photographs), exports=str(exports), weight=weight, resize=resize or imatch.Resize(), **options
-    )
+    options = {"run": "r", "shard_size": 3, "resize": resize or imatch.Resize(), **given}
+    step = grouped.start_embed(photographs, exports, weight=weight, **options)
     imatch.finish_embed(step, imatch.embed(step, workers=0, max_skipped=max_skipped))
     return step
 
@@ -55,36 +56,10 @@ def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,), resize_to_o
     return views, tokens
 
 
-INDEX = {
-    "index": "flat",
-    "index_options": {},
-    "memory_gb": 0.0,
-    "recall": 0.95,
-    "float16": False,
-    "k": 5,
-    "whiten": 0,
-    "rotations": 1,
-    "expand": 0,
-    "rerank": 0,
-    "tokens": 32,
-    "exclude_siblings": False,
-    "truth": "photograph",
-    "labels": "",
-    "radius": 60.0,
-    "heading": 180.0,
-    "cluster": "photograph",
-    "precision": 0.95,
-    "send": "",
-    "ttl": 60,
-    "tag": "",
-    "on_change": "refuse",
-}
-
-
 def indexed(data, references, direction, **given):
     """A 03_index, just started."""
     other = str(references.folder) if references else ""
-    return imatch.start_index(str(data.folder), other, direction=direction, **{**INDEX, **given})
+    return grouped.start_index(str(data.folder), other, direction=direction, **{"index": "flat", "k": 5, **given})
 
 
 def judged(step):
@@ -108,22 +83,7 @@ def searched(data, references, direction, k=5, exclude_siblings=False, **given):
 
 
 def matched(index, **given):
-    options = {
-        "candidates": 2,
-        "matcher": "auto",
-        "matcher_options": {},
-        "model": "auto",
-        "threshold": 0.0,
-        "confidence": 0.9999,
-        "iterations": 1000,
-        "min_inliers": 0,
-        "min_share": 0.0,
-        "outputs": ["json", "npy", "png"],
-        "tag": "",
-        "on_change": "refuse",
-        **given,
-    }
-    step = imatch.start_match(str(index.folder), **options)
+    step = grouped.start_match(str(index.folder), **{"candidates": 2, "iterations": 1000, **given})
     pairs = imatch.match_pairs(step, workers=0)
     return step, pairs, step.finish(imatch.match_metrics(step, pairs))
 
@@ -275,7 +235,7 @@ def test_names_that_would_collide_keep_their_suffix():
 
 def test_file_names_of_ids_differ_and_fit():
     ids = ["a/b", "a__b", "a_/b", "a/_b", "가/" * 90 + "a", "가/" * 90 + "b"]
-    names = [flat_name(id) for id in ids]
+    names = [files.flat_name(id) for id in ids]
     assert len({*names}) == len(ids)
     assert max(len(name.encode()) for name in names) < 200
 
@@ -331,6 +291,19 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 print(sum(len(embeddings.tokens(row).xy) for row in range(len(embeddings))))
 imatch.Embeddings(pathlib.Path(sys.argv[1]))
 """
+
+
+def test_a_step_says_what_it_is_and_one_of_an_earlier_version_is_to_be_run_again(tmp_path, few_photographs):
+    step = embedded(few_photographs, tmp_path, tag="tried")
+    record = files.read_json(step.folder / "step.json")
+    assert record["about"] == {"dataset": "few", "weight": "sift", "configuration": "scale1_raw_tried"}
+    assert open_step(step.folder).run == tmp_path / "r"
+    before = {key: value for key, value in record.items() if key not in ("about", "run")}
+    files.write_json(step.folder / "step.json", before)
+    with pytest.raises(StepError, match="is of an earlier version: run its notebook again, it keeps what is there"):
+        open_step(step.folder)
+    embedded(few_photographs, tmp_path, tag="tried")
+    assert files.read_json(step.folder / "step.json") == record
 
 
 def test_any_number_of_shards_can_be_read(tmp_path, few_photographs):
@@ -456,7 +429,7 @@ def test_matches_agree_with_the_truth(house):
             assert row["verified"], row["reason"]
             assert row["rotation"] == pytest.approx(-row["angle"], abs=1)
             assert row["scale"] == pytest.approx(1, abs=0.02)
-        folder = step.folder / "pairs" / flat_name(row["query"])
+        folder = step.folder / "pairs" / files.flat_name(row["query"])
         written = json.loads((folder / f"{row['rank']:02d}.json").read_text())
         assert {key: written.get(key) for key in row} == {**row, "reranked": None}  # the place needs all pairs
         table = np.load(folder / f"{row['rank']:02d}.npy")
@@ -559,8 +532,7 @@ def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photog
 MEASURE = """
 import resource, sys
 import imatch
-step = imatch.start_embed(sys.argv[1], exports=sys.argv[2], run="r", weight="sift", backbone_options={},
-                          resize=imatch.Resize(), shard_size=16, tag="", on_change="refuse")
+step = imatch.start_embed(sys.argv[1], run="r", storage=imatch.StorageOptions(shard_size=16))
 imatch.finish_embed(step, imatch.embed(step, workers=0))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
@@ -574,8 +546,9 @@ def test_peak_memory_does_not_grow_with_the_number_of_photographs(tmp_path, few_
         folder.mkdir()
         for i in range(n):
             (folder / f"{i:04d}.png").write_bytes(data[i % len(data)])
-        command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / "exports")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        environment = {**os.environ, "EXPORT_ROOT": str(tmp_path / "exports")}
+        command = [sys.executable, "-c", MEASURE, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(float(done.stdout.splitlines()[-1]))
     stored = sum(path.stat().st_size for path in tmp_path.rglob("of 400/**/*.npy")) / 2**20
     assert stored > 25  # megabytes: kept in memory, they would show
@@ -590,6 +563,23 @@ def test_steps_are_found_where_exports_are(few_photographs, tmp_path, monkeypatc
     step.folder = "exports" / step.folder.relative_to(tmp_path / "elsewhere")
     views, _ = referenced(step, angles=(0,))
     assert views.folder.is_relative_to(tmp_path / "elsewhere" / "demo")
+
+
+def test_the_last_finished_step_of_a_run_is_found(few_photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
+    with pytest.raises(StepError, match=r"no finished 01_embed in .*run it first"):
+        imatch.last_finished("", "01_embed", "r")
+    one, other = embedded(few_photographs, tmp_path), embedded(few_photographs, tmp_path, weight="dsift")
+    _, references = referenced(one, angles=(0,))
+    embed_poses(imatch.Embeddings(one.folder), rotations.poses(4), workers=0)  # later, but of no use by itself
+    imatch.start_embed(str(few_photographs), run="r", tag="unfinished")
+    capsys.readouterr()
+    assert imatch.last_finished("", "01_embed", "r") == str(other.folder)
+    assert capsys.readouterr().out == f"also there: {one.folder}\nthe last finished 01_embed: {other.folder}\n"
+    assert imatch.last_finished("", "02_references", "r", of=str(one.folder)) == str(references.folder)
+    with pytest.raises(StepError, match="no finished 02_references"):
+        imatch.last_finished("", "02_references", "r", of=str(other.folder))
+    assert imatch.last_finished("exports/given", "01_embed", "r") == "exports/given"
 
 
 # --- rotation -----------------------------------------------------------------------------------------------
@@ -839,7 +829,7 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
     assert {row["metres"] for row in table_of(step)} == {""}
     for truth in ("radius", "nearest"):
         with pytest.raises(
-            ImatchError, match=rf"truth is {truth}, but no photograph of the queries .* set labels to its path"
+            ImatchError, match=rf"truth is {truth}, but no photograph of the queries .* set truth.labels to its path"
         ):
             searched(data, references, "reference-data", truth=truth, tag=truth)
     with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):
@@ -867,9 +857,9 @@ def test_an_index_refuses_a_wrong_truth_before_anything_is_written(house):
     wrong = {
         "did you mean 'radius'": {"truth": "radiu"},
         "did you mean 'capture'": {"cluster": "captures"},
-        "radius 0": {"radius": 0.0},
-        "heading 181": {"heading": 181.0},
-        "precision 1": {"precision": 1.0},
+        "radius must be greater than 0": {"radius": 0.0},
+        "heading must be less than or equal to 180": {"heading": 181.0},
+        "precision must be less than 1": {"precision": 1.0},
         "give the path of a file": {"labels": "no/such.csv"},
     }
     for message, given in wrong.items():
@@ -893,7 +883,7 @@ def test_what_is_believed_is_the_same_everywhere(house):
     assert [row["accepted"] for row in files.read_rows(index.folder / "queries.jsonl")] == believed[:, 0].tolist()
     assert [row["accepted"] == "1" for row in table_of(index)] == believed[found].tolist()
     for q, id in enumerate(query.ids):
-        record = files.read_json(index.folder / "queries" / f"{flat_name(id)}.json")
+        record = files.read_json(index.folder / "queries" / f"{files.flat_name(id)}.json")
         assert record["accepted"] == believed[q, 0]
         assert [hit["accepted"] for hit in record["hits"]] == believed[q][found[q]].tolist()
     _, pairs, _ = matched(index, outputs=["json"], candidates=4)

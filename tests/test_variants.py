@@ -21,8 +21,8 @@ from imatch.data import store
 from imatch.data.images import Resize
 from imatch.features.dinov3 import Dinov3
 from imatch.steps import preflight
-from imatch.steps.embed import start_embed
 from imatch.steps.references import start_reference_tokens, start_references
+from tests import grouped
 from tests.test_steps import indexed
 
 TORCH = {"precision": "fp32", "engine_forward": "torch"}
@@ -35,7 +35,7 @@ def start(few_photographs, tmp_path):
     def start(weight="dsift", resize=None, **options):
         chosen = {"exports": str(tmp_path / "exports"), "run": "r", "backbone_options": {}, "shard_size": 2, "tag": ""}
         chosen |= {"resize": resize or Resize("stretch", long_side=96), "on_change": "refuse"} | options
-        return start_embed(str(few_photographs), weight=weight, **chosen)
+        return grouped.start_embed(str(few_photographs), weight=weight, **chosen)
 
     return start
 
@@ -150,12 +150,12 @@ def test_sub_computes_what_raw_does_not_hold(dinov3, few_photographs, tmp_path):
     import shutil
 
     photographs = shutil.copytree(few_photographs, tmp_path / "few")
-    step = start_embed(str(photographs), **options(dinov3()))
+    step = grouped.start_embed(str(photographs), **options(dinov3()))
     embedded(step)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)).save(photographs / "a.png")
-    sub = embedded(start_embed(str(photographs), **options(dinov3()) | {"variant": "sub2"}))
+    sub = embedded(grouped.start_embed(str(photographs), **options(dinov3()) | {"variant": "sub2"}))
     alone = options(dinov3()) | {"variant": "sub2", "exports": str(tmp_path / "alone")}
-    assert files(sub.folder) == files(embedded(start_embed(str(photographs), **alone)).folder)
+    assert files(sub.folder) == files(embedded(grouped.start_embed(str(photographs), **alone)).folder)
 
 
 def options(step):
@@ -197,7 +197,7 @@ def some_broken(weights, tmp_path):
         (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:5000])
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
     given |= {"backbone_options": TORCH, "resize": Resize("stretch", long_side=64), "on_change": "refuse"}
-    return start_embed(str(folder), weight="vits16", shard_size=1, **given)
+    return grouped.start_embed(str(folder), weight="vits16", shard_size=1, **given)
 
 
 def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
@@ -346,7 +346,9 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     one = preflight.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:
         small.setattr(preflight, "free_memory", lambda _: one.weights + int(2.5 * one.working))
-        with pytest.raises(ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use batch_size 2"):
+        with pytest.raises(
+            ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use compute.batch_size 2"
+        ):
             imatch.preflight(step, batch_size=8)
         imatch.preflight(step, batch_size=2)
         small.setattr(preflight, "free_memory", lambda _: one.weights - 1)
@@ -418,7 +420,7 @@ def test_a_large_photograph_among_small_ones_is_no_batch_of_large_ones(weights, 
     Image.new("RGB", (640, 480)).save(folder / "large.png")
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
     given |= {"backbone_options": {}, "resize": Resize("scale"), "on_change": "refuse", "shard_size": 64}
-    step = start_embed(str(folder), weight="vits16", **given)
+    step = grouped.start_embed(str(folder), weight="vits16", **given)
     imatch.preflight(step, batch_size=8)
     said = capsys.readouterr().out
     assert "photograph of 640 x 480" in said

@@ -4,19 +4,18 @@ import numpy as np
 from PIL import Image
 
 from imatch.core import files
-from imatch.core.step import Step, pair_path
 from imatch.data import images
+from imatch.data.pairs import pair_path
 from imatch.viz import figures, pictures
 
 
 def test_pairs_keep_their_colours(tmp_path):
     """Pictures of pairs have a palette on disk; its numbers are no colours."""
-    step = Step(tmp_path, "04_match", {}, {})
     row = {"query": "a.jpg", "candidate": "b.jpg", "rank": 0, "reranked": 0, "retrieved": True, "verified": False}
     drawn = np.zeros((40, 60, 3), np.uint8)
     drawn[:, :20], drawn[:, 20:40] = (230, 20, 20), (20, 20, 230)
-    files.write_bytes(pair_path(step, row).with_suffix(".png"), pictures.encode(drawn))
-    figure = figures.pair_sheet(step, [row])
+    files.write_bytes(pair_path(tmp_path, row).with_suffix(".png"), pictures.encode(drawn))
+    figure = figures.pair_sheet(tmp_path, [row])
     shown = np.asarray(figure.axes[0].images[0].get_array())
     assert np.abs(shown.astype(int) - drawn).max() < 12
 

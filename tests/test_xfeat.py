@@ -18,7 +18,6 @@ from imatch.core import learned
 from imatch.core.step import open_step, sides
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, Tokens
 from imatch.data import images, rotations
-from imatch.data.pairs import Matched
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.features import xfeat
 from imatch.features.base import create_backbone, embed_decoded
@@ -27,6 +26,7 @@ from imatch.matching import lighterglue
 from imatch.matching.geometry import rotation_scale
 from imatch.matching.lighterglue import LighterGlue
 from imatch.viz import explorer
+from tests import grouped
 from tests.conftest import SHARED
 from tools.vocabulary import dead_leaves
 
@@ -308,7 +308,7 @@ def test_a_folder_is_matched_by_both(tmp_path):
 
 def embedded(folder, exports, weight="sift", **options):
     given = {"backbone_options": {}, "resize": imatch.Resize(), "shard_size": 64, "tag": "", "on_change": "refuse"}
-    step = imatch.start_embed(str(folder), exports=str(exports), run="run", weight=weight, **{**given, **options})
+    step = grouped.start_embed(str(folder), exports=str(exports), run="run", weight=weight, **{**given, **options})
     imatch.finish_embed(step, imatch.embed(step, workers=0))
     return open_step(step.folder)
 
@@ -319,7 +319,7 @@ def matched(embed_step, workers=0, **options):
         "model": "auto", "threshold": 0.0, "confidence": 0.9999, "iterations": 10_000, "min_inliers": 0,
         "min_share": 0.0, "outputs": ["json", "npy", "png"], "tag": "", "on_change": "refuse",
     }  # fmt: skip
-    step = imatch.start_match("", embed_step=str(embed_step.folder), **{**given, **options})
+    step = grouped.start_match("", embed_step=str(embed_step.folder), **{**given, **options})
     rows = imatch.match_pairs(step, workers=workers)
     step.finish(imatch.match_metrics(step, rows))
     return open_step(step.folder), rows
@@ -350,11 +350,11 @@ def test_a_list_of_pairs_by_auto(frames, tmp_path):
     row = next(row for row in rows if row["query"] == HARD[0])
     told = json.loads((step.folder / "pairs" / HARD[0] / "00.json").read_text())
     assert told["weight"] == "xfeat"
-    found = Matched(step)
+    found = imatch.open_match(step)
     pair, (a, b) = found.pair(row), found.tokens(row)
     assert a.descriptors.shape[1] == b.descriptors.shape[1] == 64
     assert np.allclose(a.xy[pair.matches.index_a], pair.xy_a)
-    opened = explorer.Saved(step).open(row)
+    opened = explorer.Saved(found).open(row)
     assert opened.pair.geometry.verified
     assert opened.estimator.threshold > 3, "xfeat sees 1,024 pixels of 1,600"
 

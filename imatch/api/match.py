@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from tqdm import tqdm
 
 from imatch.core import compute, files, learned, settings
+from imatch.core.rows import Json, MatchRow, PairRow, Parameters
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
 from imatch.data import exif, images
 from imatch.data.images import Resize
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
     Photograph = str | Path | np.ndarray | Image.Image
 
-SETTINGS = {"refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
+T = TypeVar("T")
+R = TypeVar("R")
+SETTINGS: Parameters = {"refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
 """What 04_match does by default, too."""
 FIRST, CLOSER, TURNS = Sift.max_keypoints, 8000, (90, 180, 270)
 """Keypoints of a first and of a second look at two photographs; degrees by which one is rotated in the second, by a
@@ -130,7 +133,7 @@ class Match:
         return "try photographs that overlap more, or another weight"
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> MatchRow:
         """Its names and numbers, as a row of a table."""
         return {
             "query": self.names[0],
@@ -146,12 +149,12 @@ class Match:
             "reason": self.reason,
         }
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Json]:
         """Give all of it as plain JSON: positions in pixels to a hundredth, scores to four digits."""
         found = self.correspondences
+        numbers = cast("dict[str, Json]", self.row | self._geometry.record())
         return {
-            **self.row,
-            **self._geometry.record(),
+            **numbers,
             "sizes": [list(size) for size in self.sizes],
             "correspondences": {
                 "xy_a": np.round(found.xy_a.astype(np.float64), 2).tolist(),
@@ -175,7 +178,8 @@ class Match:
         found = self.correspondences
         index = np.arange(len(found))
         matches = Matches(index, index, found.score)
-        pair = Pair(self.row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, self._geometry)
+        row = cast("PairRow", self.row)  # of whose other keys a picture reads only those that are there
+        pair = Pair(row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, self._geometry)
         return pictures.lines(pair, pictures.Style(side=side))
 
     @property
@@ -277,10 +281,12 @@ def _both(backbone: Backbone, weight: str, photographs: Sequence[tuple[Path | np
     at_once = _at_once(weight, [source for source, _ in photographs])
     with compute.without_opencv_threads() if at_once > 1 else contextlib.nullcontext():
         seen = list(compute.ahead(partial(_tried, backbone, weight=weight), photographs, at_once, 2))
+    good: list[_Seen] = []
     for (source, name), found in zip(photographs, seen, strict=True):
         if isinstance(found, PhotographError):
             raise PhotographError(f"{files.printable(str(source if isinstance(source, Path) else name))}: {found}")
-    return seen
+        good.append(found)
+    return good
 
 
 def _look_twice(backbone: Backbone, a: _Seen, b: _Seen) -> Match:
@@ -346,8 +352,8 @@ def _source(photograph: Photograph, name: str) -> Path | np.ndarray:
 
 def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, weight: str, turn: float = 0) -> _Seen:
     """A photograph through a backbone, rotated by `turn` degrees."""
-    take = images.decode if isinstance(source, Path) else images.from_memory
-    decoded = take(source, Resize(limit=backbone.side), backbone.patch, backbone.resampling)
+    how = (Resize(limit=backbone.side), backbone.patch, backbone.resampling)
+    decoded = images.decode(source, *how) if isinstance(source, Path) else images.from_memory(source, *how)
     decoded = turned(decoded, turn, backbone.patch) if turn else decoded
     return _Seen(name, source, decoded.size, embed_decoded(decoded, backbone), weight, backbone.device)
 
@@ -413,7 +419,7 @@ class FolderMatches:
     """
 
     names: list[str]
-    pairs: list[dict[str, Any]]
+    pairs: list[MatchRow]
     groups: list[list[str]]
     skipped: dict[str, str]
     retrieved: bool
@@ -429,7 +435,7 @@ class FolderMatches:
         )
         for row in verified:
             shown = (files.printable(row[side]) for side in ("query", "candidate"))
-            angle = round(row["rotation"], 1) + 0.0
+            angle = round(row["rotation"] or 0.0, 1) + 0.0
             text = "  ".join(f"{name:<{wide}}" for name in shown)
             about = "~" if row["kind"] == "general" else ""
             turned = about + format(angle, ".1f")
@@ -449,11 +455,11 @@ class FolderMatches:
         """Whether any pair shows the same."""
         return any(row["verified"] for row in self.pairs)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Json]:
         """All of it as plain JSON."""
         return {
             "photographs": self.names,
-            "pairs": self.pairs,
+            "pairs": cast("list[Json]", self.pairs),
             "groups": self.groups,
             "skipped": self.skipped,
             "lacking": self.lacking,
@@ -504,7 +510,7 @@ def match_folder(
     rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
     for backbone, other in zip(others, weights[1:], strict=True):
         seen = _all_seen(backbone, other, folder, names, {})
-        pairs = [(a, b) for a, b in _nearest(seen) if not rows.get((a.name, b.name), {}).get("verified")]
+        pairs = [(a, b) for a, b in _nearest(seen) if not ((row := rows.get((a.name, b.name))) and row["verified"])]
         for row in _rows(pairs, other, 1):  # its network has threads of its own
             before = rows.get(pair := (row["query"], row["candidate"]))
             both = f"{weights[0]}: {before['reason']}; {other}: {row['reason']}" if before else row["reason"]
@@ -514,7 +520,7 @@ def match_folder(
     return FolderMatches(names, found, groups(together), skipped, len(names) > RETRIEVED, lacking)
 
 
-def _rows(pairs: Sequence[tuple[_Seen, _Seen]], weight: str, workers: int) -> Iterator[dict[str, Any]]:
+def _rows(pairs: Sequence[tuple[_Seen, _Seen]], weight: str, workers: int) -> Iterator[MatchRow]:
     return _each(lambda pair: _matched(*pair).row, pairs, f"match by {weight}", workers)
 
 
@@ -548,7 +554,7 @@ def _tried(
         return error
 
 
-def _each(function: Callable[[Any], Any], items: Sequence[Any], what: str, workers: int) -> Iterator[Any]:
+def _each(function: Callable[[T], R], items: Sequence[T], what: str, workers: int) -> Iterator[R]:
     """The answers in order, by threads, with a progress bar on a terminal: what is printed may be read by a program."""
     return iter(tqdm(compute.ahead(function, items, workers, 2 * workers), what, len(items), disable=None, delay=1))
 

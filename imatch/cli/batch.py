@@ -21,7 +21,7 @@ import sys
 import time
 import tokenize
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -33,31 +33,41 @@ from pydantic import Field
 from imatch.cli import manifest
 from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import PartDoneError
+from imatch.core.rows import Json
 from imatch.core.step import MIME
 from imatch.core.types import ImatchError
 from imatch.data import registry
 from imatch.evaluation import tables
+from imatch.steps import options
 
 NAMED = frozenset(
     {
         "dataset",
         "run",
-        "exports",
         "weight",
-        "resize",
-        "long_side",
-        "scale",
-        "cfg",
-        "variant",
-        "keep",
+        "resize.mode",
+        "resize.long_side",
+        "resize.scale",
+        "storage.cfg",
+        "storage.variant",
+        "storage.keep",
         "kind",
         "direction",
         "pairs",
-        "one",
         "tag",
     }
 )
 """Parameters that a step's folder is named by; a sweep over any other one gives its points a tag."""
+MOVED = {
+    "cfg": "storage.cfg",
+    "exports": "--exports DIR, or the variable EXPORT_ROOT,",
+    "index_options": "index.options",
+    "match_weight": "matching.weight",
+    "matcher_options": "matching.options",
+    "one": "a part of pairs, such as pairs one:ID,",
+    "weight_set": "a part of weight, such as weight dinov3/vits16,",
+}
+"""Parameters that were -> what they are now; of fields of a group that have their old name the group says it."""
 UPSTREAM = ("index", "query", "gallery", "embed")
 """Links of a step to the steps it was made from."""
 
@@ -92,7 +102,8 @@ class _File(config.Said):
 
 
 def schema(notebook: Path) -> dict[str, Parameter]:
-    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help.
+    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help. The fields of a
+    group of options (`options.GROUPS`) follow it, such as ranking.whiten.
 
     Raises:
         ImatchError: there is no such cell, or something in it is no literal.
@@ -111,12 +122,14 @@ def schema(notebook: Path) -> dict[str, Parameter]:
                     found[name] = Parameter(ast.literal_eval(value), helps.get(statement.lineno, ""))
                 except ValueError as error:
                     raise ImatchError(f"{notebook}: parameter {name} is no literal: {error}") from error
+                for field, option in options.fields(name).items() if name in options.GROUPS else ():
+                    found[f"{name}.{field}"] = Parameter(option.default, option.help)
             case _:
                 raise ImatchError(f"{notebook}: `{ast.unparse(statement)}` is no parameter: write name = literal")
     return found
 
 
-def check(name: str, value: Any, wanted: Parameter) -> Any:
+def check(name: str, value: Json, wanted: Parameter) -> Json:
     """`value` if it may stand where the parameter's default does.
 
     Raises:
@@ -126,13 +139,16 @@ def check(name: str, value: Any, wanted: Parameter) -> Any:
     512
     """
     default = wanted.default
+    if name in options.GROUPS and not isinstance(value, Mapping):
+        fields = ", ".join(f"{name}.{field}" for field in options.fields(name))
+        raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
     if not config.fits(value, type(default)):
         said = f"wants {type(default).__name__}, such as {default!r} ({wanted.help})"
         raise ImatchError(f"parameter {name} {said}; got {value!r}")
     return value
 
 
-def from_text(name: str, text: str, wanted: Parameter) -> Any:
+def from_text(name: str, text: str, wanted: Parameter) -> Json:
     """A value from the command line: text stays text where text is wanted, else it is read as YAML.
 
     >>> from_text("angles", "[0, 90]", Parameter([0], "")), from_text("dataset", "2024", Parameter("", ""))
@@ -180,29 +196,81 @@ def load(
 
     def wanted(name: str) -> Parameter:
         if name not in known:
-            raise ImatchError(config.unknown("parameter", name, known))
+            now = MOVED.get(name) or " or ".join(one for one in known if one.endswith(f".{name}"))
+            raise ImatchError(f"parameter {name} is {now} now" if now else config.unknown("parameter", name, known))
         return known[name]
 
-    given = {name: from_text(name, text, wanted(name)) for name, text in overrides}
+    def checked(values: Mapping[str, Json]) -> dict[str, Json]:
+        """Values, checked one by one, with the fields of groups by their whole names."""
+        return {name: check(name, value, wanted(name)) for name, value in _by_field(values, wanted).items()}
+
+    given = checked({name: from_text(name, text, wanted(name)) for name, text in overrides})
     if points:
         found = manifest.read(path, given.get("data_key", settings.DATA_KEY), given)
         recipe = Recipe(found.notebooks, found.parameters, points=found.points)
-    for name, value in recipe.parameters.items():
-        check(name, value, wanted(name))
-    for name, values in recipe.sweep.items():
-        for value in values:
-            check(name, value, wanted(name))
-    for point in [*(recipe.points or {}).values(), *recipe.also]:
-        for name, value in point.items():
-            check(name, value, wanted(name))
-    for name, value in given.items():
-        recipe.parameters[name] = value
-        recipe.sweep.pop(name, None)
-        recipe.also[:] = [point for point in recipe.also if name not in point]
+    kept = {name: values for name, values in recipe.sweep.items() if name not in given}
+    sweep = {name: [check(name, value, wanted(name)) for value in values] for name, values in kept.items()}
+    also = [point for point in map(checked, recipe.also) if not point.keys() & given.keys()]
+    several = recipe.points and {label: checked(point) for label, point in recipe.points.items()}
+    recipe = Recipe(recipe.notebooks, {**checked(recipe.parameters), **given}, sweep, also, several)
+    for point in _swept(recipe).values():
+        together = _folded({**recipe.parameters, **_by_field(point, wanted)})
+        for name in together.keys() & options.GROUPS.keys():
+            options.create(name, together[name])  # refuses what its fields cannot be
     return recipe, schemas
 
 
-def points(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def check_chain(recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]]) -> None:
+    """Refuse notebooks that read a step which none before them makes, and nobody gave: they would take the last one of
+    the run, whatever it is.
+
+    Raises:
+        ImatchError: the first such notebook, and what would do.
+    """
+    for point in _swept(recipe).values():
+        for place, name in enumerate(recipe.notebooks):
+            defaults = {key: parameter.default for key, parameter in schemas[name].items()}
+            values = {**defaults, **recipe.parameters, **_by_field(point)}
+            for kind in {*_reads(name, values)} - {*recipe.notebooks[:place]}:
+                parameter = f"{kind[3:]}_step"
+                if not values[parameter]:
+                    said = f"add it to notebooks, or give its folder: -p {parameter} FOLDER"
+                    raise ImatchError(f"{name} reads a {kind}, and none runs before it: {said}")
+
+
+def _reads(notebook: str, given: Mapping[str, Json]) -> list[str]:
+    """What a notebook reads with such parameters."""
+    if notebook == "04_match":
+        return ["01_embed" if given["pairs"] else "03_index"]
+    references = ["02_references"] if notebook == "03_index" and "reference" in given["direction"] else []
+    return [*references, *(["01_embed"] if notebook in ("02_references", "03_index") else [])]
+
+
+def _by_field(values: Mapping[str, Json], wanted: Callable[[str], Parameter | str] = str) -> dict[str, Json]:
+    """The fields of groups by their whole names, such as ranking.whiten."""
+    found: dict[str, Json] = {}
+    for name, value in values.items():
+        wanted(name)
+        if name in options.GROUPS and isinstance(value, Mapping):
+            found.update({f"{name}.{field}": one for field, one in value.items()})
+        else:
+            found[name] = value
+    return found
+
+
+def _folded(values: Mapping[str, Json]) -> dict[str, Json]:
+    """The way back: what a notebook is given."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        group, dot, field = name.partition(".")
+        if dot:
+            found.setdefault(group, {})[field] = value
+        else:
+            found[name] = value
+    return found
+
+
+def points(sweep: Mapping[str, Sequence[Json]]) -> list[dict[str, Json]]:
     """All combinations of a sweep; one empty point without one.
 
     >>> points({"weight": ["sift", "dsift"], "scale": [1.0]})
@@ -222,22 +290,15 @@ def run(
     finished: dict[str, Path] = {}
     failures: list[str] = []
     ran: dict[str, Path | str | None] = {}
-    exports = settings.exports_folder(recipe.parameters.get("exports", ""))
+    exports = settings.root("EXPORT_ROOT")
     together = [name for name in recipe.notebooks if "steps" in schemas[name]]
     each = [name for name in recipe.notebooks if name not in together]
-    todo = recipe.points if each else {}
-    if todo is None:
-        swept = [*points(recipe.sweep), *recipe.also]
-        todo = {
-            " ".join(f"{name}={point[name]}" for name in recipe.sweep if name in point) or "run": point
-            for point in swept
-        }
-    for label, point in todo.items():
+    for label, point in (_swept(recipe) if each else {}).items():
         steps: dict[str, Path] = {}
         for name in each:
             values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
             key = json.dumps([name, values], sort_keys=True)
-            if recipe.parameters.get("shard") and "shard" not in schemas[name]:
+            if recipe.parameters.get("compute.shard") and "compute.shard" not in schemas[name]:
                 print(f"== {label}: {name} has no parts, run it without --shard", flush=True)
                 break
             if key not in ran:
@@ -254,7 +315,7 @@ def run(
         else:
             finished[label] = result
     found = [str(folder) for folder in finished.values()]
-    for name in [] if recipe.parameters.get("shard") else together:
+    for name in [] if recipe.parameters.get("compute.shard") else together:
         values = _values(schemas[name], {"steps": found, **recipe.parameters}, {}, {})
         if not values["steps"]:
             failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
@@ -269,22 +330,32 @@ def run(
     return finished, failures
 
 
+def _swept(recipe: Recipe) -> dict[str, dict[str, Json]]:
+    """The points of a recipe: what each is called by -> its parameters."""
+    if recipe.points is not None:
+        return recipe.points
+    found = [*points(recipe.sweep), *recipe.also]
+    return {" ".join(f"{n}={point[n]}" for n in recipe.sweep if n in point) or "run": point for point in found}
+
+
 def _values(
-    schema: Mapping[str, Parameter], given: Mapping[str, Any], steps: Mapping[str, Path], sweep: Mapping[str, Any]
-) -> dict[str, Any]:
-    values = {name: value for name, value in given.items() if name in schema}
+    schema: Mapping[str, Parameter], given: Mapping[str, Json], steps: Mapping[str, Path], sweep: Mapping[str, Json]
+) -> dict[str, Json]:
+    values = {name: value for name, value in _by_field(given).items() if name in schema}
     for name, folder in steps.items():
         parameter = f"{name[3:]}_step"
         if parameter in schema and parameter not in values:
             values[parameter] = str(folder)
-    tagged = [f"{name}{values[name]}" for name in sorted(sweep) if name in schema and name not in NAMED]
+    tagged = [
+        f"{name.rpartition('.')[2]}{values[name]}" for name in sorted(sweep) if name in values and name not in NAMED
+    ]
     if tagged and "tag" in schema:
         text = "_".join([*([values["tag"]] if values.get("tag") else []), *tagged])
         values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text)
-    return values
+    return _folded(values)
 
 
-def execute(notebook: Path, values: Mapping[str, Any], exports: Path) -> Path | str | None:
+def execute(notebook: Path, values: Mapping[str, Json], exports: Path) -> Path | str | None:
     """Run one notebook by papermill and put it, executed, into its step's folder as notebook.ipynb.
 
     While it runs, and when it fails, it lies in <exports>/.running.
@@ -401,23 +472,20 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
         ImatchError: a bad request; nothing has run.
     """
     folder = notebooks()
-    if exports and any(name == "exports" for name, _ in parameters):
-        raise ImatchError("exports is given twice, as --exports and by -p: keep one")
+    if exports:
+        settings.use_exports(exports)
     read, schemas = load(recipe, parameters, folder)
     if any(point.get("weight") == "xfeat" for point in read.also) and (lacking := learned.lacking()):
         print(f"left out: weight xfeat; {lacking}")
         read.also[:] = [point for point in read.also if point.get("weight") != "xfeat"]
-    if shard and not any("shard" in known for known in schemas.values()):
+    check_chain(read, schemas)
+    if shard and not any("compute.shard" in known for known in schemas.values()):
         raise ImatchError(f"{recipe.name} has no parts: run it without --shard")
     if shard:
-        read.parameters["shard"] = shard
-    asked = {name: read.parameters[name] for name in ("shard", "on_change") if name in read.parameters}
-    compute.create_engine(**asked)  # refuses what parts cannot do, before anything runs
+        read.parameters["compute.shard"] = shard
+    compute.check_parts(read.parameters.get("compute.shard", ""), read.parameters.get("on_change", "refuse"))
     if read.points:  # all of them need it: one message in place of one each
         registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
-    if exports:
-        settings.use_exports(exports)
-        read.parameters.pop("exports", None)  # the file's own
     finished, failures = run(read, schemas, folder)
     print()
     if finished:

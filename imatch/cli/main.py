@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -49,7 +47,7 @@ EXTRAS = {
 class Group(click.Group):
     """Commands whose mistakes are one line and exit code 2."""
 
-    def invoke(self, context: click.Context) -> Any:
+    def invoke(self, context: click.Context) -> object:
         """Run the command; what a user can mend is said without a traceback."""
         try:
             return super().invoke(context)
@@ -159,9 +157,9 @@ def export(step: str, files: str, folder: str, on_change: str) -> None:
     from imatch.data.store import Embeddings
     from imatch.export import per_image
 
-    opened = replace(open_step(step_folder(step)), on_change=on_change)
+    embeddings = Embeddings(open_step(step_folder(step)).folder)
     where = from_workspace(folder) if folder else None
-    written = per_image.export_per_image(opened, Embeddings(opened.folder), files.split(","), where)
+    written = per_image.export_per_image(embeddings, files.split(","), where, on_change)
     print(f"{written} files written")
 
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Posit
 
 from imatch.core import config, settings
 from imatch.core.config import Said, listed
+from imatch.core.rows import Json
 from imatch.core.types import ImatchError
 from imatch.data import datasets, images, registry
 from imatch.features import weights
@@ -57,7 +58,7 @@ class _Outputs(Said):
     grid: _Files = _Files()
 
 
-def _by_comma(given: Any) -> Any:
+def _by_comma(given: Json) -> Json:
     return given.split(",") if isinstance(given, str) else given
 
 
@@ -96,7 +97,7 @@ class Manifest:
     points: dict[str, dict[str, Any]]
 
 
-def is_manifest(content: object) -> bool:
+def is_manifest(content: Json) -> bool:
     """Whether what a file holds is a manifest, and no recipe of notebooks.
 
     >>> is_manifest({"models": []}), is_manifest({"notebooks": []})
@@ -122,7 +123,7 @@ def role(path: str | Path) -> str:
 
 
 def read(
-    path: str | Path, data_key: str | Path = settings.DATA_KEY, given: Mapping[str, Any] | None = None
+    path: str | Path, data_key: str | Path = settings.DATA_KEY, given: Mapping[str, Json] | None = None
 ) -> Manifest:
     """Read a manifest, JSON or YAML, check all of it against the registry, and expand it.
 
@@ -151,8 +152,7 @@ def read(
     parameters = {
         "dataset": dataset.key,
         "data_key": str(data_key),
-        "weight_set": content.weight_set,
-        "resize": "stretch",
+        "resize.mode": "stretch",
         "tag": "" if of == "dataset" else of,
         "run": "manifest",
         **({"crops": [1.0]} if of == "reference" else {}),  # whole views, turned
@@ -163,7 +163,7 @@ def read(
         where = f"{top}models[{i}]"
         made = [
             _called(point, parameters, given or {}, known, where)
-            for point in _points(model, variants, of, dataset, where)
+            for point in _points(model, variants, of, dataset, where, content.weight_set)
         ]
         if not (model.run.test_embedding or model.run.generate_denseft):
             print(f"{where} is skipped: its run switches off both test_embedding and generate_denseft", flush=True)
@@ -183,22 +183,25 @@ def read(
 
 
 def _called(
-    point: dict[str, Any],
-    parameters: Mapping[str, Any],
-    given: Mapping[str, Any],
+    point: dict[str, Json],
+    parameters: Mapping[str, Json],
+    given: Mapping[str, Json],
     known: registry.DataKey,
     where: str,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Json]]:
     """A point with what was given, and what it is called by: as its folder, which no other point may have."""
     try:
-        weight = known.weight(point["weight"], parameters["weight_set"])
+        weight_set, _, key = point["weight"].rpartition("/")
+        weight = known.weight(key, weight_set)
         point = {**point, **given}
-        size = images.Resize(parameters["resize"], point["long_side"], parameters.get("scale", 1.0))
+        mode, scale = parameters["resize.mode"], parameters.get("resize.scale", 1.0)
+        size = images.Resize(mode, point["resize.long_side"], scale)
         if "weight" not in given:
             size.check(weights.patch_side(weight.hub_entry))
     except ImatchError as error:
         raise ImatchError(f"{where}: {error}") from error
-    return f"weight={point['weight']} cfg={point.get('cfg') or size} variant={point['variant']}", point
+    key, cfg, variant = point["weight"].rpartition("/")[2], point.get("storage.cfg") or size, point["storage.variant"]
+    return f"weight={key} cfg={cfg} variant={variant}", point
 
 
 def _variants(said: _Variant, where: str) -> list[str]:
@@ -212,8 +215,8 @@ def _variants(said: _Variant, where: str) -> list[str]:
 
 
 def _points(
-    model: _Model, variants: Sequence[str], of: str, dataset: datasets.Dataset, where: str
-) -> Iterator[dict[str, Any]]:
+    model: _Model, variants: Sequence[str], of: str, dataset: datasets.Dataset, where: str, weight_set: str
+) -> Iterator[dict[str, Json]]:
     """The points of one model, whether it is switched on or not: what is switched off is checked, too."""
     image_groups, angles = _image_groups(model.image_groups, of, dataset, f"{where}.image_groups")
     outputs = model.outputs.model_dump(by_alias=True).items()
@@ -221,16 +224,17 @@ def _points(
     files += DENSEFT if model.run.generate_denseft else ()
     shared = {"image_groups": image_groups, "files": files, **angles}
     if cfg := model.embedding_cfg:
-        shared["cfg"] = config.folder_name(cfg, f"{where}.embedding_cfg")
+        shared["storage.cfg"] = config.folder_name(cfg, f"{where}.embedding_cfg")
         if len(model.target_res) > 1:
             raise ImatchError(f"{where}.embedding_cfg {cfg!r} names one size: leave it out, or give one target_res")
-    for weight, size, variant in itertools.product(model.weights, model.target_res, variants):
-        yield {"weight": weight, "long_side": size, "variant": variant, **shared}
+    keys = [f"{weight_set}/{key}" if weight_set else key for key in model.weights]
+    for weight, size, variant in itertools.product(keys, model.target_res, variants):
+        yield {"weight": weight, "resize.long_side": size, "storage.variant": variant, **shared}
 
 
 def _image_groups(
-    given: Any, of: str, dataset: datasets.Dataset, where: str
-) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    given: Json, of: str, dataset: datasets.Dataset, where: str
+) -> tuple[list[dict[str, Json]], dict[str, list[float]]]:
     """The groups as 01_embed takes them, and for references the angles, if a rotation says them."""
     for folder, _ in datasets.groups(given, where):
         if dataset.captures and folder is not None:
@@ -254,7 +258,7 @@ def _image_groups(
     return kept, {"angles": rotations[0]}
 
 
-def _united(first: dict[str, Any], second: dict[str, Any], where: str) -> dict[str, Any]:
+def _united(first: dict[str, Json], second: dict[str, Json], where: str) -> dict[str, Json]:
     """Two models that differ in their photographs alone are one point: both write to one folder."""
     for name in sorted({*first, *second} - {"image_groups"}):
         if first.get(name) != second.get(name):

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,15 +17,17 @@ from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
+from pydantic import Field, PositiveInt
 from threadpoolctl import threadpool_limits
 
 from imatch.core import config, settings
-from imatch.core.files import Row
 from imatch.core.types import ImatchError
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from distributed import Client
 
 
@@ -148,7 +150,7 @@ _work: list[Callable[[Any], Any]] = []
 """What a worker process does; it is given it once, not with every item, for it may open stores."""
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
+def _begin(function: Callable[[T], R]) -> None:
     """In a worker: one thread, and an end when the process above is gone. That one alone is interrupted."""
     _take_cores(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -156,7 +158,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
     _work[:] = [function]
 
 
-def _end_with(above: Any) -> None:
+def _end_with(above: BaseProcess) -> None:
     above.join()
     os._exit(1)
 
@@ -178,6 +180,7 @@ ENGINES = {
 TRIES = 3
 """So often a job is begun: one that ends its process each time would end all of them."""
 Job = TypeVar("Job", contravariant=True)
+Done = TypeVar("Done", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,10 @@ class Place:
         return -(-(settings.cores() if asked < 0 else asked) // self.share)
 
 
-class Work(Protocol[Job]):
+class Work(Protocol[Job, Done]):
     """A long loop."""
 
-    def __call__(self, jobs: Iterable[Job], place: Place) -> Iterator[Row]:
+    def __call__(self, jobs: Iterable[Job], place: Place) -> Iterator[Done]:
         """Do the jobs, which may come one by one, and yield the row of each when its result is on disk, in order. A row
         is small and plain: no arrays."""
 
@@ -218,7 +221,7 @@ class Engine(Protocol):
     def shard(self) -> str:
         """Which part of the jobs to do, such as "0/3"; "" is all."""
 
-    def __call__(self, work: Work[T], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[Row]:
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
         """Do all jobs and yield their rows as they come, in any order, with one progress bar.
 
         Args:
@@ -234,6 +237,39 @@ class Engine(Protocol):
 
 class PartDoneError(ImatchError):
     """The part that `shard` asked for is done, others are not there yet. No failure."""
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Who does the work and where; no result depends on it.
+
+    Attributes:
+        devices: where a network runs: "auto" is all GPUs, else the CPU; or "cpu", "cuda:0,cuda:1".
+        batch_size: photographs, or rotated queries, a forward pass.
+        workers: threads that decode, or processes that match or make views; -1 is one a core, 0 none.
+        engine: "local", or "processes", "dask": who does the work.
+        scheduler: of dask: its address, such as "tcp://10.0.0.1:8786"; "" starts one here.
+        shard: "" is all; or "0/8": this part of the work alone, for arrays of jobs (`imatch run --shard 0/8`).
+
+    Raises:
+        ImatchError: a number out of its range, or what `create_engine` refuses.
+    """
+
+    devices: str = "auto"
+    batch_size: PositiveInt = 8
+    workers: Annotated[int, Field(ge=-1)] = -1
+    engine: str = "local"
+    scheduler: str = ""
+    shard: str = ""
+
+    def __post_init__(self) -> None:
+        config.check(self, "compute")
+        _ = self.machines
+
+    @property
+    def machines(self) -> Engine:
+        """Who does the work (`create_engine`)."""
+        return create_engine(self.engine, self.scheduler, self.shard)
 
 
 def create_engine(engine: str = "local", scheduler: str = "", shard: str = "", on_change: str = "refuse") -> Engine:
@@ -288,12 +324,12 @@ def numbered(shard: str) -> tuple[int, int]:
 
 def do(
     engine: Engine,
-    work: Work[T],
+    work: Work[T, R],
     jobs: Sequence[T],
     what: str,
     devices: Sequence[str],
     done: Callable[[T], bool],
-) -> Iterator[Row]:
+) -> Generator[R, None, None]:
     """Do those of the engine's part of the jobs that are not done yet; the rows as they come.
 
     Args:
@@ -323,7 +359,7 @@ def do(
         )
 
 
-def each(function: Callable[[T], Row], workers: int, what: str) -> Work[T]:
+def each(function: Callable[[T], R], workers: int, what: str) -> Work[T, R]:
     """The work of a loop whose jobs have nothing to do with each other.
 
     Args:
@@ -338,12 +374,12 @@ def each(function: Callable[[T], Row], workers: int, what: str) -> Work[T]:
 
 
 @dataclass(frozen=True)
-class _Each:
-    function: Callable[[Any], Row]
+class _Each(Generic[T, R]):
+    function: Callable[[T], R]
     workers: int
     what: str
 
-    def __call__(self, jobs: Iterable[Any], place: Place) -> Iterator[Row]:
+    def __call__(self, jobs: Iterable[T], place: Place) -> Iterator[R]:
         if place.quiet:
             return map(self.function, jobs)
         jobs = list(jobs)
@@ -355,7 +391,7 @@ class _Each:
 _one = Lock()
 
 
-def part(pickled: bytes, jobs: Iterable[Any], place: Place) -> Iterator[Row]:
+def part(pickled: bytes, jobs: Iterable[T], place: Place) -> Iterator[Any]:
     """Do jobs in a process that works for another one: on its share of the cores, one part at a time."""
     with _one:
         _take_cores(max(1, settings.cores() // place.share))
@@ -374,9 +410,9 @@ def portable(error: Exception) -> ImatchError:
 
 
 @lru_cache(maxsize=1)
-def _unpickled(pickled: bytes) -> Work[Any]:
+def _unpickled(pickled: bytes) -> Work[Any, Any]:
     """The work, which keeps what it has loaded (a model, open stores) from part to part."""
-    work: Work[Any] = pickle.loads(pickled)
+    work: Work[Any, Any] = pickle.loads(pickled)
     return work
 
 
@@ -400,7 +436,7 @@ class Local:
 
     shard: str = ""
 
-    def __call__(self, work: Work[T], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[Row]:  # noqa: ARG002
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:  # noqa: ARG002
         """See `Engine`; of the devices the first is used."""
         return work(jobs, Place(devices[0]))
 
@@ -422,14 +458,15 @@ class Processes:
 
     shard: str = ""
 
-    def __call__(self, work: Work[T], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[Row]:
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
         """See `Engine`."""
         n = min(len(devices), len(jobs))
         places = [Place(device, n, quiet=True) for device in devices[:n]]
-        return progress(_rows(pickle.dumps(work), jobs, what, places), what, len(jobs), delay=0)
+        return progress(_rows(work, jobs, what, places), what, len(jobs), delay=0)
 
 
-def _rows(pickled: bytes, jobs: Sequence[Any], what: str, places: Sequence[Place]) -> Iterator[Row]:
+def _rows(work: Work[T, R], jobs: Sequence[T], what: str, places: Sequence[Place]) -> Iterator[R]:
+    pickled = pickle.dumps(work)
     todo, tries = deque(enumerate(jobs)), Counter[int]()
     running: list[_Process] = []
     try:
@@ -473,7 +510,7 @@ class _Process:
         self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 
-    def give(self, todo: deque[tuple[int, Any]]) -> None:
+    def give(self, todo: deque[tuple[int, T]]) -> None:
         """Send it the next job, or None when there is none."""
         job = None
         if todo:
@@ -566,16 +603,17 @@ class Dask:
         except ImportError as error:
             raise ImatchError("engine dask needs Dask: pip install 'imatch[dask]'") from error
 
-    def __call__(self, work: Work[T], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[Row]:
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
         """See `Engine`; the devices of a cluster's workers are their own."""
-        return progress(self._rows(pickle.dumps(work), jobs, what, devices), what, len(jobs), delay=0)
+        return progress(self._rows(work, jobs, what, devices), what, len(jobs), delay=0)
 
-    def _rows(self, pickled: bytes, jobs: Sequence[Any], what: str, devices: Sequence[str]) -> Iterator[Row]:
+    def _rows(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
         from distributed import as_completed
         from distributed.comm import CommClosedError
         from distributed.scheduler import KilledWorker
 
-        left: dict[int, Sequence[Any]] | None = None
+        pickled = pickle.dumps(work)
+        left: dict[int, Sequence[T]] | None = None
         lost = 0
         while left is None or left:
             try:
@@ -627,7 +665,7 @@ class Dask:
                 yield client
 
 
-def _part(pickled: bytes, jobs: Sequence[Any], places: Sequence[Place]) -> list[Row] | ImatchError:
+def _part(pickled: bytes, jobs: Sequence[T], places: Sequence[Place]) -> list[Any] | ImatchError:
     """On a worker: one of a cluster that was started here has a number for its name, and a place of its own. What the
     work raises is handed over as an answer, not to be taken for an error of Dask's."""
     from distributed import get_worker

@@ -13,8 +13,9 @@ import re
 import typing
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import UnionType
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -22,6 +23,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from imatch.core.rows import Json, Options
 from imatch.core.settings import from_workspace
 from imatch.core.types import ImatchError
 
@@ -30,7 +32,7 @@ STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=Fals
 T = TypeVar("T")
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
+def unknown(what: str, name: str | None, known: Iterable[str]) -> str:
     """The message for a name that nobody knows, with the nearest known one.
 
     >>> unknown("weight", "sfit", ["sift", "dsift"])
@@ -42,7 +44,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}: {hint}Known: {', '.join(names)}"
 
 
-def listed(value: Any) -> Any:
+def listed(value: T | list[T]) -> list[T]:
     """One thing as a list of it: a validator that runs before pydantic's.
 
     >>> listed(256), listed(["A", "B"])
@@ -58,9 +60,10 @@ class Said(BaseModel):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _known(cls, value: Any) -> Any:
+    def _known(cls, value: T) -> T | dict[str, Json]:
         aliases = [field.validation_alias or name for name, field in cls.model_fields.items()]
-        known = [name for at in aliases for name in (at.choices if isinstance(at, AliasChoices) else [at])]
+        named = [name for at in aliases for name in (at.choices if isinstance(at, AliasChoices) else [at])]
+        known = [name for name in named if isinstance(name, str)]
         if not isinstance(value, Mapping):
             return value
         for name in value if cls.model_config["extra"] == "forbid" else ():
@@ -69,7 +72,7 @@ class Said(BaseModel):
         return {name: content for name, content in value.items() if content is not None}
 
 
-def checked(kind: type[T], value: Any, where: str) -> T:
+def checked(kind: type[T], value: object, where: str) -> T:
     """`value` as a `Said`, or a list of them.
 
     Args:
@@ -89,13 +92,13 @@ def checked(kind: type[T], value: Any, where: str) -> T:
     imatch.core.types.ImatchError: manifest.json: strid: unknown field 'strid': did you mean 'stride'? Known: stride
     """
     try:
-        return _adapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # mypy: no class is hashable
     except ValidationError as error:
         # not chained: pydantic's own text has everything that was given, over several lines
         raise ImatchError(_line(error, where)) from None
 
 
-def fits(value: object, wanted: Any) -> bool:
+def fits(value: object, wanted: type | UnionType) -> bool:
     """Whether a value may stand where a `wanted` is: an int may be a float, a bool is not an int.
 
     >>> fits(1, float), fits(True, int), fits("1", int), fits(None, int | None)
@@ -109,7 +112,7 @@ def fits(value: object, wanted: Any) -> bool:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(kind, config=STRICT if typing.get_origin(kind) is list else None)  # models have their own
 
 
@@ -131,7 +134,7 @@ def _line(error: ValidationError, where: str) -> str:
     return f"{place} must{must}, got {given!r}" if must != said else f"{place}: {said}, got {given!r}"
 
 
-def create(table: Mapping[str, str], what: str, name: str, options: Mapping[str, Any] | None = None) -> Any:
+def create(table: Mapping[str, str], what: str, name: str, options: Options | None = None) -> Any:
     """Make the plug-in `name` of `table`, a dataclass, from its options.
 
     Args:
@@ -158,7 +161,7 @@ def create(table: Mapping[str, str], what: str, name: str, options: Mapping[str,
     return plugin(**given)
 
 
-def check(plugin: Any, what: str = "") -> None:
+def check(plugin: object, what: str = "") -> None:
     """Check a plug-in's fields, for its `__post_init__`: ranges are said by its type hints, as pydantic writes them.
 
     Args:
@@ -173,8 +176,9 @@ def check(plugin: Any, what: str = "") -> None:
     Traceback (most recent call last):
     imatch.core.types.ImatchError: Mutual: option k must be greater than 0, got 0
     """
-    fields = {name: getattr(plugin, name) for name in _options(type(plugin)).model_fields}
-    checked(_options(type(plugin)), fields, f"{what or type(plugin).__name__}: option ")
+    of: Any = type(plugin)
+    fields = {name: getattr(plugin, name) for name in _options(of).model_fields}
+    checked(_options(of), fields, f"{what or of.__name__}: option ")
 
 
 @functools.cache
@@ -189,7 +193,7 @@ def _options(plugin: type) -> type[BaseModel]:
     return pydantic.create_model(plugin.__name__, __config__=STRICT, **fields)
 
 
-def read_file(path: str | Path) -> Any:
+def read_file(path: str | Path) -> Json:
     """What a JSON or YAML file holds; a name given twice is an error, for one of the two would be lost.
 
     Raises:
@@ -216,7 +220,7 @@ def read_file(path: str | Path) -> Any:
         raise ImatchError(f"{path} is no {kind}: {error}") from error
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: Sequence[tuple[str, Json]]) -> dict[str, Json]:
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise ImatchError(f"{name!r} is given {count} times: keep one")
@@ -226,7 +230,7 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 class _Yaml(yaml.SafeLoader):
     """YAML in which no name may be given twice, as in JSON."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Json]:
         _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
@@ -258,7 +262,7 @@ def names(listed: Iterable[object]) -> str:
     return ", ".join(said[:NAMED]) + more
 
 
-def below(text: str, where: str, above: object) -> str:
+def below(text: str, where: str, above: str | Path) -> str:
     """`text` if, as a path, it stays below the folder that it is relative to, on any system.
 
     Only the text is looked at: a link that lies below the folder is followed, on purpose, wherever it leads.

@@ -10,16 +10,15 @@ import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imatch.core.types import ImatchError
+from imatch.core.types import ImatchError, StepError
 
-Row = dict[str, Any]
 LINES = 1000
 """How many rows are read at once: their keys are then held once for all of them, half of the memory."""
 
@@ -88,20 +87,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes().decode(errors="surrogateescape"))
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Write JSON lines, one a row, atomically."""
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.writelines(line(row) for row in rows)
 
 
-def line(row: Mapping[str, Any]) -> bytes:
+def line(row: Mapping[str, object]) -> bytes:
     """One JSON line."""
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="surrogateescape")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read JSON lines."""
-    rows: list[Row] = []
+def read_rows(path: Path) -> list[Any]:
+    """Read JSON lines: rows of whatever kind the file is of (`core.rows`)."""
+    rows: list[Any] = []
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         while lines := list(itertools.islice(file, LINES)):
             rows += json.loads(f"[{','.join(lines)}]")
@@ -123,16 +122,17 @@ def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
     >>> take(np.eye(2, dtype=np.float32), slice(1, 2)).tolist()
     [[0.0, 1.0]]
     """
-    if not (isinstance(vectors, np.memmap) and vectors.nbytes > 2**26 and hasattr(vectors.base, "madvise")):
+    base: Any = getattr(vectors, "base", None)
+    if not (isinstance(vectors, np.memmap) and vectors.nbytes > 2**26 and hasattr(base, "madvise")):
         return np.array(vectors[rows], np.float32)
     if isinstance(rows, slice):
         taken = np.array(vectors[rows], np.float32)
-        vectors.base.madvise(mmap.MADV_DONTNEED)
+        base.madvise(mmap.MADV_DONTNEED)
         return taken
     taken = np.empty((len(rows), *vectors.shape[1:]), np.float32)
     for first in range(0, len(rows), 64):  # each row may bring a megabyte of the file around it
         taken[first : first + 64] = vectors[rows[first : first + 64]]
-        vectors.base.madvise(mmap.MADV_DONTNEED)
+        base.madvise(mmap.MADV_DONTNEED)
     return taken
 
 
@@ -160,6 +160,18 @@ def compare(before: object, now: object, name: str = "") -> list[str]:
     return [] if before == now else [f"{name}: {json.dumps(before)} -> {json.dumps(now)}"]
 
 
+def refuse_or_say(name: str, on_change: str, what: str, differences: Sequence[str]) -> None:
+    """Print what a step finds made differently, and return, when it may recompute; raise StepError otherwise."""
+    shown = [*differences[:20], *([f"... and {len(differences) - 20} more"] if len(differences) > 20 else [])]
+    message = f"{name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
+    if on_change == "refuse":
+        raise StepError(
+            f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "
+            "To keep both: set another tag, or begin another run."
+        )
+    print(f"{message}\n  so what depends on it is computed again")
+
+
 def digest(value: object) -> str:
     """The SHA-256 of a JSON value, independent of the order of its keys.
 
@@ -168,3 +180,15 @@ def digest(value: object) -> str:
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flat_name(id: str) -> str:
+    """An id as one file name: another for every id, and never too long for a file system.
+
+    >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
+    ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
+    """
+    name, data = id.replace("/", "__"), os.fsencode(id)
+    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
+        return name
+    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"

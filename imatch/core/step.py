@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from imatch.core import files, settings
-from imatch.core.files import Row, compare, digest
+from imatch.core.files import compare, digest, refuse_or_say
+from imatch.core.rows import Parameters
 from imatch.core.types import ImatchError, StepError
 
 ON_CHANGE = ("refuse", "recompute")
 MIME = "application/vnd.imatch.step+json"
+M = TypeVar("M", bound=Mapping[str, object])
 VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch", "timm")
 
 
@@ -33,6 +33,9 @@ class Step:
         parameters: what was asked; all that changes the result and nothing else.
         upstream: fingerprints of what it was made from.
         links: paths of the steps it reads, relative to `folder`.
+        about: what it is, a word each: dataset, weight, configuration, kind (of references), ...; they name its folder,
+            <exports>/<run>/<name>/<dataset>/...
+        home: path of its run, <exports>/<run>, relative to `folder`.
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
         work: for the record, too, what was computed over all runs, that of several processes added up: {"photographs",
@@ -42,14 +45,21 @@ class Step:
 
     folder: Path
     name: str
-    parameters: dict[str, Any]
+    parameters: Parameters
     upstream: dict[str, str]
     links: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    home: str = ""
     on_change: str = "refuse"
     fingerprint: str | None = None
     device: str = "cpu"
     work: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def run(self) -> Path:
+        """The folder of its run, <exports>/<run>."""
+        return settings.from_workspace(self.folder / self.home)
 
     @property
     def finished(self) -> bool:
@@ -80,7 +90,7 @@ class Step:
         """Take the finished mark away before anything below is changed."""
         (self.folder / "metrics.json").unlink(missing_ok=True)
 
-    def finish(self, metrics: Mapping[str, Any], contents: object = None) -> dict[str, Any]:
+    def finish(self, metrics: M, contents: object = None) -> M:
         """Record the metrics, last, and say where the step is (batch reads that from the notebook).
 
         Args:
@@ -101,12 +111,14 @@ class Step:
         if record["links"] != self.links:  # the same inputs, moved
             files.write_json(self.folder / "step.json", {**record, "links": self.links})
         _publish(self)
-        return self.metrics
+        return cast("M", self.metrics)
 
     def _write(self, seconds: float | None = None) -> None:
         record = {
             **_identity(self),
             "fingerprint": self.fingerprint,
+            "run": self.home,
+            "about": self.about,
             "links": self.links,
             "device": self.device,
             "machine": platform.machine(),
@@ -118,30 +130,30 @@ class Step:
 
 
 def start_step(
-    folder: Path,
+    run: Path,
     name: str,
-    parameters: Mapping[str, Any],
+    about: Mapping[str, str],
+    parameters: Mapping[str, object],
     upstream: Mapping[str, str] | None = None,
     links: Mapping[str, Path] | None = None,
     on_change: str = "refuse",
-    keep: Sequence[str] = (),
 ) -> Step:
-    """Open the step at `folder`: a new one, one to go on with, or a finished one to reuse.
+    """Open a step: a new one, one to go on with, or a finished one to reuse.
 
     Args:
-        folder: where it writes.
-        name: the notebook's.
-        parameters, upstream, links, on_change: of `Step`; links as paths.
-        keep: names in the folder that outlive a recomputation, for they know by themselves what of them still holds.
+        run: <exports>/<run>.
+        name, about, parameters, upstream, links, on_change: of `Step`; links as paths.
 
     Raises:
-        StepError: the folder holds a step made with other parameters or from other inputs and
+        StepError: its folder holds a step made with other parameters or from other inputs and
             `on_change` is "refuse"; the message lists every difference.
     """
     if on_change not in ON_CHANGE:
         raise StepError(f"on_change {on_change!r} is not known: use {' or '.join(ON_CHANGE)}")
+    folder, given = Path(run, name, *about.values()), json.loads(json.dumps(dict(parameters)))
     relative = {key: files.relative(path, folder) for key, path in (links or {}).items()}
-    step = Step(folder, name, json.loads(json.dumps(dict(parameters))), dict(upstream or {}), relative, on_change)
+    home = files.relative(run, folder)
+    step = Step(folder, name, given, dict(upstream or {}), relative, dict(about), home, on_change)
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
@@ -152,14 +164,13 @@ def start_step(
             step._write()  # of a run that was refused before it computed anything
         if not differences:
             step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
+            if not before.about:  # of an earlier version
+                record = files.read_json(folder / "step.json")
+                files.write_json(folder / "step.json", {**record, "run": home, "about": step.about})
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
-        refuse_or_say(step, f"{folder} was made differently", differences)
+        refuse_or_say(name, on_change, f"{folder} was made differently", differences)
         folder.rename(aside)  # at once, so that a kill leaves no half of a step
-        for kept in keep:
-            if (aside / kept).exists():
-                folder.mkdir(exist_ok=True)
-                (aside / kept).rename(folder / kept)
         shutil.rmtree(aside)
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,23 +179,11 @@ def start_step(
     return step
 
 
-def refuse_or_say(step: Step, what: str, differences: Sequence[str]) -> None:
-    """Print the differences and return when the step may recompute; raise StepError with them otherwise."""
-    shown = [*differences[:20], *([f"... and {len(differences) - 20} more"] if len(differences) > 20 else [])]
-    message = f"{step.name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
-    if step.on_change == "refuse":
-        raise StepError(
-            f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "
-            "To keep both: set another tag, or begin another run."
-        )
-    print(f"{message}\n  so what depends on it is computed again")
-
-
 def open_step(folder: Path, finished: bool = True) -> Step:
     """Open a step that another one reads.
 
     Raises:
-        StepError: it is not there, or not finished though it should be.
+        StepError: it is not there, of an earlier version, or not finished though it should be.
     """
     if not (folder / "step.json").is_file():
         raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
@@ -195,16 +194,20 @@ def open_step(folder: Path, finished: bool = True) -> Step:
         record["parameters"],
         record["upstream"],
         record["links"],
+        record.get("about", {}),
+        record.get("run", ""),
         fingerprint=record["fingerprint"],
         device=record["device"],
         work=record.get("work", {}),
     )
     if finished and not step.finished:
         raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
+    if finished and not step.about:
+        raise StepError(f"{folder} is of an earlier version: run its notebook again, it keeps what is there")
     return step
 
 
-def _identity(step: Step) -> dict[str, Any]:
+def _identity(step: Step) -> dict[str, object]:
     return {"step": step.name, "parameters": step.parameters, "upstream": step.upstream}
 
 
@@ -219,21 +222,38 @@ def _publish(step: Step) -> None:
     display({MIME: {"step": step.name, "folder": str(step.folder)}, "text/plain": text}, raw=True)
 
 
-def core_each() -> list[str]:
-    """A device for each core: where loops that need no network run in several processes."""
-    return ["cpu"] * settings.cores()
+DEEP = {"01_embed": 3, "02_references": 4, "03_index": 4}
+"""How many folders a step of each kind lies below that of its kind."""
 
 
-def flat_name(id: str) -> str:
-    """An id as one file name: another for every id, and never too long for a file system.
+def last_finished(step: str, kind: str, run: str, of: str = "") -> str:
+    """Say which step is meant: the one given or, for "", the last finished one of its kind in a run; print it then, and
+    the others that it was chosen from.
 
-    >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
-    ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
+    Args:
+        step: its folder, or "".
+        kind: "01_embed", "02_references" or "03_index".
+        run: name of the run.
+        of: of references, the folder of the 01_embed that they are made from; "" is any.
+
+    Raises:
+        StepError: there is none in that run.
     """
-    name, data = id.replace("/", "__"), os.fsencode(id)
-    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
-        return name
-    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"
+    if step:
+        return step
+    folder = settings.root("EXPORT_ROOT") / run / kind
+    marks = sorted(folder.glob("*/" * DEEP[kind] + "metrics.json"), key=lambda mark: (mark.stat().st_mtime_ns, mark))
+    found = [open_step(mark.parent) for mark in marks]
+    found = [one for one in found if "upright" not in one.upstream]  # of another, in other poses or by another backbone
+    found = [one for one in found if not of or one.linked("embed") == step_folder(of)]
+    if not found:
+        raise StepError(
+            f"no finished {kind} in {folder.parent}: run it first, or give the run or the folder that it is in"
+        )
+    for one in found[:-1]:
+        print(f"also there: {one.folder}")
+    print(f"the last finished {kind}: {found[-1].folder}")
+    return str(found[-1].folder)
 
 
 def tagged(tag: str) -> str:
@@ -248,14 +268,6 @@ def checked_name(what: str, name: str) -> str:
     return name
 
 
-def run_and_dataset(step: Step) -> tuple[Path, str]:
-    """<exports>/<run> and the data set's name, from where a step of 01 or 02 lies."""
-    for folder in step.folder.parents:
-        if folder.parent.name == step.name:
-            return folder.parent.parent, folder.name
-    raise StepError(f"{step.folder} does not lie under a folder {step.name}: move the exports as a whole")
-
-
 def sides(step: Step, weight: str = "") -> tuple[Step, Step]:
     """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown.
 
@@ -267,12 +279,6 @@ def sides(step: Step, weight: str = "") -> tuple[Step, Step]:
         return open_step(step.linked(f"query_{weight}")), open_step(step.linked(f"gallery_{weight}"))
     of = step if "query" in step.links else open_step(step.linked("index"))
     return open_step(of.linked("query")), open_step(of.linked("gallery"))
-
-
-def pair_path(step: Step, row: Row) -> Path:
-    """Where 04_match puts a pair, without the suffix of the sink."""
-    name = "source" if row["rank"] is None else f"{row['rank']:02d}"
-    return step.folder / "pairs" / flat_name(row["query"]) / name
 
 
 def step_folder(path: str | Path) -> Path:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from imatch.core.rows import GeometryRecord, PairRow
+
 
 class ImatchError(Exception):
     """A problem that the message explains in full: what, where and the remedy."""
@@ -254,7 +256,7 @@ class Geometry:
     fundamental: np.ndarray | None = None
     pose: tuple[np.ndarray, np.ndarray] | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> GeometryRecord:
         """Give all but the inliers as plain JSON, for the row of a pair."""
         return {
             "verified": self.verified,
@@ -262,12 +264,14 @@ class Geometry:
             "kind": self.kind,
             "matrix": None if self.matrix is None else self.matrix.tolist(),
             "fundamental": None if self.fundamental is None else self.fundamental.tolist(),
-            "pose": self.pose and {"rotation": self.pose[0].tolist(), "direction": self.pose[1].tolist()},
+            "pose": None
+            if self.pose is None
+            else {"rotation": self.pose[0].tolist(), "direction": self.pose[1].tolist()},
             "reprojection_error": None if math.isnan(self.error) else self.error,
         }
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], inliers: np.ndarray) -> Geometry:
+    def of(cls, record: GeometryRecord, inliers: np.ndarray) -> Geometry:
         """Make one of what `record` gave.
 
         >>> found = Geometry(np.eye(3), np.ones(9, bool), 0.5, True, "9 inliers", "planar")
@@ -286,7 +290,7 @@ class Geometry:
             record["reason"],
             record.get("kind", ""),  # steps of before there were kinds have none
             fundamental,
-            pose and (np.array(pose["rotation"]), np.array(pose["direction"])),
+            None if pose is None else (np.array(pose["rotation"]), np.array(pose["direction"])),
         )
 
 
@@ -296,7 +300,7 @@ class Pair:
 
     Attributes:
         row: plain JSON, and small: ids, rank, score, counts, verified, reason, matrix, rotation, scale, truth.
-        paths: the files of A (the query) and B (the candidate).
+        paths: the files of A (the query) and B (the candidate), or the pixels of those that have none.
         sizes: their (h, w) in pixels.
         xy_a, xy_b: (m, 2) float32, the correspondences in pixels of the original photographs.
         matches: which descriptors they are, and how similar.
@@ -307,8 +311,8 @@ class Pair:
         time_ms: how long matching and geometry took.
     """
 
-    row: dict[str, Any]
-    paths: tuple[Path, Path]
+    row: PairRow
+    paths: tuple[Path | np.ndarray, Path | np.ndarray]
     sizes: tuple[tuple[int, int], tuple[int, int]]
     xy_a: np.ndarray
     xy_b: np.ndarray
@@ -350,7 +354,9 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 
 def check_finite(what: str, values: np.ndarray, names: np.ndarray | None = None) -> None:
     """Refuse NaN and infinity, which would spread; the message names the first of `values`, or its name, with one."""
-    wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)) if values.size else ()
+    wrong = (
+        np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)) if values.size else np.zeros(0, int)
+    )
     if len(wrong):
         name = wrong[0] if names is None else names[wrong[0]]
         raise ImatchError(f"{what} {name} is not finite (NaN or infinity): embed the photographs again")

@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminator, Field, NonNegativeInt, Tag
 
 from imatch.core import config
 from imatch.core.config import Said, below, label_token, listed, names, nfc
+from imatch.core.rows import About, Json
 from imatch.core.types import ImatchError
 
 FRAMES = ("frame", "index", "idx")
@@ -64,7 +65,7 @@ class Dataset:
     glob: str = ""
     registered: bool = False
 
-    def select(self, ids: Sequence[str], image_groups: Sequence[Mapping[str, Any]] = ()) -> dict[str, dict[str, Any]]:
+    def select(self, ids: Sequence[str], image_groups: Sequence[Mapping[str, Json]] = ()) -> dict[str, About]:
         """The photographs that the data set and the image groups choose.
 
         Photographs in a chosen capture's folder whose names do not fit, and captures without any, are told in a line.
@@ -136,10 +137,10 @@ class Dataset:
             raise ImatchError(config.unknown(f"folder of data set {self.key}", folder, known))
         return labelled
 
-    def _sorted_into_folders(self, ids: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+    def _sorted_into_folders(self, ids: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, About]]:
         """Capture (of a plain folder: parent folder) -> ids, and id -> what is known of it."""
         folders: dict[str, list[str]] = defaultdict(list)
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, About] = {}
         taken: dict[tuple[str, int], str] = {}
         by_folder: dict[str, list[str]] = defaultdict(list)
         for name, capture in self.captures.items():
@@ -179,7 +180,7 @@ class Dataset:
     def _frames(
         self,
         ids: list[str],
-        found: Mapping[str, Mapping[str, Any]],
+        found: Mapping[str, About],
         frames: range | frozenset[int] | None,
         part: Sequence[str],
     ) -> list[str]:
@@ -190,7 +191,7 @@ class Dataset:
             raise ImatchError(f"no photographs in {where}: none in {folder} is called {called}")
         if frames is None:
             return ids
-        there = {found[id]["frame"] for id in ids} - {None}
+        there = {frame for id in ids if (frame := found[id]["frame"]) is not None}
         has = f"it has frames {min(there)} to {max(there)}" if there else "its files have no frame number"
         if isinstance(frames, range):
             if not any(frame in frames for frame in there):
@@ -202,7 +203,7 @@ class Dataset:
             raise ImatchError(f"no photographs of frames {names(missing)} in {where}: {has}; {hint}")
         return [id for id in ids if found[id]["frame"] in frames]
 
-    def _tell(self, ids: Sequence[str], found: Mapping[str, Mapping[str, Any]], asked: Sequence[str]) -> None:
+    def _tell(self, ids: Sequence[str], found: Mapping[str, About], asked: Sequence[str]) -> None:
         folders = {self.captures[name].folder for name in asked}
         lost = [
             id for id in ids if id not in found and folders & {p.as_posix() for p in PurePosixPath(nfc(id)).parents}
@@ -251,7 +252,7 @@ _Frames = Annotated[
 ]
 
 
-def _per_folder(given: Any) -> str:
+def _per_folder(given: Json) -> str:
     return "[each]" if isinstance(given, list) and any(isinstance(part, list | dict) for part in given) else "[all]"
 
 
@@ -266,7 +267,7 @@ class _Group(Said):
     rotation: Annotated[list[float], BeforeValidator(listed)] | None = None
 
 
-def groups(image_groups: Any, where: str = "image_groups") -> list[Group]:
+def groups(image_groups: Json, where: str = "image_groups") -> list[Group]:
     """Read image groups, a list of {folder, indices, rotation}, into one (folder, frames) a folder.
 
     `folder` is a name or a list of names; without it, all. `indices`: two are an inclusive range; one, three or
@@ -281,20 +282,20 @@ def groups(image_groups: Any, where: str = "image_groups") -> list[Group]:
     """
     read: list[Group] = []
     for i, group in enumerate(config.checked(list[_Group], image_groups, where)):
-        folders = group.folder or [None]
+        folders: Sequence[str | None] = group.folder or [None]
         frames = group.indices if isinstance(group.indices, list) else [group.indices] * len(folders)
         if len(frames) != len(folders) or (isinstance(group.indices, list) and not group.folder):
             named = f"{len(folders)} folders" if group.folder else "no folder"
             raise ImatchError(f"{where}[{i}].indices has {len(frames)} lists for {named}: give one list a folder")
-        read += zip(folders, frames, strict=True)
+        read += zip(folders, cast("list[range | frozenset[int] | None]", frames), strict=True)  # so validated
     return read
 
 
-def _number_as_text(given: Any) -> Any:
+def _number_as_text(given: Json) -> Json:
     return f"{given:.15g}" if config.fits(given, float) else given
 
 
-def _labelled(given: Any) -> Any:
+def _labelled(given: Json) -> Json:
     return given if isinstance(given, Mapping) else {"label": given}
 
 
@@ -320,7 +321,7 @@ class _Dataset(Said):
     )
 
 
-def read(key: str, given: Any, above: Path, where: str) -> Dataset:
+def read(key: str, given: Json, above: Path, where: str) -> Dataset:
     """What a registry says of a data set, checked.
 
     Args:

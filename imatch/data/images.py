@@ -9,16 +9,17 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
+from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
 
 SUFFIXES = frozenset(
@@ -163,7 +164,7 @@ class Decoded:
     pixels: np.ndarray
     size: tuple[int, int]
     sha256: str
-    position: dict[str, float | None] | None
+    position: Position | None
     box: tuple[float, float, float, float]
     look: str = ""
     turned: tuple[np.ndarray, tuple[int, int]] | None = None
@@ -438,7 +439,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     pixels = np.empty((h, w, 3), np.uint8)
     rows = max(1, STRIP // w)
     for top in range(0, h, rows):
-        pixels[top : top + rows] = _rgb(image.crop((0, top, w, min(top + rows, h))))
+        pixels[top : top + rows] = np.asarray(_rgb(image.crop((0, top, w, min(top + rows, h)))))
     return pixels
 
 
@@ -456,7 +457,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _position(exif: Image.Exif) -> dict[str, float | None] | None:
+def _position(exif: Image.Exif) -> Position | None:
     try:
         gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
         latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
@@ -468,13 +469,13 @@ def _position(exif: Image.Exif) -> dict[str, float | None] | None:
     return {"latitude": latitude, "longitude": longitude, "altitude": _altitude(gps)}
 
 
-def _degrees(parts: tuple[Any, Any, Any], side: str, sides: str) -> float:
+def _degrees(parts: Sequence[SupportsFloat], side: str, sides: str) -> float:
     """Degrees from (degrees, minutes, seconds), negative on the second of two `sides`."""
     degrees = sum(float(part) / 60**power for power, part in enumerate(parts))
     return degrees * (1, -1)[sides.index(side[0])]
 
 
-def _altitude(gps: dict[int, Any]) -> float | None:
+def _altitude(gps: Mapping[int, SupportsFloat | bytes]) -> float | None:
     try:
         metres = float(gps[ExifTags.GPS.GPSAltitude])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

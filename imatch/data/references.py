@@ -8,18 +8,15 @@ leave this file are for pixel centres at whole numbers, as everywhere in imatch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from imatch.core import config, files
-from imatch.core.files import Row
-from imatch.core.step import Step, open_step
-from imatch.core.types import ImatchError, View
+from imatch.core import config
+from imatch.core.rows import Options
+from imatch.core.types import View
 
 REFERENCES = {
     "legacy": "imatch.data.references:Legacy",
@@ -40,7 +37,7 @@ class Reference(Protocol):
         """
 
 
-def create(kind: str, options: Mapping[str, Any] | None = None) -> Reference:
+def create(kind: str, options: Options | None = None) -> Reference:
     """Make a kind of reference.
 
     Raises:
@@ -188,56 +185,9 @@ class Isometric:
         side = max(1, math.floor(crop * min(h, w) / math.sqrt(2)))
         x, y = (w - side) // 2 + side / 2, (h - side) // 2 + side / 2
         matrix = shift(side / 2, side / 2) @ turn(math.fmod(angle, 360)) @ shift(-x, -y)
-        back = np.linalg.inv(matrix)[:2].ravel()
+        back = np.linalg.inv(matrix)[:2].ravel().tolist()
         image = Image.fromarray(photograph)
         pixels = np.asarray(image.transform((side, side), Image.Transform.AFFINE, back, Image.Resampling.BICUBIC))
         matrix = centres(matrix)
         view = View(pixels, seen(matrix, (h, w), (side, side)), matrix)
         return enlarged(view, (h, w), (min(h, w), min(h, w))) if self.resize_to_original else view
-
-
-def view_rows(step: Step) -> list[Row]:
-    """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
-    return files.read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
-
-
-def views_by_id(folder: Path) -> dict[str, Row]:
-    """`view_rows` of the step in a folder, by id."""
-    return {row["id"]: row for row in view_rows(open_step(folder))}
-
-
-def _photographs(folder: Path) -> Step:
-    """The step of the photographs behind one of embeddings: itself or, of references, the one they were made from."""
-    step = open_step(folder)
-    return open_step(step.linked("embed")) if "embed" in step.links else step
-
-
-def source_rows(folder: Path) -> dict[str, Row]:
-    """id -> row of the photographs of a step of embeddings or, when it has references, of their sources."""
-    return {row["id"]: row for row in decodable(_photographs(folder).folder)}
-
-
-def photographs_root(folder: Path) -> Path:
-    """The folder that those photographs lie in; of imported ones, which have none, that of the data set's steps."""
-    step = _photographs(folder)
-    return step.linked("photographs") if "photographs" in step.links else step.folder.parents[1]
-
-
-def decodable(folder: Path) -> list[Row]:
-    """The rows of all photographs that could be decoded, whether the backbone found something in them or not."""
-    rows = files.read_rows(folder / "images.jsonl") + files.read_rows(folder / "skipped.jsonl")
-    return sorted((row for row in rows if "size" in row), key=lambda row: row["id"])
-
-
-def clusters(step: Step, queries: Sequence[Row]) -> list[str]:
-    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
-    if step.parameters["cluster"] == "photograph":
-        return [row.get("source_sha256", row["sha256"]) for row in queries]
-    sources = source_rows(step.linked("query"))
-    captures = [sources.get(row.get("source", row["id"]), {}).get("capture") for row in queries]
-    if None in captures:
-        raise ImatchError(
-            f"cluster is capture, but {queries[captures.index(None)]['id']} belongs to none: name the captures in "
-            "data_key.json and run 01_embed anew, or set cluster to photograph"
-        )
-    return captures

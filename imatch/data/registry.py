@@ -104,7 +104,7 @@ class DataKey:
             raise ImatchError(f"{self.path}: {config.unknown('weight', key, {weight.key for weight in there})}")
         if len(found) > 1:
             several = names(f"{weight.set}.{weight.group}" for weight in found)
-            raise ImatchError(f"{self.path}: weight {key} is in {several}: say which set as weight_set, or rename one")
+            raise ImatchError(f"{self.path}: weight {key} is in {several}: say which, such as SET/{key}, or rename one")
         return found[0]
 
     def dataset(self, key: str) -> Dataset:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from imatch.core import config, files
-from imatch.core.files import Row, atomic, read_json, read_rows, write_array, write_json, write_rows
-from imatch.core.step import Step, sides
+from imatch.core.files import atomic, read_json, read_rows, write_array, write_json, write_rows
+from imatch.core.rows import Parameters, PhotoRow, ReferenceRow
+from imatch.core.step import Step, open_step, sides
 from imatch.core.types import ImatchError, Ranking, StepError, Tokens, check_finite, grid_xy, normalise
 from imatch.data.rotations import UPRIGHT, Pose
 
@@ -42,7 +43,7 @@ def settled(tokens: Tokens, size: tuple[int, int]) -> Tokens:
 def write_shard(
     folder: Path,
     shard: int,
-    rows: Sequence[Row],
+    rows: Sequence[PhotoRow],
     tokens: Sequence[Tokens],
     dtype: type[np.floating | np.int8] | None = np.float16,
 ) -> None:
@@ -75,9 +76,10 @@ def write_shard(
     for row in rows:
         if "skipped" not in row:
             one = next(rest)
-            where = {"shard": shard, "first": first, "n": len(one.descriptors), "vector": vector_digest(one.vector)}
-            row = {**row, "grid": one.grid, "xy": placed_apart, **where}
-            first += len(one.descriptors)
+            n = len(one.descriptors)
+            row = {**row, "grid": one.grid, "xy": placed_apart, "shard": shard, "first": first, "n": n}
+            row["vector"] = vector_digest(one.vector)
+            first += n
         placed.append({**row, "shard": shard})
     write_rows(base.with_suffix(".jsonl"), placed)
 
@@ -121,12 +123,12 @@ def is_merged(folder: Path) -> bool:
     return (folder / "images.jsonl").is_file()
 
 
-def shard_rows(folder: Path, wanted: Container[int] | None = None) -> dict[int, list[Row]]:
+def shard_rows(folder: Path, wanted: Container[int] | None = None) -> dict[int, list[PhotoRow]]:
     """The rows, skipped ones included, of every whole shard, or of those wanted, before or after merging; sorted by
     id."""
     if is_merged(folder):
         rows = sorted(read_rows(folder / "images.jsonl") + read_rows(folder / "skipped.jsonl"), key=lambda r: r["id"])
-        shards: dict[int, list[Row]] = {}
+        shards: dict[int, list[PhotoRow]] = {}
         for row in rows:
             if wanted is None or row["shard"] in wanted:
                 shards.setdefault(row["shard"], []).append(row)
@@ -202,7 +204,7 @@ def split(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The tokens of a set of photographs, memory-mapped from a step's folder.
+    """The tokens of a set of photographs, memory-mapped from a step's folder, and all that belongs to them.
 
     Row i of `vectors` belongs to `rows[i]`; that is checked when it is opened.
 
@@ -238,16 +240,81 @@ class Embeddings:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[PhotoRow]:
         """One a photograph: id, size (h, w), sha256, position, look (`images.look`), grid, xy (whether positions have a
         file of their own), shard, first, n, vector (`vector_digest`); where a registry knows them,
         capture, label and frame; of a reference also source and source_sha256."""
         return read_rows(self.folder / "images.jsonl")
 
     @cached_property
+    def _step(self) -> Step:
+        return open_step(self.folder, finished=False)
+
+    @property
+    def parameters(self) -> Parameters:
+        """How they were made."""
+        return self._step.parameters
+
+    @property
+    def work(self) -> dict[str, float]:
+        """What was computed to make them (`core.step.Step`)."""
+        return self._step.work
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What they are: dataset, kind (of references), weight, configuration."""
+        return self._step.about
+
+    @property
+    def run(self) -> Path:
+        """The folder of their run."""
+        return self._step.run
+
+    @property
+    def root(self) -> Path:
+        """The folder that their ids are relative to: of the photographs, or of the references."""
+        return self._step.linked("photographs")
+
+    @property
+    def data_key(self) -> Path | None:
+        """The registry that knows the photographs, if one does."""
+        return self._step.linked("data_key") if "data_key" in self._step.links else None
+
+    @cached_property
+    def sources(self) -> Embeddings:
+        """Those of the photographs that references were made from; of photographs, and of imported ones, themselves."""
+        return Embeddings(self._step.linked("embed")) if "embed" in self._step.links else self
+
+    @cached_property
+    def views(self) -> dict[str, ReferenceRow]:
+        """The rows of references.jsonl by id; none of photographs."""
+        return {row["id"]: row for row in view_rows(self._step)}
+
+    @cached_property
+    def skipped(self) -> list[PhotoRow]:
+        """A row a photograph that is not among them: id, sha256, and why, as skipped; where it could be decoded, all
+        that `rows` say of the photograph, too."""
+        return read_rows(self.folder / "skipped.jsonl")
+
+    @property
+    def missed(self) -> list[PhotoRow]:
+        """Those skipped that could be decoded, but in which the backbone found nothing: queries that find nothing."""
+        return [row for row in self.skipped if "size" in row]
+
+    @property
+    def decodable(self) -> dict[str, PhotoRow]:
+        """All photographs that could be decoded, whether the backbone found something in them or not, by id."""
+        return {row["id"]: row for row in sorted([*self.rows, *self.missed], key=lambda row: row["id"])}
+
+    @cached_property
     def ids(self) -> list[str]:
         """The photographs' ids, in row order."""
         return [row["id"] for row in self.rows]
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """id -> row."""
+        return {id: row for row, id in enumerate(self.ids)}
 
     @cached_property
     def shows(self) -> list[str]:
@@ -276,7 +343,7 @@ class Embeddings:
 
     def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
         path = self._path(shard, suffix)
-        self._maps[path] = self._maps.pop(path, None) if path in self._maps else _mapped(path)
+        self._maps[path] = self._maps.pop(path) if path in self._maps else _mapped(path)
         while len(self._maps) > MAPS:
             self._maps.pop(next(iter(self._maps)))  # the one not used for longest
         return self._maps[path]
@@ -286,7 +353,7 @@ class Embeddings:
         in pixels of the original, NaN where they have no positions."""
         meta = self.rows[row]
         part = slice(meta["first"], meta["first"] + meta["n"])
-        grid = None if meta["grid"] is None else tuple(meta["grid"])
+        grid = meta["grid"] and (meta["grid"][0], meta["grid"][1])
         local = np.asarray(self._local(meta["shard"])[part])
         if local.dtype == np.int8:
             local = local * self._local(meta["shard"], ".scale.npy")[part, None]
@@ -328,14 +395,13 @@ class Embeddings:
     def __str__(self) -> str:
         n = sum(row["n"] for row in self.rows)
         d = _shape(self._path(self.rows[0]["shard"]))[1]
-        skipped = len(read_rows(self.folder / "skipped.jsonl"))
         return (
-            f"{len(self)} photographs, {skipped} skipped; global {self.vectors.shape[1]} numbers each; "
+            f"{len(self)} photographs, {len(self.skipped)} skipped; global {self.vectors.shape[1]} numbers each; "
             f"local {n} descriptors of {d} ({n / len(self):.0f} a photograph)"
         )
 
 
-def _apart(row: Row) -> bool:
+def _apart(row: PhotoRow) -> bool:
     """Whether a row's positions have a file of their own; stores of before there was `xy` have one for keypoints."""
     return bool(row.get("xy", row["grid"] is None))
 
@@ -421,6 +487,31 @@ AGGREGATED = 64
 """Aggregated tokens a photograph."""
 
 
+@dataclass(frozen=True)
+class StorageOptions:
+    """What of the tokens is stored, and how.
+
+    Attributes:
+        variant: "raw", or "sub2", "sub3": every second, every third row and column of the grid.
+        keep: all local descriptors in "float16" or, in half the bytes, "int8"; "aggregated" are 64 that stand for all,
+            "global" none; "" is int8 for sift, whose histograms are whole numbers, else float16.
+        cfg: the name of the photographs' size in folders and files; "" takes one from `resize`.
+        shard_size: photographs a shard, the unit of resuming.
+
+    Raises:
+        ImatchError: a value of the wrong type, or an unknown `keep`.
+    """
+
+    variant: str = "raw"
+    keep: str = ""
+    cfg: str = ""
+    shard_size: PositiveInt = 64
+
+    def __post_init__(self) -> None:
+        config.check(self, "storage")
+        keep_parameter(self.keep, "")
+
+
 def keep_default(weight: str) -> str:
     """What is kept unless something else is asked for: of SIFT, whose histograms are whole numbers to begin with, a
     byte a number.
@@ -450,7 +541,7 @@ def keep_parameter(keep: str, weight: str) -> dict[str, str]:
     return {} if keep == "float16" else {"keep": keep}
 
 
-def keep_of(parameters: Mapping[str, Any]) -> str:
+def keep_of(parameters: Parameters) -> str:
     """What a step of embeddings with such parameters keeps.
 
     >>> keep_of({"weight": "vits16"})
@@ -459,7 +550,7 @@ def keep_of(parameters: Mapping[str, Any]) -> str:
     return str(parameters.get("keep", "float16"))
 
 
-def variant_of(parameters: Mapping[str, Any]) -> str:
+def variant_of(parameters: Parameters) -> str:
     """The variant of a step of embeddings and, where it is not the default, what it keeps: a part of folders' names.
 
     >>> variant_of({"variant": "sub2", "weight": "vits16", "keep": "int8"})
@@ -469,7 +560,7 @@ def variant_of(parameters: Mapping[str, Any]) -> str:
     return "_".join([parameters["variant"], *([] if kept == keep_default(parameters["weight"]) else [kept])])
 
 
-def check_keeps(folder: Path, parameters: Mapping[str, Any], what: str, enough: Sequence[str] = KEEPS_PLACED) -> None:
+def check_keeps(folder: Path, parameters: Parameters, what: str, enough: Sequence[str] = KEEPS_PLACED) -> None:
     """Refuse what needs more than a step of embeddings kept.
 
     Args:
@@ -519,7 +610,7 @@ def as_kept(tokens: Tokens, keep: str) -> Tokens:
     return Tokens(tokens.vector, few, np.full((len(few), 2), np.nan, np.float32))
 
 
-def write_kept_shard(folder: Path, shard: int, rows: Sequence[files.Row], tokens: Sequence[Tokens], keep: str) -> None:
+def write_kept_shard(folder: Path, shard: int, rows: Sequence[PhotoRow], tokens: Sequence[Tokens], keep: str) -> None:
     """Write one shard (`store.write_shard`) of what is kept.
 
     Args:
@@ -548,21 +639,21 @@ def kept_bytes(keep: str, n: int, d: int) -> int:
     return each[keep] * (min(n, AGGREGATED) if keep == "aggregated" else n)
 
 
-def missed(embeddings: Embeddings) -> list[Row]:
-    """The photographs that could be decoded, but in which the backbone found nothing: queries that find nothing."""
-    return [row for row in files.read_rows(embeddings.folder / "skipped.jsonl") if "size" in row]
+def view_rows(step: Step) -> list[ReferenceRow]:
+    """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
+    return read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
 
 
-def open_embeddings(step: Step) -> tuple[Embeddings, Embeddings]:
-    """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches."""
-    query, gallery = sides(step)
+def open_embeddings(step: Step, weight: str = "") -> tuple[Embeddings, Embeddings]:
+    """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches, by
+    another backbone if `weight` names one."""
+    query, gallery = sides(step, weight)
     return Embeddings(query.folder), Embeddings(gallery.folder)
 
 
-def open_poses(folder: Path, poses: Sequence[Pose]) -> Posed:
+def open_poses(upright: Embeddings, poses: Sequence[Pose]) -> Posed:
     """Open what `embed_poses` made."""
-    posed = {pose: Embeddings(pose_folder(folder, pose)) for pose in poses if pose != UPRIGHT}
-    return Posed(Embeddings(folder), posed)
+    return Posed(upright, {pose: Embeddings(pose_folder(upright.folder, pose)) for pose in poses if pose != UPRIGHT})
 
 
 def pose_folder(folder: Path, pose: Pose) -> Path:
@@ -595,11 +686,8 @@ class Posed:
     @cached_property
     def _places(self) -> dict[Pose, np.ndarray]:
         """(N,) row of each photograph in a pose, -1 where it is not there."""
-        places = {}
-        for pose, embeddings in self.posed.items():
-            row = {id: i for i, id in enumerate(embeddings.ids)}
-            places[pose] = np.array([row.get(id, -1) for id in self.upright.ids])
-        return places
+        ids = self.upright.ids
+        return {pose: np.array([there.row_of.get(id, -1) for id in ids]) for pose, there in self.posed.items()}
 
     def tokens(self, row: int) -> list[tuple[Pose, Tokens]]:
         """A photograph's tokens in each pose, the upright one first; xy in pixels of the upright original."""

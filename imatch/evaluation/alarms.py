@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import faiss
 import numpy as np
 
-from imatch.core.step import Step
-from imatch.data.references import source_rows
+from imatch.core.rows import SearchFigures, ThresholdRecord
 from imatch.data.store import Embeddings
 
 SAME = 0.9999
@@ -34,16 +32,16 @@ def copies_of(query: Embeddings, gallery: Embeddings) -> list[str]:
     return [f"{len(copies)} of {len(query)} queries are files of the gallery and find themselves: {listed}"]
 
 
-def alike(step: Step) -> list[str]:
-    """Photographs of the two sides that are no copies, yet look alike: near-duplicates."""
-    sides = [list(source_rows(step.linked(side)).values()) for side in ("query", "gallery")]
+def alike(query: Embeddings, gallery: Embeddings, truth: str) -> list[str]:
+    """Name photographs of the two sides that are no copies, yet look alike: near-duplicates."""
+    sides = [side.sources.decodable.values() for side in (query, gallery)]
     looks = [[row for row in rows if _tells(row.get("look"))] for rows in sides]
     if not all(looks):
         return []
-    query, gallery = (np.array([list(bytes.fromhex(row["look"])) for row in rows], np.uint8) for rows in looks)
+    asked, there = (np.array([list(bytes.fromhex(row["look"])) for row in rows], np.uint8) for rows in looks)
     index = faiss.IndexBinaryFlat(256)
-    index.add(gallery)
-    away, found = index.search(query, min(NEAREST + 1, len(gallery)))
+    index.add(there)
+    away, found = index.search(asked, min(NEAREST + 1, len(there)))
     q, place = np.nonzero(away <= LOOK)
     pairs = np.stack([q, found[q, place]])
     contents = [np.array([row["sha256"] for row in rows], object) for rows in looks]
@@ -53,7 +51,7 @@ def alike(step: Step) -> list[str]:
     if not pairs.shape[1]:
         return []
     listed = sorted(f"{looks[0][q]['id']} ~ {looks[1][g]['id']}" for q, g in pairs[:, :1000].T)
-    right = ", though only one counts as right" if step.parameters["truth"] == "photograph" else ""
+    right = ", though only one counts as right" if truth == "photograph" else ""
     return [f"{pairs.shape[1]} pairs of photographs look alike{right}: {_some(listed, pairs.shape[1])}"]
 
 
@@ -62,7 +60,7 @@ def _tells(look: str | None) -> bool:
     return look is not None and look != "" and 32 <= int(look, 16).bit_count() <= 224
 
 
-def guessing(metrics: Mapping[str, Any]) -> list[str]:
+def guessing(metrics: SearchFigures) -> list[str]:
     """Say that Hit@1 is no better than guessing, or that nothing can be said."""
     hit, chance = metrics["intervals"]["hit_at_1"], metrics["chance"]
     if hit["value"] is None:
@@ -73,7 +71,7 @@ def guessing(metrics: Mapping[str, Any]) -> list[str]:
     return [f"Hit@1 {hit['value']:.3f} cannot be told from guessing ({chance:.3f})"]
 
 
-def promise_broken(threshold: Mapping[str, Any]) -> list[str]:
+def promise_broken(threshold: ThresholdRecord) -> list[str]:
     """Say that the threshold does not hold on photographs that it was not calibrated on."""
     wanted, held = threshold["wanted"], threshold["held_out_precision"]
     if held is None or held >= wanted:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 from scipy import stats
 
+from imatch.core.rows import ThresholdRecord
 from imatch.core.types import ImatchError
 from imatch.evaluation.intervals import MIN_CLUSTERS
 
@@ -40,9 +41,9 @@ class Threshold:
     held_out_coverage: float | None
     why: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> ThresholdRecord:
         """The same as plain JSON."""
-        return asdict(self)
+        return cast("ThresholdRecord", asdict(self))
 
 
 def calibrate(
@@ -57,8 +58,7 @@ def calibrate(
     """The lowest score from which best hits are right as often as wanted.
 
     Every query is asked twice, and the caller concatenates the two: once with its answers in the gallery, once with
-    them left out, a known negative. So half of the instances have no match, and precision is at that mix: where
-    matches are rarer it is lower.
+    them left out, a known negative. So half of the instances have no match; where matches are rarer, it is lower.
 
     The threshold is the lowest score at which the one-sided 95 % Clopper-Pearson bound of the precision (Biometrika 26,
     1934) is at least the wanted one. Two things make this bound too kind. It takes instances as independent, while

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 from scipy import stats
 
+from imatch.core.rows import IntervalRecord
 from imatch.core.types import ImatchError
 
 MIN_CLUSTERS = 8
@@ -39,9 +40,9 @@ class Interval:
     clusters: int
     why: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> IntervalRecord:
         """The same as plain JSON."""
-        return asdict(self)
+        return cast("IntervalRecord", asdict(self))
 
     def __str__(self) -> str:
         if self.value is None:
@@ -148,7 +149,7 @@ def paired_difference(
     return _clustered(a - b, names, lowest=-1.0, unit=unit, level=level, resamples=resamples, seed=seed)
 
 
-def _shares(values: Sequence[float] | np.ndarray, what: str, names: Sequence[Any]) -> np.ndarray:
+def _shares(values: Sequence[float] | np.ndarray, what: str, names: Sequence[Hashable]) -> np.ndarray:
     shares = np.asarray(values, np.float64)
     wrong = np.flatnonzero(~((shares >= 0) & (shares <= 1)))
     if len(wrong):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 
+from imatch.core.rows import MatchFigures, PairFigures, PairRow, QueryRow, RetrievalFigures
 from imatch.evaluation import intervals
 
-Row = Mapping[str, Any]
-T = TypeVar("T", bound=Row)
 DEPTHS = (1, 5, 10)
 """The K of Hit@K, Recall@K and Precision@K, as far as the ranking goes."""
 PIXELS = (3, 5, 10)
@@ -125,7 +124,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
 
-def right_hits(rows: Sequence[Row], k: int) -> np.ndarray:
+def right_hits(rows: Sequence[QueryRow], k: int) -> np.ndarray:
     """Which hits are right: (Q, k) bool, from Q rows of queries.jsonl, which name the ranks of right hits (from 0).
 
     >>> right_hits([{"right_ranks": [1]}, {"right_ranks": []}], 2).tolist()
@@ -137,7 +136,7 @@ def right_hits(rows: Sequence[Row], k: int) -> np.ndarray:
     return right
 
 
-def asked_twice(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def asked_twice(rows: Sequence[QueryRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Every query asked twice, for `calibrate`: as it is, if it has an answer, and with its answers left out of the
     gallery, when nothing that it finds is right.
 
@@ -159,7 +158,7 @@ def asked_twice(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return scores, right, np.arange(len(scores)) < len(asked), [row["cluster"] for row in [*asked, *rows]]
 
 
-def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") -> dict[str, Any]:
+def retrieval_metrics(rows: Sequence[QueryRow], k: int, unit: str = "photographs") -> RetrievalFigures:
     """The figures of a ranking, from its rows of queries.jsonl.
 
     Args:
@@ -197,15 +196,15 @@ def retrieval_metrics(rows: Sequence[Row], k: int, unit: str = "photographs") ->
         {"crop": crop, "angle": angle, "unit": unit, **intervals.interval(values, of, unit=unit).record()}
         for (crop, angle), (values, of) in _by_view(counted, each["hit_at_1"], clusters).items()
     ]
-    return figures
+    return cast("RetrievalFigures", figures)
 
 
 def _by_view(
-    rows: Sequence[Row], values: np.ndarray, clusters: Sequence[str]
+    rows: Sequence[QueryRow], values: np.ndarray, clusters: Sequence[str]
 ) -> dict[tuple[float, float], tuple[list[float], list[str]]]:
     parts: dict[tuple[float, float], tuple[list[float], list[str]]] = {}
     for row, value, cluster in zip(rows, values.tolist(), clusters, strict=True):
-        if row["crop"] is not None:
+        if row["crop"] is not None and row["angle"] is not None:
             part = parts.setdefault((row["crop"], row["angle"]), ([], []))
             part[0].append(value)
             part[1].append(cluster)
@@ -235,7 +234,7 @@ def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
     return float(np.trapezoid([*share[:last], share[last - 1]], [*ranked[:last], threshold]) / threshold)
 
 
-def rerank(pairs: Iterable[T]) -> list[T]:
+def rerank(pairs: Iterable[PairRow]) -> list[PairRow]:
     """One query's retrieved pairs in a new order: verified ones by their inliers, those of an earlier look first (of
     another backbone they are not comparable), then the others as retrieval ranked them (inliers that do not verify are
     chance).
@@ -248,21 +247,21 @@ def rerank(pairs: Iterable[T]) -> list[T]:
     return sorted(retrieved, key=_place)
 
 
-def _place(row: Row) -> tuple[float, ...]:
+def _place(row: PairRow) -> tuple[float, ...]:
     verified = (row.get("look", 0), -row["inliers"]) if row["verified"] else (0, 0)
-    return (not row["verified"], *verified, row["rank"])
+    return (not row["verified"], *verified, row["rank"] or 0)
 
 
-def best_pairs(pairs: Iterable[Row]) -> list[Row]:
+def best_pairs(pairs: Iterable[PairRow]) -> list[PairRow]:
     """Of each query's retrieved pairs, the one that re-ranking puts first; sorted by query."""
-    by_query: dict[str, list[Row]] = {}
+    by_query: dict[str, list[PairRow]] = {}
     for row in pairs:
         by_query.setdefault(row["query"], []).append(row)
     ranked = (rerank(by_query[query]) for query in sorted(by_query))
     return [rows[0] for rows in ranked if rows]
 
 
-def match_metrics(pairs: Sequence[Row], unit: str = "photographs") -> dict[str, Any]:
+def match_metrics(pairs: Sequence[PairRow], unit: str = "photographs") -> MatchFigures:
     """The figures of a finished 04_match, from its rows.
 
     Args:
@@ -286,20 +285,23 @@ def match_metrics(pairs: Sequence[Row], unit: str = "photographs") -> dict[str, 
     best = best_pairs(pairs)
     figures = _figures(pairs, best, unit)
     crops = sorted({row["crop"] for row in pairs if row["crop"] is not None})
-    views = sorted({(row["crop"], row["angle"]) for row in pairs if row["crop"] is not None})
-    figures["by_crop"] = [_part(pairs, best, unit, crop=crop) for crop in crops]
-    figures["by_view"] = [_part(pairs, best, unit, crop=crop, angle=angle) for crop, angle in views]
-    return figures
+    known = ((row["crop"], row["angle"]) for row in pairs)
+    views = sorted({(crop, angle) for crop, angle in known if crop is not None and angle is not None})
+    return {
+        **figures,
+        "by_crop": [_part(pairs, best, unit, crop=crop) for crop in crops],
+        "by_view": [_part(pairs, best, unit, crop=crop, angle=angle) for crop, angle in views],
+    }
 
 
-def _part(pairs: Sequence[Row], best: Sequence[Row], unit: str, **wanted: float) -> dict[str, Any]:
-    def inside(rows: Sequence[Row]) -> list[Row]:
+def _part(pairs: Sequence[PairRow], best: Sequence[PairRow], unit: str, **wanted: float) -> PairFigures:
+    def inside(rows: Sequence[PairRow]) -> list[PairRow]:
         return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
-    return {**wanted, **_figures(inside(pairs), inside(best), unit)}
+    return cast("PairFigures", {**wanted, **_figures(inside(pairs), inside(best), unit)})
 
 
-def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, Any]:
+def _figures(pairs: Sequence[PairRow], best: Sequence[PairRow], unit: str) -> PairFigures:
     counted = [row for row in best if row["answerable"]]
     first = [row for row in pairs if row["answerable"] and row["rank"] == 0]
     verified = [row for row in best if row["verified"]]
@@ -321,14 +323,14 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
         for name, (rows, values) in each.items()
     }
     of = {row["query"]: row["cluster"] for row in counted}
-    before, after = ({row["query"]: float(row["right"]) for row in rows} for rows in (first, counted))
+    before, after = ({row["query"]: float(bool(row["right"])) for row in rows} for rows in (first, counted))
     measured["reranking"] = intervals.paired_difference(after, before, of, unit=unit)
     return {
         "queries": len(best),
         "hit_at_1": measured["hit_at_1"].value,
         "reranked_hit_at_1": measured["reranked_hit_at_1"].value,
         "verified": mean(row["verified"] for row in best),
-        "verified_right": mean(row["right"] for row in verified if row["answerable"]),
+        "verified_right": mean(bool(row["right"]) for row in verified if row["answerable"]),
         "wrong_verified": mean(wrong.values()),
         "corner_error_median": _median(right),
         "true_pairs": len(true),
@@ -336,7 +338,7 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
         "true_within_8px": measured["true_within_8px"].value,
         "corner_auc": {str(pixels): corner_auc(errors, pixels) for pixels in PIXELS},
         "matching_accuracy": {
-            str(pixels): mean(row["accuracy"][i] if row["matches"] else 0.0 for row in true)
+            str(pixels): mean(row["accuracy"][i] if row["matches"] and row["accuracy"] else 0.0 for row in true)
             for i, pixels in enumerate(ACCURACY)
         },
         "inlier_ratio": mean(row["inliers"] / max(1, row["matches"]) for row in true),
@@ -346,7 +348,7 @@ def _figures(pairs: Sequence[Row], best: Sequence[Row], unit: str) -> dict[str, 
     }
 
 
-def corner_errors(pairs: Iterable[Row]) -> list[float]:
+def corner_errors(pairs: Iterable[PairRow]) -> list[float]:
     """The corner errors of pairs in pixels, infinite where no geometry was found."""
     return [_or_inf(row["corner_error"]) for row in pairs]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from imatch.core.rows import IntervalRecord, MatchFigures, PositionFigures, SearchFigures, StageRow, ThresholdRecord
 from imatch.evaluation import intervals
-from imatch.evaluation.metrics import Row
 
 
-def retrieval_table(metrics: Mapping[str, Any]) -> str:
+def retrieval_table(metrics: SearchFigures) -> str:
     """The figures of `steps.index.index_metrics` as lines for people."""
     k = metrics["k"]
     queries = f"{metrics['queries']} queries in a gallery of {metrics['gallery']}"
@@ -30,7 +29,7 @@ def retrieval_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def stage_table(stages: Sequence[Row]) -> str:
+def stage_table(stages: Sequence[StageRow]) -> str:
     """What each option of a search adds, as lines for people.
 
     Args:
@@ -52,11 +51,11 @@ def stage_table(stages: Sequence[Row]) -> str:
         table.append((row["stage"], _span(row["hit_at_1"]), _span(row["map"]), f"{row['ms']:.2f}", told))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-    every = [row[key] for row in stages for key in ("hit_at_1", "map", "difference") if row[key]]
+    every = [of for row in stages for of in (row["hit_at_1"], row["map"], row["difference"]) if of]
     return "\n".join([*lines, *(f"No interval: {why}." for why in sorted({of["why"] for of in every} - {""}))])
 
 
-def difference_said(difference: Row) -> str:
+def difference_said(difference: IntervalRecord) -> str:
     """What the record of a paired difference allows to say: only what its 95 % interval holds on one side of 0.
 
     >>> [difference_said({"value": 0.1, "low": low, "high": 0.2}) for low in (0.02, -0.02)]
@@ -69,7 +68,7 @@ def difference_said(difference: Row) -> str:
     return "no difference that can be told"
 
 
-def _span(record: Row, sign: str = "") -> str:
+def _span(record: IntervalRecord, sign: str = "") -> str:
     """Differences, which bear their sign, may be small and are given more digits."""
     if record["value"] is None:
         return "-"
@@ -80,7 +79,7 @@ def _span(record: Row, sign: str = "") -> str:
     return f"{value} [{low}, {high}]" if low else value
 
 
-def _believed(threshold: Mapping[str, Any]) -> list[str]:
+def _believed(threshold: ThresholdRecord) -> list[str]:
     if threshold["value"] is None:
         return [f"no match     none is believed: {threshold['why']}"]
     said = (
@@ -100,7 +99,7 @@ def _believed(threshold: Mapping[str, Any]) -> list[str]:
     return [said, f"             {rest}"]
 
 
-def _metres(figures: Mapping[str, Any]) -> list[str]:
+def _metres(figures: PositionFigures) -> list[str]:
     within = "   ".join(f"{_cell(share)} within {metres} m" for metres, share in figures["within"].items())
     unknown = f" ({figures['unknown']} queries without a position are not counted)" if figures["unknown"] else ""
     return [
@@ -110,7 +109,7 @@ def _metres(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
+def summary_table(finished: Mapping[str, MatchFigures]) -> str:
     """Metrics of 04_match as a table for a terminal: Hit@1 by crop and angle with its interval, then pixels.
 
     Args:
@@ -142,17 +141,17 @@ def summary_table(finished: Mapping[str, Mapping[str, Any]]) -> str:
                 f"  of all {metrics['true_pairs']} pairs of a reference and its source: median corner error "
                 f"{_cell(metrics['true_corner_error_median'])} px, within 8 px {_cell(metrics['true_within_8px'])}"
             )
-        if said := metrics.get("labels"):
+        if told := metrics.get("labels"):
             lines.append(
-                f"  labelled by hand: {said['labelled']} pairs, {said['accepted']} accepted; of the verified ones "
-                f"{_cell(said['precision'])} are accepted, of the accepted ones {_cell(said['recall'])} are verified"
+                f"  labelled by hand: {told['labelled']} pairs, {told['accepted']} accepted; of the verified ones "
+                f"{_cell(told['precision'])} are accepted, of the accepted ones {_cell(told['recall'])} are verified"
             )
         if metrics.get("queries_skipped"):
             lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be decoded")
     return "\n".join(lines)
 
 
-def _reranked(metrics: Mapping[str, Any]) -> list[str]:
+def _reranked(metrics: MatchFigures) -> list[str]:
     """What re-ranking changes, and what verification is worth."""
     lines = []
     changed = metrics["intervals"].get("reranking")  # absent from steps of before it was measured

@@ -11,25 +11,16 @@ import csv
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from imatch.core import files
-from imatch.core.step import Step, run_and_dataset, sides
+from imatch.core.rows import PairRow
 from imatch.core.types import ImatchError
-from imatch.evaluation.metrics import Row, mean
+from imatch.evaluation.metrics import mean
 
 COLUMNS = ("query", "candidate", "label")
 LABELS = ("accept", "reject")
 Labels = dict[tuple[str, str], str]
 """(query, candidate) -> accept or reject."""
-
-
-def path(step: Step) -> Path:
-    """Where the labels of a 04_match step are, or will be: <exports>/<run>/labels/<dataset>.csv, of references with
-    their kind, such as <dataset>_isometric.csv."""
-    run, dataset = run_and_dataset(step)
-    kinds = sorted({side.folder.parents[1].name for side in sides(step) if side.name == "02_references"})
-    return run / "labels" / f"{'_'.join([dataset, *kinds])}.csv"
 
 
 def read(file: Path) -> Labels:
@@ -76,7 +67,7 @@ def write(file: Path, labels: Mapping[tuple[str, str], str]) -> None:
     files.write_bytes(file, text.getvalue().encode(errors="surrogateescape"))
 
 
-def label_metrics(pairs: Iterable[Row], labels: Mapping[tuple[str, str], str]) -> dict[str, Any] | None:
+def label_metrics(pairs: Iterable[PairRow], labels: Mapping[tuple[str, str], str]) -> dict[str, float | None] | None:
     """How well `verified` agrees with what people say of pairs.
 
     Args:
@@ -92,7 +83,7 @@ def label_metrics(pairs: Iterable[Row], labels: Mapping[tuple[str, str], str]) -
     >>> label_metrics(pairs, {("q", "a"): "accept", ("q", "b"): "reject"})
     {'labelled': 2, 'accepted': 1, 'rejected': 1, 'precision': 0.5, 'recall': 1.0}
     """
-    named = [(row["verified"], (row["query"], row["candidate"])) for row in pairs]
+    named = [(row["verified"], (row["query"], row["candidate"] or "")) for row in pairs]
     said = [(verified, labels[pair] == "accept") for verified, pair in named if pair in labels]
     if not said:
         return None

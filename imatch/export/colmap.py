@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from imatch.core import files
-from imatch.core.files import Row
+from imatch.core.rows import PairRow
 from imatch.core.types import ImatchError, ImatchWarning, Pair
 from imatch.data import exif
 from imatch.export.outputs import Sink
@@ -59,7 +59,7 @@ class Colmap(Sink):
         table = np.column_stack([a, b, pair.geometry.inliers]).astype(np.float32)
         files.write_array(path.with_name(path.name + ".colmap"), table)
 
-    def gather(self, folder: Path, pairs: Iterable[tuple[Path, Row]]) -> None:
+    def gather(self, folder: Path, pairs: Iterable[tuple[Path, PairRow]]) -> None:
         """See `Sink`. Refined positions are of one pair alone, so a photograph's keypoints are all that its pairs have.
 
         A photograph whose name holds a space is left out, with a warning: a list of matches cannot name it.

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from imatch.core import files
+from imatch.core import files, rows
+from imatch.core.rows import PairRow
 from imatch.core.types import Pair
 
 
@@ -24,7 +25,7 @@ class Sink(Protocol):
         It may be called in any order and by several processes at once.
         """
 
-    def gather(self, folder: Path, pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
+    def gather(self, folder: Path, pairs: Iterable[tuple[Path, PairRow]]) -> None:
         """Write into `folder` what needs all pairs, when they are done; by default nothing.
 
         Args:
@@ -50,7 +51,7 @@ class Json(Sink):
         files.write_bytes(path.with_name(path.name + ".json"), text.encode(errors="surrogateescape"))
 
 
-def record(pair: Pair) -> dict[str, Any]:
+def record(pair: Pair) -> dict[str, rows.Json]:
     """A pair as plain JSON."""
     matches, (n_a, n_b) = pair.matches, pair.row["descriptors"]
     patch = {
@@ -76,7 +77,7 @@ def record(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _compact(value: object) -> str:
+def _compact(value: rows.Json) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

@@ -24,8 +24,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from imatch.core import compute, config
-from imatch.core.files import Row, digest, read_rows, relative, write_array, write_bytes, write_json
-from imatch.core.step import Step, open_step, refuse_or_say
+from imatch.core.files import digest, refuse_or_say, relative, write_array, write_bytes, write_json
+from imatch.core.rows import Json, PhotoRow
 from imatch.core.types import ImatchError, Tokens
 from imatch.data import references, registry, store
 from imatch.data.store import Embeddings
@@ -48,16 +48,18 @@ ANCHOR = rf"_(?P<variant>raw|sub\d+)_(?P<hub>{HUB}|[^_]+)_(?P<family>LVD|SAT|NON
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names on Windows, whatever follows
 
 
-def export_per_image(step: Step, embeddings: Embeddings, outputs: Sequence[str], folder: Path | None = None) -> int:
-    """Write per-image files of a step of 01_embed or 02_references, those that are missing.
+def export_per_image(
+    embeddings: Embeddings, outputs: Sequence[str], folder: Path | None = None, on_change: str = "refuse"
+) -> int:
+    """Write per-image files of photographs or of references, those that are missing.
 
     Args:
-        step: the step; its on_change says what happens to files that were made differently, and to files of
-            photographs that it no longer has.
-        embeddings: its embeddings.
+        embeddings: their embeddings.
         outputs: names of `OUTPUTS`. "<kind>.npy" is the array with its meta beside it, "<kind>.json" the meta alone,
             "denseft.png" the picture with its meta. DenseFT has one basis for the whole store.
         folder: the tree's root; None is <exports>/<run>/per_image, the same for data sets and references.
+        on_change: "refuse" or "recompute" files that were made differently, or are of photographs that are no longer
+            there.
 
     Returns:
         How many files were written.
@@ -65,9 +67,9 @@ def export_per_image(step: Step, embeddings: Embeddings, outputs: Sequence[str],
     Raises:
         ImatchError: an unknown output, or one that needs a grid of a backbone without one; nothing is written.
         StepError: an output needs local descriptors that were not kept; or files are there that were made differently,
-            and `step.on_change` is "refuse".
+            and `on_change` is "refuse".
 
-    >>> export_per_image(Step(Path("s"), "01_embed", {}, {}), None, ["globl.npy"])
+    >>> export_per_image(None, ["globl.npy"])
     Traceback (most recent call last):
     imatch.core.types.ImatchError: unknown output 'globl.npy': did you mean 'global.npy'? Known: ...
     """
@@ -78,41 +80,40 @@ def export_per_image(step: Step, embeddings: Embeddings, outputs: Sequence[str],
         kind, _, suffix = output.partition(".")
         wanted.setdefault(kind, {"json"}).add(suffix)  # an array has a meta, always
     if {*wanted} - {"global"}:
-        store.check_keeps(step.folder, step.parameters, "a file such as patch.npy")
+        store.check_keeps(embeddings.folder, embeddings.parameters, "a file such as patch.npy")
     gridless = next((row["id"] for row in embeddings.rows if row["grid"] is None), None) if wanted else None
     if gridless is not None and {*wanted} - {"global"}:
         raise ImatchError(
             f"outputs {', '.join(sorted(o for o in outputs if not o.startswith('global')))} need a grid, and "
-            f"{gridless} of {step.folder} has keypoints: leave them out, or use a backbone with a grid (DINOv3, dsift)"
+            f"{gridless} of {embeddings.folder} has keypoints: leave them out, or use a backbone with a grid (DINOv3, "
+            "dsift)"
         )
     if not wanted:
         return 0
-    return _Export(step, embeddings, folder or step.folder.parents[4 if _is_reference(step) else 3] / "per_image")(
-        wanted
-    )
+    return _Export(embeddings, folder or embeddings.run / "per_image", on_change)(wanted)
 
 
-def names(step: Step, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+def names(rows: Sequence[PhotoRow], dataset: str, data_key: Path | None = None) -> dict[str, tuple[str, str]]:
     """Photograph id -> (label, frame) of its files; no two alike, even where case does not count.
 
     Of a registered capture they are its label, with the capture before it where another capture of the data set has
     that label, and the frame as the file's name pads it. Else they are the folder and the file's stem.
 
     Args:
-        step: the 01_embed that the rows are of.
-        rows: of its photographs.
+        rows: of the photographs.
+        dataset: name of their data set.
+        data_key: the registry that knows it, if one does.
 
-    >>> step = Step(Path("exports/r/01_embed/beach/sift/raw"), "01_embed", {}, {})
-    >>> names(step, [{"id": "house 1.jpg"}, {"id": "a/2.jpg"}])
+    >>> names([{"id": "house 1.jpg"}, {"id": "a/2.jpg"}], "beach")
     {'house 1.jpg': ('beach', 'house_1'), 'a/2.jpg': ('a', '2')}
     """
     labels = {}
-    if "data_key" in step.links and (file := step.linked("data_key")).is_file():
-        known = registry.load(file).datasets.get(step.parameters["dataset"])
+    if data_key and data_key.is_file():
+        known = registry.load(data_key).datasets.get(dataset)
         labels = {name: capture.label for name, capture in known.captures.items()} if known else {}
     labels |= {row["capture"]: row["label"] for row in rows if row.get("capture") and row.get("label")}
     shared = Counter(_label(label).lower() for label in labels.values() if label)
-    found = {row["id"]: _name(row, step.folder.parents[1].name, shared) for row in rows}
+    found = {row["id"]: _name(row, dataset, shared) for row in rows}
     count = Counter(map(_folded, found.values()))
     for id, (label, frame) in found.items():
         if count[_folded((label, frame))] > 1:
@@ -120,7 +121,7 @@ def names(step: Step, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _name(row: Row, dataset: str, shared: Mapping[str, int]) -> tuple[str, str]:
+def _name(row: PhotoRow, dataset: str, shared: Mapping[str, int]) -> tuple[str, str]:
     if "name" in row:  # of an import: its files were called so
         parts = row["name"].split("/")
         return parts[0], parts[-1]
@@ -160,7 +161,7 @@ def _folded(name: tuple[str, str]) -> str:
     return unicodedata.normalize("NFC", "/".join(name)).lower()
 
 
-def read_meta(path: Path) -> Row:
+def read_meta(path: Path) -> dict[str, Json]:
     """The content of a meta file; numbers that JSON does not have (NaN) become null.
 
     Raises:
@@ -198,25 +199,28 @@ class _File:
 class _Export:
     """What all files of a step share, and the files."""
 
-    def __init__(self, step: Step, embeddings: Embeddings, folder: Path) -> None:
-        self.step, self.embeddings, self.folder = step, embeddings, folder
-        parameters, self.reference = step.parameters, _is_reference(step)
+    def __init__(self, embeddings: Embeddings, folder: Path, on_change: str) -> None:
+        self.embeddings, self.folder, self.on_change = embeddings, folder, on_change
+        parameters, self.reference = embeddings.parameters, "kind" in embeddings.about
         backbone, cfg, variant = (parameters[key] for key in ("backbone", "cfg", "variant"))
-        tag = "" if "imported" in parameters else step.folder.name.removeprefix(f"{cfg}_{variant}").removeprefix("_")
+        tag = (
+            ""
+            if "imported" in parameters
+            else embeddings.about["configuration"].removeprefix(f"{cfg}_{variant}").removeprefix("_")
+        )
         entry = backbone.get("hub_entry") or parameters["weight"]
         hub = entry if re.fullmatch(HUB, entry) else entry.replace("_", "-")
         size = _short(_plain(f"{cfg}-{tag}" if tag else cfg), 40)
         self.middle = f"{size}_{variant}_{_short(hub, 24)}_{backbone.get('family') or 'NONE'}"
         self.said = {
-            "dataset": step.folder.parents[2 if self.reference else 1].name,
+            "dataset": embeddings.about["dataset"],
             "weight": parameters["weight"],
             **{key: backbone.get(key) for key in ("hub_entry", "family", "filename", "pooling", "precision")},
             **{key: parameters[key] for key in ("weights_digest", "cfg", "variant", "resize", "backbone")},
             "tag": tag,
         }
         self.root = folder / self.said["dataset"] / self.said["weight"]
-        self.names = _names_of_sources(step, embeddings) if self.reference else names(step, embeddings.rows)
-        self.views = _views(step) if self.reference else {}
+        self.names, self.views = _names_of_sources(embeddings, self.said["dataset"]), embeddings.views
         self.several = (
             len({view["crop"] for view in self.views.values()} or {r.get("crop") for r in embeddings.rows}) > 1
         )
@@ -227,12 +231,12 @@ class _Export:
         basis = denseft.fit_embeddings(self.embeddings) if any(file.output == "denseft" for file, _ in todo) else None
         return sum(self._write(file, suffixes, basis) for file, suffixes in compute.progress(todo, "per-image files"))
 
-    def _name(self, row: Row) -> tuple[str, str]:
+    def _name(self, row: PhotoRow) -> tuple[str, str]:
         return _name(row, "", {}) if "name" in row else self.names[row.get("source", row["id"])]
 
     def _files(self, outputs: Sequence[str]) -> list[_File]:
         """Every file of every photograph. Two that would share a name end it before anything is written."""
-        made_by = digest({key: value for key, value in self.step.parameters.items() if key not in NEUTRAL})
+        made_by = digest({key: value for key, value in self.embeddings.parameters.items() if key not in NEUTRAL})
         all_of_it = digest([[row["id"], row["sha256"]] for row in self.embeddings.rows])
         found, taken = [], dict[str, str]()
         for i, row in enumerate(self.embeddings.rows):
@@ -279,7 +283,8 @@ class _Export:
                 stale[base] = "of a photograph that the step does not have (any more), or has under another name"
         if stale:
             told = [f"{relative(Path(base), self.folder)}: {why}" for base, why in stale.items()]
-            refuse_or_say(self.step, f"files under {self.folder} were made differently", told)
+            name = "02_references" if self.reference else "01_embed"
+            refuse_or_say(name, self.on_change, f"files under {self.folder} were made differently", told)
         for base in stale:
             for suffix in there[base]:
                 _path(base, suffix).unlink()
@@ -308,7 +313,7 @@ class _Export:
                 write_bytes(path, data.getvalue())
         return len(suffixes)
 
-    def _meta(self, file: _File, row: Row, tokens: Tokens, array: np.ndarray) -> Row:
+    def _meta(self, file: _File, row: PhotoRow, tokens: Tokens, array: np.ndarray) -> dict[str, Json]:
         label, frame = self._name(row)
         view = {**row, **{key: self.views[row["id"]][key] for key in ("angle", "crop") if row["id"] in self.views}}
         return {
@@ -329,11 +334,7 @@ def _path(base: str, suffix: str) -> Path:
     return Path(base + ENDINGS[suffix])
 
 
-def _is_reference(step: Step) -> bool:
-    return step.name == "02_references"
-
-
-def _lattice(tokens: Tokens, row: Row) -> Row:
+def _lattice(tokens: Tokens, row: PhotoRow) -> dict[str, list[float]]:
     """Where a grid lies that does not cover its photograph (crops, thinned grids): its first centre and its step,
     (x, y) pixels. Nothing for other grids, whose size says it."""
     if not row["xy"] or tokens.grid is None:
@@ -342,17 +343,11 @@ def _lattice(tokens: Tokens, row: Row) -> Row:
     return {"xy_first": tokens.xy[0].tolist(), "xy_step": [dx, dy]}
 
 
-def _views(step: Step) -> dict[str, Row]:
-    if "views" not in step.links:
-        return {}
-    return {row["id"]: row for row in read_rows(step.linked("views") / "references.jsonl")}
-
-
-def _names_of_sources(step: Step, embeddings: Embeddings) -> dict[str, tuple[str, str]]:
-    """A reference bears the name of the photograph that it was made from."""
-    if "embed" not in step.links:
-        return {}  # of an import, whose rows have names of their own
-    above = step.linked("embed")
-    rows = read_rows(above / "images.jsonl") + read_rows(above / "skipped.jsonl")
+def _names_of_sources(embeddings: Embeddings, dataset: str) -> dict[str, tuple[str, str]]:
+    """Name photographs; a reference bears the name of the photograph that it was made from."""
+    above = embeddings.sources
+    if above is embeddings:  # an import's references have rows with names of their own
+        return {} if "kind" in embeddings.about else names(above.rows, dataset, above.data_key)
+    rows = [*above.rows, *above.skipped]
     gone = sorted({row["source"] for row in embeddings.rows} - {row["id"] for row in rows})
-    return names(open_step(above), [*rows, *({"id": id} for id in gone)])
+    return names([*rows, *({"id": id} for id in gone)], dataset, above.data_key)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from imatch.core import config, settings
+from imatch.core.rows import Json, Options, Parameters
 from imatch.core.types import ImatchError, PhotographError, Tokens
 from imatch.data import images, registry, rotations, store
 from imatch.data.images import Decoded, Resize
@@ -81,7 +81,7 @@ class Backbone(Protocol):
 
 def create_backbone(
     weight: str,
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     *,
     weight_set: str = "",
     data_key: str = "params/data_key.json",
@@ -105,16 +105,11 @@ def create_backbone(
     given = dict(options or {})
     if {"filename", "precision"} <= set(given):  # what a step recorded; before there was a choice, it was torch
         given = {"engine_forward": "torch", **given}
-    backbone: Backbone
-    if weight in CLASSICAL:
-        if device not in ("auto", "cpu"):
-            raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
-        backbone = config.create(BACKBONES, "weight", weight, given)
-        return backbone
-    if weight in NAMED:
-        backbone = config.create(BACKBONES, "weight", weight, {**given, "device": device})
-        return backbone
-    if "filename" not in given:
+    if weight not in CLASSICAL:
+        given["device"] = device
+    elif device not in ("auto", "cpu"):
+        raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
+    if weight not in NAMED and "filename" not in given:
         if not settings.from_workspace(data_key).is_file():
             said = f"{config.unknown('weight', weight, NAMED)}; no others are known, for there is no {data_key}"
             raise ImatchError(said)
@@ -123,7 +118,7 @@ def create_backbone(
             raise ImatchError(config.unknown("weight", weight, [*NAMED, *(entry.key for entry in known.weights)]))
         entry = known.weight(weight, weight_set)
         given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
-    backbone = config.create(BACKBONES, "weight", "dinov3", {**given, "device": device})
+    backbone: Backbone = config.create(BACKBONES, "weight", weight if weight in NAMED else "dinov3", given)
     return backbone
 
 
@@ -141,7 +136,7 @@ def matcher_for(weight: str, matcher: str = "auto") -> str:
     return MATCHED_BY.get(weight, "mutual") if matcher == "auto" else matcher
 
 
-def backbone_identity(backbone: Backbone) -> dict[str, Any]:
+def backbone_identity(backbone: Backbone) -> dict[str, Json]:
     """The options of a backbone that its numbers depend on.
 
     >>> backbone_identity(create_backbone("dsift"))
@@ -234,7 +229,7 @@ def decoded_for(path: Path, resize: Resize, backbone: Backbone, degrees: float) 
         return error
 
 
-def embed_one(path: Path, backbone: Backbone, parameters: Mapping[str, Any], pose: Pose = UPRIGHT) -> Embedded:
+def embed_one(path: Path, backbone: Backbone, parameters: Parameters, pose: Pose = UPRIGHT) -> Embedded:
     """One photograph as a step with such parameters sees it; nothing is written.
 
     Raises:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +102,7 @@ class Dinov3:
         if self.engine_forward == "auto":
             object.__setattr__(self, "engine_forward", openvino.chosen(self))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # models do not go to other processes, they are loaded there
         return {name: value for name, value in vars(self).items() if name not in ("model", "openvino", "_mean_std")}
 
@@ -158,10 +157,11 @@ class Dinov3:
                     module.to(torch.bfloat16)
         model = model.to(self.device)
         if self.compile:
-            return _compiled(model)
-        if hasattr(model, "rope"):  # timm works its angles out at every pass
+            model.forward_features = torch.compile(model.forward_features)
+        elif hasattr(model, "rope"):  # timm works its angles out at every pass
             model.rope.get_embed = lru_cache(TABLES)(model.rope.get_embed)
-        return model
+        made: nn.Module = model
+        return made
 
     @cached_property
     def openvino(self) -> openvino.Forward:
@@ -206,7 +206,7 @@ class Dinov3:
         if self.engine_forward == "openvino":
             return self.openvino(x)
         with self._torch():
-            return weights.timm_tokens(self.model, x)
+            return weights.timm_tokens(self.model, self.model.forward_features(x))
 
     @contextmanager
     def _torch(self) -> Iterator[None]:
@@ -280,9 +280,3 @@ def computes_in_bf16(device: str) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _compiled(model: Any) -> nn.Module:
-    model.forward_features = torch.compile(model.forward_features)
-    compiled: nn.Module = model
-    return compiled

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from imatch.core import files, settings
 from imatch.core.types import ImatchError
 from imatch.features.weights import timm_tokens
+
+if TYPE_CHECKING:
+    from openvino import CompiledModel, Core, Model
 
 ENOUGH = 0.999
 """From which lowest cosine on, over the tokens of `texture()`, OpenVINO's answer is taken for torch's in fp32."""
@@ -229,7 +233,7 @@ def forward(backbone: Network) -> Forward:
     threads = torch.get_num_threads()
 
     @cache
-    def compiled(parts: int) -> Any:
+    def compiled(parts: int) -> CompiledModel:
         asked = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[backbone.precision],
             "INFERENCE_NUM_THREADS": threads,
@@ -245,19 +249,19 @@ def forward(backbone: Network) -> Forward:
 class _Traced(nn.Module):
     """timm's model with its rotary table as an input: timm works that out in Python, which no trace follows."""
 
-    def __init__(self, model: Any, tokens: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.tokens = model, tokens
+        self.model = model
         for block in model.blocks if hasattr(model, "rope") else ():
             block.attn.forward = partial(_attention, block.attn)
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if table is not None:
             self.model.rope.get_embed = lambda shape: table.chunk(2, dim=-1)  # noqa: ARG005
-        return self.tokens(self.model, x)
+        return timm_tokens(self.model, self.model.forward_features(x))
 
 
-def _attention(timms: Any, x: Tensor, rope: tuple[Tensor, Tensor], attn_mask: None, is_causal: bool) -> Tensor:  # noqa: ARG001
+def _attention(timms: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], attn_mask: None, is_causal: bool) -> Tensor:  # noqa: ARG001
     """timm's attention of a DINOv3, rotated in the words that OpenVINO knows for one operation (its RoPEFusion): all
     tokens, of four dimensions each side, and times -1 where timm has a minus."""
     sines, cosines = rope
@@ -274,7 +278,7 @@ def _attention(timms: Any, x: Tensor, rope: tuple[Tensor, Tensor], attn_mask: No
     return timms.proj(seen.transpose(1, 2).reshape(b, n, d))
 
 
-def _converted(backbone: Network) -> Any:
+def _converted(backbone: Network) -> Model:
     """OpenVINO's model of a backbone, in fp32; kept in the cache folder if it is not too large."""
     openvino, model = _openvino(), _exact(backbone).model
     rotates, example = hasattr(model, "rope"), [torch.zeros(2, 3, 64, 96)]
@@ -283,7 +287,7 @@ def _converted(backbone: Network) -> Any:
         example.append(torch.from_numpy(rotary(periods, prefix, 64 // backbone.patch, 96 // backbone.patch)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that tracing, which OpenVINO does, is deprecated
-        converted = openvino.convert_model(_Traced(model, timm_tokens).eval(), example_input=tuple(example))
+        converted = openvino.convert_model(_Traced(model).eval(), example_input=tuple(example))
     if rotates:  # the fusion wants to know the ranks
         converted.reshape(dict(zip(converted.inputs, ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)]), strict=True)))
     converted.set_rt_info(" ".join(map(repr, [prefix, *periods.tolist()])), ["imatch", "rotary"])
@@ -292,7 +296,7 @@ def _converted(backbone: Network) -> Any:
     return converted
 
 
-def _keep(model: Any, folder: Path) -> None:
+def _keep(model: Model, folder: Path) -> None:
     """Write a converted model whole or not at all, in place of those of other versions of OpenVINO."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -329,13 +333,13 @@ def _cpu() -> str:
 
 
 @cache
-def _core() -> Any:
+def _core() -> Core:
     # one for good: when several end in the order of their making, OpenVINO 2026.4 leaves the process with a stack for
     # signals that is unmapped, and the next signal (a worker that ends) kills it
     return _openvino().Core()
 
 
-def _openvino() -> Any:
+def _openvino() -> ModuleType:
     # its import and its conversion would send usage data to Intel, unasked; openvino goes on without this package
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

@@ -396,16 +396,15 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
     return model.eval()
 
 
-def timm_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens of timm's model before and after its last normalisation: two (B, m, D) float32."""
+def timm_tokens(model: nn.Module, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens, before and after the last normalisation, of what timm's `model.forward_features` gave: two (B, m, D)
+    float32."""
     import torch
     from torch import nn
 
     if hasattr(model, "num_prefix_tokens"):
-        tokens = model.forward_features(x).float()
-        return tokens, model.last_norm(tokens)
-    maps = model.forward_features(x).float()
-    patches = maps.flatten(2).transpose(1, 2)
+        return seen.float(), model.last_norm(seen.float())
+    patches = seen.float().flatten(2).transpose(1, 2)
     norm = model.head.norm
     # as Meta's code has it: the pooled vector goes through the norm as one more token
     normalised = nn.functional.layer_norm(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeFloat
 
-from imatch.core.config import unknown
+from imatch.core import config
+from imatch.core.rows import Parameters
 from imatch.core.types import Geometry, ImatchError, Matches, PhotographError, Tokens
 from imatch.data import exif, images
-from imatch.data.rotations import Pose, shown
+from imatch.data.rotations import Pose, poses, shown
 from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher
@@ -88,7 +90,7 @@ class Aligner:
 
     def __post_init__(self) -> None:
         if self.refinement not in REFINEMENTS:
-            raise ImatchError(unknown("refinement", self.refinement, REFINEMENTS))
+            raise ImatchError(config.unknown("refinement", self.refinement, REFINEMENTS))
         if self.search.model == "off":
             raise ImatchError("the first geometry cannot be off, it chooses the pose: use auto")
         if self.refinement == "pixel" and self.estimator.model == "off":
@@ -210,7 +212,73 @@ def _refused(found: Alignment, reason: str) -> Alignment:
     return replace(found, geometry=replace(found.geometry, verified=False, reason=reason))
 
 
-def aligner(parameters: Mapping[str, Any], b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:
+@dataclass(frozen=True)
+class MatchingOptions:
+    """How two photographs' descriptors find each other.
+
+    Attributes:
+        weight: backbone whose descriptors are matched, embedded if no 01_embed of the run has done so; "" is that which
+            retrieved, "auto" that and, for what it does not verify, xfeat, if it is installed.
+        matcher: "auto" is the backbone's: "ratio" for sift, "lighterglue" for xfeat, "mutual" for grids; also
+            "dual_softmax". Where there are two backbones it is the first one's, as are `rotations` and `zooms`.
+        options: fields of that matcher (`matchers.MATCHERS`), such as {"max_matches": 2000}.
+        rotations: 1, 4 or 8: each query is also matched rotated, and the rotation with the most inliers is kept; 0 is 4
+            where the backbone does not rotate with its photographs, else 1.
+        zooms: factors by which each query is also enlarged, such as [1.0, 2.0].
+        refine: "patch" puts correspondences between the centres of patches, "pixel" then follows them in the
+            photographs, "off" leaves them at the centres.
+
+    Raises:
+        ImatchError: a value of the wrong type, or an unknown `refine`.
+    """
+
+    weight: str = ""
+    matcher: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rotations: int = 0
+    zooms: Sequence[float] = (1.0,)
+    refine: str = "patch"
+
+    def __post_init__(self) -> None:
+        config.check(self, "matching")
+        if self.refine not in REFINEMENTS:
+            raise ImatchError(config.unknown("refine", self.refine, REFINEMENTS))
+        poses(self.rotations or 1, self.zooms)
+
+
+@dataclass(frozen=True)
+class GeometryOptions:
+    """What two photographs must agree on (`two_view.Estimator`).
+
+    Attributes:
+        model: "auto" is a homography or, of a scene with depth, a fundamental matrix; or "similarity", "affine",
+            "homography", "fundamental", "off".
+        method: robust estimator: "auto", "poselib", "accurate", "magsac" or "ransac".
+        threshold: reprojection error of an inlier in pixels; 0 is half a patch on a grid, else 3.
+        confidence: wanted probability that the best sample was found.
+        iterations: at most so many samples.
+        min_inliers: a pair is verified by so many inliers; 0 is 10 on a plane, 15 where there is depth, 20 of grids;
+        min_share: and by this share of its matches more; 0 is 0.01 by ratio or lighterglue, else 0.1, 0.3 on a grid.
+
+    Raises:
+        ImatchError: an unknown name, or a number out of its range.
+    """
+
+    model: str = "auto"
+    method: str = "auto"
+    threshold: NonNegativeFloat = 0.0
+    confidence: float = 0.9999
+    iterations: int = 10_000
+    min_inliers: int = 0
+    min_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        config.check(self, "geometry")
+        given = dataclasses.asdict(self)
+        Estimator(**{**given, "threshold": self.threshold or 1.0})  # its ranges
+
+
+def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:
     """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for the matcher,
     and for keypoints or a grid.
 

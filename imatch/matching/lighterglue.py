@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class LighterGlue(Checked):
         return Matches(index[order, 0], index[order, 1], score[order])
 
 
-def _side(tokens: Tokens, size: tuple[int, int], device: str) -> dict[str, Any]:
+def _side(tokens: Tokens, size: tuple[int, int], device: str) -> dict[str, Tensor]:
     """A photograph as the network wants it. A keypoint at the border may lie a fraction of a pixel outside."""
     import torch
 

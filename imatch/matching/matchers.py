@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, Union
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from threadpoolctl import ThreadpoolController
 
 from imatch.core import compute, config
+from imatch.core.rows import Json, Options
 from imatch.core.types import ImatchError, Matches, Tokens
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = Union[np.ndarray, "Tensor"]
+"""Of numpy or of torch, as the descriptors are."""
 MATCHERS = {
     "mutual": "imatch.matching.matchers:Mutual",
     "ratio": "imatch.matching.matchers:Ratio",
@@ -68,7 +74,7 @@ class Matcher(Protocol):
         """
 
 
-def create_matcher(matcher: str, options: Mapping[str, Any] | None = None) -> Matcher:
+def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
     """Make a matcher.
 
     Raises:
@@ -145,7 +151,7 @@ def _side(tokens: Tokens, min_norm: float) -> Side:
     return Side(rows, directions / norms[:, None], tokens.xy[rows])
 
 
-def on_cpu(array: Any) -> np.ndarray:
+def on_cpu(array: Array) -> np.ndarray:
     """An array of either library as numpy's.
 
     >>> on_cpu(np.ones(1)).tolist()
@@ -154,7 +160,7 @@ def on_cpu(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
-def products(a: Side, b: Side, device: str) -> Iterator[Any]:
+def products(a: Side, b: Side, device: str) -> Iterator[Array]:
     """The cosines of A's and B's directions, some rows of A at a time: `TILE` numbers, or one row.
 
     Args:
@@ -193,7 +199,7 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def largest(scores: Any, k: int) -> Nearest:
+def largest(scores: Array, k: int) -> Nearest:
     """The k largest of each row of (n, m) scores; of equal ones the first. With k > 1 they are overwritten.
 
     >>> largest(np.array([[0.1, 0.9, 0.3]]), 2).index.tolist()
@@ -209,7 +215,7 @@ def largest(scores: Any, k: int) -> Nearest:
     return found
 
 
-def nearest(tiles: Iterable[Any], k: int) -> tuple[Nearest, Nearest]:
+def nearest(tiles: Iterable[Array], k: int) -> tuple[Nearest, Nearest]:
     """The k largest scores of each row, and of each column, from one pass.
 
     Args:
@@ -447,7 +453,7 @@ def spacing(xy: np.ndarray) -> float:
     return float(np.median(KDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else 0.0
 
 
-def _with_rivals(tiles: Iterable[Any], b: Side, radius: float) -> tuple[Nearest, np.ndarray]:
+def _with_rivals(tiles: Iterable[Array], b: Side, radius: float) -> tuple[Nearest, np.ndarray]:
     """The most similar of B for each of A's n rows of cosines, which are overwritten, and (n,) float32 the best cosine
     outside the circle around it, or 0."""
     from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
@@ -505,7 +511,7 @@ class DualSoftmax(Checked):
         return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
 
 
-def _log_probabilities(a: Side, b: Side, temperature: float, device: str) -> Iterator[Any]:
+def _log_probabilities(a: Side, b: Side, temperature: float, device: str) -> Iterator[Array]:
     """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one."""
     if not (len(a.rows) and len(b.rows)):
         yield from products(a, b, device)  # the empty tile, of which there is no sum
@@ -523,18 +529,18 @@ def _log_probabilities(a: Side, b: Side, temperature: float, device: str) -> Ite
         yield tile
 
 
-def _log_sum_exp(x: Any, axis: int) -> Any:
+def _log_sum_exp(x: Array, axis: int) -> Array:
     if not isinstance(x, np.ndarray):
         return x.logsumexp(axis)
     top = x.max(axis=axis, keepdims=True)
     return np.log(np.exp(x - top).sum(axis=axis)) + top.squeeze(axis)
 
 
-def _log_add_exp(x: Any, y: Any) -> Any:
+def _log_add_exp(x: Array, y: Array) -> Array:
     return np.logaddexp(x, y) if isinstance(x, np.ndarray) else x.logaddexp(y)
 
 
-def options_of(matcher: Matcher) -> dict[str, Any]:
+def options_of(matcher: Matcher) -> dict[str, Json]:
     """The options of a matcher that its answers depend on."""
     fields = dataclasses.fields(matcher)  # type: ignore[arg-type]
     return {field.name: getattr(matcher, field.name) for field in fields if field.compare}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import cv2
 import numpy as np
@@ -212,7 +212,7 @@ class Estimator:
         return ""
 
     @property
-    def _draws(self) -> dict[str, Any]:
+    def _draws(self) -> dict[str, float]:
         return {"max_iterations": self.iterations, "success_prob": self.confidence, "seed": 0}
 
     def _estimated(self, a: np.ndarray, b: np.ndarray, model: str) -> tuple[np.ndarray | None, np.ndarray]:
@@ -291,7 +291,14 @@ def _cameras(points: _Points) -> list[np.ndarray]:
     ]
 
 
-def _rotation(matrix: np.ndarray, points: _Points) -> dict[str, Any]:
+class _Turned(TypedDict, total=False):
+    """What changes of a planar geometry."""
+
+    kind: str
+    pose: tuple[np.ndarray, np.ndarray]
+
+
+def _rotation(matrix: np.ndarray, points: _Points) -> _Turned:
     """What changes of a planar geometry if a camera that only rotates, about another axis than its own, sees it so."""
     of_a, of_b = _cameras(points)
     rays = np.linalg.inv(of_b) @ matrix @ of_a
@@ -303,7 +310,9 @@ def _rotation(matrix: np.ndarray, points: _Points) -> dict[str, Any]:
     return {"kind": "rotation", "pose": (u @ v, np.zeros(3))}
 
 
-def _pose(a: np.ndarray, b: np.ndarray, points: _Points, options: dict[str, Any]) -> Any:
+def _pose(
+    a: np.ndarray, b: np.ndarray, points: _Points, options: dict[str, float]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """How the camera moved (`Geometry.pose`); None where the focal lengths do not explain most inliers."""
     cameras = [
         {"model": "SIMPLE_PINHOLE", "width": w, "height": h, "params": [k[0, 0], k[0, 2], k[1, 2]]}

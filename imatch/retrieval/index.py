@@ -14,18 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import faiss
 import numpy as np
 import psutil
+from pydantic import Field, NonNegativeFloat
 
-from imatch.core import compute, files, settings
+from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
-from imatch.core.files import Row
+from imatch.core.rows import Json, Options
 from imatch.core.types import Hits, ImatchError, StepError
 from imatch.data import store
 from imatch.retrieval import kinds
@@ -44,6 +45,36 @@ TIE = 1e-6
 """Cosines that differ by less are equal but for rounding."""
 SAMPLE = 256
 """Queries at most that recall is measured on."""
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """How vectors are indexed.
+
+    Attributes:
+        kind: "flat" is exact; also "ivf_flat", "hnsw", "ivf_pq", "ivf_rabitq", "factory"; "auto" is exact while that
+            fits and is fast enough.
+        options: fields of that kind (`kinds.INDEXES`), such as {"parts": 48}.
+        recall: of an approximate index, the recall@k that it is tuned to, in (0, 1].
+        memory_gb: GB that it may take; 0 is half of what is free.
+        device: all GPUs that FAISS sees, else the CPU ("auto"); or "cpu", "cuda", "cuda:0".
+        float16: whether GPUs keep vectors in 16 bits.
+
+    Raises:
+        ImatchError: an unknown kind, or a field of the wrong type or out of range.
+    """
+
+    kind: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recall: Annotated[float, Field(gt=0, le=1)] = 0.95
+    memory_gb: NonNegativeFloat = 0.0
+    device: str = "auto"
+    float16: bool = False
+
+    def __post_init__(self) -> None:
+        config.check(self, "index")
+        if self.kind != "auto":
+            kinds.create_kind(self.kind, self.options)
 
 
 def choose(n: int, d: int, memory: int) -> tuple[str, str]:
@@ -70,7 +101,7 @@ def choose(n: int, d: int, memory: int) -> tuple[str, str]:
             told.append(f"{size}, but compares {n * d:.1e} numbers a query, more than {EXACT:.0e}")
         else:
             return kind, "; ".join([*told, f"{size} of {_gb(memory)}"])
-    raise ImatchError(f"no index of {n} vectors of {d} numbers fits: {'; '.join(told)}. Give more as memory_gb")
+    raise ImatchError(f"no index of {n} vectors of {d} numbers fits: {'; '.join(told)}. Give more as index.memory_gb")
 
 
 def sample(n: int, most: int = SAMPLE) -> np.ndarray:
@@ -80,6 +111,23 @@ def sample(n: int, most: int = SAMPLE) -> np.ndarray:
     [0, 3, 6, 9]
     """
     return np.unique(np.linspace(0, n - 1, min(most, n)).astype(int))
+
+
+class _Plan(TypedDict):
+    """What index.json holds: what was asked for, and what was chosen."""
+
+    asked: str
+    given: Options
+    memory: int
+    shard_rows: int
+    gallery: str
+    vectors: int
+    dimension: int
+    kind: str
+    options: Options
+    reason: str
+    build_ms: float
+    rows: int
 
 
 def digest(vectors: np.ndarray) -> str:
@@ -97,7 +145,7 @@ def build(
     gallery: str,
     *,
     kind: str = "auto",
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     memory: int = 0,
     shard_rows: int = 0,
     engine: Engine = LOCAL,
@@ -156,21 +204,21 @@ def _check_part(folder: Path, begun: bool, same: bool, kind: str, memory: int) -
             "again, or run it once without a shard"
         )
     if kind == "auto" and not memory:
-        raise ImatchError("parts must choose the same index: name one, such as flat, or give memory_gb")
+        raise ImatchError("parts must choose the same index: name one, such as flat, or give index.memory_gb")
     if not same and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
         raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
 
 
-def _kind(plan: Mapping[str, Any]) -> kinds.Kind:
+def _kind(plan: _Plan) -> kinds.Kind:
     return kinds.create_kind(plan["kind"], plan["options"])
 
 
-def _shards(plan: Mapping[str, Any]) -> list[_Shard]:
+def _shards(plan: _Plan) -> list[_Shard]:
     n, size = plan["vectors"], plan["rows"]
     return [_Shard(f"{i:05d}", first, min(n, first + size)) for i, first in enumerate(range(0, n, size))]
 
 
-def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) -> dict[str, Any]:
+def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> dict[str, Json]:
     budget = memory or psutil.virtual_memory().available // 2
     if kind == "auto":
         if options:
@@ -181,7 +229,7 @@ def _plan(kind: str, options: Mapping[str, Any], n: int, d: int, memory: int) ->
     if needed > budget:
         raise ImatchError(
             f"{kind} of {n} vectors of {d} numbers takes {_gb(needed)}, more than {_gb(budget)}: use auto, or give "
-            "more as memory_gb"
+            "more as index.memory_gb"
         )
     return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
 
@@ -235,17 +283,16 @@ class _Shard:
 class _Adding:
     """Makes shards; another process opens what was learned, and the vectors, for itself."""
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any], vectors: np.ndarray) -> None:
+    def __init__(self, folder: Path, plan: _Plan, vectors: np.ndarray) -> None:
         self.folder, self.plan, self.vectors = folder, plan, vectors
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[Path, _Plan, Path | np.ndarray]:
         vectors = self.vectors
-        return {**self.__dict__, "vectors": Path(vectors.filename) if isinstance(vectors, np.memmap) else vectors}
+        return self.folder, self.plan, Path(vectors.filename) if isinstance(vectors, np.memmap) else vectors
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vectors = state["vectors"]
-        vectors = np.load(vectors, mmap_mode="r") if isinstance(vectors, Path) else vectors
-        self.__init__(state["folder"], state["plan"], vectors)
+    def __setstate__(self, state: tuple[Path, _Plan, Path | np.ndarray]) -> None:
+        folder, plan, vectors = state
+        self.__init__(folder, plan, np.load(vectors, mmap_mode="r") if isinstance(vectors, Path) else vectors)
 
     @cached_property
     def trained(self) -> faiss.Index:
@@ -255,7 +302,7 @@ class _Adding:
         """Whether a shard is on disk."""
         return (self.folder / f"{shard.name}.faiss").is_file()
 
-    def __call__(self, shard: _Shard) -> Row:
+    def __call__(self, shard: _Shard) -> dict[str, str | int]:
         index = faiss.clone_index(self.trained)
         with _threads(1 if _kind(self.plan).in_order else faiss.omp_get_max_threads()):
             for block in _taken(self.vectors, np.arange(shard.first, shard.last)):
@@ -523,10 +570,10 @@ def _write(path: Path, index: faiss.Index) -> None:
         _through(file.write, index)
 
 
-def _through(write: Callable[[Any], int], index: faiss.Index) -> None:
+def _through(write: Callable[[memoryview], int], index: faiss.Index) -> None:
     failed: list[OSError] = []
 
-    def chunk(data: Any) -> int:
+    def chunk(data: memoryview) -> int:
         try:
             return 0 if failed else write(data)
         except OSError as error:  # FAISS would say only that it wrote too little

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from imatch.core import config
+from imatch.core.rows import Options
 from imatch.core.types import ImatchError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ INDEXES = {
 GRAPHS = ("HNSW", "NSG", "NNDescent")
 
 
-def create_kind(kind: str, options: Mapping[str, Any] | None = None) -> Kind:
+def create_kind(kind: str, options: Options | None = None) -> Kind:
     """Make a kind of index.
 
     Raises:

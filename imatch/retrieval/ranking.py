@@ -11,10 +11,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 from scipy import linalg
 
-from imatch.core import compute, files
-from imatch.core.step import Step, open_step
+from imatch.core import compute, config, files
+from imatch.core.rows import Parameters
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Truth, check_finite, normalise
 from imatch.data import rotations, store
 from imatch.data.rotations import Pose
@@ -27,6 +28,32 @@ FLOOR = 1e-6
 """Axes whose variance is at most this share of the widest one's are noise, which whitening would blow up."""
 BLOCK = 2**22
 """Numbers that are taken from the vectors at once: 32 MB as float64."""
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """What makes a ranking better, each on top of the one before, and measured, for it may hurt.
+
+    Attributes:
+        whiten: dimensions of a PCA-whitening learned from the gallery (`Whitening`); 0 is none.
+        rotations: 4 or 8: each query is also searched rotated, and a candidate counts by its best rotation; 1 is none.
+        expand: neighbours that expand a query before it is searched again (`expand`); 0 is none.
+        rerank: first hits that are put in the order of their aggregated tokens (`token_score`); 0 is none.
+        tokens: aggregated tokens a photograph, for that.
+
+    Raises:
+        ImatchError: a number out of its range.
+    """
+
+    whiten: NonNegativeInt = 0
+    rotations: int = 1
+    expand: NonNegativeInt = 0
+    rerank: NonNegativeInt = 0
+    tokens: PositiveInt = 32
+
+    def __post_init__(self) -> None:
+        config.check(self, "ranking")
+        rotations.poses(self.rotations)
 
 
 @dataclass(frozen=True)
@@ -386,38 +413,42 @@ class Ways:
     """The ways to search that a step asks for, each on top of the one before.
 
     Args:
-        step, index, query, gallery: of `search`.
+        folder: where what they learn is kept.
+        asked: parameters of a 03_index.
+        index, query, gallery: of `search`.
         depth: hits that are kept a query.
         own: what is left out.
         deep: hits that are needed a query, so that `depth` are left.
-        turn: embeds the queries of a folder in poses.
+        turn: embeds the queries in poses.
     """
 
     def __init__(
         self,
-        step: Step,
+        folder: Path,
+        asked: Parameters,
         index: Searcher,
         query: Embeddings,
         gallery: Embeddings,
         depth: int,
         own: Own,
         deep: int,
-        turn: Callable[[Path, Sequence[Pose]], Posed],
+        turn: Callable[[Embeddings, Sequence[Pose]], Posed],
     ) -> None:
-        self.step, self.asked, self.query, self.gallery = step, step.parameters, query, gallery
+        self.folder, self.asked, self.k = folder, asked["ranking"], asked["k"]
+        self.index_asked, self.query, self.gallery = asked["index"], query, gallery
         self.depth, self.own, self.deep, self.turn = depth, own, deep, turn
         self.space = self.plain_space = _Space(index)
 
     def stages(self) -> list[Stage]:
         """The plain search, then one stage an option."""
-        asked, k = self.asked, self.asked["k"]
+        asked, k = self.asked, self.k
         found = [Stage("plain", self.plain, k)]
         if asked["whiten"]:
             self.space = self._whitened_space()
             found.append(Stage(f"whitened to {asked['whiten']}", self.whitened, k))
         if asked["rotations"] > 1:
-            turning = sum(open_step(one.folder).work.get("seconds", 0.0) for one in self.posed.posed.values())
-            found.append(Stage(f"{asked['rotations']} rotations", self.turned, k, turning))
+            turning = sum(one.work.get("seconds", 0.0) for one in self.posed.posed.values())
+            found.append(Stage(f"{asked['rotations']} rotations", self.turned, k, seconds=turning))
         if asked["expand"]:
             found.append(Stage(f"expanded by {asked['expand']}", self.expanded, k, asks_anew=True))
         if asked["rerank"]:
@@ -428,7 +459,7 @@ class Ways:
     @cached_property
     def posed(self) -> Posed:
         """The queries in all poses."""
-        return self.turn(self.query.folder, rotations.poses(self.asked["rotations"]))
+        return self.turn(self.query, rotations.poses(self.asked["rotations"]))
 
     def plain(self, part: slice, _: Found | None) -> Found:
         """The vectors as they are."""
@@ -498,28 +529,28 @@ class Ways:
 
     def _whitened_space(self) -> _Space:
         """The gallery whitened, by what it has in common itself, and an index of that."""
-        folder, asked, n = self.step.folder, self.asked, len(self.gallery)
+        folder, asked, n = self.folder, self.index_asked, len(self.gallery)
         if (folder / "whitening.npz").is_file():
             whitening = Whitening.load(folder / "whitening.npz")
         else:
-            whitening = Whitening.fit(self.gallery.vectors, asked["whiten"])
+            whitening = Whitening.fit(self.gallery.vectors, self.asked["whiten"])
             whitening.save(folder / "whitening.npz")
         if not (folder / "whitened.npy").is_file():
             with files.atomic(folder / "whitened.npy") as temporary, temporary.open("wb") as file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (n, asked["whiten"])}
+                header = {"descr": "<f4", "fortran_order": False, "shape": (n, self.asked["whiten"])}
                 np.lib.format.write_array_header_1_0(file, header)
                 size = max(1, searcher.BLOCK // self.gallery.vectors.shape[1])
                 for first in range(0, n, size):
                     block = files.take(self.gallery.vectors, slice(first, first + size))
                     file.write(np.ascontiguousarray(whitening(block), "<f4").data.cast("B"))
         vectors = np.load(folder / "whitened.npy", mmap_mode="r")
-        digest, given = searcher.digest(vectors), (asked["index"], asked["index_options"])
+        digest, given = searcher.digest(vectors), (asked["kind"], asked["options"])
         memory = round(asked["memory_gb"] * 2**30)
         searcher.build(folder / "index_whitened", vectors, digest, kind=given[0], options=given[1], memory=memory)
         device = self.plain_space.index.device
         index = Searcher(folder / "index_whitened", vectors, digest, device=device, float16=asked["float16"])
         queries = whitening(files.take(self.query.vectors, searcher.sample(len(self.query))))
-        tuned = index.tune(index.curve(queries, asked["k"]), asked["recall"])
+        tuned = index.tune(index.curve(queries, self.k), asked["recall"])
         if tuned is not None and tuned.recall < asked["recall"]:
             said = f"the index of whitened vectors has recall {tuned.recall:.3f}, below {asked['recall']:g}"
             warnings.warn(said, ImatchWarning, stacklevel=2)
@@ -531,7 +562,7 @@ class Ways:
         return np.stack(parts).astype(np.float32)
 
     def _part(self, i: int) -> Path:
-        return self.step.folder / "tokens" / f"{i:05d}.npy"
+        return self.folder / "tokens" / f"{i:05d}.npy"
 
     def _aggregate(self) -> None:
         """Write the gallery's aggregated tokens, `PART` photographs a file, where they are missing."""

@@ -12,18 +12,52 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from scipy.spatial import cKDTree
 
 from imatch.core import config
-from imatch.core.files import Row
-from imatch.core.step import Step
+from imatch.core.rows import Json, Parameters, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
-from imatch.data.references import photographs_root, source_rows, views_by_id
 from imatch.data.store import Embeddings
+
+TRUTHS = ("photograph", "nearest", "radius")
+CLUSTERS = ("photograph", "capture")
+
+
+@dataclass(frozen=True)
+class TruthOptions:
+    """What a right answer is, and what of it is asked.
+
+    Attributes:
+        kind: "photograph" (it shows the query's own) or by position: "nearest", or all within the "radius".
+        labels: a CSV or JSON of positions and headings (`read_labels`); "" takes positions from the EXIF.
+        radius: metres.
+        heading: degrees by which two headings may differ; 180 asks for none.
+        exclude_siblings: leave out what was made from the query's own photograph: its other references and, with truth
+            by position, the photograph itself.
+        cluster: "photograph" or "capture": what intervals resample, for its queries fall or stand together.
+        precision: share of believed first hits that shall be right, in (0, 1).
+
+    Raises:
+        ImatchError: an unknown name, or a number out of its range.
+    """
+
+    kind: str = "photograph"
+    labels: str = ""
+    radius: PositiveFloat = 60.0
+    heading: Annotated[float, Field(gt=0, le=180)] = 180.0
+    exclude_siblings: bool = False
+    cluster: str = "photograph"
+    precision: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+    def __post_init__(self) -> None:
+        config.check(self, "truth")
+        for what, value, known in (("truth", self.kind, TRUTHS), ("cluster", self.cluster, CLUSTERS)):
+            if value not in known:
+                raise ImatchError(config.unknown(what, value, known))
 
 
 def same_photograph(
@@ -202,7 +236,7 @@ def read_labels(path: Path) -> dict[str, dict[str, float]]:
     return labels
 
 
-def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, Mapping[str, Json]]]:
     """Of each line: where it is, which photograph it names, what it gives."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: list[str] | None = None
@@ -254,7 +288,7 @@ class _Photographs(config.Said, extra="ignore"):
     images: list[_Photograph]
 
 
-def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, Mapping[str, Json]]]:
     try:
         whole = config.checked(_Photographs, json.loads(text), f"{where}: ")
     except json.JSONDecodeError as error:
@@ -263,7 +297,7 @@ def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, A
         yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position | said.attitude
 
 
-def _checked(given: Mapping[str, Any], where: str) -> dict[str, float]:
+def _checked(given: Position | Mapping[str, Json], where: str) -> dict[str, float]:
     """The numbers that are given, if they can be true."""
     said = {name: given[name] for name in NUMBERS if given.get(name) is not None}
     for name, value in said.items():
@@ -287,7 +321,7 @@ def _normal(path: str) -> str:
 
 def places(
     ids: Sequence[str],
-    exif: Sequence[Mapping[str, Any] | None],
+    exif: Sequence[Position | None],
     labels: Mapping[str, Mapping[str, float]] | None = None,
     turned: Sequence[float] | None = None,
 ) -> Places | None:
@@ -514,7 +548,7 @@ def _metres(
     return metres if groups is None else np.where(groups[0][q] == groups[1][g], np.inf, metres)
 
 
-def position_figures(metres: np.ndarray) -> dict[str, Any]:
+def position_figures(metres: np.ndarray) -> PositionFigures:
     """How far ranked hits lie from their queries.
 
     Args:
@@ -552,10 +586,10 @@ Own = tuple[np.ndarray, np.ndarray] | None
 """(Q,) and (N,) whole numbers, equal where a row is no answer for a query; None leaves nothing out."""
 
 
-def left_out(step: Step, query: Embeddings, gallery: Embeddings, shows: Sequence[str]) -> Own:
+def left_out(query: Embeddings, gallery: Embeddings, shows: Sequence[str], truth: str, siblings: bool) -> Own:
     """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
-    same, siblings = query.folder == gallery.folder, step.parameters["exclude_siblings"]
-    if siblings and (same or step.parameters["truth"] != "photograph"):
+    same = query.folder == gallery.folder
+    if siblings and (same or truth != "photograph"):
         codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
         return codes[: len(shows)], codes[len(shows) :]
     if not same:
@@ -570,37 +604,40 @@ def count_equal(own: np.ndarray, of: np.ndarray) -> np.ndarray:
 
 
 def truth_of(
-    step: Step,
+    parameters: Parameters,
     query_shows: Sequence[str],
     gallery_shows: Sequence[str],
     here: Places | None,
     there: Places | None,
     own: Own,
 ) -> Truth:
-    """Say which rows of the gallery answer each query: those that show the same, or by position."""
-    parameters = step.parameters
-    if parameters["truth"] == "photograph":
+    """Say which rows of the gallery answer each query: those that show the same, or by position, as a 03_index asked
+    (its truth)."""
+    asked = parameters["truth"]
+    if asked["kind"] == "photograph":
         return same_photograph(query_shows, gallery_shows, *(own or ()))
     if here is None or there is None:
         raise ImatchError(
-            f"truth is {parameters['truth']}, but no photograph of the {'gallery' if here else 'queries'} has a "
-            "position in its EXIF: give them in a CSV or JSON, and set labels to its path"
+            f"truth is {asked['kind']}, but no photograph of the {'gallery' if here else 'queries'} has a "
+            "position in its EXIF: give them in a CSV or JSON, and set truth.labels to its path"
         )
-    if parameters["truth"] == "radius":
-        return Truth.of(within(here, there, parameters["radius"], parameters["heading"], own))
-    return Truth.of(nearest(here, there, parameters["heading"], own))
+    if asked["kind"] == "radius":
+        return Truth.of(within(here, there, asked["radius"], asked["heading"], own))
+    return Truth.of(nearest(here, there, asked["heading"], own))
 
 
-def places_of(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple[Places | None, Places | None]:
-    """Where the photographs of both sides were taken; a reference lies where its source does, and is turned from it.
+def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tuple[Places | None, Places | None]:
+    """Where the queries, those that were missed last, and the gallery were taken; a reference lies where its source
+    does, and is turned from it.
 
-    Labels are fitted to both sides at once, so that a name which fits photographs of two data sets is refused.
+    The labels of a file are fitted to both sides at once, so that a name which fits photographs of two data sets is
+    refused.
     """
-    labels = read_labels(step.linked("labels")) if "labels" in step.links else None
-    roots = [photographs_root(step.linked(side)) for side in ("query", "gallery")]
-    ids, exif, turned = [], [], []
-    for side, root, rows in zip(("query", "gallery"), roots, (query, gallery), strict=True):
-        sources, views = source_rows(step.linked(side)), views_by_id(step.linked(side))
+    labels = read_labels(file) if file else None
+    roots = [side.sources.root for side in (query, gallery)]
+    ids, exif, turned, asked = [], [], [], len(query) + len(query.missed)
+    for side, root, rows in zip((query, gallery), roots, ([*query.rows, *query.missed], gallery.rows), strict=True):
+        sources, views = side.sources.decodable, side.views
         for row in rows:
             source = sources.get(row.get("source", row["id"]), {})
             ids.append(
@@ -611,15 +648,15 @@ def places_of(step: Step, query: Sequence[Row], gallery: Sequence[Row]) -> tuple
             turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
     both = places(ids, exif, labels, turned)
     found = []
-    for side, part in (("query", slice(0, len(query))), ("gallery", slice(len(query), None))):
+    for name, part in (("query", slice(0, asked)), ("gallery", slice(asked, None))):
         known = both is not None and bool(both.known[part].any())
         if labels is not None and not known:
             raise ImatchError(
-                f"{step.linked('labels')} names none of the photographs ({side} side): its names must be ids or file "
+                f"{file} names none of the photographs ({name} side): its names must be ids or file "
                 f"names, such as {ids[part][0]}"
             )
         if labels is not None and both is not None and not both.known[part].all():
             lacking = int((~both.known[part]).sum())
-            print(f"{lacking} of {len(ids[part])} photographs ({side} side) have no place in {step.linked('labels')}")
+            print(f"{lacking} of {len(ids[part])} photographs ({name} side) have no place in {file}")
         found.append(Places(both.system, both.coordinates[part], both.heading[part]) if both and known else None)
     return found[0], found[1]

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from imatch.core import config, files, settings
-from imatch.core.files import Row
-from imatch.core.step import Step, flat_name, open_step, run_and_dataset, sides, step_folder
+from imatch.core.files import flat_name
+from imatch.core.rows import PairRow, QueryAbout, QueryRow
+from imatch.core.step import Step, open_step, sides, step_folder
 from imatch.core.types import ImatchError
 from imatch.data import images
-from imatch.data.references import views_by_id
-from imatch.data.store import Embeddings, missed, open_embeddings, read_ranking
+from imatch.data.store import Embeddings, open_embeddings, read_ranking
 from imatch.steps.index import kind_of_reference
 
 LISTS = ("all", "ordered", "one")
@@ -64,7 +64,7 @@ class Source(Protocol):
     unit: str
     skipped: int
     said: list[str]
-    unmatched: list[Row]
+    unmatched: list[PairRow]
 
     def count(self, q: int) -> int:
         """How many candidates query q has."""
@@ -72,35 +72,39 @@ class Source(Protocol):
     def candidates(self, q: int) -> list[Candidate]:
         """The candidates of query q, best first."""
 
-    def about(self, q: int) -> Row:
+    def about(self, q: int) -> QueryAbout:
         """Of query q: answerable (it has a right answer that could be found), cluster, angle and crop."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a 04_match writes and what its pairs were made from, for `start_step`; and the steps of its two sides."""
+    """What a 04_match is and what its pairs were made from, for `start_step`; and the steps of its two sides."""
 
     query: Step
     gallery: Step
-    folder: Path
+    run: Path
+    about: dict[str, str]
     parameters: dict[str, Any]
     upstream: dict[str, str]
     links: dict[str, Path]
 
 
-def plan_pairs(index_step: str, candidates: int, pairs: str, one: str, embed_step: str, gallery_step: str) -> Plan:
+def plan_pairs(index_step: str, candidates: int, pairs: str, embed_step: str, gallery_step: str) -> Plan:
     """Check what is to be matched, before anything is written. Arguments as of `start_match`.
 
     Raises:
         ImatchError: a list, a file or a photograph that is not there; StepError for a step.
     """
-    if one and pairs != "one":
-        raise ImatchError(f"one is {one!r}, but pairs is {pairs!r}: set pairs to one, too")
     if not pairs:
-        return _plan_of_index(open_step(step_folder(index_step)), candidates)
+        if candidates < 1:
+            raise ImatchError(f"candidates is {candidates}: match at least 1")
+        index = open_step(step_folder(index_step))
+        upstream, links = {"index": str(index.fingerprint)}, {"index": index.folder}
+        return Plan(*sides(index), index.run, index.about, {"candidates": candidates}, upstream, links)
     query = open_step(step_folder(embed_step))
     gallery = open_step(step_folder(gallery_step)) if gallery_step else query
     kind = "" if gallery.folder == query.folder else kind_of_reference(gallery, query)
+    pairs, _, one = pairs.partition(":") if pairs.startswith("one:") else (pairs, "", "")
     parameters: dict[str, Any] = {"pairs": pairs if pairs in LISTS else "listed"}
     upstream = {"query": str(query.fingerprint), "gallery": str(gallery.fingerprint)}
     links = {"query": query.folder, "gallery": gallery.folder}
@@ -116,18 +120,8 @@ def plan_pairs(index_step: str, candidates: int, pairs: str, one: str, embed_ste
         read_pairs(path, Embeddings(query.folder), Embeddings(gallery.folder))  # refuses a bad file now
         upstream["pairs"], links["pairs"] = images.file_digest(path), path
         name = f"csv-{path.stem}"
-    exports, dataset = run_and_dataset(query)
-    folder = exports / "04_match" / dataset / Path(*query.folder.parts[-2:]) / f"pairs-{name}{kind}"
-    return Plan(query, gallery, folder, parameters, upstream, links)
-
-
-def _plan_of_index(index: Step, candidates: int) -> Plan:
-    if candidates < 1:
-        raise ImatchError(f"candidates is {candidates}: match at least 1")
-    within = index.folder.relative_to(index.folder.parents[3])  # <dataset>/<weight>/<configuration>/<direction>
-    folder = index.folder.parents[4] / "04_match" / within
-    upstream = {"index": str(index.fingerprint)}
-    return Plan(*sides(index), folder, {"candidates": candidates}, upstream, {"index": index.folder})
+    about = {**query.about, "question": f"pairs-{name}{kind}"}
+    return Plan(query, gallery, query.run, about, parameters, upstream, links)
 
 
 def source(step: Step) -> Source:
@@ -149,8 +143,8 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
         ImatchError: a column is missing, there is no pair, or an id is unknown; the message has the first few and the
             nearest known one.
     """
-    rows = [{id: row for row, id in enumerate(side.ids)} for side in (query, gallery)]
-    skipped = [{row["id"] for row in files.read_rows(side.folder / "skipped.jsonl")} for side in (query, gallery)]
+    rows = [query.row_of, gallery.row_of]
+    skipped = [{row["id"] for row in side.skipped} for side in (query, gallery)]
     pairs: dict[int, dict[int, None]] = {}
     left_out, unknown = [], [dict[str, int](), dict[str, int]()]
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -177,9 +171,9 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
 
 
 def _row_of(id: str, embeddings: Embeddings) -> int:
-    if id in embeddings.ids:
-        return embeddings.ids.index(id)
-    for row in files.read_rows(embeddings.folder / "skipped.jsonl"):
+    if id in embeddings.row_of:
+        return embeddings.row_of[id]
+    for row in embeddings.skipped:
         if row["id"] == id:
             raise ImatchError(f"one is {id!r}, which was skipped ({row['skipped']}): choose another photograph")
     raise ImatchError(f"one is {id!r}, an unknown photograph: {_nearest(id, embeddings)}")
@@ -200,7 +194,7 @@ class Retrieved:
     def __init__(self, step: Step) -> None:
         index = open_step(step.linked("index"))
         self.query, self.gallery = open_embeddings(index)
-        self.unit = f"{index.parameters['cluster']}s"
+        self.unit = f"{index.parameters['truth']['cluster']}s"
         self.skipped = index.metrics["queries_skipped"]
         self.said: list[str] = []
         self._most = step.parameters["candidates"]
@@ -236,15 +230,15 @@ class Retrieved:
         found = {self.gallery.shows[row] for row in rows[rows >= 0]}
         return None if self._same or self.query.shows[q] in found else own
 
-    def about(self, q: int) -> Row:
+    def about(self, q: int) -> QueryAbout:
         """See `Source`."""
         return _about(self._judged[q])
 
     @cached_property
-    def unmatched(self) -> list[Row]:
+    def unmatched(self) -> list[PairRow]:
         """Rows of the queries that have no hit: nothing else is there, or the backbone found nothing in them."""
         shown, found = {*self.gallery.shows}, self._ranking.rows[:, 0] >= 0
-        views = {row["id"] for row in missed(self.query) if not self._same and row.get("source_sha256") in shown}
+        views = {row["id"] for row in self.query.missed if not self._same and row.get("source_sha256") in shown}
         lost = (row for row, any_hit in zip(self._judged, found, strict=True) if not any_hit)
         return [_unmatched(row, row["query"] in views) for row in lost]
 
@@ -255,11 +249,10 @@ class Listed:
 
     def __init__(self, step: Step) -> None:
         self.query, self.gallery = open_embeddings(step)
-        self.unit, self.unmatched = "photographs", list[Row]()
+        self.unit, self.unmatched = "photographs", list[PairRow]()
         self._kind, self._same = step.parameters["pairs"], self.query.folder == self.gallery.folder
         self._one = _row_of(step.parameters["one"], self.query) if self._kind == "one" else None
-        self._views = views_by_id(sides(step)[0].folder)
-        skipped = files.read_rows(self.query.folder / "skipped.jsonl")
+        skipped = self.query.skipped
         self.skipped = sum("size" not in row for row in skipped)
         self.said = [f"{len(skipped)} photographs were skipped, {skipped[0]['id']} and others"] if skipped else []
         self._last: tuple[int, list[Candidate]] = (-1, [])
@@ -302,19 +295,19 @@ class Listed:
             for row in [int(rows[i])]
         ]
 
-    def about(self, q: int) -> Row:
+    def about(self, q: int) -> QueryAbout:
         """See `Source`."""
         row = self.query.rows[q]
-        view = self._views.get(row["id"], {})
+        view = self.query.views.get(row["id"], {})
         cluster = row.get("source_sha256", row["sha256"])
         return _about({"answers": 0, "cluster": cluster, "angle": view.get("angle"), "crop": view.get("crop")})
 
 
-def _about(judged: Row) -> Row:
+def _about(judged: QueryRow) -> QueryAbout:
     return {"answerable": judged["answers"] > 0, **{key: judged[key] for key in ("cluster", "angle", "crop")}}
 
 
-def _unmatched(judged: Row, has_truth: bool) -> Row:
+def _unmatched(judged: QueryRow, has_truth: bool) -> PairRow:
     """The row of a query that found nothing."""
     unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
     return {

@@ -10,11 +10,10 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ import numpy as np
 
 from imatch.core import compute, files, settings
 from imatch.core.compute import LOCAL, Engine, Local, PartDoneError, Place, Processes
-from imatch.core.files import Row
-from imatch.core.step import Step, checked_name, open_step, refuse_or_say, run_and_dataset, start_step, tagged
+from imatch.core.files import refuse_or_say
+from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
+from imatch.core.step import Step, checked_name, open_step, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
-from imatch.data.references import decodable, view_rows
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.store import Embeddings, Posed, open_poses, pose_folder
+from imatch.data.store import Embeddings, Posed, StorageOptions, open_poses, pose_folder, view_rows
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, placed_tokens, stride_of
 
@@ -40,43 +39,37 @@ GROUP = 4
 """Cores of a CPU that work together on one forward pass, where several processes share it."""
 SEEN = "seen.jsonl"
 """What is remembered of the photographs' files (`_Seen`)."""
+_Timed = tuple[Decoded | PhotographError, float]
+_Batch = list[tuple[str, Decoded]]
+_Passed = tuple[list[Tokens], float, float]
+"""What goes from `_Decode` to `_batches` to `_forward` to `_Made`: a decoded photograph and the seconds that took; the
+ids and photographs of one shape; their tokens, and when the forward pass began and ended."""
 
 
 def start_embed(
     dataset: str,
     *,
-    data_key: str = "params/data_key.json",
-    image_groups: Sequence[Mapping[str, Any]] = (),
-    exports: str,
+    data_key: str = settings.DATA_KEY,
+    image_groups: Sequence[Mapping[str, Json]] = (),
     run: str,
-    weight: str,
-    weight_set: str = "",
-    backbone_options: Mapping[str, Any],
-    resize: Resize,
-    cfg: str = "",
-    variant: str = "raw",
-    keep: str = "",
-    shard_size: int,
-    tag: str,
-    on_change: str,
+    weight: str = "sift",
+    backbone_options: Options | None = None,
+    resize: Resize = Resize(),
+    storage: StorageOptions = StorageOptions(),
+    tag: str = "",
+    on_change: str = "refuse",
 ) -> Step:
-    """Start 01_embed on a data set.
+    """Start 01_embed on a data set, in EXPORT_ROOT.
 
     Args:
         dataset: a key of the registry's data sets, or a folder of photographs.
         data_key: the registry's file.
         image_groups: which of the photographs (see `datasets.Dataset.select`); none is all.
-        exports, run: results go to <exports>/<run>/.
-        weight: "sift", "dsift", "xfeat" or a key of the registry's weights.
-        weight_set: the set of the registry that this key is looked up in; "" is any.
+        run: name of this piece of work: results go to its folder.
+        weight: "sift", "dsift", "xfeat" or a key of the registry's weights, if need be with its set: "dinov3/vits16".
         backbone_options: fields of that backbone.
         resize: how large the backbone sees the photographs; without a limit of its own it gets the backbone's.
-        cfg: the name of this size in folders and files; "" takes one from `resize`.
-        variant: "raw", or "sub2": every second row and column of the grid ("sub3": every third, ...).
-        keep: what is stored of the local descriptors, one of `store.KEEPS`: all in "float16" or "int8", or
-            "aggregated" tokens without positions, or "global": none. "" is int8 for sift, whose histograms are whole
-            numbers, else float16.
-        shard_size: photographs a shard, the unit of resuming.
+        storage: what is stored of their tokens.
         tag: appended to the folder's name, to keep two configurations apart.
         on_change: "refuse" or "recompute" what was made from something else.
 
@@ -85,29 +78,26 @@ def start_embed(
     """
     if not run:
         raise ImatchError("run is empty: name this piece of work as run")
-    if shard_size < 1:
-        raise ImatchError(f"shard_size {shard_size} must be at least 1")
-    stride_of(variant)
+    stride_of(storage.variant)
+    weight_set, _, weight = weight.rpartition("/")
     photographs = registry.dataset(dataset, data_key)
-    backbone = base.create_backbone(weight, backbone_options, weight_set=weight_set, data_key=data_key)
+    backbone = base.create_backbone(weight, backbone_options or {}, weight_set=weight_set, data_key=data_key)
     resize.check(backbone.patch)
     parameters = {
         "dataset": photographs.key if photographs.registered else "",
         "image_groups": list(image_groups),
-        "shard_size": shard_size,
-        **_seen_by(weight, backbone, resize, cfg, variant, keep),
+        "shard_size": storage.shard_size,
+        **_seen_by(weight, backbone, resize, storage),
     }
     name = f"{parameters['cfg']}_{store.variant_of(parameters)}{tagged(tag)}"
-    folder = settings.exports_folder(exports) / run / "01_embed" / photographs.key / weight / name
+    about = {"dataset": photographs.key, "weight": weight, "configuration": name}
     links = {"photographs": photographs.root}
     if photographs.registered:
         links["data_key"] = settings.from_workspace(data_key)
-    return start_step(folder, "01_embed", parameters, {}, links, on_change)
+    return start_step(settings.root("EXPORT_ROOT") / run, "01_embed", about, parameters, {}, links, on_change)
 
 
-def _seen_by(
-    weight: str, backbone: Backbone, resize: Resize, cfg: str = "", variant: str = "raw", keep: str = ""
-) -> dict[str, Any]:
+def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOptions = StorageOptions()) -> Parameters:
     """How photographs go through a backbone: the parameters of a step that are not about the data set."""
     return {
         "weight": weight,
@@ -115,9 +105,9 @@ def _seen_by(
         "weights_digest": backbone.digest,
         "resize": {"mode": resize.mode, **_side(resize, backbone)},
         "pixels": images.RESAMPLING[backbone.resampling],
-        "cfg": checked_name("cfg", cfg) or str(resize),
-        "variant": variant,
-        **store.keep_parameter(keep, weight),
+        "cfg": checked_name("cfg", storage.cfg) or str(resize),
+        "variant": storage.variant,
+        **store.keep_parameter(storage.keep, weight),
     }
 
 
@@ -128,7 +118,7 @@ def _side(resize: Resize, backbone: Backbone) -> dict[str, float]:
     return {"scale": resize.scale, **({"limit": limit} if limit else {})}
 
 
-def chosen(step: Step) -> dict[str, Row]:
+def chosen(step: Step) -> dict[str, About]:
     """The ids of a step's photographs, with what the registry knows of each (capture, label, frame)."""
     if views := view_rows(step):
         return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}
@@ -137,7 +127,7 @@ def chosen(step: Step) -> dict[str, Row]:
         dataset = registry.load(step.linked("data_key")).dataset(step.parameters["dataset"])
     else:
         dataset = registry.dataset(str(root))
-    ids = images.list_photographs(root, leave_out=run_and_dataset(step)[0].parent)
+    ids = images.list_photographs(root, leave_out=step.run.parent)
     chosen = dataset.select(ids, step.parameters["image_groups"])
     if not chosen:
         raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
@@ -179,25 +169,13 @@ def embed(
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     compute.check_parts(engine.shard, step.on_change)
-    root = step.linked("photographs")
-    about = chosen(step)
-    ids = sorted(about)
-    size = step.parameters["shard_size"]
+    root, about = step.linked("photographs"), chosen(step)
+    ids, size = sorted(about), step.parameters["shard_size"]
     plan = [ids[first : first + size] for first in range(0, len(ids), size)]
     first, of = compute.numbered("" if store.is_merged(step.folder) else engine.shard)
     mine = range(first, sys.maxsize, of)  # numbers of shards: a part looks at no others, nor at their photographs
-    looked_at = [id for part in plan[first::of] for id in part]
-    seen = _Seen(step.folder / SEEN, root)
-    bad = _Bad(len(ids), on_error, max_skipped, step)
-    seen.check_headers(looked_at)
-    for id in looked_at:
-        if problem := seen[id]["problem"]:
-            bad.add(id, problem)
-
-    todo = _missing_shards(step, plan, mine, seen)
-    for row in (row for rows in store.shard_rows(step.folder, mine).values() for row in rows if "skipped" in row):
-        bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    _thin(step, plan, todo, seen, bad)
+    seen, bad = _Seen(step.folder / SEEN, root), _Bad(len(ids), on_error, max_skipped)
+    _take_stock(step, plan, mine, seen, bad)
     if not store.is_merged(step.folder):
         used = devices_of(step, devices, several=not isinstance(engine, Local))
         work = _Work(step, root, workers, batch_size, on_error)
@@ -205,9 +183,9 @@ def embed(
             _Shard(n, [seen[id] for id in part], [about[id] for id in part]) if n in mine else _Shard(n, (), ())
             for n, part in enumerate(plan)
         ]
+        one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
         if not all(map(work.done, jobs)):
             step.runs_on(",".join(used))
-        one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
         ran_on = set()
         try:
             with closing(compute.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
@@ -222,40 +200,46 @@ def embed(
     if not engine.shard:  # a part knows of its own photographs only
         seen.save()
     if not store.is_merged(step.folder):
-        if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
-            raise ImatchError(f"none of the {len(ids)} photographs in {root} could be used, the first: {bad.first}")
-        step.did(store.merge(step.folder))
-    bad.warn()
-    return Embeddings(step.folder)
+        _merge(step, bad)
+    embeddings = Embeddings(step.folder)
+    bad.warn(embeddings)
+    return embeddings
 
 
-def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, Any]:
+def _merge(step: Step, bad: _Bad) -> None:
+    """Gather the shards of a step, of whose photographs at least one could be used."""
+    if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
+        root = step.linked("photographs")
+        raise ImatchError(f"none of the {bad.total} photographs in {root} could be used, the first: {bad.first}")
+    step.did(store.merge(step.folder))
+
+
+def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, int | float | str]:
     """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
-    skipped = files.read_rows(step.folder / "skipped.jsonl")
-    contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *skipped]]
+    contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *embeddings.skipped]]
     local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
     metrics = {
         "photographs": len(embeddings),
-        "skipped": len(skipped),
+        "skipped": len(embeddings.skipped),
         "global_dimension": embeddings.vectors.shape[1],
         "descriptors": sum(row["n"] for row in embeddings.rows),
         "local_megabytes": round(local / 2**20, 3),
-        "photographs_digest": files.digest([[row["id"], row["sha256"]] for row in decodable(step.folder)]),
+        "photographs_digest": files.digest([[id, row["sha256"]] for id, row in embeddings.decodable.items()]),
     }
     return step.finish(metrics, contents)
 
 
-def _timed_decode(
-    asked: tuple[Path, Resize], backbone: Backbone, degrees: float
-) -> tuple[Decoded | PhotographError, float]:
-    started = time.perf_counter()
-    decoded = decoded_for(*asked, backbone, degrees)
-    return decoded, time.perf_counter() - started
-
-
-def _timed_forward(backbone: Backbone, photographs: np.ndarray) -> tuple[list[Tokens], float, float]:
-    started = time.perf_counter()
-    return backbone(photographs), started, time.perf_counter()
+def _take_stock(step: Step, plan: Sequence[Sequence[str]], mine: range, seen: _Seen, bad: _Bad) -> None:
+    """Look at the headers of my shards' photographs, count the bad ones, and drop or make by thinning what can be."""
+    looked_at = [id for part in plan[mine.start :: mine.step] for id in part]
+    seen.check_headers(looked_at)
+    for id in looked_at:
+        if problem := seen[id]["problem"]:
+            bad.add(id, problem)
+    todo = _missing_shards(step, plan, mine, seen)
+    for row in (row for rows in store.shard_rows(step.folder, mine).values() for row in rows if "skipped" in row):
+        bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
+    _thin(step, plan, todo, seen, bad)
 
 
 def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
@@ -272,7 +256,6 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
     if open_step(beside).parameters != all_of_it:
         return
     raw, shards, whole = Embeddings(beside), store.shard_rows(beside), open_step(beside).work
-    place = {id: row for row, id in enumerate(raw.ids)}
     step.runs_on(open_step(beside).device)  # a thinned photograph costs what its raw one did, and where it did
     for shard in compute.progress(todo, "thin"):
         rows = shards.get(shard, [])
@@ -281,7 +264,7 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         for row in rows:
             if "skipped" in row:
                 bad.add(row["id"], row["skipped"])
-        tokens = [raw.tokens(place[row["id"]]) for row in rows if "skipped" not in row]
+        tokens = [raw.tokens(raw.row_of[row["id"]]) for row in rows if "skipped" not in row]
         tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
         row = {"shard": shard, "work": {name: n * len(rows) / whole["photographs"] for name, n in whole.items()}}
@@ -317,8 +300,8 @@ class _Shard:
     """
 
     number: int
-    seen: Sequence[Row]
-    about: Sequence[Row]
+    seen: Sequence[SeenRow]
+    about: Sequence[About]
 
     @property
     def readable(self) -> list[str]:
@@ -336,37 +319,36 @@ class _Work:
     workers: int
     batch_size: int
     on_error: str
+    _backbones: dict[str, Backbone] = field(default_factory=dict)
 
-    def __call__(self, jobs: Iterable[_Shard], place: Place) -> Iterator[Row]:
-        step, backbone = self.step, self._backbone(place.device)
-        pose = Pose(**step.parameters.get("pose", {}))
-        resize = Resize(**step.parameters["resize"]).zoomed(pose.zoom)
-        whole = {row["id"]: row["source_size"] for row in view_rows(step)} if resize.limit else {}
-        decode = partial(_timed_decode, backbone=backbone, degrees=pose.turn)
+    def __call__(self, jobs: Iterable[_Shard], place: Place) -> Iterator[ShardRow]:
+        backbone, workers = self._backbone(place.device), place.workers(self.workers)
         shards, coming = itertools.tee(jobs)
-        asked = (  # a part of a photograph is seen at the scale of all of it
-            (self.root / id, resize.like(whole[id]) if id in whole else resize)
-            for shard in coming
-            for id in shard.readable
-        )
-        workers = place.workers(self.workers)
-        decoded = compute.ahead(decode, asked, workers, self.batch_size + 2 * workers)
+        ids = (id for shard in coming for id in shard.readable)
+        decoded = compute.ahead(self._decode(backbone), ids, workers, self.batch_size + 2 * workers)
         if not place.quiet:
-            decoded = compute.progress(decoded, step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
-        pending: Future[Row] | None = None
+            decoded = compute.progress(decoded, self.step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
+        going: deque[tuple[_Batch, Future[_Passed]]] = deque()
+        pending: Future[ShardRow] | None = None
         begun = time.perf_counter()
         backbone.load()
         start, begun = time.perf_counter() - begun, time.perf_counter()
         with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as writer:
             try:
                 for shard in shards:
-                    row, rows, tokens = self._embed(shard, decoded, partial(forward.submit, _timed_forward, backbone))
-                    row["work"].update(seconds=time.perf_counter() - begun, start=start)
-                    row["device"] = backbone.device
+                    made = _Made(self, shard, backbone.device)
+                    for batch in _batches(made.photographs(decoded), self.batch_size):
+                        stacked = [photograph.pixels for _, photograph in batch]
+                        going.append((batch, forward.submit(_forward, backbone, np.stack(stacked))))
+                        if len(going) > 1:
+                            made.take(*going.popleft())
+                    while going:
+                        made.take(*going.popleft())
+                    made.took.update(seconds=time.perf_counter() - begun, start=start)
                     start, begun = 0.0, time.perf_counter()
                     if pending:
                         yield pending.result()
-                    pending = writer.submit(_write_shard, step, row, rows, tokens, shard.seen)
+                    pending = writer.submit(made.write)
                 if pending:
                     yield pending.result()
             finally:
@@ -376,10 +358,6 @@ class _Work:
     def done(self, shard: _Shard) -> bool:
         """Whether a shard is on disk."""
         return store.is_whole(self.step.folder, shard.number)
-
-    @cached_property
-    def _backbones(self) -> dict[str, Backbone]:
-        return {}
 
     def _backbone(self, device: str) -> Backbone:
         """The step's backbone, loaded once."""
@@ -394,89 +372,109 @@ class _Work:
             self._backbones[device] = backbone
         return self._backbones[device]
 
-    def _embed(
-        self,
-        shard: _Shard,
-        decoded: Iterator[tuple[Decoded | PhotographError, float]],
-        forward: Callable[[np.ndarray], Future[tuple[list[Tokens], float, float]]],
-    ) -> tuple[Row, list[Row], list[Tokens]]:
-        """One shard: the row that the engine gets, the photographs' rows, and their tokens. Batches never reach over a
-        shard, so it comes out the same on every run."""
-        stride = stride_of(self.step.parameters["variant"])
-        rows: dict[str, Row] = {}
-        tokens: dict[str, Tokens] = {}
-        shapes: dict[tuple[int, ...], list[tuple[str, Decoded]]] = {}
-        going: deque[tuple[list[tuple[str, Decoded]], Future[tuple[list[Tokens], float, float]]]] = deque()
-        took, ended = dict.fromkeys(("decode", "wait", "forward"), 0.0), time.perf_counter()
+    def _decode(self, backbone: Backbone) -> _Decode:
+        pose = Pose(**self.step.parameters.get("pose", {}))
+        resize = Resize(**self.step.parameters["resize"]).zoomed(pose.zoom)
+        # a part of a photograph is seen at the scale of all of it
+        parts = {row["id"]: resize.like(row["source_size"]) for row in (view_rows(self.step) if resize.limit else ())}
+        return _Decode(self.root, backbone, pose.turn, resize, parts)
 
-        def skip(row: Row, reason: str) -> Row:
-            if self.on_error == "stop":
-                raise PhotographError(f"{row['id']}: {reason} (on_error is stop; what was finished stays)")
-            return {**row, "skipped": reason}
 
-        def flush(batch: list[tuple[str, Decoded]]) -> None:
-            going.append((batch.copy(), forward(np.stack([photograph.pixels for _, photograph in batch]))))
-            batch.clear()
-            if len(going) > 1:
-                take()
+@dataclass(frozen=True)
+class _Decode:
+    """Reads a photograph as a backbone sees it, by its id; a broken one is given back as its error."""
 
-        def take() -> None:
-            nonlocal ended
-            batch, coming = going.popleft()
-            seen, started, ends = coming.result()
-            took["wait"] += started - ended
-            took["forward"] += ends - started
-            ended = ends
-            for (id, photograph), one in zip(batch, seen, strict=True):
-                if not np.isfinite(one.vector).all():
-                    raise ImatchError(
-                        f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
-                    )
-                if not one.vector.any():
-                    h, w = photograph.size
-                    rows[id] = skip(rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
-                    continue
-                tokens[id] = placed_tokens(one, photograph, stride)
+    root: Path
+    backbone: Backbone
+    turn: float
+    resize: Resize
+    parts: Mapping[str, Resize]
 
-        for known, about in zip(shard.seen, shard.about, strict=True):
-            id = known["id"]
-            if known["problem"]:
-                rows[id] = {**skip({"id": id}, known["problem"]), "sha256": _digest(self.root, known)}
-                continue
-            photograph, seconds = next(decoded)
-            took["decode"] += seconds
+    def __call__(self, id: str) -> _Timed:
+        started, resize = time.perf_counter(), self.parts.get(id, self.resize)
+        return decoded_for(self.root / id, resize, self.backbone, self.turn), time.perf_counter() - started
+
+
+def _batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[_Batch]:
+    """Put photographs of one shape together: full batches as they come, all when many bytes wait, the rest at last."""
+    shapes: dict[tuple[int, ...], _Batch] = {}
+    for id, photograph in photographs:
+        batch = shapes.setdefault(photograph.pixels.shape, [])
+        batch.append((id, photograph))
+        full = len(batch) == size
+        if full or sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
+            for ready in filter(None, [batch] if full else shapes.values()):
+                yield ready.copy()
+                ready.clear()
+    yield from filter(None, shapes.values())
+
+
+def _forward(backbone: Backbone, pixels: np.ndarray) -> _Passed:
+    """Pass a batch through the backbone, in a thread of its own."""
+    started = time.perf_counter()
+    return backbone(pixels), started, time.perf_counter()
+
+
+class _Made:
+    """What becomes of one shard: its photographs' rows in order, their tokens, and the seconds that it took. Batches
+    never reach over a shard, so it comes out the same on every run."""
+
+    def __init__(self, work: _Work, shard: _Shard, device: str) -> None:
+        self.work, self.shard, self.device = work, shard, device
+        self.rows: dict[str, PhotoRow] = {}
+        self.tokens: dict[str, Tokens] = {}
+        self.took = {"photographs": len(shard.readable), **dict.fromkeys(("decode", "wait", "forward"), 0.0)}
+        self._ended = time.perf_counter()
+
+    def photographs(self, decoded: Iterator[_Timed]) -> Iterator[tuple[str, Decoded]]:
+        """Take the shard's photographs from those that were decoded; what is bad gets its row, and no further."""
+        for known, about in zip(self.shard.seen, self.shard.about, strict=True):
+            id, problem = known["id"], known["problem"]
+            photograph, seconds = (PhotographError(problem), 0.0) if problem else next(decoded)
+            self.took["decode"] += seconds
             if isinstance(photograph, PhotographError):
-                rows[id] = {**skip({"id": id}, str(photograph)), "sha256": _digest(self.root, known)}
+                self._skip({"id": id}, str(photograph))
+                self.rows[id]["sha256"] = _digest(self.work.root, known)
                 continue
             known["sha256"] = photograph.sha256
-            rows[id] = {
-                "id": id,
-                "size": photograph.size,
-                "sha256": photograph.sha256,
-                "position": photograph.position,
-                "look": photograph.look,
-                **about,
-            }
-            batch = shapes.setdefault(photograph.pixels.shape, [])
-            batch.append((id, photograph))
-            if len(batch) == self.batch_size:
-                flush(batch)
-            elif sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
-                for held in shapes.values():
-                    if held:
-                        flush(held)
-        for batch in shapes.values():
-            if batch:
-                flush(batch)
-        while going:
-            take()
-        found = [rows[known["id"]] for known in shard.seen]
-        skipped = {row["id"]: row["skipped"] for row in found if "skipped" in row}
-        row = {"shard": shard.number, "skipped": skipped, "work": {"photographs": len(shard.readable), **took}}
-        return row, found, [tokens[row["id"]] for row in found if row["id"] in tokens]
+            found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
+            self.rows[id] = {"id": id, **found, **about}
+            yield id, photograph
+
+    def take(self, batch: _Batch, passed: Future[_Passed]) -> None:
+        """Wait for a batch's tokens and put them to its photographs."""
+        tokens, started, ended = passed.result()
+        self.took["wait"] += started - self._ended
+        self.took["forward"] += ended - started
+        self._ended, stride = ended, stride_of(self.work.step.parameters["variant"])
+        for (id, photograph), one in zip(batch, tokens, strict=True):
+            if not np.isfinite(one.vector).all():
+                raise ImatchError(
+                    f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
+                )
+            if one.vector.any():
+                self.tokens[id] = placed_tokens(one, photograph, stride)
+            else:
+                h, w = photograph.size
+                self._skip(self.rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
+
+    def write(self) -> ShardRow:
+        """Write the shard; returns the row that the engine gets."""
+        rows = list(self.rows.values())
+        skipped = {row["id"]: row["skipped"] for row in rows if "skipped" in row}
+        row = {"shard": self.shard.number, "skipped": skipped, "work": self.took, "device": self.device}
+        tokens = [self.tokens[id] for id in self.rows if id in self.tokens]
+        return _write_shard(self.work.step, row, rows, tokens, self.shard.seen)
+
+    def _skip(self, row: PhotoRow, reason: str) -> None:
+        if self.work.on_error == "stop":
+            raise PhotographError(f"{row['id']}: {reason} (on_error is stop; what was finished stays)")
+        self.rows[row["id"]] = {**row, "skipped": reason}
 
 
-def _write_shard(step: Step, row: Row, rows: Sequence[Row], tokens: Sequence[Tokens], seen: Sequence[Row]) -> Row:
+def _write_shard(
+    step: Step, row: ShardRow, rows: Sequence[PhotoRow], tokens: Sequence[Tokens], seen: Sequence[SeenRow]
+) -> ShardRow:
     """Write a shard, remember its photographs even if the run is killed now, and put down what the shard took."""
     started, folder = time.perf_counter(), step.folder
     store.write_kept_shard(folder, row["shard"], rows, tokens, store.keep_of(step.parameters))
@@ -501,7 +499,9 @@ def _missing_shards(step: Step, plan: Sequence[Sequence[str]], mine: range, seen
     if store.is_merged(step.folder):
         differences += [f"new: {id}" for id in sorted(now - before)]
     if differences:
-        refuse_or_say(step, f"the photographs in {seen.root} are not those it was made from", differences)
+        refuse_or_say(
+            step.name, step.on_change, f"the photographs in {seen.root} are not those it was made from", differences
+        )
 
     def valid(shard: int) -> bool:
         ids = [row["id"] for row in done.get(shard, [])]
@@ -529,9 +529,9 @@ class _Seen:
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path, self.root = path, root
-        self._known: dict[str, Row] = {row["id"]: row for row in self._remembered()}
+        self._known: dict[str, SeenRow] = {row["id"]: row for row in self._remembered()}
 
-    def __getitem__(self, id: str) -> Row:
+    def __getitem__(self, id: str) -> SeenRow:
         return self._known[id]
 
     def __contains__(self, id: str) -> bool:
@@ -554,7 +554,7 @@ class _Seen:
             if known and row["sha256"] and row["stat"] == known["stat"]:
                 known["sha256"] = row["sha256"]
 
-    def _remembered(self) -> list[Row]:
+    def _remembered(self) -> list[SeenRow]:
         with self.path.open("rb") if self.path.is_file() else io.BytesIO() as lines:
             return [row for row in map(_whole, lines) if row]
 
@@ -564,7 +564,7 @@ class _Seen:
         if not self.path.is_file() or self.path.read_bytes() != b"".join(map(files.line, rows)):
             files.write_rows(self.path, rows)
 
-    def _look(self, id: str) -> Row:
+    def _look(self, id: str) -> SeenRow:
         known, stat = self._known.get(id), self._stat(id)
         if known and stat and known["stat"] == stat:
             return known
@@ -588,7 +588,7 @@ class _Seen:
         return None, True
 
 
-def _digest(root: Path, known: Row) -> str | None:
+def _digest(root: Path, known: SeenRow) -> str | None:
     """The SHA-256 of a file, read only if it is not remembered; None if it cannot be read."""
     if known["sha256"] is None:
         try:
@@ -598,7 +598,7 @@ def _digest(root: Path, known: Row) -> str | None:
     return str(known["sha256"])
 
 
-def _whole(line: bytes) -> Row | None:
+def _whole(line: bytes) -> SeenRow | None:
     try:
         row = json.loads(line.decode(errors="surrogateescape"))
         return {key: row[key] for key in ("id", "stat", "problem", "sha256")}  # keys of its own would double a row
@@ -609,8 +609,8 @@ def _whole(line: bytes) -> Row | None:
 class _Bad:
     """Counts the photographs that cannot be used, and stops the run when that was asked or when they are many."""
 
-    def __init__(self, total: int, on_error: str, max_skipped: float, step: Step) -> None:
-        self.total, self.on_error, self.max_skipped, self.step = total, on_error, max_skipped, step
+    def __init__(self, total: int, on_error: str, max_skipped: float) -> None:
+        self.total, self.on_error, self.max_skipped = total, on_error, max_skipped
         self.ids: dict[str, str] = {}
 
     @property
@@ -629,13 +629,11 @@ class _Bad:
                 "or set max_skipped higher, such as to 0.5"
             )
 
-    def warn(self) -> None:
-        rows = files.read_rows(self.step.folder / "skipped.jsonl")
-        if rows:
+    def warn(self, embeddings: Embeddings) -> None:
+        if rows := embeddings.skipped:
             listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
-            more = (
-                "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {self.step.folder / 'skipped.jsonl'}"
-            )
+            file = embeddings.folder / "skipped.jsonl"
+            more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {file}"
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
             warnings.warn(message, ImatchWarning, stacklevel=3)
 
@@ -657,7 +655,7 @@ def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Po
 
 
 def embed_poses(
-    folder: Path,
+    upright: Embeddings,
     poses: Sequence[Pose],
     *,
     engine: Engine = LOCAL,
@@ -671,7 +669,7 @@ def embed_poses(
     Each pose becomes a step of its own in a folder beside it, such as `scale1_raw_rot090`, and is reused.
 
     Args:
-        folder: of the 01_embed or 02_references step.
+        upright: those of a 01_embed or 02_references.
         poses: of `poses.poses`.
         engine, devices, workers, batch_size: as in `embed`.
         on_change: as in `start_embed`.
@@ -680,11 +678,12 @@ def embed_poses(
         StepError: photographs were changed since the upright ones were embedded; or the step was imported.
         ImatchError: a zoom that gives sides which are no multiple of the patch.
     """
-    source, upright = open_step(folder), Embeddings(folder)
+    source = open_step(upright.folder)
     unfinished: PartDoneError | None = None
     for pose in (pose for pose in poses if pose != UPRIGHT):
         _check_zoom(source, pose)
-        step = _start(source, pose, on_change)
+        parameters = {**source.parameters, "pose": asdict(pose)}
+        step = _start_beside(source, pose_folder(source.folder, pose), parameters, on_change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
             try:
@@ -698,7 +697,7 @@ def embed_poses(
         finish_embed(step, embeddings)
     if unfinished:
         raise unfinished
-    return open_poses(folder, poses)
+    return open_poses(upright, poses)
 
 
 def step_by(source: Step, weight: str) -> Path:
@@ -706,7 +705,8 @@ def step_by(source: Step, weight: str) -> Path:
     that has just these photographs, or else beside the step, where `embed_by` puts them."""
     beside = source.folder.with_name(f"{source.folder.name}_{weight}")
     if not (beside / "metrics.json").is_file():
-        for path in sorted((source.folder.parents[1] / weight).glob("*/metrics.json")):
+        about = {**source.about, "weight": weight}
+        for path in sorted(Path(source.run, source.name, *about.values()).parent.glob("*/metrics.json")):
             other = open_step(path.parent)
             of_all = not {"pose", "imported"} & other.parameters.keys() and other.parameters["variant"] == "raw"
             digests = {step.metrics["photographs_digest"] for step in (source, other)}
@@ -717,7 +717,7 @@ def step_by(source: Step, weight: str) -> Path:
 
 
 def embed_by(
-    source: Step,
+    upright: Embeddings,
     folder: Path,
     weight: str,
     *,
@@ -731,7 +731,7 @@ def embed_by(
     there.
 
     Args:
-        source: the 01_embed or 02_references step.
+        upright: those of a 01_embed or 02_references.
         folder: of `step_by`.
         weight: the other backbone.
         engine, devices, workers, batch_size: as in `embed`.
@@ -740,13 +740,14 @@ def embed_by(
     Raises:
         PartDoneError: see `compute.do`.
     """
+    source = open_step(upright.folder)
     if folder != source.folder.with_name(f"{source.folder.name}_{weight}"):
         return  # another 01_embed made it
-    links = {name: source.linked(name) for name in source.links}
-    backbone = base.create_backbone(weight, data_key=str(links.get("data_key", settings.DATA_KEY)))
-    about = {name: source.parameters[name] for name in ("dataset", "image_groups", "shard_size")}
-    parameters = {**about, **_seen_by(weight, backbone, Resize())}
-    step = start_step(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)
+    data_key = source.linked("data_key") if "data_key" in source.links else settings.DATA_KEY
+    backbone = base.create_backbone(weight, data_key=str(data_key))
+    parameters = {name: source.parameters[name] for name in ("dataset", "image_groups", "shard_size")}
+    parameters |= _seen_by(weight, backbone, Resize())
+    step = _start_beside(source, folder, parameters, on_change)
     how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers, "batch_size": batch_size}
     if not step.finished:
         finish_embed(step, embed(step, **how, max_skipped=1.0))
@@ -765,8 +766,7 @@ def _check_zoom(source: Step, pose: Pose) -> None:
 
 def _check_whole(upright: Embeddings, embeddings: Embeddings) -> None:
     """Raise StepError when a photograph could be decoded for 01_embed, but not any more."""
-    skipped = files.read_rows(embeddings.folder / "skipped.jsonl")
-    seen = {*embeddings.ids, *(row["id"] for row in skipped if "size" in row)}
+    seen = embeddings.decodable
     gone = [id for id in upright.ids if id not in seen]
     if gone:
         raise StepError(
@@ -775,8 +775,8 @@ def _check_whole(upright: Embeddings, embeddings: Embeddings) -> None:
         )
 
 
-def _start(source: Step, pose: Pose, on_change: str) -> Step:
-    folder = pose_folder(source.folder, pose)
-    parameters = {**source.parameters, "pose": asdict(pose)}
+def _start_beside(source: Step, folder: Path, parameters: Parameters, on_change: str) -> Step:
+    about = {**source.about, "configuration": folder.name}
     links = {name: source.linked(name) for name in source.links}
-    return start_step(folder, source.name, parameters, {"upright": str(source.fingerprint)}, links, on_change)
+    upstream = {"upright": str(source.fingerprint)}
+    return start_step(source.run, source.name, about, parameters, upstream, links, on_change)

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat
 
 from imatch.core import compute, config, files, settings
-from imatch.core.files import Row
+from imatch.core.rows import Json, Parameters, PhotoRow
 from imatch.core.step import open_step, start_step
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
 from imatch.data import images, store
@@ -30,6 +30,10 @@ from imatch.export import per_image
 from imatch.features import weights
 from imatch.steps.embed import finish_embed
 
+Meta = dict[str, Json]
+"""What a meta file says."""
+Key = tuple[bool, Path, str, str, str, str, str]
+"""What the files of a group share: whether they are references, folder, weight and what their names say."""
 SHARD = 64
 _NAME = re.compile(
     r"(?P<reference>Reference)?(?P<kind>Global|PatchGrid|Patch|Grid|DenseFT)(?:Token)?_(?P<cfg>.+)"
@@ -73,7 +77,7 @@ class Item:
         """The id of the photograph that a reference was made from, or the own one."""
         return f"{self.label}/{self.frame}"
 
-    def metas(self) -> dict[str, Row]:
+    def metas(self) -> dict[str, Meta]:
         """The content of the meta files that are there, by the array they belong to."""
         paths = {kind: _meta_path(path) for kind, path in sorted(self.files.items())}
         return {kind: _checked(path) for kind, path in paths.items() if path.is_file()}
@@ -129,7 +133,7 @@ def read_tree(tree: Path) -> list[Group]:
     if not tree.is_dir():
         raise ImatchError(f"no folder {tree}: give the folder of per-image files, its data set's or its weight's")
     tree = settings.from_workspace(tree)
-    found: dict[tuple[Any, ...], dict[str, Item]] = {}
+    found: dict[Key, dict[str, Item]] = {}
     problems: list[str] = []
     for path in sorted(tree.rglob("*.npy")):
         if path.name.startswith("."):
@@ -163,7 +167,7 @@ def read_tree(tree: Path) -> list[Group]:
     return [Group(*key[1:], key[0], [items[id] for id in sorted(items)]) for key, items in sorted(found.items())]
 
 
-def _parse(path: Path) -> tuple[tuple[Any, ...], str, Item] | str | None:
+def _parse(path: Path) -> tuple[Key, str, Item] | str | None:
     """What a file is by its name and folders; text says why that is not clear; None for what is not imported."""
     name = _NAME.fullmatch(path.stem)
     if name is None:
@@ -218,23 +222,22 @@ def import_group(
     01_embed finished: ...
     ['low/0007']
     """
-    above = exports / config.folder_name(run, "run")
-    folder, parameters = _folder(group, groups, above), _parameters(group)
+    home, about, parameters = exports / config.folder_name(run, "run"), _about(group, groups), _parameters(group)
+    name = "02_references" if group.reference else "01_embed"
+    folder = Path(home, name, *about.values())
     links, upstream, twin = {"photographs": group.folder}, {}, {}
-    if group.reference and ((data := _folder(replace(group, reference=False), groups, above)) / "step.json").is_file():
-        source = open_step(data)
-        links["embed"], upstream = data, {"embed": str(source.fingerprint)}
-        rows = files.read_rows(data / "images.jsonl")
-        called = per_image.names(source, rows)
-        twin = {"/".join(called[row["id"]]): row for row in rows}
+    data = Path(home, "01_embed", *_about(replace(group, reference=False), groups).values())
+    if group.reference and (data / "step.json").is_file():
+        links["embed"], upstream = data, {"embed": str(open_step(data).fingerprint)}
+        photographs = Embeddings(data)
+        called = per_image.names(photographs.rows, group.folder.name, photographs.data_key)
+        twin = {"/".join(called[row["id"]]): row for row in photographs.rows}
     parameters["files"] = _digest(group)
     if (folder / "step.json").is_file():
         before = open_step(folder, finished=False)
         if before.parameters.get("imported") and not before.finished:
             on_change = "recompute"  # an import that failed asked for its files to be mended
-    step = start_step(
-        folder, "02_references" if group.reference else "01_embed", parameters, upstream, links, on_change
-    )
+    step = start_step(home, name, about, parameters, upstream, links, on_change)
     if not store.is_merged(folder):
         done = store.shard_rows(folder)
         todo = [shard for shard in range(-(-len(group.items) // SHARD)) if shard not in done]
@@ -258,7 +261,7 @@ def _digest(group: Group) -> str:
     return files.digest(seen)
 
 
-def _read(group: Group, item: Item, twin: Mapping[str, Row]) -> tuple[Row, Tokens]:
+def _read(group: Group, item: Item, twin: Mapping[str, PhotoRow]) -> tuple[PhotoRow, Tokens]:
     """One photograph's row and tokens."""
     said = _said(item, item.metas())
     arrays = {kind: _load(kind, path) for kind, path in item.files.items()}
@@ -276,7 +279,7 @@ def _read(group: Group, item: Item, twin: Mapping[str, Row]) -> tuple[Row, Token
     if local is None:
         local = np.zeros((0, len(vector)), np.float32)
     size, xy = _placed(group, item, said, grid)
-    row: Row = {
+    row: PhotoRow = {
         "id": item.id,
         "size": size,
         "sha256": said.get("sha256") or _name_digest(group, item.id),
@@ -291,7 +294,7 @@ def _read(group: Group, item: Item, twin: Mapping[str, Row]) -> tuple[Row, Token
     return row, Tokens(vector, np.ascontiguousarray(local), xy, grid)
 
 
-def _made_from(group: Group, item: Item, said: Row, twin: Mapping[str, Row]) -> Row:
+def _made_from(group: Group, item: Item, said: Meta, twin: Mapping[str, PhotoRow]) -> Meta:
     """What the row of a reference says of its source and of itself as a view."""
     source, digest = twin.get(item.source, {}), said.get("source_sha256")
     if source and digest not in (None, source["sha256"]):
@@ -311,10 +314,10 @@ def _made_from(group: Group, item: Item, said: Row, twin: Mapping[str, Row]) -> 
     }
 
 
-def _parameters(group: Group) -> Row:
+def _parameters(group: Group) -> Parameters:
     """The parameters of the step, as 01_embed would have them; checks counts, metas and the arrays' headers."""
     _check_counts(group)
-    made: Row | None = None
+    made: Parameters | None = None
     claimed: dict[str, Item] = {}
     shapes: dict[str, tuple[str, Path]] = {}
     for item in compute.progress(group.items, "check"):
@@ -379,7 +382,7 @@ def _check_counts(group: Group) -> None:
             )
 
 
-def _described(group: Group, meta: Row | None) -> Row:
+def _described(group: Group, meta: Meta | None) -> Parameters:
     """How a file was made; without a meta, what older exports hold."""
     meta = meta or {}
     text = {key: value for key, value in meta.items() if isinstance(value, str)}
@@ -400,7 +403,7 @@ def _described(group: Group, meta: Row | None) -> Row:
     }
 
 
-def _grid(item: Item, said: Row, arrays: Mapping[str, np.ndarray], values: bool = True) -> tuple[int, int] | None:
+def _grid(item: Item, said: Meta, arrays: Mapping[str, np.ndarray], values: bool = True) -> tuple[int, int] | None:
     """The (h, w) of an item's local tokens, None without any; checks that PatchToken and PatchGrid are the same."""
     patch, grid = arrays.get("patch"), arrays.get("grid")
     if grid is not None:
@@ -430,7 +433,7 @@ def _grid(item: Item, said: Row, arrays: Mapping[str, np.ndarray], values: bool 
     return side, side  # older exports were square
 
 
-def _placed(group: Group, item: Item, said: Row, grid: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
+def _placed(group: Group, item: Item, said: Meta, grid: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
     """The (h, w) of a photograph, as its meta says or else as the backbone saw it, and (n, 2) float32 where its tokens
     lie: as the meta says, else on a grid over all of it, thinned for sub<s>."""
     patch = weights.patch_side(group.hub_entry)
@@ -493,16 +496,16 @@ class _Meta(config.Said, extra="ignore"):
 _TOLD = (*_Meta.model_fields, "id", "sha256", "capture", "source", "source_sha256")
 
 
-def _checked(path: Path) -> Row:
+def _checked(path: Path) -> Meta:
     """What a meta file says."""
     meta = per_image.read_meta(path)
     config.checked(_Meta, meta, f"{path}: ")
     return meta
 
 
-def _said(item: Item, metas: Mapping[str, Row]) -> Row:
+def _said(item: Item, metas: Mapping[str, Meta]) -> Meta:
     """What the metas of one photograph's files say of it; they may not say two things."""
-    said: Row = {}
+    said: Meta = {}
     for key in _TOLD:
         wanted = object if key in _Meta.model_fields else str
         told = [
@@ -524,8 +527,8 @@ def _name_digest(group: Group, name: str) -> str:
     return hashlib.sha256(os.fsencode(f"{group.folder.name}/{name}")).hexdigest()
 
 
-def _folder(group: Group, groups: Sequence[Group], run: Path) -> Path:
-    """Where a group's step goes. Two families of one weight are kept apart; two networks are refused."""
+def _about(group: Group, groups: Sequence[Group]) -> dict[str, str]:
+    """What a group's step is. Two families of one weight are kept apart; two networks are refused."""
     alike = [
         g for g in groups if all(getattr(g, k) == getattr(group, k) for k in ("folder", "weight", "cfg", "variant"))
     ]
@@ -536,10 +539,9 @@ def _folder(group: Group, groups: Sequence[Group], run: Path) -> Path:
             "network, so move one of them into a folder of its own"
         )
     family = f"_{group.family}" if len({g.family for g in alike}) > 1 else ""
+    kind = {"kind": "imported"} if group.reference else {}
     name = f"{group.cfg}_{group.variant}{family}"
-    if group.reference:
-        return run / "02_references" / group.folder.name / "imported" / group.weight / name
-    return run / "01_embed" / group.folder.name / group.weight / name
+    return {"dataset": group.folder.name, **kind, "weight": group.weight, "configuration": name}
 
 
 def _decimal(text: str) -> float:

@@ -8,21 +8,21 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
-from imatch.core.files import Row
-from imatch.core.step import Step, checked_name, flat_name, open_step, run_and_dataset, start_step, step_folder, tagged
-from imatch.core.types import ImatchError, ImatchWarning, Ranking, StepError
+from imatch.core.files import flat_name
+from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, SearchFigures, StageRow
+from imatch.core.step import Step, checked_name, open_step, start_step, step_folder, tagged
+from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
-from imatch.data.references import clusters, views_by_id
 from imatch.data.rotations import poses
-from imatch.data.store import Embeddings, missed, read_ranking
+from imatch.data.store import Embeddings, read_ranking
 from imatch.evaluation import calibration, intervals
 from imatch.evaluation.alarms import SAME, alike, copies_of, guessing, promise_broken
 from imatch.evaluation.calibration import Threshold
@@ -30,46 +30,34 @@ from imatch.evaluation.metrics import asked_twice, average_precision, chance, hi
 from imatch.features import base
 from imatch.features.base import Backbone, embed_one
 from imatch.retrieval import index as searcher
-from imatch.retrieval import kinds
-from imatch.retrieval.index import Searcher
-from imatch.retrieval.ranking import HELD, Stage, Ways, joined, search_by
-from imatch.retrieval.truth import count_equal, left_out, places_of, position_figures, read_labels, truth_of
+from imatch.retrieval.index import IndexOptions, Searcher
+from imatch.retrieval.ranking import HELD, RankingOptions, Stage, Ways, joined, search_by
+from imatch.retrieval.truth import (
+    TruthOptions,
+    count_equal,
+    left_out,
+    places_of,
+    position_figures,
+    read_labels,
+    truth_of,
+)
 from imatch.steps.embed import embed_poses, worth_trying
-from imatch.steps.send import sink_of
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
-TRUTHS = ("photograph", "nearest", "radius")
-CLUSTERS = ("photograph", "capture")
 
 
 def start_index(
     embed_step: str,
-    references_step: str,
+    references_step: str = "",
     *,
-    direction: str,
-    index: str,
-    index_options: Mapping[str, Any],
-    memory_gb: float,
-    recall: float,
-    float16: bool,
-    k: int,
-    whiten: int,
-    rotations: int,
-    expand: int,
-    rerank: int,
-    tokens: int,
-    exclude_siblings: bool,
-    truth: str,
-    labels: str,
-    radius: float,
-    heading: float,
-    cluster: str,
-    precision: float,
-    send: str,
-    ttl: int,
+    direction: str = "reference-data",
+    k: int = 10,
+    index: IndexOptions = IndexOptions(),
+    ranking: RankingOptions = RankingOptions(),
+    truth: TruthOptions = TruthOptions(),
     run: str = "",
-    tag: str,
-    on_change: str,
+    tag: str = "",
+    on_change: str = "refuse",
 ) -> Step:
     """Start 03_index: one set of embeddings searched by another.
 
@@ -78,58 +66,20 @@ def start_index(
         references_step: folder of the finished 02_references made from it, or of another 01_embed in their place, made
             with the same backbone at the same size; "" for the direction "data-data".
         direction: "<query>-<gallery>", one of `DIRECTIONS`.
-        index: a name of `kinds.INDEXES`, or "auto": exact while it fits and is fast enough (`index.choose`).
-        index_options: fields of that kind.
-        memory_gb: GB that the index may take; 0 is half of what is free.
-        recall: of an approximate index, the recall@k that it is tuned to, in (0, 1].
-        float16: whether a GPU keeps vectors in 16 bits.
         k: neighbours a query.
-        whiten: dimensions of a PCA-whitening learned from the gallery (`ranking.Whitening`); 0 is none.
-        rotations: 1, or 4 or 8: each query is also searched turned, and a candidate counts by its best turn.
-        expand: neighbours that expand a query before it is searched again (`ranking.expand`); 0 is none.
-        rerank: so many first hits are put in the order of how alike their aggregated tokens are
-            (`ranking.token_score`); 0 is none.
-        tokens: aggregated tokens a photograph, for that.
-        exclude_siblings: leave out what was made from the query's own photograph: the other references of it in
-            "reference-reference"; with truth by position, in any direction, the photograph itself, too.
-        truth: what a right answer is: "photograph" (it shows the query's own), "nearest" (it was taken nearest) or
-            "radius" (all that were taken within `radius`).
-        labels: a CSV or JSON of positions (`truth.read_labels`); "" takes them from the EXIF.
-        radius: metres.
-        heading: degrees that two headings may differ by at most; 180 asks for none.
-        cluster: what intervals resample, for its queries fall or stand together: "photograph" or "capture".
-        precision: the share of believed hits that shall be right, in (0, 1).
-        send, ttl: as `send` will be given them (`to`, in seconds): refused now, not after hours.
+        index, ranking, truth: how vectors are indexed, hits are ranked, and answers judged.
         run: name of the run that it goes to; "" is that of the photographs.
         tag, on_change: as in `start_embed`.
 
     Raises:
         StepError: the references were not made from that 01_embed, or differ in backbone, pooling, family or size; or
             rerank, and a side kept too little for it.
-        ImatchError: an unknown direction or index; see also `step.start_step`.
+        ImatchError: an unknown direction; see also `step.start_step`.
     """
     if direction not in DIRECTIONS:
         raise ImatchError(config.unknown("direction", direction, DIRECTIONS))
     if k < 1:
         raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
-    for what, value, known in (("truth", truth, TRUTHS), ("cluster", cluster, CLUSTERS)):
-        if value not in known:
-            raise ImatchError(config.unknown(what, value, known))
-    if not (0 < radius < math.inf and 0 < heading <= 180 and 0 < precision < 1):
-        raise ImatchError(
-            f"radius {radius} must be above 0 metres, heading {heading} above 0 and up to 180 degrees, "
-            f"precision {precision} between 0 and 1"
-        )
-    sink_of(send, ttl)
-    poses(rotations)
-    if min(whiten, expand, rerank) < 0 or tokens < 1:
-        raise ImatchError(
-            f"whiten {whiten}, expand {expand} and rerank {rerank} must be 0 (off) or more, tokens {tokens} at least 1"
-        )
-    if index != "auto":
-        kinds.create_kind(index, index_options)
-    if not (0 < recall <= 1 and 0 <= memory_gb < math.inf):
-        raise ImatchError(f"recall {recall} must be above 0 and up to 1, memory_gb {memory_gb} 0 or more")
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
     found = {"data": open_step(step_folder(embed_step))}
     kind = ""
@@ -140,48 +90,41 @@ def start_index(
             )
         found["reference"] = open_step(step_folder(references_step))
         kind = kind_of_reference(found["reference"], found["data"])
-    of_gallery = found[sides["gallery"]].metrics
-    most = min(of_gallery["global_dimension"], of_gallery["photographs"] - 1)
-    if whiten > most:
-        raise ImatchError(
-            f"whiten {whiten}: {of_gallery['photographs']} vectors of {of_gallery['global_dimension']} numbers give at "
-            f"most {most} axes"
-        )
-    if rerank:
-        _check_tokens([found[side] for side in sides.values()], tokens)
-    tries = worth_trying(found[sides["query"]], poses(rotations))
-    of_data, dataset = run_and_dataset(found["data"])
-    exports = of_data.with_name(checked_name("run", run)) if run else of_data
-    weight, configuration = found["data"].folder.parts[-2:]
-    folder = exports / "03_index" / dataset / weight / configuration / f"{direction}{kind}{tagged(tag)}"
+    _check_ranking(ranking, *(found[side] for side in sides.values()))
+    tries = worth_trying(found[sides["query"]], poses(ranking.rotations))
+    data = found["data"]
+    about = {**data.about, "question": f"{direction}{kind}{tagged(tag)}"}
     parameters = {
         "direction": direction,
-        "index": index,
-        "index_options": dict(index_options),
-        "memory_gb": float(memory_gb),
-        "recall": float(recall),
-        "float16": float16,
         "k": k,
-        "whiten": whiten,
-        "rotations": len(tries),
-        "expand": expand,
-        "rerank": rerank,
-        "tokens": tokens if rerank else None,
-        "exclude_siblings": exclude_siblings,
-        "truth": truth,
-        "radius": float(radius) if truth == "radius" else None,
-        "heading": None if truth == "photograph" else float(heading),
-        "cluster": cluster,
-        "precision": precision,
+        "index": {name: value for name, value in asdict(index).items() if name != "device"},
+        "ranking": {**asdict(ranking), "rotations": len(tries), "tokens": ranking.tokens if ranking.rerank else None},
+        "truth": {
+            **{name: value for name, value in asdict(truth).items() if name != "labels"},
+            "radius": truth.radius if truth.kind == "radius" else None,
+            "heading": None if truth.kind == "photograph" else truth.heading,
+        },
     }
     upstream = {side: str(found[name].fingerprint) for side, name in sides.items()}
     links = {side: found[name].folder for side, name in sides.items()}
-    if labels:
-        links["labels"] = settings.from_workspace(labels)
+    if truth.labels:
+        links["labels"] = settings.from_workspace(truth.labels)
         read_labels(links["labels"])  # refuses a bad file before anything is written
         upstream["labels"] = images.file_digest(links["labels"])
-    # the index knows by itself what of it still holds
-    return start_step(folder, "03_index", parameters, upstream, links, on_change, keep=("index",))
+    home = data.run.with_name(checked_name("run", run)) if run else data.run
+    return start_step(home, "03_index", about, parameters, upstream, links, on_change)
+
+
+def _check_ranking(ranking: RankingOptions, query: Step, gallery: Step) -> None:
+    """Refuse what the two sides cannot do."""
+    most = min(gallery.metrics["global_dimension"], gallery.metrics["photographs"] - 1)
+    if ranking.whiten > most:
+        raise ImatchError(
+            f"whiten {ranking.whiten}: {gallery.metrics['photographs']} vectors of "
+            f"{gallery.metrics['global_dimension']} numbers give at most {most} axes"
+        )
+    if ranking.rerank:
+        _check_tokens([query, gallery], ranking.tokens)
 
 
 def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
@@ -196,7 +139,8 @@ def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
 
 
 def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, device: str = "auto") -> Searcher:
-    """Build the index of the gallery's global vectors, unless it is there, and open it.
+    """Build the index of the gallery's global vectors, unless it is there, and open it. It lies beside the gallery, in
+    index/<what was asked for>, for any number of steps that search it.
 
     Prints which kind it is, and why.
 
@@ -211,13 +155,15 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
         StepError: a finished step's index is not whole, or older than the gallery.
         PartDoneError: see `compute.do`.
     """
-    folder, asked, digest = step.folder / "index", step.parameters, gallery.digest
+    asked, digest = step.parameters["index"], gallery.digest
+    given = files.digest([asked["options"], asked["memory_gb"]])[:8] if asked["options"] or asked["memory_gb"] else ""
+    folder = gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given]))
     searcher.build(
         folder,
         gallery.vectors,
         digest,
-        kind=asked["index"],
-        options=asked["index_options"],
+        kind=asked["kind"],
+        options=asked["options"],
         memory=round(asked["memory_gb"] * 2**30),
         engine=LOCAL if step.finished else engine,
     )
@@ -226,7 +172,7 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
     return index
 
 
-def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
+def tune_index(step: Step, index: Searcher, query: Embeddings) -> IndexFigures:
     """Measure the index against exact search on a sample of the queries, and let it search with the smallest effort
     that reaches the wanted recall (a warning, if none does).
 
@@ -236,15 +182,17 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
         wanted_recall, recall, search_ms and exact_ms a query; curve: effort, recall and ms of each point tried.
     """
     if step.finished:
-        return dict(step.metrics["index"])
+        measured = dict(step.metrics["index"])
+        index.effort = (measured["effort"] or {}).get("value")  # other queries may have tuned it since
+        return measured
     k = min(step.parameters["k"], len(index.vectors))
     sample = files.take(query.vectors, searcher.sample(len(query)))
     points = index.curve(sample, k)
-    chosen, wanted = index.tune(points, step.parameters["recall"]), step.parameters["recall"]
+    chosen, wanted = index.tune(points, step.parameters["index"]["recall"]), step.parameters["index"]["recall"]
     if chosen is not None and chosen.recall < wanted:
         warnings.warn(
             f"recall@{k} is {chosen.recall:.3f} at most, below the {wanted:g} that was asked for: use another index, "
-            "or a larger `refine` in index_options",
+            "or a larger `refine` in index.options",
             ImatchWarning,
             stacklevel=2,
         )
@@ -255,7 +203,7 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
     n, d = index.vectors.shape
     return {
         "kind": index.plan["kind"],
-        "asked": step.parameters["index"],
+        "asked": step.parameters["index"]["kind"],
         "options": index.plan["options"],
         "reason": index.plan["reason"],
         "vectors": n,
@@ -276,7 +224,7 @@ def tune_index(step: Step, index: Searcher, query: Embeddings) -> Row:
     }
 
 
-def _ms(work: Callable[[], Any], queries: int) -> float:
+def _ms(work: Callable[[], Hits], queries: int) -> float:
     started = time.perf_counter()
     work()
     return round(1000 * (time.perf_counter() - started) / queries, 4)
@@ -314,8 +262,8 @@ def check_index(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tup
 
 
 def judge_index(
-    step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, index: Mapping[str, Any]
-) -> tuple[list[Row], Threshold]:
+    step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, index: IndexFigures
+) -> tuple[list[QueryRow], Threshold]:
     """Say of every query what it found, and from which score on a hit is to be believed.
 
     The threshold is calibrated on the queries themselves, each asked twice: as it is, and with its right answers left
@@ -337,10 +285,9 @@ def judge_index(
         one), accepted (whether the first hit is believed), metres (of the first hit) and least_metres (of all k).
         And the threshold.
     """
-    views, lost = views_by_id(step.linked("query")), missed(query)
-    about = [{**row, **views.get(row["id"], {})} for row in [*query.rows, *lost]]
-    of = clusters(step, about)
-    found: list[Row] = []
+    about = [{**row, **query.views.get(row["id"], {})} for row in [*query.rows, *query.missed]]
+    of = _clusters(query, step.parameters["truth"]["cluster"], about)
+    found: list[QueryRow] = []
     for q, row in enumerate(about):
         metres = np.full(1, np.nan) if ranking.metres is None else ranking.metres[q]
         found.append(
@@ -359,11 +306,11 @@ def judge_index(
                 "least_metres": _finite(np.min(metres, where=~np.isnan(metres), initial=np.inf)),
             }
         )
-    threshold = calibration.calibrate(*asked_twice(found), precision=step.parameters["precision"])
+    threshold = calibration.calibrate(*asked_twice(found), precision=step.parameters["truth"]["precision"])
     believed = ranking.scores >= (math.inf if threshold.value is None else threshold.value)
     rows = [{**row, "accepted": bool(first)} for row, first in zip(found, believed[:, 0], strict=True)]
     if not step.finished:
-        _write_hits(step, [row["query"] for row in rows], gallery, ranking, believed, index)
+        _write_hits(step, [row["query"] for row in rows], query, gallery, ranking, believed, index)
         files.write_rows(step.folder / "queries.jsonl", rows)
     return rows, threshold
 
@@ -380,19 +327,18 @@ def _finite(value: float) -> float | None:
 def _write_hits(
     step: Step,
     queries: Sequence[str],
+    query: Embeddings,
     gallery: Embeddings,
     ranking: Ranking,
     believed: np.ndarray,
-    index: Mapping[str, Any],
+    index: IndexFigures,
 ) -> None:
-    asked = open_step(step.linked("query"))
     about = {
-        "weight": asked.parameters["weight"],
-        "variant": asked.parameters["variant"],
+        **{name: query.parameters[name] for name in ("weight", "variant")},
         "direction": step.parameters["direction"],
         "k": step.parameters["k"],
     }
-    work = asked.work.get("seconds", 0.0) / max(1, asked.work.get("photographs", 0))
+    work = query.work.get("seconds", 0.0) / max(1, query.work.get("photographs", 0))
     timing = {"embed": round(1000 * work, 4), "search": index["search_ms"]}
     timing["total"] = round(sum(timing.values()), 4)
     records = []
@@ -432,16 +378,16 @@ def index_metrics(
     query: Embeddings,
     gallery: Embeddings,
     ranking: Ranking,
-    rows: Sequence[Row],
+    rows: Sequence[QueryRow],
     threshold: Threshold,
-    index: Mapping[str, Any],
+    index: IndexFigures,
     checked: tuple[int, int],
-) -> dict[str, Any]:
+) -> SearchFigures:
     """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`check_index`), retrieval
     (`metrics.retrieval_metrics`), chance, threshold, stages (`index_stages`), and metres where positions are known.
     Counted apart: queries that have no answer in the gallery, and photographs that could not be embedded and so never
     became queries."""
-    unit = f"{step.parameters['cluster']}s"
+    unit = f"{step.parameters['truth']['cluster']}s"
     return {
         **retrieval_metrics(rows, step.parameters["k"], unit),
         "gallery": len(gallery),
@@ -449,7 +395,7 @@ def index_metrics(
         "index": dict(index),
         "twins": checked[0],
         "not_found": checked[1],
-        "queries_skipped": len(files.read_rows(query.folder / "skipped.jsonl")) - len(missed(query)),
+        "queries_skipped": len(query.skipped) - len(query.missed),
         "chance": chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),
         "stages": index_stages(step),
@@ -489,24 +435,18 @@ def search(
     """
     if step.finished:
         return read_ranking(step)
-    asked, lost = step.parameters, missed(query)
-    k, about = asked["k"], [*query.rows, *lost]
+    asked, judged, lost = step.parameters["ranking"], step.parameters["truth"], query.missed
+    k, about = step.parameters["k"], [*query.rows, *lost]
     shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
-    own = left_out(step, query, gallery, shows)
-    here, there = places_of(step, about, gallery.rows)
-    truth = truth_of(step, shows, gallery.shows, here, there, own)
+    own = left_out(query, gallery, shows, judged["kind"], judged["exclude_siblings"])
+    here, there = places_of(query, gallery, step.linked("labels") if "labels" in step.links else None)
+    truth = truth_of(step.parameters, shows, gallery.shows, here, there, own)
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
-    depth = max(k, int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
-    depth = max(k, min(depth, len(gallery)))
-    turn = partial(
-        embed_poses,
-        engine=engine,
-        devices=devices,
-        workers=workers,
-        batch_size=batch_size,
-        on_change=step.on_change,
-    )
-    ways = Ways(step, index, query, gallery, depth, own, min(len(gallery), depth + int(kin.max())), turn)
+    depth = max(k, min(max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"]), len(gallery)))
+    how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers, "batch_size": batch_size}
+    turn = partial(embed_poses, **how, on_change=step.on_change)
+    deep = min(len(gallery), depth + int(kin.max()))
+    ways = Ways(step.folder, step.parameters, index, query, gallery, depth, own, deep, turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
     block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
     parts, without = [], []
@@ -529,23 +469,38 @@ def search(
     }
     with files.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **{name: values for name, values in ranking.items() if values is not None})
-    names = [row["id"] for row in about]
-    files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, clusters(step, about), asked))
+    names, of = [row["id"] for row in about], _clusters(query, judged["cluster"], about)
+    files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, of, step.parameters))
     return Ranking(**ranking)
 
 
-def index_stages(step: Step) -> list[Row]:
+def _clusters(query: Embeddings, cluster: str, about: Sequence[PhotoRow]) -> list[str]:
+    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
+    if cluster == "photograph":
+        return [row.get("source_sha256", row["sha256"]) for row in about]
+    sources = query.sources.decodable
+    found = (sources.get(row.get("source", row["id"])) for row in about)
+    captures = [source.get("capture") if source else None for source in found]
+    if None in captures:
+        raise ImatchError(
+            f"cluster is capture, but {about[captures.index(None)]['id']} belongs to none: name the captures in "
+            "data_key.json and run 01_embed anew, or set cluster to photograph"
+        )
+    return [str(capture) for capture in captures]
+
+
+def index_stages(step: Step) -> list[StageRow]:
     """What each option of the search added: rows as `tables.stage_table` takes them, the plain search first."""
     return list(files.read_json(step.folder / "stages.json"))
 
 
 def _added(
-    stages: Sequence[Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], asked: Row
-) -> list[Row]:
+    stages: Sequence[Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], asked: Parameters
+) -> list[StageRow]:
     """Rows of stages.json. Only queries that have an answer count; those that were not embedded are missed."""
     counted = np.flatnonzero(answers)
-    within, unit = [of[q] for q in counted], f"{asked['cluster']}s"
-    rows: list[Row] = []
+    within, unit = [of[q] for q in counted], f"{asked['truth']['cluster']}s"
+    rows: list[StageRow] = []
     before: dict[str, float] = {}
     for stage in stages:
         right = np.zeros((len(answers), asked["k"]), bool)
@@ -569,7 +524,7 @@ def _added(
 
 
 def audit_index(
-    step: Step, query: Embeddings, gallery: Embeddings, metrics: Mapping[str, Any], *, spot_check: int = 2
+    step: Step, query: Embeddings, gallery: Embeddings, metrics: SearchFigures, *, spot_check: int = 2
 ) -> list[str]:
     """Look for silent faults of a 03_index step.
 
@@ -595,7 +550,8 @@ def audit_index(
         for name, embeddings in sides.items()
         if any("vector" not in row for row in embeddings.rows)
     ]
-    said += [*_embedded_again(sides, spot_check), *copies_of(query, gallery), *alike(step), *guessing(metrics)]
+    said += [*_embedded_again(sides, spot_check), *copies_of(query, gallery)]
+    said += [*alike(query, gallery, step.parameters["truth"]["kind"]), *guessing(metrics)]
     said += promise_broken(metrics["threshold"])
     for alarm in said:
         warnings.warn(alarm, ImatchWarning, stacklevel=2)
@@ -606,27 +562,26 @@ def _embedded_again(sides: Mapping[str, Embeddings], n: int) -> list[str]:
     """Embed n photographs of each side again: their vectors must be those of the store."""
     if n < 1:
         return []
-    steps = {name: open_step(embeddings.folder) for name, embeddings in sides.items()}
-    imported = [name for name, side in steps.items() if side.parameters.get("imported")]
+    imported = [name for name, side in sides.items() if side.parameters.get("imported")]
     said = [f"the {name} were imported without their photographs, so none was embedded again" for name in imported]
     there = {name: embeddings for name, embeddings in sides.items() if name not in imported}
     if not there:
         return said
-    first = steps[next(iter(there))].parameters  # both sides are made alike, or 03_index would not have started
+    first = next(iter(there.values())).parameters  # both sides are made alike, or 03_index would not have started
     try:
         backbone = base.create_backbone(first["weight"], first["backbone"])
     except ImatchError as error:
         return [*said, f"nothing could be embedded again to compare: {error}"]
-    for name, embeddings in there.items():
+    for embeddings in there.values():
         for row in np.unique(np.linspace(0, len(embeddings) - 1, n).round().astype(int)):
-            said += _compared(embeddings, int(row), steps[name].linked("photographs"), backbone, first)
+            said += _compared(embeddings, int(row), backbone, first)
     return said
 
 
-def _compared(embeddings: Embeddings, row: int, root: Path, backbone: Backbone, made_by: Row) -> list[str]:
+def _compared(embeddings: Embeddings, row: int, backbone: Backbone, made_by: Parameters) -> list[str]:
     id = embeddings.ids[row]
     try:
-        photograph = embed_one(root / id, backbone, made_by)
+        photograph = embed_one(embeddings.root / id, backbone, made_by)
         if photograph.sha256 != embeddings.rows[row]["sha256"]:
             return [f"{id} has changed since it was embedded: run its notebook again"]
         again = photograph.tokens.vector
@@ -656,6 +611,5 @@ def kind_of_reference(reference: Step, data: Step) -> str:
             + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
         )
     if reference.name == "02_references":
-        return f"_{reference.folder.parent.parent.name}"
-    _, dataset = run_and_dataset(reference)
-    return f"_{dataset}-{reference.folder.name}"
+        return f"_{reference.about['kind']}"
+    return f"_{reference.about['dataset']}-{reference.about['configuration']}"

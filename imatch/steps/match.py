@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import poselib
@@ -19,22 +19,28 @@ import psutil
 
 from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import LOCAL, Engine, PartDoneError
-from imatch.core.files import Row
-from imatch.core.step import Step, core_each, flat_name, open_step, pair_path, sides, start_step, tagged
+from imatch.core.files import flat_name
+from imatch.core.rows import MatchFigures, Measured, PairRow, ReferenceRow
+from imatch.core.step import Step, open_step, sides, start_step, tagged
 from imatch.core.types import ImatchError, Pair, StepError, Tokens
 from imatch.data import store
-from imatch.data.pairs import Look, Looked, looks_of, settings_of
-from imatch.data.references import views_by_id
+from imatch.data.pairs import Look, Looked, Matched, pair_path
 from imatch.data.rotations import poses
+from imatch.data.store import open_embeddings, open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Aligner, Alignment, aligned, aligner
-from imatch.matching.matchers import options_of
+from imatch.matching.align import Aligner, Alignment, GeometryOptions, MatchingOptions, aligned, aligner
+from imatch.matching.matchers import Sizes, options_of
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
 from imatch.steps.embed import embed_by, embed_poses, step_by, worth_trying
+
+if TYPE_CHECKING:
+    from ipywidgets import HTML
+
+    from imatch.viz.explorer import Explorer
 
 BLOCK = 64
 """Candidates of a query that one worker matches at a time: what a kill loses at most."""
@@ -45,97 +51,63 @@ ROW = 4096
 
 
 def start_match(
-    index_step: str,
+    index_step: str = "",
     *,
-    candidates: int,
+    candidates: int = 3,
     pairs: str = "",
-    one: str = "",
     embed_step: str = "",
     gallery_step: str = "",
-    match_weight: str = "",
-    matcher: str,
-    matcher_options: Mapping[str, Any],
-    rotations: int = 0,
-    zooms: Sequence[float] = (1.0,),
-    refine: str = "patch",
-    model: str,
-    method: str = "auto",
-    threshold: float,
-    confidence: float,
-    iterations: int,
-    min_inliers: int,
-    min_share: float,
-    outputs: Sequence[str],
-    tag: str,
-    on_change: str,
+    matching: MatchingOptions = MatchingOptions(),
+    geometry: GeometryOptions = GeometryOptions(),
+    outputs: Sequence[str] = ("json", "npy", "png"),
+    tag: str = "",
+    on_change: str = "refuse",
 ) -> Step:
     """Start 04_match: each query of a 03_index against its best candidates, 1:1, or the pairs of a list.
 
     Args:
         index_step, candidates: folder of a finished 03_index, and how many of each query's hits are matched; of no
             meaning to a list.
-        pairs: "" is what 03_index found. A list: "all" (each pair once), "ordered" (a with b and b with a), "one" (one
-            photograph against all others), or the path of a CSV with columns query and candidate
+        pairs: "" is what 03_index found. A list: "all" (each pair once), "ordered" (a with b and b with a), "one:ID"
+            (one photograph against all others), or the path of a CSV with columns query and candidate
             (`candidates.read_pairs`).
-        one: id of that one photograph.
         embed_step: of a list, folder of the finished 01_embed that its queries come from.
         gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references
             made from `embed_step`, that its candidates come from; "" is `embed_step` itself. Two different sides
             have no pair twice, so "all" and "ordered" are every query against every candidate.
-        match_weight: the backbone whose descriptors are matched, embedded here if no 01_embed of the run has done so;
-            "" is the one that retrieved. "auto" is that one, and xfeat for what it does not verify, if it is installed.
-        matcher: a name of `matchers.MATCHERS`; "auto" is `features.base.matcher_for` the backbone. Where there are two,
-            it is that of the first, as `rotations` and `zooms`; the second has four rotations.
-        matcher_options: fields of that matcher.
-        rotations, zooms: poses of each query that are tried (`poses.poses`); the one with the most inliers is kept.
-            rotations 0 is 4 for a backbone that does not rotate with its photographs, else 1.
-        refine: one of `align.REFINEMENTS`: "off" leaves correspondences at the centres of patches, "patch" puts them
-            between, "pixel" then follows them in the photographs.
-        model, method, threshold, confidence, iterations, min_inliers, min_share: of `two_view.Estimator`. A threshold
-            of 0 means 3 pixels between keypoints and after refinement "pixel", and half a patch on a grid. A share of 0
-            means 0.01 of what the ratio test leaves, else 0.1, or 0.3 on a grid, where neighbours see the same pixels
-            and their agreement counts less: there 0 inliers mean 20 (`align.COARSE`).
+        matching, geometry: how descriptors find each other, and what they must agree on.
         outputs: names of `match.OUTPUTS`.
         tag, on_change: as in `start_embed`.
 
     Raises:
         StepError: a side kept no local descriptors, or no positions of them.
-        ImatchError: an unknown name or photograph, or a number out of its range; see also `step.start_step`.
+        ImatchError: an unknown name or photograph; see also `step.start_step`.
     """
-    planned = sources.plan_pairs(index_step, candidates, pairs, one, embed_step, gallery_step)
+    planned = sources.plan_pairs(index_step, candidates, pairs, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
     own = planned.query.parameters["weight"]
-    weights, lacking = _weights(match_weight, planned)
-    matcher = matcher_for(weights[0], matcher)
-    matchers.create_matcher(matcher, matcher_options)
+    weights, lacking = _weights(matching.weight, planned)
+    matcher = matcher_for(weights[0], matching.matcher)
+    matchers.create_matcher(matcher, matching.options)
     if lacking:
         print(lacking)
     for output in outputs:
         create_output(output)
-    chosen = {
-        "model": model,
-        "method": method,
-        "threshold": threshold,
-        "confidence": confidence,
-        "iterations": iterations,
-        "min_inliers": min_inliers,
-        "min_share": min_share,
-    }
     parameters = {
         **planned.parameters,
         "estimators": f"PoseLib {poselib.__version__}",  # pairs of an older geometry are not mixed with these
-        "refine": refine,
-        "geometry": chosen,
+        "refine": matching.refine,
+        "geometry": dataclasses.asdict(geometry),
         "outputs": sorted(outputs),
     }
-    chosen_options = {name: value for name, value in matcher_options.items() if name != "device"}
+    chosen_options = {name: value for name, value in matching.options.items() if name != "device"}
     fixed = weights[0] not in INVARIANT and not planned.query.parameters.get("imported")
-    tries = poses(rotations or (4 if fixed else 1), zooms)
+    tries = poses(matching.rotations or (4 if fixed else 1), matching.zooms)
     looks = [Look(weights[0], matcher, chosen_options, worth_trying(planned.query, tries, weights[0]))]
     looks += [Look(weight, matcher_for(weight), {}, poses(4)) for weight in weights[1:]]
     parameters["looks"] = [look.record for look in looks]
-    aligner({**parameters, "matcher": matcher, "matcher_options": matcher_options}, None)  # refuses bad values now
+    aligner({**parameters, "matcher": matcher, "matcher_options": matching.options}, None)  # refuses bad values now
     links, upstream = dict(planned.links), dict(planned.upstream)
     for weight in {*weights} - {own}:
         data_key = planned.query.linked("data_key") if "data_key" in planned.query.links else settings.DATA_KEY
@@ -144,27 +116,27 @@ def start_match(
             links[f"{name}_{weight}"] = there = step_by(side, weight)
             if there.parent != side.folder.parent:
                 upstream[f"{name}_{weight}"] = str(open_step(there).fingerprint)
-    by = f"_{match_weight}" if match_weight not in ("", own) else ""
-    folder = planned.folder.with_name(f"{planned.folder.name}{by}{tagged(tag)}")
-    return start_step(folder, "04_match", parameters, upstream, links, on_change)
+    by = f"_{matching.weight}" if matching.weight not in ("", own) else ""
+    about = {**planned.about, "question": f"{planned.about['question']}{by}{tagged(tag)}"}
+    return start_step(planned.run, "04_match", about, parameters, upstream, links, on_change)
 
 
-def _weights(match_weight: str, planned: sources.Plan) -> tuple[list[str], str]:
+def _weights(weight: str, planned: sources.Plan) -> tuple[list[str], str]:
     """The backbones that pairs are matched by, and what "auto" lacks ("" if nothing)."""
     own = planned.query.parameters["weight"]
-    weights = {"": [own], "auto": [own, *({"xfeat"} - {own})]}.get(match_weight, [match_weight])
+    weights = {"": [own], "auto": [own, *({"xfeat"} - {own})]}.get(weight, [weight])
     imported = [side.folder for side in (planned.query, planned.gallery) if side.parameters.get("imported")]
     lacking = f"{imported[0]} was imported without its photographs" if imported else learned.lacking()
     if weights == [own] or not (lacking and (imported or "xfeat" in weights)):
         return weights, ""
-    if match_weight != "auto":
-        raise StepError(f"match_weight is {match_weight}, but {lacking}")
+    if weight != "auto":
+        raise StepError(f"matching.weight is {weight}, but {lacking}")
     return [own], f"{own} only; {lacking}"
 
 
 def match_pairs(
     step: Step, *, engine: Engine = LOCAL, devices: str = "auto", workers: int = -1, batch_size: int = 8
-) -> list[Row]:
+) -> list[PairRow]:
     """Match every query with its candidates, those that are missing.
 
     Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
@@ -187,28 +159,25 @@ def match_pairs(
         PartDoneError: see `compute.do`.
     """
     if not step.finished:
-        _check_memory(step)
-        how: dict[str, Any] = {
-            "engine": engine,
-            "devices": devices,
-            "workers": workers,
-            "batch_size": batch_size,
-            "on_change": step.on_change,
-        }
-        _embed_looks(step, how)
-        job = _Match(step)
+        source = sources.source(step)
+        _check_memory(source)
+        how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers}
+        how |= {"batch_size": batch_size, "on_change": step.on_change}
+        _embed_looks(step, source, how)
+        job = _Match(step, source)
         blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
-        for _ in compute.do(engine, compute.each(job, workers, "match"), blocks, "match", core_each(), job.is_done):
+        each, cores = compute.each(job, workers, "match"), ["cpu"] * settings.cores()
+        for _ in compute.do(engine, each, blocks, "match", cores, job.is_done):
             pass
         files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
         for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
             rows = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
-            sink.gather(step.folder / name, ((pair_path(step, row), row) for row in rows))
+            sink.gather(step.folder / name, ((pair_path(step.folder, row), row) for row in rows))
     return files.read_rows(step.folder / "pairs.jsonl")
 
 
-def match_metrics(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
+def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
     """The figures of 04_match (`metrics.match_metrics`); counted apart: photographs that could not be decoded."""
     source = sources.source(step)
     return {
@@ -219,20 +188,63 @@ def match_metrics(step: Step, pairs: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _embed_looks(step: Step, how: Mapping[str, Any]) -> None:
+def _embed_looks(step: Step, source: Source, how: Mapping[str, Any]) -> None:
     """What is missing of the tokens of each look, in each pose."""
     late: PartDoneError | None = None
-    for look in looks_of(step):
-        for name, side in zip(("query", "gallery"), sides(step), strict=True):
+    for look in _looks(step):
+        for name, side in (("query", source.query), ("gallery", source.gallery)):
             if f"{name}_{look.weight}" in step.links:
                 try:
                     embed_by(side, step.linked(f"{name}_{look.weight}"), look.weight, **how)
                 except PartDoneError as part:  # this part of the others can be done all the same
                     late = part
         if not late:
-            embed_poses(sides(step, look.weight)[0].folder, look.poses, **how)
+            embed_poses(open_embeddings(step, look.weight)[0], look.poses, **how)
     if late:
         raise late
+
+
+def _looks(step: Step) -> list[Look]:
+    """How a 04_match looks at its pairs: the next one where none before has verified a pair."""
+    return [Look.of(look) for look in step.parameters["looks"]]
+
+
+def _looked(step: Step, look: Look) -> Looked:
+    """The tokens of a look, embedded already."""
+    query, gallery = open_embeddings(step, look.weight)
+    settings = {**step.parameters, "matcher": look.matcher, "matcher_options": look.matcher_options}
+    return Looked(look, settings, open_poses(query, look.poses), gallery)
+
+
+def labels_path(step: Step) -> Path:
+    """Where the labels of a 04_match are, or will be: <exports>/<run>/labels/<dataset>.csv, of references with their
+    kind, such as <dataset>_isometric.csv."""
+    kinds = sorted({side.about["kind"] for side in sides(step) if "kind" in side.about})
+    return step.run / "labels" / f"{'_'.join([step.about['dataset'], *kinds])}.csv"
+
+
+def open_match(step: Step) -> Matched:
+    """Open a 04_match: its pairs, the tokens that they were matched by, and where people's labels of them lie."""
+    looked = {look.weight: _looked(step, look) for look in _looks(step)}
+    pages = Path(step.run, "pages", *step.about.values())
+    return Matched(step.folder, *open_embeddings(step), looked, labels_path(step), pages)
+
+
+def browse(step: Step | Mapping[str, Step]) -> Explorer | HTML:
+    """Explore the matches of a finished 04_match, or of several by name.
+
+    Returns:
+        The widget, for a notebook to show; of no step, a line that says so. It needs no model; with the weights of the
+        step's 01_embed it also matches two photographs that are uploaded.
+    """
+    from ipywidgets import HTML
+
+    from imatch.viz.explorer import Explorer
+
+    steps = {step.folder.name: step} if isinstance(step, Step) else step
+    if not steps:
+        return HTML("Nothing was matched 1:1, so there is nothing to explore: run 04_match.")
+    return Explorer(list(steps), lambda name: open_match(steps[name]))
 
 
 class _Block(NamedTuple):
@@ -249,7 +261,7 @@ def _blocks(source: Source) -> Iterator[_Block]:
         yield from (_Block(q, first, min(first + BLOCK, n)) for first in range(0, n, BLOCK))
 
 
-def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[Row]:
+def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[PairRow]:
     """The rows of all pairs, a query at a time, each with its place after re-ranking."""
     for _, of_query in itertools.groupby(blocks, lambda block: block.query):
         rows = [{**row, "reranked": None} for block in of_query for row in files.read_rows(job.done(block))]
@@ -259,9 +271,8 @@ def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[Row]:
     yield from job.source.unmatched
 
 
-def _check_memory(step: Step) -> None:
+def _check_memory(source: Source) -> None:
     """Refuse more pairs than rows fit into memory, before anything is computed."""
-    source = sources.source(step)
     pairs = sum(source.count(q) for q in range(len(source.query)))
     wanted, free = ROW * pairs / 2**30, psutil.virtual_memory().available / 2**30
     if wanted > free:
@@ -302,24 +313,13 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
 class _Match:
     """Matches a query with a block of its candidates; every worker process opens the stores for itself."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self._open()
+    def __init__(self, step: Step, source: Source | None = None) -> None:
+        self.step, self.source = step, source or sources.source(step)
+        self.looked = [_looked(step, look) for look in _looks(step)]
+        self.sinks = [create_output(name) for name in step.parameters["outputs"]]
 
-    def _open(self) -> None:
-        self.source = sources.source(self.step)
-        both = sides(self.step)
-        self.views = [views_by_id(side.folder) for side in both]
-        self.roots = [side.linked("photographs") for side in both]
-        self.looked = [Looked(self.step, look) for look in looks_of(self.step)]
-        self.sinks = [create_output(name) for name in self.step.parameters["outputs"]]
-
-    def __getstate__(self) -> Step:
-        return self.step
-
-    def __setstate__(self, step: Step) -> None:
-        self.step = step
-        self._open()
+    def __reduce__(self) -> tuple[type[_Match], tuple[Step]]:
+        return _Match, (self.step,)
 
     def done(self, block: _Block) -> Path:
         """The file that is there when a block is matched."""
@@ -332,11 +332,11 @@ class _Match:
     def candidates(self, block: _Block) -> list[Candidate]:
         return self.source.candidates(block.query)[block.first : block.end]
 
-    def __call__(self, block: _Block) -> Row:
+    def __call__(self, block: _Block) -> dict[str, int]:
         rows = []
         for candidate in self.candidates(block):
             pair = self.pair(block.query, candidate)
-            self.write(pair_path(self.step, pair.row), pair)
+            self.write(pair_path(self.step.folder, pair.row), pair)
             rows.append(pair.row)
         files.write_rows(self.done(block), rows)
         return {"pairs": len(rows)}
@@ -349,15 +349,16 @@ class _Match:
         query, gallery = self.source.query, self.source.gallery
         meta_a, meta_b = query.rows[q], gallery.rows[candidate.row]
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
-        paths = self.roots[0] / meta_a["id"], self.roots[1] / meta_b["id"]
+        paths = query.root / meta_a["id"], gallery.root / meta_b["id"]
         start = time.perf_counter()
         looked, align, found, a, b = self._best(meta_a["id"], meta_b["id"], sizes, paths)
         ms = 1000 * (time.perf_counter() - start)
-        if looked.most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
-            more = f"{looked.most} keypoints were kept, the most: try backbone_options max_keypoints {2 * looked.most}"
+        most = looked.posed.upright.parameters["backbone"].get("max_keypoints")
+        if most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
+            more = f"{most} keypoints were kept, the most: try backbone_options max_keypoints {2 * most}"
             reason = f"{found.geometry.reason}; {more}"
             found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
-        view_a, view_b = (views.get(meta["id"]) for views, meta in zip(self.views, (meta_a, meta_b), strict=True))
+        view_a, view_b = query.views.get(meta_a["id"]), gallery.views.get(meta_b["id"])
         same = query.shows[q] == gallery.shows[candidate.row]
         truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
         row = {
@@ -399,13 +400,13 @@ class _Match:
         )
 
     def _best(
-        self, query: str, candidate: str, sizes: Any, paths: tuple[Path, Path]
+        self, query: str, candidate: str, sizes: Sizes, paths: tuple[Path, Path]
     ) -> tuple[Looked, Aligner, Alignment, Tokens, Tokens]:
         """The first look that verifies a pair or, if none does, the first."""
         tried: list[tuple[Looked, Aligner, Alignment, Tokens, Tokens]] = []
         for looked in self.looked:
             seen, b = looked(query, candidate)
-            align = aligner(settings_of(self.step, looked.look), b, sizes[1])
+            align = aligner(looked.settings, b, sizes[1])
             found = aligned(align, seen, b, sizes, paths)
             tried.append((looked, align, found, dict(seen)[found.pose], b))
             if found.geometry.verified:
@@ -417,7 +418,7 @@ class _Match:
         return looked, align, found, a, b
 
 
-def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Row:
+def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Measured:
     """What was found, and how far it is from the true matrix where that is known: the geometric part of a row."""
     explained, wanted = found.geometry, None if truth is None else geometry.rotation_scale(truth, size)
     turned, scaled = (None, None)
@@ -448,7 +449,7 @@ def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -
     return row
 
 
-def _truth(a: Row | None, b: Row | None) -> np.ndarray:
+def _truth(a: ReferenceRow | None, b: ReferenceRow | None) -> np.ndarray:
     """(3, 3) A -> B of two views of one photograph; None stands for the photograph itself."""
     into_a = np.eye(3) if a is None else np.array(a["matrix"])
     into_b = np.eye(3) if b is None else np.array(b["matrix"])

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from imatch.core import compute, settings
+from imatch.core.rows import Parameters
 from imatch.core.step import Step
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import datasets, images, registry, store
@@ -105,7 +106,7 @@ def cost(hub_entry: str, size: tuple[int, int], precision: str = "fp32") -> Cost
     parameters = sum(parameter.numel() for parameter in model.parameters())
     widest = 0
 
-    def watch(_: Any, given: Any, made: Any) -> None:
+    def watch(_: torch.nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
         nonlocal widest
         together = sum(x.numel() for x in (*given, made) if isinstance(x, torch.Tensor))
         widest = max(widest, together)
@@ -203,7 +204,7 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
 
 
 def _model(
-    parameters: dict[str, Any], size: tuple[int, int], used: Sequence[str], batch_size: int
+    parameters: Parameters, size: tuple[int, int], used: Sequence[str], batch_size: int
 ) -> tuple[list[str], list[str], Cost, float]:
     """Lines about the model, what does not fit, what a photograph costs, and the seconds that it takes."""
     from imatch.features import openvino
@@ -233,12 +234,12 @@ def _model(
     if needed > free:
         fitting = int((free / processes - weights) // one.working)
         less = "engine_forward torch" if by_openvino else "precision bf16"
-        remedy = f"batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
+        remedy = f"compute.batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
         problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
     return lines, problems, one, seconds
 
 
-def _stored(parameters: dict[str, Any], tokens: int, dimension: int) -> int:
+def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
     """Bytes of one photograph on disk: what is kept of its local descriptors, its global vector, its row."""
     kept = store.kept_bytes(store.keep_of(parameters), tokens // stride_of(parameters["variant"]) ** 2, dimension)
     return kept + 4 * dimension * len(parameters["backbone"]["pooling"].split("+")) + LISTED

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imatch.core import compute, config, files
+from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine, PartDoneError
-from imatch.core.files import Row
-from imatch.core.step import Step, core_each, open_step, run_and_dataset, start_step, step_folder, tagged
+from imatch.core.rows import PhotoRow, ReferenceRow
+from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, references
-from imatch.data.references import decodable
+from imatch.data.store import Embeddings
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 
@@ -72,8 +72,7 @@ def start_references(
         raise ImatchError(f"file_type {file_type!r} is not known: use jpg, or png, which is lossless")
     if not 1 <= quality <= 100:
         raise ImatchError(f"quality {quality} must lie between 1 and 100")
-    exports, dataset = run_and_dataset(source)
-    folder = exports / "02_references" / dataset / f"{kind}{tagged(tag)}" / "views"
+    about = {"dataset": source.about["dataset"], "kind": f"{kind}{tagged(tag)}", "part": "views"}
     parameters = {
         "kind": kind,
         "angles": sorted({float(angle) for angle in angles}),
@@ -84,10 +83,10 @@ def start_references(
     }
     upstream = {"photographs": source.metrics["photographs_digest"]}
     links = {"photographs": source.linked("photographs"), "embed": source.folder}
-    return start_step(folder, "02_references", parameters, upstream, links, on_change)
+    return start_step(source.run, "02_references", about, parameters, upstream, links, on_change)
 
 
-def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) -> list[Row]:
+def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) -> list[ReferenceRow]:
     """Make the views that are missing and finish the step of views.
 
     Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg (or a PNG, .png), with a PNG mask
@@ -107,18 +106,18 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
         PartDoneError: see `compute.do`.
     """
     if not step.finished:
-        source = decodable(step.linked("embed"))
-        names = _reference_names([row["id"] for row in source], run_and_dataset(step)[1])
+        source = list(Embeddings(step.linked("embed")).decodable.values())
+        names = _reference_names([row["id"] for row in source], step.about["dataset"])
         make = partial(_make_views, step=step, root=step.linked("photographs"))
         jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
 
-        def done(job: tuple[Row, str, int]) -> bool:
+        def done(job: tuple[PhotoRow, str, int]) -> bool:
             return (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()
 
         problems, part = [], None
         try:
             for row in compute.do(
-                engine, compute.each(make, workers, "references"), jobs, "references", core_each(), done
+                engine, compute.each(make, workers, "references"), jobs, "references", ["cpu"] * settings.cores(), done
             ):
                 problems += [row["problem"]] if row["problem"] else []
         except PartDoneError as error:
@@ -135,7 +134,7 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
     return files.read_rows(step.folder / "references.jsonl")
 
 
-def _make_views(job: tuple[Row, str, int], step: Step, root: Path) -> Row:
+def _make_views(job: tuple[PhotoRow, str, int], step: Step, root: Path) -> dict[str, str | None]:
     """All views of one photograph; its rows are written last. Returns {"problem": what is wrong, or None}."""
     row, name, number = job
     try:
@@ -205,7 +204,7 @@ def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
 def start_reference_tokens(views: Step) -> Step:
     """Start the second half of 02_references: the tokens of the views, by the backbone of the 01_embed step."""
     source = open_step(views.linked("embed"))
-    folder = views.folder.parent / source.folder.parent.name / source.folder.name
+    about = {**{name: views.about[name] for name in ("dataset", "kind")}, **source.about}
     links = {"photographs": views.folder, "views": views.folder, "embed": source.folder}
     upstream = {"views": str(open_step(views.folder).fingerprint), "embed": str(source.fingerprint)}
-    return start_step(folder, "02_references", source.parameters, upstream, links, views.on_change)
+    return start_step(views.run, "02_references", about, source.parameters, upstream, links, views.on_change)

@@ -14,12 +14,13 @@ from typing import Any
 import jinja2
 
 from imatch.core import files, settings
-from imatch.core.files import Row
+from imatch.core.rows import Json, PairRow, QueryRow, ReportRow
 from imatch.core.step import Step, checked_name, open_step, start_step, step_folder
 from imatch.core.types import ImatchError, StepError
 from imatch.data import store
 from imatch.evaluation import intervals, verdicts
 from imatch.evaluation.calibration import Threshold
+from imatch.steps.match import labels_path
 
 COLUMNS = {
     "weight": "weight",
@@ -88,12 +89,12 @@ PICTURES = {
 """The pictures of the page in its order: what each shows, and which steps it is drawn from."""
 
 
-def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_change: str) -> Step:
-    """Start 05_report on finished runs.
+def start_report(steps: Sequence[str], *, run: str, tag: str = "", on_change: str = "recompute") -> Step:
+    """Start 05_report on finished runs, in EXPORT_ROOT.
 
     Args:
         steps: folders of finished 04_match (or 03_index) steps, or folders that hold some, such as exports/demo.
-        exports, run: the report goes to <exports>/<run>/05_report/.
+        run: the report goes to its folder.
         tag: the name of this report; "" is "all".
         on_change: as in `start_embed`.
 
@@ -109,7 +110,7 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
         if not inside:
             raise ImatchError(f"no finished 04_match or 03_index in {folder}: run them first, or correct the path")
         for step in inside:
-            name = "/".join(step.folder.parts[-6:])
+            name = files.relative(step.folder, step.run.parent)
             if found.setdefault(name, step).folder != step.folder:
                 raise ImatchError(f"{step.folder} and {found[name].folder} would have one name: give them another run")
     if not found:
@@ -117,21 +118,21 @@ def start_report(steps: Sequence[str], *, exports: str, run: str, tag: str, on_c
     links = {name: found[name].folder for name in sorted(found)}
     upstream = {name: str(found[name].fingerprint) for name in links}
     measured = {name: [_measured(step) for step in chain(found[name]).values()] for name in links}
-    folder = settings.exports_folder(exports) / run / "05_report" / (checked_name("tag", tag) or "all")
-    return start_step(folder, "05_report", {"measured": files.digest(measured)}, upstream, links, on_change)
+    home, about = settings.root("EXPORT_ROOT") / run, {"tag": checked_name("tag", tag) or "all"}
+    return start_step(home, "05_report", about, {"measured": files.digest(measured)}, upstream, links, on_change)
 
 
-def _measured(step: Step) -> list[Any]:
+def _measured(step: Step) -> list[Json]:
     """What a report shows of a step and its fingerprint does not hold: times, the device, alarms, labels."""
     return [step.work, step.device, step.metrics, _said(step)]
 
 
-def _said(step: Step) -> dict[str, Any] | None:
+def _said(step: Step) -> dict[str, float | None] | None:
     """What people's labels say of a 04_match."""
     if step.name != "04_match":
         return None
     pairs = files.read_rows(step.folder / "pairs.jsonl")
-    return verdicts.label_metrics(pairs, verdicts.read(verdicts.path(step)))
+    return verdicts.label_metrics(pairs, verdicts.read(labels_path(step)))
 
 
 def _finished(folder: Path) -> list[Step]:
@@ -183,7 +184,7 @@ def chain(step: Step) -> dict[str, Step]:
     return {**named, **({"04_match": step} if step.name == "04_match" else {})}
 
 
-def tabulate(step: Step) -> list[Row]:
+def tabulate(step: Step) -> list[ReportRow]:
     """One row a configuration: what it found, how exactly, and what it costs.
 
     Configurations answer the same question when they have the same photographs, references, direction and truth; in
@@ -198,7 +199,7 @@ def tabulate(step: Step) -> list[Row]:
     rows = [_row(name, chain(open_step(step.linked(name)))) for name in step.links]
     for row, label in zip(rows, _labels(rows), strict=True):
         row["label"] = label
-    asked: dict[tuple[str, str], list[Row]] = {}
+    asked: dict[tuple[str, str], list[ReportRow]] = {}
     for row in rows:
         asked.setdefault((row["question"], row["asks"]), []).append(row)
     questions = [question for question, _ in asked]
@@ -211,27 +212,27 @@ def tabulate(step: Step) -> list[Row]:
     return [row for question in sorted(asked) for row in asked[question]]
 
 
-def _row(name: str, steps: Mapping[str, Step]) -> Row:
+def _row(name: str, steps: Mapping[str, Step]) -> ReportRow:
     embed, index = steps["01_embed"], steps["03_index"]
     found, parameters, asked = index.metrics, embed.parameters, index.parameters
     matched = steps["04_match"].metrics if "04_match" in steps else {}
     said = (_said(steps["04_match"]) if "04_match" in steps else None) or {}
     vectors = embed.metrics["global_dimension"] * 4 / 2**20
     work, k = embed.work, asked["k"]
-    run, _, dataset, weight, _, last = name.split("/")
-    direction, _, kind = last.partition("_")
+    last = steps.get("04_match", index)
+    dataset, (direction, _, kind) = last.about["dataset"], last.about["question"].partition("_")
     about = {
-        "weight": weight,
+        "weight": last.about["weight"],
         "size": parameters["cfg"],
         "pooling": parameters["backbone"].get("pooling", "vlad"),
         "variant": store.variant_of(parameters),
     }
-    truth = asked["truth"] + (f" of {asked['radius']:g} m" if asked["radius"] else "")
+    truth = asked["truth"]["kind"] + (f" of {asked['truth']['radius']:g} m" if asked["truth"]["radius"] else "")
     return {
         "name": name,
         "question": f"{dataset}, {direction}{kind and f' ({kind})'}: right answers by {truth}",
         "asks": _asks(steps),
-        "parts": {**about, "kind": kind, "direction": direction, "dataset": dataset, "run": run},
+        "parts": {**about, "kind": kind, "direction": direction, "dataset": dataset, "run": last.run.name},
         **about,
         "recall": found[f"recall_at_{k}"],
         "k": k,
@@ -252,7 +253,7 @@ def _row(name: str, steps: Mapping[str, Step]) -> Row:
         "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked `imatch.audit_index`
         "said": found.get("alarms", []),
         "fingerprints": {of: str(steps[of].fingerprint) for of in sorted(steps)},
-        "unit": f"{asked['cluster']}s",
+        "unit": f"{asked['truth']['cluster']}s",
         "queried": {row["query"]: row for row in files.read_rows(index.folder / "queries.jsonl")},
     }
 
@@ -266,11 +267,11 @@ def _asks(steps: Mapping[str, Step]) -> str:
         photographs = open_step(step.linked("embed")) if "embed" in step.links else step
         views = open_step(step.linked("views")).fingerprint if "views" in step.links else None
         sides.append([photographs.metrics["photographs_digest"], views, step.name])
-    asked = {name: index.parameters[name] for name in ("truth", "radius", "heading", "exclude_siblings", "cluster")}
+    asked = {name: value for name, value in index.parameters["truth"].items() if name != "precision"}
     return files.digest([sides, asked, index.upstream.get("labels")])
 
 
-def _count(rows: Sequence[Row]) -> None:
+def _count(rows: Sequence[ReportRow]) -> None:
     """Fill in how often the first hit is right, over all queries that some configuration of the question can answer."""
     clusters = {id: one["cluster"] for row in rows for id, one in row["queried"].items() if one["answers"]}
     for row in rows:
@@ -280,7 +281,7 @@ def _count(rows: Sequence[Row]) -> None:
         row |= {"low": hit.low, "high": hit.high, "why": hit.why}
 
 
-def _compare(rows: Sequence[Row]) -> None:
+def _compare(rows: Sequence[ReportRow]) -> None:
     """Fill in place and distance to the best of the rows of one question, which are best first."""
     best = rows[0]
     for row in rows:
@@ -311,12 +312,12 @@ class Found:
 
     metrics: dict[str, dict[str, Any]]
     thresholds: dict[str, Threshold]
-    queries: dict[str, list[Row]]
-    pairs: dict[str, list[Row]]
+    queries: dict[str, list[QueryRow]]
+    pairs: dict[str, list[PairRow]]
     k: int
 
 
-def gather(step: Step, rows: Sequence[Row]) -> Found:
+def gather(step: Step, rows: Sequence[ReportRow]) -> Found:
     """What the figures of a report are drawn from.
 
     Args:
@@ -337,8 +338,8 @@ def gather(step: Step, rows: Sequence[Row]) -> Found:
     )
 
 
-def matched(step: Step, rows: Sequence[Row]) -> dict[str, Step]:
-    """The 04_match steps of a report by the short names of their configurations, for `explorer.browse`.
+def matched(step: Step, rows: Sequence[ReportRow]) -> dict[str, Step]:
+    """The 04_match steps of a report by the short names of their configurations, for `match.browse`.
 
     Args:
         step: a started 05_report.
@@ -348,7 +349,7 @@ def matched(step: Step, rows: Sequence[Row]) -> dict[str, Step]:
     return {name: one for name, one in read.items() if one.name == "04_match"}
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
+def _labels(rows: Sequence[ReportRow]) -> list[str]:
     """Names as short as they can be: of weight, size, pooling, variant, ... what is not the same in all rows."""
     parts = ("weight", "size", "pooling", "variant", "kind", "direction", "dataset", "run")
     differ = [part for part in parts if len({row["parts"][part] for row in rows}) > 1]
@@ -356,12 +357,12 @@ def _labels(rows: Sequence[Row]) -> list[str]:
     return labels if len({*labels}) == len(labels) else [row["name"] for row in rows]
 
 
-def public(rows: Sequence[Row]) -> list[Row]:
+def public(rows: Sequence[ReportRow]) -> list[ReportRow]:
     """The rows without what they were compared by."""
     return [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
 
 
-def write(step: Step, rows: Sequence[Row]) -> Path:
+def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     """Write table.csv, table.json and report.html, which holds all pictures in itself.
 
     Args:
@@ -389,15 +390,15 @@ def write(step: Step, rows: Sequence[Row]) -> Path:
     return page
 
 
-def _prints(row: Row, steps: Sequence[str]) -> str:
+def _prints(row: ReportRow, steps: Sequence[str]) -> str:
     return ", ".join(f"{of} {row['fingerprints'][of][:12]}" for of in steps if of in row["fingerprints"])
 
 
-def _fingerprints(rows: Sequence[Row]) -> list[str]:
+def _fingerprints(rows: Sequence[ReportRow]) -> list[str]:
     return sorted({f"{of} fingerprint" for row in rows for of in row["fingerprints"]})
 
 
-def html(rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
+def html(rows: Sequence[ReportRow], pictures: Mapping[str, str] | None = None) -> str:
     """The page, or with no pictures the tables alone, as a notebook shows them.
 
     Args:
@@ -413,7 +414,7 @@ def html(rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
     return template.render(columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
 
 
-def _cell(key: str, value: object) -> str:
+def _cell(key: str, value: str | float | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -421,7 +422,7 @@ def _cell(key: str, value: object) -> str:
     return str(value)
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def metrics(rows: Sequence[ReportRow]) -> dict[str, Json]:
     """The figures of 05_report: how many configurations, and the best of each question with its interval."""
     best = [row for row in rows if row["place"] == "best"]
     keys = ("question", "name", "hit_at_1", "low", "high", "apart", "apart_low", "apart_high")

@@ -7,16 +7,42 @@ import os
 import shlex
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imatch.core import compute, config, files, settings
-from imatch.core.files import Row
-from imatch.core.step import Step, run_and_dataset
+from imatch.core.rows import AnswerRow, Json
+from imatch.core.step import Step
 from imatch.core.types import ImatchError, ImatchWarning
 
 if TYPE_CHECKING:
     from imatch.retrieval.redis import Redis
+
+
+@dataclass(frozen=True)
+class SendOptions:
+    """Where to messages go.
+
+    Attributes:
+        to: "" is nowhere; "redis": a message a query to REDIS_URL.
+        ttl_hours: how long the messages live.
+
+    Raises:
+        ImatchError: see `sink_of`: now, not after hours.
+    """
+
+    to: str = ""
+    ttl_hours: float = 168.0
+
+    def __post_init__(self) -> None:
+        config.check(self, "send")
+        sink_of(self.to, self.ttl)
+
+    @property
+    def ttl(self) -> int:
+        """Seconds."""
+        return round(3600 * self.ttl_hours)
 
 
 def send(step: Step, *, to: str = "redis", ttl: int) -> str:
@@ -45,7 +71,7 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
         return "nothing is sent: set send to redis to do so"
     from imatch.retrieval.redis import PREFIX, RedisError
 
-    run, _ = run_and_dataset(step)
+    run = step.run
     results = files.read_json(step.folder / "results.json")
     _refuse_same_queries(run, step.folder, {row["query"] for row in results["queries"]})
     messages = [(row["query"], message(results, row)) for row in results["queries"]]
@@ -86,7 +112,7 @@ def sink_of(to: str, ttl: int) -> Redis | None:
     return Redis(settings.redis_url(), ttl)
 
 
-def message(results: Mapping[str, Any], row: Row) -> bytes:
+def message(results: Mapping[str, Json], row: AnswerRow) -> bytes:
     """What is sent of one query, on one line: JSON as retrieval/coarse_localisation.schema.json describes it.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
@@ -20,13 +20,22 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from imatch.core import files
+from imatch.core.rows import (
+    IndexFigures,
+    IntervalRecord,
+    PairRow,
+    QueryRow,
+    ReportRow,
+    RetrievalFigures,
+    StageRow,
+    ViewFigures,
+)
 from imatch.core.types import ImatchError
 from imatch.evaluation import calibration, intervals, tables
 from imatch.evaluation.calibration import Threshold
 from imatch.evaluation.metrics import PIXELS, asked_twice, hit_at_k, recall_at_k, right_hits
 from imatch.retrieval import truth
 
-Row = Mapping[str, Any]
 LOOK = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 8, "text.parse_math": False}
 """Of matplotlib, while a figure is made: sizes of letters, and that a dollar in a name begins no formula."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -42,7 +51,7 @@ EDGES = {"corner_error": (1e-2, 1e3), "rotation_error": (1e-3, 180.0), "scale_er
 
 
 @rc_context(LOOK)
-def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
+def hit_by_angle(metrics: Mapping[str, RetrievalFigures]) -> Figure:
     """How often a turned and cropped photograph is found first: a polar panel a crop, a heat map a configuration.
 
     Args:
@@ -112,7 +121,7 @@ def hit_by_angle(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _around(axis: Axes, name: str, views: Sequence[Row], look: _Look) -> None:
+def _around(axis: Axes, name: str, views: Sequence[ViewFigures], look: _Look) -> None:
     """One configuration at one crop; views by angle from 0 to 360."""
     if not views:
         return
@@ -133,11 +142,11 @@ def _around(axis: Axes, name: str, views: Sequence[Row], look: _Look) -> None:
     )
 
 
-def _turned(view: Row) -> float:
+def _turned(view: ViewFigures) -> float:
     return view["angle"] % 360
 
 
-def _interval_words(views: Sequence[Row]) -> str:
+def _interval_words(views: Sequence[ViewFigures]) -> str:
     counts = sorted({view["clusters"] for view in views if view["low"] is not None})
     why = sorted({view["why"] for view in views if view["low"] is None})
     over = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else ""
@@ -150,7 +159,7 @@ def _interval_words(views: Sequence[Row]) -> str:
 
 
 @rc_context(LOOK)
-def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold], k: int) -> Figure:
+def trust(rows: Mapping[str, Sequence[QueryRow]], thresholds: Mapping[str, Threshold], k: int) -> Figure:
     """What is found among the first K, how the scores of right and wrong first hits lie, and what "no match" costs.
 
     Args:
@@ -199,7 +208,7 @@ def trust(rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold]
     return figure
 
 
-def _depth(axis: Axes, rows: Mapping[str, Sequence[Row]], k: int, looks: Mapping[str, _Look]) -> None:
+def _depth(axis: Axes, rows: Mapping[str, Sequence[QueryRow]], k: int, looks: Mapping[str, _Look]) -> None:
     """Hit@K and Recall@K for K from 1 to k."""
     ks, equal = range(1, k + 1), True
     for name, of in rows.items():
@@ -231,7 +240,7 @@ def _depth(axis: Axes, rows: Mapping[str, Sequence[Row]], k: int, looks: Mapping
         _inside(axis, "No query has an answer in the gallery.")
 
 
-def _scores(axis: Axes, name: str, rows: Sequence[Row], threshold: Threshold | None, look: _Look) -> None:
+def _scores(axis: Axes, name: str, rows: Sequence[QueryRow], threshold: Threshold | None, look: _Look) -> None:
     scores, right, has_answer, _ = asked_twice(rows)
     there = np.isfinite(scores)
     bins = np.histogram_bin_edges(scores[there], 40)
@@ -251,7 +260,7 @@ def _scores(axis: Axes, name: str, rows: Sequence[Row], threshold: Threshold | N
 
 
 def _believed(
-    axis: Axes, rows: Mapping[str, Sequence[Row]], thresholds: Mapping[str, Threshold], looks: Mapping[str, _Look]
+    axis: Axes, rows: Mapping[str, Sequence[QueryRow]], thresholds: Mapping[str, Threshold], looks: Mapping[str, _Look]
 ) -> None:
     """Precision against coverage; reasons stand below the panel."""
     reasons = []
@@ -279,7 +288,7 @@ def _believed(
 
 
 @rc_context(LOOK)
-def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
+def errors(pairs: Mapping[str, Sequence[PairRow]]) -> Figure:
     """How exact the found geometry is where the true one is known, over all such pairs and by the reference's angle.
 
     Args:
@@ -319,8 +328,7 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
     units = ("pixels", "degrees", "1 % is one hundredth too large or too small")
     for axis, title, unit in zip(above, titles, units, strict=True):
         axis.set_title(title, pad=16)
-        axis.set(xlabel=unit, ylim=(-0.02, 1.03))
-    above[0].set_ylabel("share of pairs below")
+        axis.set(xlabel=unit, ylabel="share of pairs below" if axis is above[0] else "", ylim=(-0.02, 1.03))
     _thresholds(above[0], PIXELS, "px")
     turned = [0.0, 330.0, *(number(row["angle"], 0) for row in every)]
     titles = ("median rotation error by angle", "median scale error by angle", "failures by angle")
@@ -353,11 +361,11 @@ def errors(pairs: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def _errors(
-    rows: Sequence[Row],
+    rows: Sequence[PairRow],
     above: Sequence[Axes],
     below: Sequence[Axes],
     edges: Mapping[str, tuple[float, float]],
-    line: dict[str, Any],
+    line: dict[str, str | float],
     size: float,
 ) -> None:
     """One configuration at one crop in all six panels."""
@@ -382,13 +390,13 @@ def _crop(crop: float | None) -> str:
     return "no crop" if crop is None else f"crop {crop:g}"
 
 
-def _failed(rows: Sequence[Row]) -> str:
+def _failed(rows: Sequence[PairRow]) -> str:
     failed = sum(row["rotation_error"] is None for row in rows)
     return f"{len(rows)} pairs, {failed / len(rows):.1%} not verified" if rows else "no such pair"
 
 
 @rc_context(LOOK)
-def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
+def metres(rows: Mapping[str, Sequence[QueryRow]]) -> Figure:
     """How far from where a query was taken its first hit was, and the nearest of all its hits.
 
     Args:
@@ -433,7 +441,7 @@ def metres(rows: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 @rc_context(LOOK)
-def pareto(table: Sequence[Row], x: str, y: str) -> Figure:
+def pareto(table: Sequence[ReportRow], x: str, y: str) -> Figure:
     """What a configuration costs and what it gives, a panel a question; those that no other beats in both are joined.
 
     Args:
@@ -461,7 +469,7 @@ def pareto(table: Sequence[Row], x: str, y: str) -> Figure:
     )
     if absent := [_named(row) for row in table if row[x] is None or row[y] is None]:
         caption += textwrap.shorten(f" Not measured: {', '.join(absent)}", 300, placeholder=" ...")
-    questions: dict[str, list[Row]] = {}
+    questions: dict[str, list[ReportRow]] = {}
     for row in shown:
         questions.setdefault(row.get("question", ""), []).append(row)
     columns = min(2, len(questions))
@@ -478,19 +486,19 @@ def pareto(table: Sequence[Row], x: str, y: str) -> Figure:
     return figure
 
 
-def _named(row: Row) -> str:
+def _named(row: ReportRow) -> str:
     return files.printable(row.get("label", row["name"]))
 
 
-def _beats(other: Row, row: Row, x: str, y: str) -> bool:
+def _beats(other: ReportRow, row: ReportRow, x: str, y: str) -> bool:
     return other[x] <= row[x] and other[y] >= row[y] and (other[x] < row[x] or other[y] > row[y])
 
 
-def _coincide(row: Row, other: Row, x: str, y: str) -> bool:
+def _coincide(row: ReportRow, other: ReportRow, x: str, y: str) -> bool:
     return math.isclose(row[x], other[x], rel_tol=0.02) and math.isclose(row[y], other[y], abs_tol=0.01)
 
 
-def _weigh(axis: Axes, rows: Sequence[Row], x: str, y: str) -> None:
+def _weigh(axis: Axes, rows: Sequence[ReportRow], x: str, y: str) -> None:
     """The points by number, best first, and beside the panel what the numbers mean."""
     ranked = sorted(rows, key=lambda row: (-row[y], row[x], _named(row)))
     best = [row for row in ranked if not any(_beats(other, row, x, y) for other in ranked)]
@@ -528,11 +536,11 @@ class _Look:
     width: float
     size: float
 
-    def line(self) -> dict[str, Any]:
+    def line(self) -> dict[str, str | float]:
         return {"color": self.colour, "linewidth": self.width}
 
 
-def _looks(names: Mapping[str, Any]) -> dict[str, _Look]:
+def _looks(names: Collection[str]) -> dict[str, _Look]:
     n = len(names)
     clear = n <= len(COLOURS)
     widths = np.linspace(1.3 + min(1.2 * (n - 1), 5.0), 1.3, n) if clear else np.full(n, 0.8)
@@ -572,7 +580,7 @@ def _inside(axis: Axes, sentence: str) -> None:
 
 
 def _legend(
-    figure: Figure, looks: Mapping[str, _Look], told: Mapping[str, str] | None = None, more: Sequence[Any] = ()
+    figure: Figure, looks: Mapping[str, _Look], told: Mapping[str, str] | None = None, more: Sequence[Artist] = ()
 ) -> None:
     """Below all panels: a line a configuration, then what else needs a word."""
     lines = [Line2D([], [], **look.line(), label=(told or {}).get(n, files.printable(n))) for n, look in looks.items()]
@@ -589,7 +597,7 @@ def _mark(marker: str, label: str) -> Line2D:
     return Line2D([], [], color="#bbbbbb", marker=marker, markeredgecolor="black", linestyle="none", label=label)
 
 
-def _cumulated(axis: Axes, values: Sequence[float], edges: tuple[float, float], **line: Any) -> None:
+def _cumulated(axis: Axes, values: Sequence[float], edges: tuple[float, float], **line: str | float) -> None:
     """The share of values up to each, drawn from edge to edge; infinite ones are never reached."""
     ranked = np.sort(np.asarray(values, float))
     ranked = ranked[np.isfinite(ranked)]
@@ -650,7 +658,7 @@ GREY = COLOURS[7]
 
 
 @rc_context(LOOK)
-def recall_curve(index: Row) -> Figure:
+def recall_curve(index: IndexFigures) -> Figure:
     """What an approximate index finds of that which exact search finds, against its effort and against time.
 
     Args:
@@ -712,7 +720,10 @@ def recall_curve(index: Row) -> Figure:
     return figure
 
 
-def _tried(axis: Axes, index: Row, points: Sequence[Row], chosen: Row, key: str) -> None:
+_Point = Mapping[str, float | None]
+
+
+def _tried(axis: Axes, index: IndexFigures, points: Sequence[_Point], chosen: _Point, key: str) -> None:
     """All points that were tried, against what `key` names, with the recall that was asked for."""
     recalls, wanted = [point["recall"] for point in points], index["wanted_recall"]
     colour, word = (COLOURS[2], "the first to reach it")
@@ -735,7 +746,7 @@ def _tried(axis: Axes, index: Row, points: Sequence[Row], chosen: Row, key: str)
 
 
 @rc_context(LOOK)
-def stages(stages: Sequence[Row]) -> Figure:
+def stages(stages: Sequence[StageRow]) -> Figure:
     """What each option of a search adds: Hit@1 by row, and beside it the change from the row above.
 
     Args:
@@ -788,7 +799,7 @@ def stages(stages: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bar(axis: Axes, line: int, record: Row, colour: str, told: str) -> None:
+def _bar(axis: Axes, line: int, record: IntervalRecord, colour: str, told: str) -> None:
     if record["low"] is not None:
         axis.hlines(line, record["low"], record["high"], color=colour, linewidth=2.5)
     axis.plot(record["value"], line, "o", color=colour, markersize=8, markeredgecolor="white", label=told)

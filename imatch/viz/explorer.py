@@ -7,12 +7,12 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import ipywidgets as widgets
@@ -24,12 +24,11 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
-from imatch.core.files import Row, printable, read_rows
-from imatch.core.step import Step, flat_name, run_and_dataset
+from imatch.core.files import flat_name, printable, read_rows
+from imatch.core.rows import PairRow
 from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
 from imatch.data import exif, images
-from imatch.data.pairs import Looked, Matched, settings_of
-from imatch.data.references import views_by_id
+from imatch.data.pairs import Looked, Matched
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.evaluation import verdicts
 from imatch.features import base
@@ -244,18 +243,6 @@ UNCLEAR = "unclear"
 """What a pair without a label is."""
 
 
-def browse(step: Step | Mapping[str, Step]) -> Explorer | widgets.HTML:
-    """Explore the matches of a finished 04_match, or of several by name.
-
-    Returns:
-        The widget, for a notebook to show; of no step, a line that says so. It needs no model; with the weights of the
-        step's 01_embed it also matches two photographs that are uploaded.
-    """
-    if not step:
-        return widgets.HTML("Nothing was matched 1:1, so there is nothing to explore: run 04_match.")
-    return Explorer({step.folder.name: step} if isinstance(step, Step) else step)
-
-
 @dataclass(frozen=True)
 class Opened:
     """A pair as the explorer shows it.
@@ -272,36 +259,36 @@ class Opened:
 
 
 class Saved:
-    """A finished 04_match and what it was made from, opened once; the tokens are memory-mapped.
+    """A finished 04_match, as it is chosen from.
 
     Attributes:
-        step: the 04_match.
+        matched: the 04_match and what it was made from.
         photographs: what the queries show (their id; of references that of their source) -> (crop, angle) -> query; a
             photograph itself has crop 1 and angle 0.
         candidates: query -> its rows of pairs.jsonl, by rank; none where nothing was found.
     """
 
-    def __init__(self, step: Step) -> None:
-        self.step, self._matched = step, Matched(step)
+    def __init__(self, matched: Matched) -> None:
+        self.matched = matched
         self._backbones: dict[str, Backbone] = {}
-        views = views_by_id(self._matched.query.folder)
+        views = matched.query.views
         self.photographs: dict[str, dict[tuple[float, float], str]] = {}
-        self.candidates: dict[str, list[Row]] = {}
-        for row in read_rows(step.folder / "pairs.jsonl"):
+        self.candidates: dict[str, list[PairRow]] = {}
+        for row in read_rows(matched.folder / "pairs.jsonl"):
             query = row["query"]
             shown = views[query]["source"] if query in views else query
             self.photographs.setdefault(shown, {})[row["crop"] or 1.0, row["angle"] or 0.0] = query
             self.candidates.setdefault(query, []).extend([row] if row["candidate"] is not None else [])
 
-    def open(self, row: Row) -> Opened:
+    def open(self, row: PairRow) -> Opened:
         """A pair of pairs.jsonl; it is matched again where the outputs had no "npy"."""
-        looked, (a, b) = self._matched.looked[row["weight"]], self._matched.tokens(row)
-        files, sizes = self._matched.files(row)
+        looked, (a, b) = self.matched.looked[row["weight"]], self.matched.tokens(row)
+        files, sizes = self.matched.files(row)
         try:
-            pair = self._matched.pair(row)
+            pair = self.matched.pair(row)
         except StepError:
             return self._match(row, files, sizes, [(Pose(row["turn"], row["zoom"]), a)], b, looked)
-        return Opened(pair, (a, b), aligner(settings_of(self.step, looked.look), b, sizes[1]).estimator)
+        return Opened(pair, (a, b), aligner(looked.settings, b, sizes[1]).estimator)
 
     def match(self, names: tuple[str, str], files: tuple[Path, Path]) -> Opened:
         """Embed two photographs as 01_embed did and match them as 04_match did.
@@ -314,7 +301,7 @@ class Saved:
             ImatchError: a photograph cannot be decoded, or the weights are not there or have changed.
         """
         tried: list[Opened] = []
-        for looked in self._matched.looked.values():
+        for looked in self.matched.looked.values():
             seen = [(pose, self._embed(names[0], files[0], pose, looked)) for pose in looked.look.poses]
             a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT, looked)
             row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
@@ -326,26 +313,26 @@ class Saved:
 
     def _match(
         self,
-        row: Row,
+        row: PairRow,
         files: tuple[Path, Path],
         sizes: tuple[tuple[int, int], tuple[int, int]],
         seen: Sequence[tuple[Pose, Tokens]],
         b: Tokens,
         looked: Looked,
     ) -> Opened:
-        align = aligner(settings_of(self.step, looked.look), b, sizes[1])
+        align = aligner(looked.settings, b, sizes[1])
         found = aligned(align, seen, b, sizes, files)
         pair = Pair(row, files, sizes, found.xy_a, found.xy_b, found.matches, found.geometry, weight=looked.look.weight)
         return Opened(pair, (dict(seen)[found.pose], b), align.estimator)
 
     def _embed(self, name: str, file: Path, pose: Pose, looked: Looked) -> Embedded:
         try:
-            return embed_one(file, self._backbone(looked), looked.parameters, pose)
+            return embed_one(file, self._backbone(looked), looked.gallery.parameters, pose)
         except PhotographError as error:
             raise PhotographError(f"{name}: {error}") from None
 
     def _backbone(self, looked: Looked) -> Backbone:
-        made_by, weight = looked.parameters, looked.look.weight
+        made_by, weight = looked.gallery.parameters, looked.look.weight
         if weight not in self._backbones:
             self._backbones[weight] = base.create_backbone(weight, made_by["backbone"])
         if self._backbones[weight].digest != made_by["weights_digest"]:
@@ -361,7 +348,8 @@ class Explorer(widgets.VBox):
     and, in a scene with depth, the epipolar line on which it lies there.
 
     Args:
-        steps: finished 04_match steps by name.
+        names: of finished 04_match steps.
+        matched: opens one of them.
 
     Attributes:
         weight, query, crop, angle, rank: what pair is shown.
@@ -374,15 +362,15 @@ class Explorer(widgets.VBox):
         said, patch, progress: what was found, what was clicked, and how many pairs have a label.
     """
 
-    def __init__(self, steps: Mapping[str, Step]) -> None:
-        self._steps = dict(steps)
+    def __init__(self, names: Sequence[str], matched: Callable[[str], Matched]) -> None:
+        self._matched = matched
         self._read: dict[str, Saved] = {}
         self._opened: Opened | None = None
         self._clicked: tuple[int, int] | None = None
         self._filling = False
 
         wide, style = {"width": "480px"}, {"description_width": "80px"}
-        self.weight = widgets.Dropdown(options=list(steps), description="weight", layout=wide, style=style)
+        self.weight = widgets.Dropdown(options=list(names), description="weight", layout=wide, style=style)
         self.query = widgets.Combobox(
             description="query", ensure_option=True, placeholder="type to search", layout=wide, style=style
         )
@@ -410,7 +398,7 @@ class Explorer(widgets.VBox):
         own = widgets.HBox([widgets.HTML("two photographs of your own:"), *self.uploads, self.match, self.back])
         super().__init__(
             [
-                widgets.HBox([self.weight], layout={"display": "" if len(steps) > 1 else "none"}),
+                widgets.HBox([self.weight], layout={"display": "" if len(names) > 1 else "none"}),
                 widgets.HBox([self.query, self.crop, self.angle]),
                 widgets.HBox([self.rank, self.label, self.progress]),
                 widgets.HBox([self.similarity, self.most, self.inliers]),
@@ -447,15 +435,15 @@ class Explorer(widgets.VBox):
         """The 04_match that is shown."""
         name = self.weight.value
         if name not in self._read:
-            self._read[name] = Saved(self._steps[name])
+            self._read[name] = Saved(self._matched(name))
         return self._read[name]
 
     @property
-    def row(self) -> Row | None:
+    def row(self) -> PairRow | None:
         """The row of pairs.jsonl that is chosen; None where nothing was found."""
         return None if self.rank.value is None else self._candidates()[self.rank.value]
 
-    def _candidates(self) -> list[Row]:
+    def _candidates(self) -> list[PairRow]:
         query = self._views().get((self.crop.value, self.angle.value))
         return [] if query is None else self.saved.candidates[query]
 
@@ -565,7 +553,7 @@ class Explorer(widgets.VBox):
     # --- labels, uploads, pages ------------------------------------------------------------------------------
 
     def _label(self) -> None:
-        row, file = self.row, verdicts.path(self.saved.step)
+        row, file = self.row, self.saved.matched.labels
         if row is None:
             return
         said = verdicts.read(file)  # anew, for another notebook may have written it
@@ -580,7 +568,7 @@ class Explorer(widgets.VBox):
         self._count(said)
 
     def _show_label(self) -> None:
-        row, said = self.row, verdicts.read(verdicts.path(self.saved.step))
+        row, said = self.row, verdicts.read(self.saved.matched.labels)
         with self._fill():
             known = None if row is None else said.get((row["query"], row["candidate"]))
             self.label.value, self.label.disabled = known or UNCLEAR, row is None
@@ -609,10 +597,9 @@ class Explorer(widgets.VBox):
 
         if self._opened is None:
             raise ImatchError("there is no pair to save: choose a query that found something")
-        pair, step = self._opened.pair, self.saved.step
-        run, _ = run_and_dataset(step)
+        pair = self._opened.pair
         names = [flat_name(pair.row[side]) for side in ("query", "candidate")]
-        path = run / "pages" / step.folder.relative_to(run / step.name) / names[0] / f"{names[1]}.html"
+        path = self.saved.matched.pages / names[0] / f"{names[1]}.html"
         pair_page(pair, *self._opened.tokens, path)
         self.progress.value = f"saved: {html.escape(printable(str(path)))}"
 
@@ -643,7 +630,7 @@ class Explorer(widgets.VBox):
 _thumbnail = lru_cache(maxsize=32)(lambda path, size: images.thumbnail(path, size, min(SIDE, max(size))))
 
 
-def _offer(control: widgets.Dropdown | widgets.SelectionSlider, options: Sequence[tuple[str, Any]]) -> None:
+def _offer(control: widgets.Dropdown | widgets.SelectionSlider, options: Sequence[tuple[str, str | float]]) -> None:
     """Offer other options; what was chosen stays, where it is among them."""
     wanted, values = control.value, [value for _, value in options]
     control.options = options
@@ -659,7 +646,7 @@ def _names(ids: Iterable[str]) -> dict[str, str]:
     return named
 
 
-def _candidate(row: Row) -> str:
+def _candidate(row: PairRow) -> str:
     place = "own photograph" if row["rank"] is None else f"{row['rank'] + 1}, re-ranked {row['reranked'] + 1}"
     return f"{place}: {printable(row['candidate'])} ({row['inliers']} inliers)"
 

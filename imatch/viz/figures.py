@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from IPython.display import Image as DisplayImage
@@ -15,12 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from imatch.core import files
-from imatch.core.files import Row
-from imatch.core.step import Step, open_step, pair_path
+from imatch.core.rows import MatchFigures, PairRow, ReferenceRow
 from imatch.core.types import ImatchError, Pair, Ranking, StepError, Tokens
 from imatch.data import images, references
-from imatch.data.pairs import Matched
-from imatch.data.references import views_by_id
+from imatch.data.pairs import Matched, pair_path
 from imatch.data.store import Embeddings
 from imatch.evaluation.metrics import best_pairs
 from imatch.features.denseft import covered, denseft_picture, fit_embeddings
@@ -94,8 +91,8 @@ def similarity(embeddings: Embeddings, n: int = 40) -> Figure:
     return figure
 
 
-def reference_sheet(views: Step, rows: Sequence[Row], columns: int = 12) -> Figure:
-    """All views of the first photograph: a row a crop, a column an angle (at most `columns`)."""
+def reference_sheet(views: Path, rows: Sequence[ReferenceRow], columns: int = 12) -> Figure:
+    """All views of the first photograph in their folder: a row a crop, a column an angle (at most `columns`)."""
     rows = [row for row in rows if row["source"] == rows[0]["source"]]
     crops = sorted({row["crop"] for row in rows}, reverse=True)
     angles = sorted({row["angle"] for row in rows})[:columns]
@@ -103,25 +100,24 @@ def reference_sheet(views: Step, rows: Sequence[Row], columns: int = 12) -> Figu
     by_view = {(row["crop"], row["angle"]): row for row in rows}
     for (i, crop), (j, angle) in ((c, a) for c in enumerate(crops) for a in enumerate(angles)):
         row, axis = by_view[crop, angle], axes[i, j]
-        axis.imshow(images.thumbnail(views.folder / row["id"], row["size"], 200))
+        axis.imshow(images.thumbnail(views / row["id"], row["size"], 200))
         axis.set_title(f"{angle:g} deg, crop {crop:g}\nscale {row['scale']:.2f}, {row['covered']:.0%}", fontsize=6)
     return figure
 
 
-def reference_kinds(views: Step, rows: Sequence[Row], angles: Sequence[float] = (0, 30, 45, 90, 150)) -> Figure:
+def reference_kinds(photographs: Path, rows: Sequence[ReferenceRow], resize_to_original: bool = False) -> Figure:
     """The first photograph turned by every kind of reference, a row a kind, at the step's largest crop: what a kind
     does to the scale and to the corners, whichever was chosen. Made from a thumbnail, so of any photograph at once.
 
     Args:
-        views: of `start_references`.
+        photographs: the folder that the ids of the photographs are relative to.
         rows: of `make_references`.
-        angles: degrees; for each, the nearest of the step's angles is shown.
+        resize_to_original: as `start_references` was given it.
     """
-    source, crop = rows[0], max(views.parameters["crops"])
-    shown = [min(views.parameters["angles"], key=lambda a: abs((a - angle + 180) % 360 - 180)) for angle in angles]
-    shown = sorted({*shown})
-    photograph = images.thumbnail(views.linked("photographs") / source["source"], source["source_size"], 320)
-    options = {"resize_to_original": views.parameters["resize_to_original"]}
+    source, crop, made_at = rows[0], max(row["crop"] for row in rows), sorted({row["angle"] for row in rows})
+    shown = sorted({min(made_at, key=lambda a: abs((a - angle + 180) % 360 - 180)) for angle in (0, 30, 45, 90, 150)})
+    photograph = images.thumbnail(photographs / source["source"], source["source_size"], 320)
+    options = {"resize_to_original": resize_to_original}
     makers = {kind: references.create(kind, options) for kind in references.REFERENCES}
     made = [(kind, angle, make(photograph, angle, crop)) for kind, make in makers.items() for angle in shown]
     h, w = np.max([view.mask.shape for *_, view in made], axis=0) / 2
@@ -140,14 +136,14 @@ def reference_kinds(views: Step, rows: Sequence[Row], angles: Sequence[float] = 
     return figure
 
 
-def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
-    """The first photograph with the outline of each of its views, by the exact matrices."""
+def reference_outlines(photographs: Path, rows: Sequence[ReferenceRow]) -> Figure:
+    """The first of the photographs in a folder with the outline of each of its views, by the exact matrices."""
     rows = [row for row in rows if row["source"] == rows[0]["source"]]
     h, w = rows[0]["source_size"]
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(
-        images.thumbnail(views.linked("photographs") / rows[0]["source"], rows[0]["source_size"], 480),
+        images.thumbnail(photographs / rows[0]["source"], rows[0]["source_size"], 480),
         extent=(-0.5, w - 0.5, h - 0.5, -0.5),
     )
     for row in rows:
@@ -158,23 +154,21 @@ def reference_outlines(views: Step, rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def hits_shown(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int, k: int) -> list[Row]:
+def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int, k: int) -> list[dict[str, object]]:
     """n queries of a 03_index, evenly spread, with their best k hits: what contact sheets show.
 
     Returns:
         A row a query: id, path, size, angle (by which a reference is turned; None of a photograph) and hits, a row
         each: rank from 0, id, path, size, score, right and metres (None where not known).
     """
-    from_query, from_gallery = (open_step(step.linked(side)).linked("photographs") for side in ("query", "gallery"))
-    views = views_by_id(step.linked("query"))
 
-    def hit(q: int, rank: int) -> Row:
+    def hit(q: int, rank: int) -> dict[str, object]:
         row = gallery.rows[ranking.rows[q, rank]]
         metres = np.nan if ranking.metres is None else float(ranking.metres[q, rank])
         return {
             "rank": rank,
             "id": row["id"],
-            "path": from_gallery / row["id"],
+            "path": gallery.root / row["id"],
             "size": tuple(row["size"]),
             "score": float(ranking.scores[q, rank]),
             "right": bool(ranking.right[q, rank]),
@@ -185,19 +179,19 @@ def hits_shown(step: Step, query: Embeddings, gallery: Embeddings, ranking: Rank
     return [
         {
             "id": id,
-            "path": from_query / id,
+            "path": query.root / id,
             "size": tuple(query.rows[q]["size"]),
-            "angle": views.get(id, {}).get("angle"),
+            "angle": query.views.get(id, {}).get("angle"),
             "hits": [hit(q, rank) for rank in range(int((ranking.rows[q, :k] >= 0).sum()))],
         }
         for q, id in ((q, query.ids[q]) for q in shown)
     ]
 
 
-def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int = 6, k: int = 5) -> Figure:
+def hit_sheet(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int = 6, k: int = 5) -> Figure:
     """The contact sheet: n queries, evenly spread, down, and across their best k hits: framed green where right, red
     where wrong, with the cosine and, where it is known, the distance in metres."""
-    shown, k = hits_shown(step, query, gallery, ranking, n, k), min(k, ranking.rows.shape[1])
+    shown, k = hits_shown(query, gallery, ranking, n, k), min(k, ranking.rows.shape[1])
     wide, side = 1.5, 1.6  # a query is so much wider than a hit, which is so many inches wide
     sizes = [[row["size"], *(hit["size"] for hit in row["hits"])] for row in shown]
     tall = [max(h / w * (wide if i == 0 else 1) for i, (h, w) in enumerate(of_row)) for of_row in sizes]
@@ -223,7 +217,7 @@ def hit_sheet(step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranki
     return figure
 
 
-def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
+def match_summary(pairs: Sequence[PairRow], metrics: MatchFigures) -> Figure:
     """What 1:1 matching adds: Hit@1 before and after re-ranking, and inliers of right and wrong candidates."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     hits, inliers = figure.subplots(1, 2)
@@ -255,8 +249,8 @@ def match_summary(pairs: Sequence[Row], metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
-    """The saved pictures of n pairs, evenly spread over the queries' best candidates."""
+def pair_sheet(folder: Path, pairs: Sequence[PairRow], n: int = 4) -> Figure:
+    """The saved pictures of n pairs of the 04_match in a folder, evenly spread over the queries' best candidates."""
     from PIL import Image
 
     best = best_pairs(row for row in pairs if row["candidate"] is not None)
@@ -265,20 +259,20 @@ def pair_sheet(step: Step, pairs: Sequence[Row], n: int = 4) -> Figure:
     for i, row in enumerate(shown):
         axis = figure.add_subplot(len(shown), 1, i + 1)
         axis.axis("off")
-        path = pair_path(step, row).with_suffix(".png")
+        path = pair_path(folder, row).with_suffix(".png")
         if path.is_file():
             with Image.open(path) as picture:
                 axis.imshow(np.asarray(picture.convert("RGB")))  # on disk it has a palette
     return figure
 
 
-def pair_views(step: Step, pairs: Sequence[Row]) -> Figure:
+def pair_views(matched: Matched, pairs: Sequence[PairRow]) -> Figure:
     """The pair with the most inliers in all views: lines, A warped onto B as a checkerboard and as a blend, how similar
     the patch of its strongest correspondence is to all of B, and the principal components of both. Where there can be
     no picture, words say why.
 
     Args:
-        step: a 04_match.
+        matched: a 04_match.
         pairs: its rows.
     """
     row = max(pairs, key=lambda row: row["inliers"], default=None)
@@ -287,7 +281,6 @@ def pair_views(step: Step, pairs: Sequence[Row]) -> Figure:
     if row["candidate"] is None:
         return curves.words(f"{files.printable(row['query'])}: {row['reason']}.")
     try:
-        matched = Matched(step)
         pair, (a, b) = matched.pair(row), matched.tokens(row)
     except StepError as error:
         return curves.words(str(error))

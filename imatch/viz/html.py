@@ -8,18 +8,16 @@ import itertools
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
 from PIL import Image
 
 from imatch.core import files
-from imatch.core.files import Row
-from imatch.core.step import Step
-from imatch.core.types import ImatchError, Pair, Tokens
+from imatch.core.rows import Json
+from imatch.core.types import ImatchError, Pair, Ranking, Tokens
 from imatch.data import images
-from imatch.data.store import open_embeddings, read_ranking
+from imatch.data.store import Embeddings
 from imatch.matching import geometry
 from imatch.viz import figures, pictures
 
@@ -93,12 +91,15 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
     )
 
 
-def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
-    """Write the contact sheet of a finished 03_index as one HTML file: queries down, their hits across, framed green
+def sheet_page(
+    name: str, query: Embeddings, gallery: Embeddings, ranking: Ranking, path: Path, n: int = 50, k: int = 5
+) -> Path:
+    """Write the contact sheet of a 03_index as one HTML file: queries down, their hits across, framed green
     where right and red where wrong, with cosine and, where known, metres. Pointing at a hit shows it large.
 
     Args:
-        step: a finished 03_index.
+        name: of the 03_index, for the title.
+        query, gallery, ranking: its two sides, and what it found.
         path: of the file.
         n: queries at most, evenly spread.
         k: hits of each at most.
@@ -106,8 +107,7 @@ def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
     Returns:
         The path.
     """
-    query, gallery = open_embeddings(step)
-    queries = figures.hits_shown(step, query, gallery, read_ranking(step), n, k)
+    queries = figures.hits_shown(query, gallery, ranking, n, k)
     shown: dict[Path, tuple[int, int]] = {row["path"]: row["size"] for row in queries}
     shown |= {hit["path"]: hit["size"] for row in queries for hit in row["hits"]}
     number = {file: i for i, file in enumerate(shown)}
@@ -115,7 +115,7 @@ def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
     return _write(
         path,
         "sheet",
-        title=f"{step.folder.name}: queries and their best hits",
+        title=f"{name}: queries and their best hits",
         said=f"{many} and their best hits, by the cosine of global vectors.",
         most=max((len(row["hits"]) for row in queries), default=1) or 1,
         photographs=[_photograph(file, size) for file, size in shown.items()],
@@ -131,7 +131,7 @@ def sheet_page(step: Step, path: Path, n: int = 50, k: int = 5) -> Path:
     )
 
 
-def _write(path: Path, template: str, **shown: Any) -> Path:
+def _write(path: Path, template: str, **shown: object) -> Path:
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("imatch.viz", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -139,7 +139,7 @@ def _write(path: Path, template: str, **shown: Any) -> Path:
     return path
 
 
-def _side(id: str, path: Path, size: tuple[int, int], left: float) -> dict[str, Any]:
+def _side(id: str, path: Path, size: tuple[int, int], left: float) -> dict[str, Json]:
     """One photograph of a pair, `SIDE` units of the drawing long, and where it begins in it."""
     factor = SIDE / max(size)
     return {
@@ -163,7 +163,7 @@ def _rounded(xy: np.ndarray) -> list[list[float]]:
     return np.round(xy.astype(np.float64), 2).tolist()
 
 
-def _correspondences(pair: Pair) -> dict[str, Any]:
+def _correspondences(pair: Pair) -> dict[str, Json]:
     return {
         "xy_a": _rounded(pair.xy_a),
         "xy_b": _rounded(pair.xy_b),
@@ -173,7 +173,7 @@ def _correspondences(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _heat(a: Tokens, b: Tokens) -> dict[str, Any]:
+def _heat(a: Tokens, b: Tokens) -> dict[str, Json]:
     """The similarities of all of A to all of B, a byte each from `low` to `high`, and the best two of each of A."""
     if not len(a.xy) or not len(b.xy):
         raise ImatchError("a photograph has no descriptors, so there is nothing to point at: choose another pair")
@@ -243,12 +243,12 @@ def _facts(pair: Pair) -> list[str]:
     return said
 
 
-def _photograph(file: Path, size: tuple[int, int]) -> Row:
+def _photograph(file: Path, size: tuple[int, int]) -> dict[str, str | int]:
     picture = images.thumbnail(file, size, min(SMALL, max(size)))
     return {"uri": _uri(picture), "width": picture.shape[1], "height": picture.shape[0]}
 
 
-def _hit(hit: Row, number: Mapping[Path, int]) -> Row:
+def _hit(hit: dict[str, object], number: Mapping[Path, int]) -> dict[str, str | int]:
     return {
         "name": files.printable(hit["id"]),
         "photograph": number[hit["path"]],

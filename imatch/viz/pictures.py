@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from imatch.core import config, files
+from imatch.core.rows import PairRow
 from imatch.core.types import Geometry, ImatchError, Pair, Tokens, normalise
 from imatch.data import images
 from imatch.features import denseft
@@ -442,7 +443,7 @@ class Png:
         """See `Sink`; writes `<path>.png`."""
         files.write_bytes(path.with_name(path.name + ".png"), encode(lines(pair)))
 
-    def gather(self, folder: Path, pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
+    def gather(self, folder: Path, pairs: Iterable[tuple[Path, PairRow]]) -> None:
         """See `Sink`; each picture is all there is."""
 
 

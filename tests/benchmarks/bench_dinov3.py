@@ -172,18 +172,15 @@ def embed(
     """The notebook's calls; what they took (`step.Step.work`)."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error", ImatchWarning)
+        settings.use_exports(str(to))
         step = imatch.start_embed(
             str(photographs),
             data_key=str(data_key),
-            exports=str(to),
             run="bench",
             weight=weight,
             backbone_options={"precision": precision, "engine_forward": engine},
             resize=images.Resize("stretch", long_side=side),
-            keep=keep,
-            shard_size=shard_size,
-            tag="",
-            on_change="refuse",
+            storage=imatch.StorageOptions(keep=keep, shard_size=shard_size),
         )
         embeddings = imatch.embed(step, engine=by, devices=devices, batch_size=batch_size)
         imatch.finish_embed(step, embeddings)

@@ -113,17 +113,8 @@ def embed(photographs: Path, to: Path) -> None:
     """The notebook's calls."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error")
-        step = imatch.start_embed(
-            str(photographs),
-            exports=str(to),
-            run="bench",
-            weight="sift",
-            backbone_options={},
-            resize=SIZE,
-            shard_size=64,
-            tag="",
-            on_change="refuse",
-        )
+        settings.use_exports(str(to))
+        step = imatch.start_embed(str(photographs), run="bench", resize=SIZE)
         imatch.finish_embed(step, imatch.embed(step))
 
 

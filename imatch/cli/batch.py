@@ -231,7 +231,7 @@ def check_chain(recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]]) 
         for place, name in enumerate(recipe.notebooks):
             defaults = {key: parameter.default for key, parameter in schemas[name].items()}
             values = {**defaults, **recipe.parameters, **_by_field(point)}
-            for kind in {*_reads(name, values)} - {*recipe.notebooks[:place]}:
+            for kind in sorted({*_reads(name, values)} - {*recipe.notebooks[:place]}):
                 parameter = f"{kind[3:]}_step"
                 if not values[parameter]:
                     said = f"add it to notebooks, or give its folder: -p {parameter} FOLDER"

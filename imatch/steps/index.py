@@ -484,7 +484,7 @@ def _clusters(query: Embeddings, cluster: str, about: Sequence[PhotoRow]) -> lis
     if None in captures:
         raise ImatchError(
             f"cluster is capture, but {about[captures.index(None)]['id']} belongs to none: name the captures in "
-            "data_key.json and run 01_embed anew, or set cluster to photograph"
+            "data_key.json and run 01_embed anew, or set truth.cluster to photograph"
         )
     return [str(capture) for capture in captures]
 

@@ -4,7 +4,6 @@ import os
 from unittest.mock import patch
 
 import imatch
-from imatch.steps import options
 
 CALLED = {
     ("index", "kind"): "index",
@@ -17,20 +16,20 @@ CALLED = {
 
 def start_embed(photographs, exports="", **given):
     with patch.dict(os.environ, {"EXPORT_ROOT": str(exports)} if exports else {}):
-        return imatch.start_embed(str(photographs), **grouped(given, "storage"))
+        return imatch.steps.start_embed(str(photographs), **grouped(given, "storage"))
 
 
 def start_index(data, references="", **given):
-    return imatch.start_index(data, references, **grouped(given, "index", "ranking", "truth"))
+    return imatch.steps.start_index(data, references, **grouped(given, "index", "ranking", "truth"))
 
 
 def start_match(index="", **given):
-    return imatch.start_match(index, **grouped(given, "matching", "geometry"))
+    return imatch.steps.start_match(index, **grouped(given, "matching", "geometry"))
 
 
 def start_report(steps, exports="", **given):
     with patch.dict(os.environ, {"EXPORT_ROOT": str(exports)} if exports else {}):
-        return imatch.start_report(steps, **given)
+        return imatch.steps.start_report(steps, **given)
 
 
 def grouped(given, *groups):
@@ -41,6 +40,6 @@ def grouped(given, *groups):
     """
     rest = dict(given)
     for group in groups:
-        names = {CALLED.get((group, field), field): field for field in options.fields(group)}
-        rest[group] = options.create(group, {names[name]: rest.pop(name) for name in [*rest] if name in names})
+        names = {CALLED.get((group, field), field): field for field in groups.fields(group)}
+        rest[group] = groups.create(group, {names[name]: rest.pop(name) for name in [*rest] if name in names})
     return rest

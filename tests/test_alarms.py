@@ -15,7 +15,7 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning, StepError
 from imatch.data import images, store
 from imatch.data.images import Resize
-from imatch.data.store import Embeddings
+from imatch.data.store import Stored
 from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage
 from tests.test_steps import embedded, indexed, judged, referenced, with_toys, write_leaves
@@ -29,7 +29,7 @@ def audited(step, spot_check=2, **planted):
     query, gallery, _, _, metrics = judged(step)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ImatchWarning)
-        said = imatch.audit_index(step, query, gallery, {**metrics, **planted}, spot_check=spot_check)
+        said = imatch.steps.audit_index(step, query, gallery, {**metrics, **planted}, spot_check=spot_check)
     assert [str(one.message) for one in caught] == said
     step.finish({**metrics, "alarms": said})
     return said
@@ -113,7 +113,7 @@ def test_a_list_in_another_order_is_refused_when_it_is_opened(few, order):
     rows = files.read_rows(few.folder / "images.jsonl")
     files.write_rows(few.folder / "images.jsonl", [rows[i] for i in order])
     with pytest.raises(StepError, match=r"does not follow|not sorted"):
-        Embeddings(few.folder)
+        Stored(few.folder)
 
 
 def swap(step, kept):
@@ -305,14 +305,14 @@ def apart(rows):
 
 def test_different_photographs_do_not_look_alike(demo):
     assert not [one for one in among(demo) if "look alike" in one]
-    assert apart(Embeddings(demo.folder).decodable.values()) > 2 * alarms.LOOK
+    assert apart(Stored(demo.folder).decodable.values()) > 2 * alarms.LOOK
 
 
 def test_overlapping_frames_of_a_flight_do_not_look_alike(brighton_beach, tmp_path):
     step = embedded(brighton_beach, tmp_path, weight="dsift", resize=Resize("long_side", long_side=320))
-    assert len(Embeddings(step.folder)) == 18
+    assert len(Stored(step.folder)) == 18
     assert not [one for one in among(step) if "look alike" in one]
-    assert apart(Embeddings(step.folder).decodable.values()) > 2 * alarms.LOOK
+    assert apart(Stored(step.folder).decodable.values()) > 2 * alarms.LOOK
 
 
 def test_plain_photographs_look_like_nothing(monkeypatch, tmp_path):
@@ -359,7 +359,7 @@ def test_a_hit_counts_only_when_it_is_surely_above_chance(few, low, value, named
 
 def signs(folder):
     """Of each photograph: its look and whose vector it is, checked."""
-    embeddings = Embeddings(folder)
+    embeddings = Stored(folder)
     embeddings.check_rows()
     assert [row["vector"] for row in embeddings.rows] == [store.vector_digest(v) for v in embeddings.vectors]
     return {row["id"]: (row["look"], row["vector"]) for row in embeddings.rows}

@@ -20,6 +20,7 @@ from PIL import Image
 import imatch
 from imatch.core.files import read_rows
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
+from imatch.data.store import Stored
 from tests import grouped
 from tests.test_images import STORED, orientation, png_of_zeros
 from tests.test_steps import indexed, judged, without_times
@@ -63,8 +64,8 @@ def start(dataset, exports, **given):
 def embedded(dataset, exports, workers=0, shard_size=4, on_change="refuse", **given):
     """Start, embed and finish, as the notebook does."""
     step = start(dataset, exports, shard_size=shard_size, on_change=on_change)
-    embeddings = imatch.embed(step, workers=workers, **given)
-    return step, embeddings, imatch.finish_embed(step, embeddings)
+    embeddings = imatch.steps.embed(step, workers=workers, **given)
+    return step, embeddings, imatch.steps.finish_embed(step, embeddings)
 
 
 def skipped(step):
@@ -202,7 +203,7 @@ def test_positions_lie_on_the_upright_photograph(tmp_path, value, suffix):
     stored = np.ascontiguousarray(STORED[value](upright))
     Image.fromarray(stored).save(tmp_path / "data" / f"turned{suffix}", exif=orientation(value))
     resize = imatch.Resize("scale", scale=0.5)
-    embeddings = imatch.embed(start(tmp_path / "data", tmp_path / "exports", resize=resize), workers=0)
+    embeddings = imatch.steps.embed(start(tmp_path / "data", tmp_path / "exports", resize=resize), workers=0)
     plain, turned = (embeddings.tokens(row) for row in (0, 1))
     # a picture that is turned after it was made smaller differs by rounding, so a few keypoints do too
     near = np.linalg.norm(plain.xy[:, None] - turned.xy[None], axis=2).min(axis=1) < 0.5
@@ -321,7 +322,7 @@ def test_an_unreadable_folder_is_named(open_folder):
 def test_on_error_is_skip_or_stop(tmp_path):
     step = start(write(tmp_path / "data", 1), tmp_path / "exports")
     with pytest.raises(ImatchError, match="on_error 'ignore' is not known: use skip or stop"):
-        imatch.embed(step, workers=0, on_error="ignore")
+        imatch.steps.embed(step, workers=0, on_error="ignore")
 
 
 def test_headers_are_checked_before_the_work_starts(tmp_path):
@@ -505,7 +506,7 @@ def neighbours(step, k=3):
 
 def references_of(step):
     """The step's photographs as references, and the finished 02_references."""
-    views = imatch.start_references(
+    views = imatch.steps.start_references(
         str(step.folder),
         kind="isometric",
         angles=[0, 90],
@@ -516,9 +517,9 @@ def references_of(step):
         tag="",
         on_change="refuse",
     )
-    imatch.make_references(views, workers=0)
-    tokens = imatch.start_reference_tokens(views)
-    imatch.finish_embed(tokens, imatch.embed(tokens, workers=0))
+    imatch.steps.make_references(views, workers=0)
+    tokens = imatch.steps.start_reference_tokens(views)
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0))
     return tokens
 
 
@@ -539,8 +540,8 @@ def matched(index_step):
         tag="",
         on_change="refuse",
     )
-    pairs = imatch.match_pairs(step, workers=0)
-    step.finish(imatch.match_metrics(step, pairs))
+    pairs = imatch.steps.match_pairs(step, workers=0)
+    step.finish(imatch.steps.match_metrics(step, pairs))
     return pairs, step
 
 
@@ -549,7 +550,7 @@ def test_one_photograph(tmp_path):
     assert embeddings.ids == ["00.jpg"]
     assert (metrics["photographs"], metrics["skipped"]) == (1, 0)
     assert np.linalg.norm(embeddings.vectors[0]) == pytest.approx(1, abs=1e-5)
-    assert len(imatch.Embeddings(references_of(step).folder)) == 2
+    assert len(Stored(references_of(step).folder)) == 2
     hits, metrics, _ = neighbours(step)
     assert (hits.rows == -1).all()
     assert (metrics["gallery"], metrics["without_answer"]) == (1, 1)
@@ -563,7 +564,7 @@ def test_two_photographs_with_equal_content(tmp_path):
     assert (a["id"], b["id"], metrics["photographs"]) == ("00.jpg", "copy.jpg", 2)
     assert a["sha256"] == b["sha256"]
     assert same_tokens(embeddings.tokens(0), embeddings.tokens(1))
-    assert len(imatch.Embeddings(references_of(step).folder)) == 4
+    assert len(Stored(references_of(step).folder)) == 4
     hits, metrics, index_step = neighbours(step)
     assert hits.rows.tolist() == [[1, -1, -1], [0, -1, -1]]
     assert hits.scores[:, 0] == pytest.approx(1, abs=1e-5)

@@ -12,8 +12,8 @@ import pytest
 
 from imatch.core import files
 from imatch.data import registry, store
-from imatch.steps import preflight
-from imatch.steps.preflight import cost
+from imatch.steps import checks
+from imatch.steps.checks import cost
 from tests.command import command
 from tools import scaling
 
@@ -112,8 +112,8 @@ def test_a_plan_that_cannot_be_is_one_line(options, said):
 
 def test_hours_by_the_formula():
     one = cost("dinov3_vits16", (256, 256))
-    assert preflight.hours(1000, one.flop, one.flop, "fp32") == pytest.approx(1000 / 0.6 / 3600)
-    assert preflight.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.5 / 3600 / 8)
+    assert checks.hours(1000, one.flop, one.flop, "fp32") == pytest.approx(1000 / 0.6 / 3600)
+    assert checks.hours(1000, one.flop, one.flop, "bf16", 8) == pytest.approx(1000 / 0.5 / 3600 / 8)
 
 
 def test_a_plan_says_when_no_index_fits():
@@ -131,7 +131,7 @@ def test_rows_take_what_is_said_of_them(tmp_path):
         for i in range(2000)
     ]
     seen = {"id": rows[0]["id"], "stat": [10**7, 10**18], "problem": None, "sha256": "0" * 64}
-    assert len(files.line(rows[0]) + files.line(seen)) == pytest.approx(preflight.LISTED, rel=0.2)
+    assert len(files.line(rows[0]) + files.line(seen)) == pytest.approx(checks.LISTED, rel=0.2)
     files.write_rows(tmp_path / "images.jsonl", rows)
     del rows
     tracemalloc.start()
@@ -152,5 +152,5 @@ def test_parameters_are_those_that_meta_publishes():
 
 
 def test_a_rate_is_measured():
-    assert preflight.rate("cpu", "fp32") > 1e9
-    assert preflight.free_memory("cpu") > 2**20
+    assert checks.rate("cpu", "fp32") > 1e9
+    assert checks.free_memory("cpu") > 2**20

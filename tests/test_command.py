@@ -14,6 +14,7 @@ import imatch
 from imatch.api import match
 from imatch.cli import batch, doctor
 from imatch.data import images
+from imatch.data.store import Stored
 from imatch.matching.two_view import Estimator
 from tests.command import command
 from tests.test_steps import embedded
@@ -30,7 +31,7 @@ def step(few_photographs, tmp_path_factory):
 def test_export_writes_files_for_each_photograph(step, capsys):
     assert command("export", step.folder, "--files", "global.npy,grid.json") == 0
     assert "files written" in capsys.readouterr().out
-    assert len([*step.folder.parents[3].rglob("per_image/**/*.npy")]) == len(imatch.Embeddings(step.folder))
+    assert len([*step.folder.parents[3].rglob("per_image/**/*.npy")]) == len(Stored(step.folder))
     assert command("export", step.folder, "--files", "globl.npy") == 2
     assert "did you mean 'global.npy'" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ import pytest
 
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
 from imatch.data import store
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
+from imatch.data.store import Stored
 from imatch.features import denseft
 from imatch.viz import figures
 
@@ -28,7 +29,7 @@ def stored(folder: Path, fields: list[np.ndarray], grid: bool = True, first: int
         tokens.append(Tokens(vector, values.reshape(-1, d).astype(np.float16), xy, (h, w) if grid else None))
     store.write_shard(folder, 0, rows, tokens)
     store.merge(folder)
-    return Embeddings(folder)
+    return Stored(folder)
 
 
 def noisy(seed: int, h: int = 4, w: int = 6, d: int = 8) -> np.ndarray:
@@ -174,7 +175,7 @@ def test_figure_pairs_photographs_with_colours(weighted, few_photographs, tmp_pa
         tokens.append(Tokens(np.ones(8, np.float32), noisy(i).reshape(-1, 8), grid_xy((4, 6), size), (4, 6)))
     store.write_shard(tmp_path, 0, rows, tokens)
     store.merge(tmp_path)
-    figure = figures.denseft(Embeddings(tmp_path), few_photographs, weighted=weighted)
+    figure = figures.denseft(Stored(tmp_path), few_photographs, weighted=weighted)
     assert [axis.get_title() for axis in figure.axes if axis.images] == [
         "a",
         "4 x 6 tokens",

@@ -47,7 +47,7 @@ def step_of(exports, weight="sift"):
 
 @pytest.fixture
 def explorer(exports):
-    found = imatch.browse(step_of(exports))
+    found = imatch.steps.browse(step_of(exports))
     yield found
     labels_path(step_of(exports)).unlink(missing_ok=True)
 
@@ -120,7 +120,7 @@ def test_ransac_is_computed_anew(explorer):
 @pytest.mark.parametrize("weight", ["sift", "dsift"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_click_shows_the_similarity_of_the_nearest_token(exports, weight, side):
-    explorer = imatch.browse(step_of(exports, weight))
+    explorer = imatch.steps.browse(step_of(exports, weight))
     tokens, other = explorer._opened.tokens[side], explorer._opened.tokens[1 - side]
     one = len(tokens.xy) // 2
     vector = tokens.descriptors[one].astype(float)
@@ -147,7 +147,7 @@ def test_a_click_shows_the_similarity_of_the_nearest_token(exports, weight, side
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_click_draws_the_epipolar_line(depth, side):
-    explorer = imatch.browse(depth)
+    explorer = imatch.steps.browse(depth)
     pair, (here, there) = explorer._opened.pair, (explorer.canvas.sides[side], explorer.canvas.sides[1 - side])
     ends_of = (pair.xy_a, pair.xy_b) if side == 0 else (pair.xy_b, pair.xy_a)
     assert "a scene with depth, rotated about -6.0 degrees" in explorer.said.value
@@ -171,7 +171,7 @@ def test_a_click_draws_the_epipolar_line(depth, side):
 
 
 def test_cells_lie_where_their_patches_are(exports):
-    explorer = imatch.browse(step_of(exports, "dsift"))
+    explorer = imatch.steps.browse(step_of(exports, "dsift"))
     click(explorer, 0, explorer._opened.tokens[0].xy[0])
     left, right, bottom, top = explorer.canvas.sides[1].cells.get_extent()
     h, w = explorer._opened.pair.sizes[1]
@@ -210,7 +210,7 @@ def test_labels_are_written_changed_and_withdrawn(exports, explorer):
     explorer.label.value = "unclear"
     assert verdicts.read(file) == {second: "reject"}
     assert not file.is_relative_to(step.folder)  # which goes when the step is computed anew
-    assert imatch.browse(step).saved.matched.folder == step.folder
+    assert imatch.steps.browse(step).saved.matched.folder == step.folder
 
 
 def test_the_evaluation_reads_the_labels(exports):
@@ -284,7 +284,7 @@ def test_an_upload_that_is_no_photograph(explorer, few_photographs, tmp_path):
 def test_weights_that_are_gone_are_said_in_the_widget(few_photographs, weights, tmp_path):
     data = embedded(few_photographs, tmp_path, weight="vits16", data_key=str(weights / "data_key.json"))
     step, *_ = matched(searched(data, None, "data-data", tag="")[0], outputs=["npy"])
-    explorer = imatch.browse(step)
+    explorer = imatch.steps.browse(step)
     for path in weights.glob("*.pth"):
         path.rename(path.with_suffix(".away"))
     try:
@@ -302,7 +302,7 @@ def test_weights_that_are_gone_are_said_in_the_widget(few_photographs, weights, 
 def test_without_saved_correspondences_a_pair_is_matched_again(exports):
     index = open_step(step_of(exports).linked("index"))
     step, *_ = matched(index, outputs=["json"], tag="json")
-    again, saved = imatch.browse(step)._opened.pair, imatch.browse(step_of(exports))._opened.pair
+    again, saved = imatch.steps.browse(step)._opened.pair, imatch.steps.browse(step_of(exports))._opened.pair
     np.testing.assert_array_equal(again.xy_b, saved.xy_b)
     np.testing.assert_array_equal(again.geometry.inliers, saved.geometry.inliers)
 
@@ -316,7 +316,7 @@ def test_a_query_in_which_nothing_was_found(few_photographs, tmp_path):
     with pytest.warns(ImatchWarning, match="white"):
         data = embedded(folder, tmp_path, max_skipped=1.0)
     step, *_ = matched(searched(data, None, "data-data", tag="")[0], outputs=["npy"])
-    explorer = imatch.browse(step)
+    explorer = imatch.steps.browse(step)
     explorer.query.value = "white.png"
     assert "found nothing in this query" in explorer.said.value
     assert explorer.label.disabled
@@ -334,7 +334,7 @@ def test_a_pair_that_the_pixels_did_not_confirm_opens_unverified(few_photographs
     index = searched(data, referenced(data, angles=(0,))[1], "reference-data", tag="")[0]
     (folder / "a.png").unlink()
     step, *_ = matched(index, outputs=["npy"], refine="pixel", candidates=4)
-    explorer = imatch.browse(step)
+    explorer = imatch.steps.browse(step)
     explorer.query.value = "a.png"
     explorer.rank.value = [row["candidate"] for row in explorer._candidates()].index("a.png")
     assert "not verified: the photographs cannot be compared" in explorer.said.value
@@ -375,7 +375,7 @@ def test_correspondences_that_are_unlike_are_drawn_too(few_photographs, tmp_path
     table = np.load(path)
     table["similarity"][-5:] = -0.5  # descriptors of a network can point away from each other
     np.save(path, table)
-    explorer = imatch.browse(step)
+    explorer = imatch.steps.browse(step)
     explorer.inliers.value, explorer.most.value = False, 2000
     assert drawn(explorer) == len(table)
     explorer.similarity.value = 0.0
@@ -394,12 +394,12 @@ def test_the_way_back_from_an_upload(explorer, few_photographs):
 
 
 def test_another_weight_keeps_the_query(exports):
-    explorer = imatch.browse({weight: step_of(exports, weight) for weight in ("sift", "dsift")})
+    explorer = imatch.steps.browse({weight: step_of(exports, weight) for weight in ("sift", "dsift")})
     explorer.query.value, explorer.angle.value = "c.jpg", 90.0
     explorer.weight.value = "dsift"
     assert explorer.row["query"].endswith("c_rot090_crop100.jpg")
     assert explorer._opened.tokens[1].grid is not None
-    assert "run 04_match" in imatch.browse({}).value
+    assert "run 04_match" in imatch.steps.browse({}).value
 
 
 def test_a_pair_is_saved_as_a_page(exports, explorer):

@@ -18,6 +18,7 @@ import pytest
 
 import imatch
 from imatch.cli import demo
+from imatch.data.store import Stored
 from tests import random_weights
 
 RECORD = Path(__file__).with_name("golden.json")
@@ -44,16 +45,16 @@ CASES = {
 def embedded(photographs, exports, weight, data_key, backbone_options):
     """A finished 01_embed."""
     with patch.dict(os.environ, {"EXPORT_ROOT": str(exports)}):
-        step = imatch.start_embed(
+        step = imatch.steps.start_embed(
             str(photographs), data_key=str(data_key), run="golden", weight=weight, backbone_options=backbone_options
         )
-    imatch.finish_embed(step, imatch.embed(step, workers=0, devices="cpu"))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0, devices="cpu"))
     return step
 
 
 def referenced(step, angles, crops):
     """A finished 02_references made from it."""
-    views = imatch.start_references(
+    views = imatch.steps.start_references(
         str(step.folder),
         kind="isometric",
         angles=angles,
@@ -64,36 +65,41 @@ def referenced(step, angles, crops):
         tag="",
         on_change="refuse",
     )
-    imatch.make_references(views, workers=0)
-    tokens = imatch.start_reference_tokens(views)
-    imatch.finish_embed(tokens, imatch.embed(tokens, workers=0, devices="cpu"))
+    imatch.steps.make_references(views, workers=0)
+    tokens = imatch.steps.start_reference_tokens(views)
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0, devices="cpu"))
     return tokens
 
 
 def searched(data, references):
     """A finished 03_index: its step, the ids of the queries and of the gallery, the ranking, the metrics."""
-    flat = imatch.IndexOptions(kind="flat")
-    step = imatch.start_index(str(data.folder), str(references.folder), direction="reference-data", k=5, index=flat)
-    query, gallery = imatch.open_embeddings(step)
-    index = imatch.build_index(step, gallery, device="cpu")
-    figures, checked = imatch.tune_index(step, index, query), imatch.check_index(index, gallery)
-    ranking = imatch.search(step, index, query, gallery)
-    rows, threshold = imatch.judge_index(step, query, gallery, ranking, figures)
-    metrics = imatch.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
+    step = imatch.steps.start_index(
+        str(data.folder),
+        str(references.folder),
+        direction="reference-data",
+        k=5,
+        index=imatch.IndexOptions(kind="flat"),
+    )
+    query, gallery = imatch.steps.open_embeddings(step)
+    index = imatch.steps.build_index(step, gallery, device="cpu")
+    figures, checked = imatch.steps.tune_index(step, index, query), imatch.steps.check_index(index, gallery)
+    ranking = imatch.steps.search(step, index, query, gallery)
+    rows, threshold = imatch.steps.judge_index(step, query, gallery, ranking, figures)
+    metrics = imatch.steps.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
     return step, query.ids, gallery.ids, ranking, step.finish(metrics)
 
 
 def matched(index):
     """The rows of a finished 04_match, and its metrics."""
     matching = imatch.MatchingOptions(options={"device": "cpu"}, rotations=1)
-    step = imatch.start_match(str(index.folder), candidates=2, matching=matching, outputs=["json"])
-    rows = imatch.match_pairs(step, workers=0)
-    return rows, step.finish(imatch.match_metrics(step, rows))
+    step = imatch.steps.start_match(str(index.folder), candidates=2, matching=matching, outputs=["json"])
+    rows = imatch.steps.match_pairs(step, workers=0)
+    return rows, step.finish(imatch.steps.match_metrics(step, rows))
 
 
 def tokens(step):
     """id -> tokens of a finished step of embeddings."""
-    stored = imatch.Embeddings(step.folder)
+    stored = Stored(step.folder)
     return {id: stored.tokens(i) for i, id in enumerate(stored.ids)}
 
 

@@ -87,18 +87,18 @@ here = Path({str(tmp_path)!r})
 for seed in range(3):
     Image.fromarray(dead_leaves(np.random.default_rng(seed), side=160)).save(here / "leaves" / f"{{seed}}.png")
 resize, storage = imatch.Resize("scale", scale=1.5), imatch.StorageOptions(shard_size=2)
-step = imatch.start_embed(str(here / "leaves"), run="r", resize=resize, storage=storage)
-imatch.preflight(step, batch_size=8)
-imatch.finish_embed(step, imatch.embed(step))
-index = imatch.start_index(str(step.folder), direction="data-data", k=2)
-query, gallery = imatch.open_embeddings(index)
-built = imatch.build_index(index, gallery, device="cpu")
-figures, checked = imatch.tune_index(index, built, query), imatch.check_index(built, gallery)
-ranking = imatch.search(index, built, query, gallery)
-rows, threshold = imatch.judge_index(index, query, gallery, ranking, figures)
-index.finish(imatch.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
-match = imatch.start_match(str(index.folder), candidates=2, outputs=["npy"])
-assert imatch.match_pairs(match, workers=2)
+step = imatch.steps.start_embed(str(here / "leaves"), run="r", resize=resize, storage=storage)
+imatch.steps.preflight(step, batch_size=8)
+imatch.steps.finish_embed(step, imatch.steps.embed(step))
+index = imatch.steps.start_index(str(step.folder), direction="data-data", k=2)
+query, gallery = imatch.steps.open_embeddings(index)
+built = imatch.steps.build_index(index, gallery, device="cpu")
+figures, checked = imatch.steps.tune_index(index, built, query), imatch.steps.check_index(built, gallery)
+ranking = imatch.steps.search(index, built, query, gallery)
+rows, threshold = imatch.steps.judge_index(index, query, gallery, ranking, figures)
+index.finish(imatch.steps.index_metrics(index, query, gallery, ranking, rows, threshold, figures, checked))
+match = imatch.steps.start_match(str(index.folder), candidates=2, outputs=["npy"])
+assert imatch.steps.match_pairs(match, workers=2)
 print("torch" in sys.modules, "timm" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -106,10 +106,11 @@ print("torch" in sys.modules, "timm" in sys.modules)
 
 
 def test_public_verbs_are_there():
-    for name in imatch.__all__:
-        assert getattr(imatch, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = imatch.nothing
+    for door in (imatch, imatch.steps):
+        for name in door.__all__:
+            assert getattr(door, name) is not None
+        with pytest.raises(AttributeError, match="nothing"):
+            _ = door.nothing
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
@@ -147,6 +148,7 @@ def test_every_dependency_is_pinned_and_used():
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     assert {name for name in names if name not in pinned} == set()
     modules = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
+    modules["lazy-loader"] = "lazy_loader"
     text = "\n".join(path.read_text() for path in SOURCES)
     for name in names:
         assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b|\"-m\", \"{name}\"", text, re.M), (

@@ -15,9 +15,9 @@ from imatch.core.files import write_array
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
 from imatch.data import rotations, store
-from imatch.data.store import AGGREGATED, KEEPS, Embeddings
+from imatch.data.store import AGGREGATED, KEEPS, Stored
 from imatch.features.sift import DenseSift
-from imatch.steps.embed import embed_poses
+from imatch.steps.embedding import embed_poses
 from imatch.viz import figures
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched
 
@@ -84,7 +84,7 @@ def test_the_default_needs_no_word(stores, weight, few_photographs, tmp_path):
     before = embedded(few_photographs, tmp_path, weight=weight, resize=SQUARE)
     assert files(before.folder) == files(step.folder)
     assert open_step(before.folder).fingerprint == open_step(step.folder).fingerprint
-    assert Embeddings(step.folder).tokens(0).descriptors.dtype == (np.float32 if weight == "sift" else np.float16)
+    assert Stored(step.folder).tokens(0).descriptors.dtype == (np.float32 if weight == "sift" else np.float16)
 
 
 @pytest.mark.parametrize("weight", ["dsift", "sift"])
@@ -94,7 +94,7 @@ def test_what_is_kept_comes_back(stores, weight, keep):
     assert step.parameters == {**whole.parameters, "keep": keep}
     assert step.folder.name == ("res160_raw" if keep == DEFAULT[weight] else f"res160_raw_{keep}")
     assert open_step(step.folder).fingerprint != open_step(whole.folder).fingerprint
-    less, all_of_it = Embeddings(step.folder), Embeddings(whole.folder)
+    less, all_of_it = Stored(step.folder), Stored(whole.folder)
     assert np.array_equal(less.vectors, all_of_it.vectors)
     assert bool(less.unplaced) == (keep not in store.KEEPS_PLACED)
     for row in range(len(less)):
@@ -119,7 +119,7 @@ def test_what_is_kept_comes_back(stores, weight, keep):
 @pytest.mark.parametrize("keep", KEEPS)
 def test_bytes_are_as_promised(stores, weight, keep):
     folder = stores[weight, keep].folder
-    embeddings, whole = Embeddings(folder), Embeddings(stores[weight, "float16"].folder)
+    embeddings, whole = Stored(folder), Stored(stores[weight, "float16"].folder)
     d, places = embeddings.tokens(0).descriptors.shape[1], keep in store.KEEPS_PLACED and weight == "sift"
     promised = sum(store.kept_bytes(keep, row["n"], d) + 8 * row["n"] * places for row in whole.rows)
     arrays = list((folder / "local").glob("*.npy"))
@@ -142,10 +142,10 @@ def test_a_scale_that_is_missing_or_short_is_refused(few_photographs, tmp_path):
     path = step.folder / "local" / "00000.scale.npy"
     write_array(path, np.load(path)[:-1])
     with pytest.raises(StepError, match="shard 0 holds 299 scales for 300 descriptors"):
-        Embeddings(step.folder)
+        Stored(step.folder)
     path.unlink()
     with pytest.raises(StepError, match=r"00000\.scale\.npy cannot be read .* run the notebook again"):
-        Embeddings(step.folder)
+        Stored(step.folder)
 
 
 # --- from what lies beside
@@ -182,7 +182,7 @@ def test_turned_photographs_and_references_are_kept_alike(stores, keep):
     _, tokens = referenced(step)
     assert tokens.parameters == step.parameters
     assert tokens.folder.name == step.folder.name
-    posed = embed_poses(imatch.Embeddings(step.folder), rotations.poses(4), workers=0)
+    posed = embed_poses(Stored(step.folder), rotations.poses(4), workers=0)
     for pose, embeddings in posed.posed.items():
         assert embeddings.folder.name == f"{step.folder.name}_{pose}"
         assert open_step(embeddings.folder).parameters["keep"] == keep
@@ -201,7 +201,7 @@ def kill():
     while not list((step.folder / "local").glob("*.jsonl")): time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=kill).start()
-imatch.embed(step, workers=0)
+imatch.steps.embed(step, workers=0)
 time.sleep(60)
 """
 
@@ -252,8 +252,8 @@ def test_from_photographs_to_hits(stores, keep):
         better = indexed(step, references, "reference-data", rerank=3, tokens=AGGREGATED, rotations=4, tag="tokens")
         query, gallery, found, *_ = judged(better)
         assert len(found.rows) == len(query) == 2 * len(gallery)
-        assert imatch.index_stages(better)[-1]["stage"] == f"3 by {AGGREGATED} tokens"
-        assert imatch.index_stages(better)[-1]["hit_at_1"]["value"] >= 0.5
+        assert imatch.steps.index_stages(better)[-1]["stage"] == f"3 by {AGGREGATED} tokens"
+        assert imatch.steps.index_stages(better)[-1]["hit_at_1"]["value"] >= 0.5
     if keep in store.KEEPS_PLACED:
         assert matched(index, outputs=["json"])[1]
     else:
@@ -295,23 +295,23 @@ def test_files_for_each_photograph_that_need_more_are_refused(stores, keep):
     step = stores["dsift", keep]
     for output in ("patch.npy", "grid.json", "denseft.png"):
         with pytest.raises(StepError, match=r"needs local descriptors with positions, .*run 01_embed"):
-            imatch.export_per_image(Embeddings(step.folder), ["global.npy", output])
+            imatch.export_per_image(Stored(step.folder), ["global.npy", output])
     assert not (step.folder.parents[3] / "per_image").exists()
-    assert imatch.export_per_image(Embeddings(step.folder), ["global.npy"]) == 2 * 4
+    assert imatch.export_per_image(Stored(step.folder), ["global.npy"]) == 2 * 4
 
 
 def test_files_for_each_photograph_of_int8(stores):
     step = stores["dsift", "int8"]
-    assert imatch.export_per_image(Embeddings(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
+    assert imatch.export_per_image(Stored(step.folder), ["grid.npy", "denseft.png"]) == 4 * 4
     path = next(step.folder.parents[3].rglob("PatchGrid*_b.npy"))
     assert path.name == "PatchGrid_res160-int8_raw_dsift_NONE_few_b.npy"
-    embeddings = Embeddings(step.folder)
+    embeddings = Stored(step.folder)
     assert np.array_equal(np.load(path), embeddings.tokens(embeddings.ids.index("b.png")).as_grid())
 
 
 @pytest.mark.parametrize(("keep", "said"), [("aggregated", "only aggregated tokens"), ("global", "no local desc")])
 def test_pictures_say_what_is_missing(stores, few_photographs, keep, said):
-    embeddings = Embeddings(stores["dsift", keep].folder)
+    embeddings = Stored(stores["dsift", keep].folder)
     for draw in (figures.descriptors, figures.denseft):
         assert said in draw(embeddings, few_photographs).texts[0].get_text()
 
@@ -357,7 +357,7 @@ def test_a_grid_of_one_descriptor_survives(tmp_path):
             tmp_path, shard, [{"id": f"{shard}.jpg", "size": (16, 16), "sha256": ""}], [tokens], keep
         )
     store.merge(tmp_path)
-    embeddings = Embeddings(tmp_path)
+    embeddings = Stored(tmp_path)
     found = [embeddings.tokens(row).descriptors for row in range(len(KEEPS))]
     assert [one.shape for one in found] == [(1, 2), (1, 2), (1, 2), (0, 2)]
     assert found[1] == pytest.approx(np.array([[3, -4]]), abs=4 / 254)

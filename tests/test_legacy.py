@@ -17,7 +17,8 @@ from imatch.core.files import read_json, read_rows, write_array, write_json
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError, grid_xy
 from imatch.data import store
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
+from imatch.data.store import Stored
 from imatch.steps import import_tree
 from tests.command import command
 from tests.test_perimage import (
@@ -74,7 +75,7 @@ def test_import_gives_back_equal_arrays(outputs, tmp_path):
     export(step, tmp_path / "tree", outputs)
     (folder,) = imported(tmp_path / "tree", tmp_path / "back")
     assert folder == tmp_path / "back/i/01_embed/survey/vits16+/res64_raw"
-    a, b = Embeddings(step.folder), Embeddings(folder)
+    a, b = Stored(step.folder), Stored(folder)
     assert b.ids == ["high/7", "low/0007", "low/0012", "very_high/0007"]
     same_tokens(a, b, by_sha(a, b))
     back = open_step(folder).parameters
@@ -108,7 +109,7 @@ def test_dense_sift_comes_back(variant, few_photographs, tmp_path):
     step = embedded(few_photographs, tmp_path / "exports", "dsift", variant=variant)
     export(step, tmp_path / "tree")
     (folder,) = imported(tmp_path / "tree", tmp_path / "back")
-    a, b = Embeddings(step.folder), Embeddings(folder)
+    a, b = Stored(step.folder), Stored(folder)
     assert folder.parts[-3:] == ("few", "dsift", f"scale1_{variant}")
     assert b.ids == ["few/a", "few/b", "few/c", "flight_1/d"]
     same_tokens(a, b)
@@ -125,12 +126,12 @@ def test_references_come_back_in_a_store_of_their_own(crops, tmp_path):
         "01_embed/survey/vits16+/res64_raw",
         "02_references/survey/imported/vits16+/res64_raw",
     ]
-    a, b = Embeddings(references.folder), Embeddings(folders[1])
+    a, b = Stored(references.folder), Stored(folders[1])
     same_tokens(a, b, by_sha(a, b))
     back = {row["id"]: row for row in b.rows}
     turned = back["low/rotm045/0007" if len(crops) == 1 else "low/rotm045_crop50/0007"]
     assert (turned["angle"], turned["crop"], turned["source"]) == (-45, crops[0], "low/0007")
-    assert {*b.shows} == {*Embeddings(folders[0]).shows}
+    assert {*b.shows} == {*Stored(folders[0]).shows}
 
     index = indexed(*map(open_step, folders), "reference-data", k=2)
     index.finish(judged(index)[-1])
@@ -149,12 +150,12 @@ def test_cropped_and_thinned_grids_keep_their_places(tmp_path):
     xy = grid_xy((4, 4), (64, 64)) + np.float32([16, 0])
     store.write_shard(folder, 0, [row("f/1.jpg", 1), row("f/2.jpg", 2)], [tokens(i, (4, 4), xy=xy) for i in (1, 2)])
     store.merge(folder)
-    imatch.finish_embed(step, Embeddings(folder))
+    imatch.steps.finish_embed(step, Stored(folder))
     export(step, tmp_path / "tree")
     with Image.open(next((tmp_path / "tree").rglob("*.png"))) as picture:
         assert picture.size == (512, 512)
     (back,) = imported(tmp_path / "tree", tmp_path / "back")
-    assert np.array_equal(Embeddings(back).tokens(1).xy, xy)
+    assert np.array_equal(Stored(back).tokens(1).xy, xy)
 
 
 # --- theirs -----------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def foreign(tree: Path, kinds: dict[str, str], frames=("0001", "0002"), seed=0, 
 def test_trees_of_other_tools_are_read(kinds, tmp_path):
     tree = foreign(tmp_path / "tree", kinds)
     (folder,) = imported(tree, tmp_path / "back")
-    embeddings = Embeddings(folder)
+    embeddings = Stored(folder)
     assert folder.parts[-3:] == ("beach", "cxTiny", "res64_raw")
     assert embeddings.ids == ["mid_low/0001", "mid_low/0002"]
     assert open_step(folder).parameters["backbone"] == {
@@ -215,7 +216,7 @@ def test_trees_of_other_tools_are_read(kinds, tmp_path):
 
 def test_global_files_alone_are_a_store(tmp_path):
     (folder,) = imported(foreign(tmp_path / "tree", {"global": "Global"}), tmp_path / "back")
-    embeddings = Embeddings(folder)
+    embeddings = Stored(folder)
     assert embeddings.vectors.shape == (2, 8)
     assert embeddings.tokens(0).descriptors.shape == (0, 8)
     assert "global 8 numbers" in str(embeddings)
@@ -246,7 +247,7 @@ def test_references_of_other_tools_know_their_sources(tmp_path):
 def test_references_without_their_photographs_are_a_store_too(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "ReferenceGlobal|rot045"})
     (folder,) = imported(tree, tmp_path / "back")
-    assert [row["source"] for row in Embeddings(folder).rows] == ["mid_low/0001", "mid_low/0002"]
+    assert [row["source"] for row in Stored(folder).rows] == ["mid_low/0001", "mid_low/0002"]
 
 
 def test_two_families_of_one_weight_are_two_stores(tmp_path):
@@ -269,9 +270,9 @@ def test_configurations_and_variants_are_stores_of_their_own(tmp_path):
     foreign(tree, **given, cfg="res_240", variant="sub2", n=(8, 8))
     folders = imported(tree, tmp_path / "back")
     assert [folder.name for folder in folders] == ["res_240_raw", "res_240_sub2"]
-    thin = Embeddings(folders[1])
+    thin = Stored(folders[1])
     assert thin.rows[0]["size"] == [240, 240]
-    assert np.array_equal(thin.tokens(0).xy, Embeddings(folders[0]).tokens(0).thinned(2).xy)
+    assert np.array_equal(thin.tokens(0).xy, Stored(folders[0]).tokens(0).thinned(2).xy)
 
 
 def test_thinned_grids_lie_where_a_meta_says(tmp_path):
@@ -279,7 +280,7 @@ def test_thinned_grids_lie_where_a_meta_says(tmp_path):
     refused(tree, r"Grid_.*_0001.npy is a grid of \(2, 3\), thinned by 2 from one that neither .* wide nor a meta")
     say(tree, {"size": [64, 96], "xy_first": [7.5, 7.5], "xy_step": [32, 32.0]})
     (folder,) = imported(tree, tmp_path / "back")
-    assert Embeddings(folder).tokens(1).xy[[0, 5]].tolist() == [[7.5, 7.5], [71.5, 39.5]]
+    assert Stored(folder).tokens(1).xy[[0, 5]].tolist() == [[7.5, 7.5], [71.5, 39.5]]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -360,8 +361,8 @@ def test_tokens_that_are_no_square_need_a_grid(tmp_path):
     for path in tree.rglob("Patch_*.npy"):
         write_json(path.with_name(f"{path.stem}_meta.json"), {"grid": [2, 3]})
     (folder,) = imported(tree, tmp_path / "back")
-    assert Embeddings(folder).rows[0]["grid"] == [2, 3]
-    assert Embeddings(folder).rows[0]["size"] == [64, 96]
+    assert Stored(folder).rows[0]["grid"] == [2, 3]
+    assert Stored(folder).rows[0]["size"] == [64, 96]
 
 
 def test_meta_whose_grid_does_not_fit_is_refused(tmp_path):
@@ -457,7 +458,7 @@ def test_metas_may_say_anything_else(tmp_path):
     odd = {"norm": float("nan"), "backbone": "vit", "pooling": ["cls"], "sha256": 7, "id": "../x", "grid": [4.0, 4]}
     say(tree, {**odd, "position": {"lat": float("inf")}})
     (folder,) = imported(tree, tmp_path / "back")
-    about = Embeddings(folder).rows[0]
+    about = Stored(folder).rows[0]
     assert (about["id"], about["position"], about["grid"]) == ("mid_low/0001", {"lat": None}, [4, 4])
     assert read_rows(folder / "metas.jsonl")[0]["global"]["norm"] is None
 
@@ -531,7 +532,7 @@ def test_changed_tree_is_refused_or_imported_anew(tree, tmp_path):
     refused(tree, r"res64_raw was made differently:\n  parameters.files: .* -> ")
     assert files(folder) == was
     imported(tree, tmp_path / "back", "i", on_change="recompute")
-    embeddings = Embeddings(folder)
+    embeddings = Stored(folder)
     assert embeddings.ids == ["high/7", "low/0007", "low/0012"]
     assert np.array_equal(embeddings.vectors[1], np.load(path))
 
@@ -545,7 +546,7 @@ def test_mended_files_need_no_permission(tree, tmp_path, monkeypatch):
     refused(tree, "not finite")
     write_array(path, array)
     (folder,) = imported(tree, tmp_path / "back")
-    assert len(Embeddings(folder)) == 4
+    assert len(Stored(folder)) == 4
 
 
 def test_step_of_01_embed_is_not_imported_over(tree, tmp_path):
@@ -561,7 +562,7 @@ def test_references_join_a_step_of_01_embed(tmp_path):
     export(references, tmp_path / "tree", ["global.npy"])
     (folder,) = imported(tmp_path / "tree", tmp_path / "exports", "r")
     assert open_step(folder).upstream == {"embed": data.fingerprint}
-    assert {row["source"] for row in Embeddings(folder).rows} == {*IDS}
+    assert {row["source"] for row in Stored(folder).rows} == {*IDS}
 
 
 def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
@@ -594,7 +595,7 @@ def test_command_line(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "exports/old/01_embed/survey/vits16+/res64_raw"
     assert f"01_embed finished: {folder}" in done.stdout
-    assert len(Embeddings(folder)) == 4
+    assert len(Stored(folder)) == 4
 
 
 def test_exit_codes(tmp_path, capsys):

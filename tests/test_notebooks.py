@@ -12,7 +12,7 @@ import pytest
 
 from imatch.cli import batch
 from imatch.core import files
-from imatch.steps.options import GROUPS, fields
+from imatch.steps.groups import GROUPS, fields
 from tests.test_steps import without_times
 
 ROOT = Path(__file__).parents[1]

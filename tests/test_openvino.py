@@ -258,8 +258,8 @@ def test_the_step_records_it(weights, few_photographs, tmp_path):
             tag="",
             on_change="refuse",
         )
-        embeddings = imatch.embed(step, devices="cpu", workers=workers)
-        imatch.finish_embed(step, embeddings)
+        embeddings = imatch.steps.embed(step, devices="cpu", workers=workers)
+        imatch.steps.finish_embed(step, embeddings)
         return step, embeddings
 
     step, ours = run("openvino", "ours")

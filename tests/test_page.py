@@ -9,7 +9,8 @@ import pytest
 
 from imatch.core import files
 from imatch.core.types import Geometry, Matches, Tokens
-from imatch.data.store import open_embeddings, read_ranking
+from imatch.data.store import read_ranking
+from imatch.steps.chain import open_embeddings
 from imatch.steps.match import open_match
 from imatch.viz import html, pictures
 from tests import rendered

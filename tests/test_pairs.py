@@ -18,6 +18,7 @@ from imatch.core import files
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError
 from imatch.data.pairs import pair_path
+from imatch.data.store import Stored
 from imatch.steps import match, report
 from imatch.viz import figures
 from tests import grouped
@@ -80,7 +81,7 @@ def test_all_pairs_come_once(data):
 def test_ordered_pairs_come_in_both_directions_best_first(data):
     _, rows, _ = listed(data, "ordered")
     assert sorted(named(rows)) == sorted(itertools.permutations(IDS, 2))
-    vectors = dict(zip(IDS, np.asarray(imatch.Embeddings(data.folder).vectors), strict=True))
+    vectors = dict(zip(IDS, np.asarray(Stored(data.folder).vectors), strict=True))
     for _, of_query in itertools.groupby(rows, lambda row: row["query"]):
         of_query = list(of_query)
         assert [row["rank"] for row in of_query] == [0, 1, 2]
@@ -137,7 +138,7 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
     figure = figures.match_summary(rows, metrics)
     assert "nobody knows whether right (6)" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert figures.pair_sheet(step.folder, rows).axes[0].images
-    loaded = imatch.open_match(step).pair(rows[0])
+    loaded = imatch.steps.open_match(step).pair(rows[0])
     assert len(loaded.matches) == rows[0]["matches"]
     assert [path.name for path in loaded.paths] == [Path(id).name for id in named(rows)[0]]
     with pytest.raises(StepError, match="matched a list"):
@@ -246,7 +247,7 @@ def test_workers_change_no_byte(data):
         **{key: step.parameters["looks"][0][key] for key in ("matcher", "matcher_options")},
         candidates=1,
     )
-    assert imatch.match_pairs(other, workers=2) == rows
+    assert imatch.steps.match_pairs(other, workers=2) == rows
     assert_same(other.folder / "pairs", step.folder / "pairs")
 
 
@@ -339,7 +340,7 @@ def test_colmap_has_a_known_point_where_it_lies(few_photographs, tmp_path):
     one, two = (read_keypoints(step.folder / "colmap" / "keypoints" / f"{name}.txt") for name in names)
     assert len(a) == row["inliers"]
     assert np.allclose(one[a], two[b], atol=0.05)
-    first = imatch.Embeddings(step.linked("query")).tokens(0).xy[0]
+    first = Stored(step.linked("query")).tokens(0).xy[0]
     assert np.linalg.norm(one - (first + 0.5), axis=1).min() < 1e-3
 
 

@@ -15,7 +15,7 @@ from imatch.core.files import read_json, read_rows, write_array, write_json, wri
 from imatch.core.step import Step, open_step, start_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
 from imatch.data import store
-from imatch.data.store import Embeddings
+from imatch.data.store import Stored
 from imatch.export import per_image
 from imatch.steps import import_tree
 from tests import grouped
@@ -80,7 +80,7 @@ def made(folder: Path, rows: list[dict], name="01_embed", upstream=None, links=N
         every = [tokens(shard + i, size=row["size"]) for i, row in enumerate(part)]
         store.write_shard(folder, shard // 3, part, every)
     store.merge(folder)
-    imatch.finish_embed(step, Embeddings(folder))
+    imatch.steps.finish_embed(step, Stored(folder))
     return step
 
 
@@ -121,7 +121,7 @@ def with_references(exports: Path, crops=(1.0,)) -> tuple[Step, Step]:
 
 
 def export(step: Step, folder: Path, outputs=ALL) -> int:
-    return per_image.export_per_image(Embeddings(step.folder), outputs, folder, step.on_change)
+    return per_image.export_per_image(Stored(step.folder), outputs, folder, step.on_change)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -141,7 +141,7 @@ def embedded(photographs: Path, exports: Path, weight: str, **given) -> Step:
         on_change="refuse",
         **given,
     )
-    imatch.finish_embed(step, imatch.embed(step, workers=0))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
     return step
 
 
@@ -187,7 +187,7 @@ def test_arrays_are_those_of_the_store(tmp_path):
     step = survey(tmp_path / "exports")
     export(step, tmp_path / "tree")
     low = tmp_path / "tree/survey/vits16+/low"
-    one = Embeddings(step.folder).tokens(0)
+    one = Stored(step.folder).tokens(0)
     for kind, wanted in (("GlobalToken", one.vector), ("PatchToken", one.descriptors), ("PatchGrid", one.as_grid())):
         array = np.load(low / kind / f"{kind}{LOW_7}.npy")
         assert array.dtype == wanted.dtype
@@ -321,8 +321,8 @@ def test_keypoints_have_global_files_only(few_photographs, tmp_path):
 def test_tree_lies_beside_the_steps_unless_told(tmp_path):
     data, references = with_references(tmp_path / "exports")
     for step in (data, references):
-        assert per_image.export_per_image(Embeddings(step.folder), []) == 0
-        assert per_image.export_per_image(Embeddings(step.folder), ["global.json"]) == len(Embeddings(step.folder))
+        assert per_image.export_per_image(Stored(step.folder), []) == 0
+        assert per_image.export_per_image(Stored(step.folder), ["global.json"]) == len(Stored(step.folder))
     assert {path.name for path in (tmp_path / "exports/r/per_image").iterdir()} == {"survey"}
     assert len(files(tmp_path / "exports/r/per_image/survey/vits16+/low")) == 2 + 2 * 3
 

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, Tokens, grid_xy
-from imatch.data.store import open_embeddings, read_ranking
+from imatch.data.store import read_ranking
 from imatch.features import denseft
 from imatch.matching import geometry
 from imatch.steps import match
+from imatch.steps.chain import open_embeddings
 from imatch.viz import figures, pictures
 from tests.test_steps import embedded, matched, referenced, searched
 

@@ -11,11 +11,12 @@ from imatch.core.types import ImatchError, StepError
 from imatch.data import images, rotations, store
 from imatch.data.images import Decoded
 from imatch.data.rotations import Pose
+from imatch.data.store import Stored
 from imatch.evaluation import tables
 from imatch.features.sift import keypoints
 from imatch.retrieval import ranking as retrieval_ranking
 from imatch.retrieval.ranking import token_score
-from imatch.steps.embed import embed_poses, worth_trying
+from imatch.steps.embedding import embed_poses, worth_trying
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
 from tools.vocabulary import dead_leaves
 
@@ -81,12 +82,12 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
     shutil.copytree(few_photographs, folder)
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     wanted = [*rotations.poses(4), Pose(0.0, 2.0)]
-    found = embed_poses(imatch.Embeddings(step.folder), wanted, workers=0)
+    found = embed_poses(Stored(step.folder), wanted, workers=0)
     assert sorted(path.name for path in step.folder.parent.iterdir()) == [
         "scale1_raw",
         *(f"scale1_raw_{pose}" for pose in ("rot000_x2", "rot090", "rot180", "rot270")),
     ]
-    upright = imatch.Embeddings(step.folder)
+    upright = Stored(step.folder)
     for row, meta in enumerate(upright.rows):
         tokens = dict(found.tokens(row))
         assert list(tokens) == wanted
@@ -97,13 +98,13 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
             assert one.xy.max(axis=0) == pytest.approx([w, h], rel=0.2)
     assert [len(vectors) for _, vectors in found.vectors(slice(1, 3))] == [2] * 5
     capsys.readouterr()
-    embed_poses(imatch.Embeddings(step.folder), wanted, workers=0)
+    embed_poses(Stored(step.folder), wanted, workers=0)
     assert capsys.readouterr().out.count("there already") == 4
     images.Image.fromarray(dead_leaves(np.random.default_rng(9), side=96)).save(folder / "a.png")
     with pytest.raises(StepError, match=r"changed: a\.png"):
-        embed_poses(imatch.Embeddings(step.folder), wanted, workers=0)
+        embed_poses(Stored(step.folder), wanted, workers=0)
     with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
-        embed_poses(imatch.Embeddings(step.folder), [rotations.UPRIGHT, Pose(45.0)], workers=0)
+        embed_poses(Stored(step.folder), [rotations.UPRIGHT, Pose(45.0)], workers=0)
 
 
 def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_photographs, tmp_path):
@@ -112,14 +113,14 @@ def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_phot
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     (folder / "b.png").unlink()
     with pytest.raises(StepError, match=r"1 photographs of .* cannot be read any more, such as b\.png"):
-        embed_poses(imatch.Embeddings(step.folder), rotations.poses(4), workers=0)
+        embed_poses(Stored(step.folder), rotations.poses(4), workers=0)
 
 
 def test_a_zoom_that_fits_no_patch_is_said_before_anything_is_written(few_photographs, tmp_path):
     long_side = imatch.Resize("long_side", long_side=96)
     step = embedded(few_photographs, tmp_path, weight="dsift", resize=long_side)
     with pytest.raises(ImatchError, match=r"zoom 1\.25: long_side 120 is not a multiple of patch 16"):
-        embed_poses(imatch.Embeddings(step.folder), rotations.poses(1, [1.25]), workers=0)
+        embed_poses(Stored(step.folder), rotations.poses(1, [1.25]), workers=0)
     assert [path.name for path in step.folder.parent.iterdir()] == [step.folder.name]
     with pytest.raises(ImatchError, match="zooms"):
         rotations.poses(1, ["a"])
@@ -182,7 +183,7 @@ def test_turned_queries_are_matched_in_the_pose_that_fits(turned_queries):
 
 def test_a_saved_pair_is_read_in_its_pose(turned_queries):
     step, rows, _ = matched(turned_queries, rotations=4, candidates=1, outputs=["npy"], tag="read")
-    matches = imatch.open_match(step)
+    matches = imatch.steps.open_match(step)
     for row in rows:
         pair, (a, b) = matches.pair(row), matches.tokens(row)
         assert np.array_equal(pair.xy_a, a.xy[pair.matches.index_a])
@@ -251,7 +252,7 @@ def drawn(tmp_path, monkeypatch):
 def test_rotations_find_what_was_turned_and_say_by_how_much(drawn):
     step = indexed(*drawn, "reference-data", rotations=4, tag="turned")
     _, _, ranking, rows, metrics = judged(step)
-    plain, turned = imatch.index_stages(step)
+    plain, turned = imatch.steps.index_stages(step)
     assert (plain["stage"], turned["stage"]) == ("plain", "4 rotations")
     assert plain["hit_at_1"]["value"] < 0.5
     assert turned["hit_at_1"]["value"] == metrics["hit_at_1"] == 1.0
@@ -289,7 +290,7 @@ def test_whitening_expansion_and_tokens_against_loops(few_photographs, tmp_path)
         again = np.argsort(-token_score(own, there), kind="stable")
         assert ranking.rows[row].tolist() == [*hits[:4][again], *hits[4:]]
         assert ranking.scores[row] == pytest.approx((expanded @ g.T)[row, ranking.rows[row]], abs=1e-4)
-    names = [stage["stage"] for stage in imatch.index_stages(step)]
+    names = [stage["stage"] for stage in imatch.steps.index_stages(step)]
     assert names == ["plain", "whitened to 5", "expanded by 2", "4 by 16 tokens"]
     assert ranking.turn is None
 
@@ -298,7 +299,7 @@ def test_what_hurts_is_said(drawn):
     """Whitening to one dimension leaves two places to be in."""
     step = indexed(*drawn, "reference-data", whiten=1, rotations=4, tag="hurt")
     judged(step)
-    stages = {row["stage"]: row for row in imatch.index_stages(step)}
+    stages = {row["stage"]: row for row in imatch.steps.index_stages(step)}
     searched(*drawn, "reference-data", rotations=4, tag="unhurt")
     assert stages["4 rotations"]["hit_at_1"]["value"] < 1
     assert "whitened to 1" in tables.stage_table(list(stages.values()))
@@ -344,8 +345,8 @@ def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
     whole = indexed(*drawn, "reference-data", tag="whole", **given)
     judged(whole)
     killed = indexed(*drawn, "reference-data", tag="killed", **given)
-    query, gallery = imatch.open_embeddings(killed)
-    index = imatch.build_index(killed, gallery)
+    query, gallery = imatch.steps.open_embeddings(killed)
+    index = imatch.steps.build_index(killed, gallery)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -353,7 +354,7 @@ def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(retrieval_ranking, "reorder", stop)
         with pytest.raises(KeyboardInterrupt):
-            imatch.search(killed, index, query, gallery)
+            imatch.steps.search(killed, index, query, gallery)
     before = (killed.folder / "tokens" / "00000.npy").stat().st_mtime_ns
     judged(indexed(*drawn, "reference-data", tag="killed", **given))
     assert (killed.folder / "tokens" / "00000.npy").stat().st_mtime_ns == before

@@ -25,7 +25,7 @@ from imatch.core.files import read_json, write_json
 from imatch.core.step import start_step
 from imatch.core.types import ImatchError, ImatchWarning
 from imatch.retrieval.redis import Redis, RedisError
-from imatch.steps.send import message, send
+from imatch.steps.sending import message, send
 
 redis = pytest.importorskip("redis", reason="redis-py is not installed: pip install -c constraints.txt -e '.[redis]'")
 
@@ -301,7 +301,7 @@ def test_a_sender_killed_in_the_middle_costs_nothing(server, tmp_path, monkeypat
         import os, signal, pathlib
         from imatch.core import compute
         from imatch.core.step import open_step
-        from imatch.steps.send import send
+        from imatch.steps.sending import send
         compute.progress = lambda items, *_: (os.kill(os.getpid(), signal.SIGKILL) for _ in items)
         send(open_step(pathlib.Path({str(step.folder)!r}), finished=False), ttl=100)
     """
@@ -322,7 +322,7 @@ def test_a_sender_killed_at_any_moment_costs_nothing(server, tmp_path, monkeypat
     code = f"""
         import pathlib
         from imatch.core.step import open_step
-        from imatch.steps.send import send
+        from imatch.steps.sending import send
         send(open_step(pathlib.Path({str(step.folder)!r}), finished=False), ttl=100)
     """
     with server.client() as client, subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)]) as sender:
@@ -572,5 +572,5 @@ def test_without_url_or_redis_py_it_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_importing_send_does_not_import_redis():
-    code = "import imatch.export.outputs, imatch.steps.send, sys; sys.exit('redis' in sys.modules)"
+    code = "import imatch.export.outputs, imatch.steps.sending, sys; sys.exit('redis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,6 +17,7 @@ import imatch
 from imatch.core import files
 from imatch.core.types import ImatchError, StepError, View
 from imatch.data import images, references
+from imatch.data.store import Stored
 from imatch.matching import geometry
 from imatch.viz import figures
 from tests import grouped, test_steps
@@ -236,7 +237,7 @@ def embedded(few_photographs, tmp_path_factory):
         tag="",
         on_change="refuse",
     )
-    imatch.finish_embed(step, imatch.embed(step, workers=0))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
     return step
 
 
@@ -246,7 +247,7 @@ def reference_kind(request):
 
 
 def made(embedded, tag, kind="legacy", resize_to_original=False, file_type="jpg"):
-    views = imatch.start_references(
+    views = imatch.steps.start_references(
         str(embedded.folder),
         kind=kind,
         angles=[0, 30, 90],
@@ -257,7 +258,7 @@ def made(embedded, tag, kind="legacy", resize_to_original=False, file_type="jpg"
         tag=tag,
         on_change="refuse",
     )
-    return views, imatch.make_references(views, workers=0)
+    return views, imatch.steps.make_references(views, workers=0)
 
 
 @pytest.mark.parametrize("resized", [False, True])
@@ -326,7 +327,7 @@ def test_a_reference_is_seen_at_the_scale_of_its_photograph(few_photographs, tmp
     data = test_steps.embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize(limit=80))
     views, tokens = test_steps.referenced(data)
     views = {row["id"]: row for row in files.read_rows(views.folder / "references.jsonl")}
-    for row in imatch.Embeddings(tokens.folder).rows:
+    for row in Stored(tokens.folder).rows:
         size, factor = views[row["id"]]["size"], 80 / max(views[row["id"]]["source_size"])
         assert factor < 80 / max(size)
         assert list(row["grid"]) == [max(1, round(side * factor / 16)) for side in size]

@@ -25,6 +25,7 @@ import imatch
 from imatch.core import files
 from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
+from imatch.data.store import Stored
 from tests import grouped
 from tests.test_steps import indexed, judged, without_times
 
@@ -97,7 +98,7 @@ class House:
 
     def start_views(self) -> Step:
         embedded = self.exports / "run" / "01_embed" / "photographs" / "sift" / "scale1_raw"
-        return imatch.start_references(
+        return imatch.steps.start_references(
             str(embedded),
             kind="legacy",
             angles=self.angles,
@@ -111,11 +112,11 @@ class House:
 
     def views(self) -> Step:
         step = self.start_views()
-        imatch.make_references(step, workers=self.workers)
+        imatch.steps.make_references(step, workers=self.workers)
         return step
 
     def references(self) -> Step:
-        return self._tokens(imatch.start_reference_tokens(self.views()))
+        return self._tokens(imatch.steps.start_reference_tokens(self.views()))
 
     def index(self) -> Step:
         data, references = (open_step(self.folder(step)) for step in ("01_embed", "02_references"))
@@ -142,7 +143,7 @@ class House:
 
     def match(self) -> Step:
         step = self.start_match()
-        step.finish(imatch.match_metrics(step, imatch.match_pairs(step, workers=self.workers)))
+        step.finish(imatch.steps.match_metrics(step, imatch.steps.match_pairs(step, workers=self.workers)))
         return step
 
     def chain(self) -> None:
@@ -164,14 +165,14 @@ class House:
         return House(**{**self.__dict__, **changes})
 
     def _tokens(self, step: Step) -> Step:
-        embeddings = imatch.embed(
+        embeddings = imatch.steps.embed(
             step,
             workers=self.workers,
             batch_size=self.batch_size,
             on_error=self.on_error,
             max_skipped=1.0 if step.name == "02_references" else self.max_skipped,
         )
-        imatch.finish_embed(step, embeddings)
+        imatch.steps.finish_embed(step, embeddings)
         return step
 
 
@@ -342,7 +343,7 @@ def test_killed_embedding(run_killed, whole, empty, capsys):
 
     with opened(empty.photographs) as read:
         empty.embed()
-    ids = imatch.Embeddings(folder).ids
+    ids = Stored(folder).ids
     assert read == {*ids[5 * SHARD :]}
     assert f"5 of {PHOTOGRAPHS // SHARD} shards are there, 3 to compute" in capsys.readouterr().out
     after = state(folder / "local")
@@ -366,7 +367,7 @@ def test_killed_views(run_killed, whole, empty):
 
     with opened(empty.photographs) as read:
         step = empty.views()
-    assert read == {*imatch.Embeddings(empty.folder("01_embed")).ids} - sources
+    assert read == {*Stored(empty.folder("01_embed")).ids} - sources
     after = state(folder)
     assert all(after[path] == before[path] for path in made)
     assert len(made) == len(there) * len(ANGLES)
@@ -550,7 +551,7 @@ def test_torn_line_of_seen(run_killed, whole, empty):
         with opened(house.photographs) as read:
             house.embed()
         assert len(known) == 7 * SHARD - (house.name == "half a line")
-        assert read == {*imatch.Embeddings(house.folder("01_embed")).ids} - known
+        assert read == {*Stored(house.folder("01_embed")).ids} - known
         assert_same(house.folder("01_embed"), whole.folder("01_embed"))
 
 
@@ -708,7 +709,7 @@ def test_other_photographs(what, id, said, kept, house):
 
     with opened(house.photographs) as read:
         house.but(on_change="recompute").embed()
-    ids = imatch.Embeddings(folder).ids
+    ids = Stored(folder).ids
     recomputed = {i for i in range(len(ids)) if i // SHARD not in kept}
     assert read == {ids[i] for i in recomputed}
     after = state(folder / "local")

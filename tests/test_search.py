@@ -37,10 +37,10 @@ def test_an_approximate_index_is_measured_and_tuned(house):
 def test_a_recall_out_of_reach_is_said(house):
     coarse = {"key": "PQ1x4", "refine": 0}  # one of 16 patterns for a whole vector
     step = indexed(*house, "data-reference", index="factory", index_options=coarse, tag="low", recall=0.99)
-    query, gallery = imatch.open_embeddings(step)
-    built = imatch.build_index(step, gallery)
+    query, gallery = imatch.steps.open_embeddings(step)
+    built = imatch.steps.build_index(step, gallery)
     with pytest.warns(ImatchWarning, match=r"recall@5 is 0\.\d+ at most, below the 0\.99"):
-        assert imatch.tune_index(step, built, query)["recall"] < 0.99
+        assert imatch.steps.tune_index(step, built, query)["recall"] < 0.99
 
 
 def test_results_for_programs(house):
@@ -70,17 +70,17 @@ def test_an_index_is_the_gallery_s_and_serves_all_who_search_it(house):
     before = path.stat().st_mtime_ns
     for direction, given in (("data-reference", {"on_change": "recompute"}), ("reference-reference", {})):
         again = indexed(*house, direction, k=3, tag="kept", **given)
-        imatch.build_index(again, imatch.open_embeddings(again)[1])
+        imatch.steps.build_index(again, imatch.steps.open_embeddings(again)[1])
     assert path.stat().st_mtime_ns == before
 
 
 def test_a_finished_step_searches_as_it_was_tuned(house):
     step, query, gallery, _ = searched(*house, "data-reference", tag="tuned", index="ivf_flat")
-    built = imatch.build_index(step, gallery)
+    built = imatch.steps.build_index(step, gallery)
     built.tune([searcher.Point(7, 1.0, 0.1)], 1.0)  # by other queries
-    built = imatch.build_index(step, gallery)
+    built = imatch.steps.build_index(step, gallery)
     assert built.effort == 7
-    assert imatch.tune_index(step, built, query)["effort"]["value"] == built.effort != 7
+    assert imatch.steps.tune_index(step, built, query)["effort"]["value"] == built.effort != 7
 
 
 def test_an_index_follows_the_photographs(few_photographs, tmp_path):

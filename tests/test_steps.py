@@ -21,10 +21,11 @@ from imatch.core import files
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError, Tokens
 from imatch.data import rotations
+from imatch.data.store import Stored
 from imatch.evaluation import intervals, tables
 from imatch.features import base
 from imatch.retrieval import index as searcher
-from imatch.steps.embed import embed_poses
+from imatch.steps.embedding import embed_poses
 from imatch.steps.references import _reference_names
 from tests import grouped, rendered
 from tools.vocabulary import dead_leaves
@@ -34,12 +35,12 @@ def embedded(photographs, exports, weight="sift", resize=None, **given):
     max_skipped = given.pop("max_skipped", 0.05)
     options = {"run": "r", "shard_size": 3, "resize": resize or imatch.Resize(), **given}
     step = grouped.start_embed(photographs, exports, weight=weight, **options)
-    imatch.finish_embed(step, imatch.embed(step, workers=0, max_skipped=max_skipped))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0, max_skipped=max_skipped))
     return step
 
 
 def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,), resize_to_original=False, file_type="jpg"):
-    views = imatch.start_references(
+    views = imatch.steps.start_references(
         str(step.folder),
         kind=kind,
         angles=angles,
@@ -50,9 +51,9 @@ def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,), resize_to_o
         tag="",
         on_change="refuse",
     )
-    imatch.make_references(views, workers=0)
-    tokens = imatch.start_reference_tokens(views)
-    imatch.finish_embed(tokens, imatch.embed(tokens, workers=0, max_skipped=1.0))
+    imatch.steps.make_references(views, workers=0)
+    tokens = imatch.steps.start_reference_tokens(views)
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0, max_skipped=1.0))
     return views, tokens
 
 
@@ -64,13 +65,13 @@ def indexed(data, references, direction, **given):
 
 def judged(step):
     """All of a 03_index but its alarms and its end: both sides, the ranking, the rows of queries.jsonl, the metrics."""
-    query, gallery = imatch.open_embeddings(step)
-    index = imatch.build_index(step, gallery)
-    figures = imatch.tune_index(step, index, query)
-    checked = imatch.check_index(index, gallery)
-    ranking = imatch.search(step, index, query, gallery)
-    rows, threshold = imatch.judge_index(step, query, gallery, ranking, figures)
-    metrics = imatch.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
+    query, gallery = imatch.steps.open_embeddings(step)
+    index = imatch.steps.build_index(step, gallery)
+    figures = imatch.steps.tune_index(step, index, query)
+    checked = imatch.steps.check_index(index, gallery)
+    ranking = imatch.steps.search(step, index, query, gallery)
+    rows, threshold = imatch.steps.judge_index(step, query, gallery, ranking, figures)
+    metrics = imatch.steps.index_metrics(step, query, gallery, ranking, rows, threshold, figures, checked)
     return query, gallery, ranking, rows, metrics
 
 
@@ -84,8 +85,8 @@ def searched(data, references, direction, k=5, exclude_siblings=False, **given):
 
 def matched(index, **given):
     step = grouped.start_match(str(index.folder), **{"candidates": 2, "iterations": 1000, **given})
-    pairs = imatch.match_pairs(step, workers=0)
-    return step, pairs, step.finish(imatch.match_metrics(step, pairs))
+    pairs = imatch.steps.match_pairs(step, workers=0)
+    return step, pairs, step.finish(imatch.steps.match_metrics(step, pairs))
 
 
 def matched_scene(scene, folder):
@@ -286,10 +287,10 @@ def test_a_folder_of_the_same_name_does_not_take_a_step_over(tmp_path, few_photo
 OPEN = """
 import resource, sys, pathlib
 import imatch
-embeddings = imatch.Embeddings(pathlib.Path(sys.argv[1]))
+embeddings = Stored(pathlib.Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 print(sum(len(embeddings.tokens(row).xy) for row in range(len(embeddings))))
-imatch.Embeddings(pathlib.Path(sys.argv[1]))
+Stored(pathlib.Path(sys.argv[1]))
 """
 
 
@@ -415,7 +416,7 @@ def test_an_index_that_does_not_belong_is_caught(house, tmp_path):
     searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest, kind="flat")
     index = searcher.Searcher(tmp_path / "index", gallery.vectors, gallery.digest)
     with pytest.raises(StepError, match="the index answers"):
-        imatch.check_index(index, gallery)
+        imatch.steps.check_index(index, gallery)
 
 
 def test_matches_agree_with_the_truth(house):
@@ -518,7 +519,7 @@ def test_index_refuses_wrong_requests(house):
 
 def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photographs):
     step = embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize("long_side", long_side=128))
-    embeddings = imatch.Embeddings(step.folder)
+    embeddings = Stored(step.folder)
     assert [tuple(row["grid"]) for row in embeddings.rows] == [(6, 8), (8, 6), (8, 8), (6, 8)]
     tokens = embeddings.tokens(3)
     assert tokens.as_grid().shape == (6, 8, 128)
@@ -532,8 +533,8 @@ def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photog
 MEASURE = """
 import resource, sys
 import imatch
-step = imatch.start_embed(sys.argv[1], run="r", storage=imatch.StorageOptions(shard_size=16))
-imatch.finish_embed(step, imatch.embed(step, workers=0))
+step = imatch.steps.start_embed(sys.argv[1], run="r", storage=imatch.StorageOptions(shard_size=16))
+imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
@@ -568,18 +569,18 @@ def test_steps_are_found_where_exports_are(few_photographs, tmp_path, monkeypatc
 def test_the_last_finished_step_of_a_run_is_found(few_photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
     with pytest.raises(StepError, match=r"no finished 01_embed in .*run it first"):
-        imatch.last_finished("", "01_embed", "r")
+        imatch.steps.last_finished("", "01_embed", "r")
     one, other = embedded(few_photographs, tmp_path), embedded(few_photographs, tmp_path, weight="dsift")
     _, references = referenced(one, angles=(0,))
-    embed_poses(imatch.Embeddings(one.folder), rotations.poses(4), workers=0)  # later, but of no use by itself
-    imatch.start_embed(str(few_photographs), run="r", tag="unfinished")
+    embed_poses(Stored(one.folder), rotations.poses(4), workers=0)  # later, but of no use by itself
+    imatch.steps.start_embed(str(few_photographs), run="r", tag="unfinished")
     capsys.readouterr()
-    assert imatch.last_finished("", "01_embed", "r") == str(other.folder)
+    assert imatch.steps.last_finished("", "01_embed", "r") == str(other.folder)
     assert capsys.readouterr().out == f"also there: {one.folder}\nthe last finished 01_embed: {other.folder}\n"
-    assert imatch.last_finished("", "02_references", "r", of=str(one.folder)) == str(references.folder)
+    assert imatch.steps.last_finished("", "02_references", "r", of=str(one.folder)) == str(references.folder)
     with pytest.raises(StepError, match="no finished 02_references"):
-        imatch.last_finished("", "02_references", "r", of=str(other.folder))
-    assert imatch.last_finished("exports/given", "01_embed", "r") == "exports/given"
+        imatch.steps.last_finished("", "02_references", "r", of=str(other.folder))
+    assert imatch.steps.last_finished("exports/given", "01_embed", "r") == "exports/given"
 
 
 # --- rotation -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from imatch.core.files import (
 )
 from imatch.core.types import StepError, Tokens, grid_xy
 from imatch.data import store
-from imatch.data.store import Embeddings
+from imatch.data.store import Stored
 
 SHARDS, SHARD, D = 4, 3, 8
 
@@ -78,7 +78,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_tokens_come_back(written, merged, grid):
-    embeddings = Embeddings(merged)
+    embeddings = Stored(merged)
     assert len(embeddings) == len(written)
     assert embeddings.ids == [f"flight é/{i:02d}.jpg" for i in (0, 2, 3, 4, 5, 9, 10, 11)]
     for row, one in enumerate(written):
@@ -153,7 +153,7 @@ def test_merging_refuses_vectors_that_are_missing(tmp_path):
 
 def refused(folder: Path, reason: str) -> None:
     with pytest.raises(StepError, match=reason) as error:
-        Embeddings(folder)
+        Stored(folder)
     assert str(folder) in str(error.value)
 
 
@@ -300,7 +300,7 @@ def test_grid_positions_are_the_centres_of_patches():
 
 
 def test_every_row_knows_its_vector(merged, written):
-    embeddings = Embeddings(merged)
+    embeddings = Stored(merged)
     embeddings.check_rows()
     assert [row["vector"] for row in embeddings.rows] == [store.vector_digest(one.vector) for one in written]
     assert len({row["vector"] for row in embeddings.rows}) == len(written)
@@ -310,12 +310,12 @@ def test_every_row_knows_its_vector(merged, written):
     "moved", [[1, 0, 2, 3, 4, 5, 6, 7], [7, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 7, 6]], ids=str
 )
 def test_rows_of_other_vectors_are_counted_and_the_first_is_named(merged, moved):
-    ids = Embeddings(merged).ids
+    ids = Stored(merged).ids
     np.save(merged / "global.npy", np.load(merged / "global.npy")[moved])
     wrong = [row for row, place in enumerate(moved) if row != place]
     said = f"{len(wrong)} of 8 rows .* the row of {ids[wrong[0]]} holds the vector of {ids[moved[wrong[0]]]}"
     with pytest.raises(StepError, match=said):
-        Embeddings(merged).check_rows()
+        Stored(merged).check_rows()
 
 
 def test_one_bit_is_enough(merged):
@@ -323,12 +323,12 @@ def test_one_bit_is_enough(merged):
     vectors.view(np.uint32)[5, 3] ^= 1
     np.save(merged / "global.npy", vectors)
     with pytest.raises(StepError, match=r"1 of 8 rows .* holds a vector that no photograph of the list has"):
-        Embeddings(merged).check_rows()
+        Stored(merged).check_rows()
 
 
 def test_vectors_know_their_rows_after_a_split(merged):
     before = read_rows(merged / "images.jsonl")
     store.split(merged)
     store.merge(merged)
-    Embeddings(merged).check_rows()
+    Stored(merged).check_rows()
     assert read_rows(merged / "images.jsonl") == before

@@ -20,7 +20,7 @@ from imatch.core.types import ImatchError, StepError
 from imatch.data import store
 from imatch.data.images import Resize
 from imatch.features.dinov3 import Dinov3
-from imatch.steps import preflight
+from imatch.steps import checks
 from imatch.steps.references import start_reference_tokens, start_references
 from tests import grouped
 from tests.test_steps import indexed
@@ -52,8 +52,8 @@ def dinov3(start, weights):
 
 
 def embedded(step, **options):
-    embeddings = imatch.embed(step, workers=0, **options)
-    imatch.finish_embed(step, embeddings)
+    embeddings = imatch.steps.embed(step, workers=0, **options)
+    imatch.steps.finish_embed(step, embeddings)
     return embeddings
 
 
@@ -202,12 +202,12 @@ def some_broken(weights, tmp_path):
 
 def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
     with pytest.raises(ImatchError, match=r"(4|7)\.png: .* \(on_error is stop"):
-        imatch.embed(some_broken, devices="cpu,cpu", workers=0, on_error="stop")
+        imatch.steps.embed(some_broken, devices="cpu,cpu", workers=0, on_error="stop")
     for devices in ("cpu,cpu", "cpu"):
         with pytest.raises(ImatchError, match="2 of 8 photographs cannot be used, more than max_skipped"):
-            imatch.embed(some_broken, devices=devices, workers=0)
+            imatch.steps.embed(some_broken, devices=devices, workers=0)
     with pytest.warns(imatch.core.types.ImatchWarning, match="2 of 8 photographs were skipped"):
-        embeddings = imatch.embed(some_broken, devices="cpu,cpu", workers=0, max_skipped=0.5)
+        embeddings = imatch.steps.embed(some_broken, devices="cpu,cpu", workers=0, max_skipped=0.5)
     assert embeddings.ids == [f"{i}.png" for i in (0, 1, 2, 3, 5, 6)]
 
 
@@ -222,7 +222,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
         "    print('pids', *[p.pid for p in multiprocessing.active_children()], file=sys.stderr, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "threading.Thread(target=kill).start()\n"
-        "imatch.embed(step, devices='cpu,cpu', workers=0, max_skipped=1.0)\n"
+        "imatch.steps.embed(step, devices='cpu,cpu', workers=0, max_skipped=1.0)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(some_broken.folder)], capture_output=True, text=True, check=False
@@ -236,7 +236,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in children)
     with pytest.warns(imatch.core.types.ImatchWarning):
-        assert len(imatch.embed(some_broken, workers=0, max_skipped=1.0)) == 6
+        assert len(imatch.steps.embed(some_broken, workers=0, max_skipped=1.0)) == 6
 
 
 def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path):
@@ -253,11 +253,11 @@ def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path)
 def test_a_device_that_is_not_there_is_named(dinov3, start):
     for devices in ("cpu,cuda:9", "cuda:9"):
         with pytest.raises(ImatchError, match="cuda:9 is not there"):
-            imatch.embed(dinov3(), devices=devices, workers=0)
+            imatch.steps.embed(dinov3(), devices=devices, workers=0)
         with pytest.raises(ImatchError, match="cuda:9 is not there"):
-            imatch.preflight(dinov3(), devices=devices, batch_size=1)
+            imatch.steps.preflight(dinov3(), devices=devices, batch_size=1)
     with pytest.raises(ImatchError, match="sift runs on the CPU, not on cuda"):
-        imatch.embed(start("sift"), devices="cuda", workers=0)
+        imatch.steps.embed(start("sift"), devices="cuda", workers=0)
 
 
 # --- what belongs together
@@ -277,7 +277,7 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch,
         tag="",
         on_change="refuse",
     )
-    imatch.make_references(views, workers=0)
+    imatch.steps.make_references(views, workers=0)
     tokens = start_reference_tokens(views)
     assert tokens.parameters == data.parameters
     # another file under the same name: 01 was made by the first
@@ -290,7 +290,7 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch,
     monkeypatch.setenv("WEIGHTS_ROOT", str(other))
     tokens.parameters["backbone"]["filename"] = "model.pth"
     with pytest.raises(StepError, match="the weights of vits16 have changed since 01_embed"):
-        imatch.embed(tokens, workers=0)
+        imatch.steps.embed(tokens, workers=0)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_queries_of_another_embed_search_the_photographs(dinov3):
     assert embedded(queries).ids == ["flight 1/d.png"]
     step = index(data, queries)
     assert step.folder.name == "reference-data_few-res96_raw_query"
-    query, gallery = imatch.open_embeddings(step)
-    hits = imatch.search(step, imatch.build_index(step, gallery), query, gallery)
+    query, gallery = imatch.steps.open_embeddings(step)
+    hits = imatch.steps.search(step, imatch.steps.build_index(step, gallery), query, gallery)
     assert gallery.ids[hits.rows[0, 0]] == "flight 1/d.png"
     assert hits.scores[0, 0] == pytest.approx(1, abs=1e-5)
 
@@ -339,39 +339,39 @@ def test_image_groups_are_part_of_what_was_asked(dinov3):
 
 def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch):
     step = dinov3()
-    imatch.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, batch_size=8)
     said = capsys.readouterr().out
     for part in ("photographs  4 in", "SHA-256", "21.6 million parameters, normalises as LVD", "photographs/s", "disk"):
         assert part in said
-    one = preflight.cost("dinov3_vits16", (96, 96))
+    one = checks.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:
-        small.setattr(preflight, "free_memory", lambda _: one.weights + int(2.5 * one.working))
+        small.setattr(checks, "free_memory", lambda _: one.weights + int(2.5 * one.working))
         with pytest.raises(
             ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use compute.batch_size 2"
         ):
-            imatch.preflight(step, batch_size=8)
-        imatch.preflight(step, batch_size=2)
-        small.setattr(preflight, "free_memory", lambda _: one.weights - 1)
+            imatch.steps.preflight(step, batch_size=8)
+        imatch.steps.preflight(step, batch_size=2)
+        small.setattr(checks, "free_memory", lambda _: one.weights - 1)
         with pytest.raises(ImatchError, match="use a smaller model or size, or precision bf16"):
-            imatch.preflight(step, batch_size=1)
+            imatch.steps.preflight(step, batch_size=1)
         by_openvino = dinov3(backbone_options={"precision": "fp32", "engine_forward": "openvino"}, tag="openvino")
-        small.setattr(preflight, "free_memory", lambda _: 4 * one.weights)
+        small.setattr(checks, "free_memory", lambda _: 4 * one.weights)
         with pytest.raises(ImatchError, match="use a smaller model or size, or engine_forward torch"):
-            imatch.preflight(by_openvino, batch_size=1)
+            imatch.steps.preflight(by_openvino, batch_size=1)
     with monkeypatch.context() as full:
-        full.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        full.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(ImatchError, match=r"the result takes .* choose another disk for exports"):
-            imatch.preflight(step, batch_size=8)
+            imatch.steps.preflight(step, batch_size=8)
     embedded(step)
     capsys.readouterr()
-    imatch.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, batch_size=8)
     assert "is there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", store.KEEPS)
 def test_preflight_tells_disk_by_what_is_kept_and_hours(dinov3, capsys, keep):
     step = dinov3(keep=keep)
-    imatch.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, batch_size=8)
     said = capsys.readouterr().out
     assert re.search(r"time +about .* h here \(forward .* ms and decoding .* ms a photograph\), .* with 64 such", said)
     assert f"stored is {store.KEEPS[keep]}\n" in said
@@ -386,10 +386,10 @@ def test_preflight_tells_disk_by_what_is_kept_and_hours(dinov3, capsys, keep):
 def test_hours_here_are_of_the_network_and_of_the_decoding(monkeypatch):
     """A GPU leaves the cores to the decoding; without one both are done by them."""
     monkeypatch.setattr(settings, "cores", lambda: 2)
-    million = preflight._time(1_000_000, 0.36, 0.072, ["cpu"])
+    million = checks._time(1_000_000, 0.36, 0.072, ["cpu"])
     assert million.startswith("about 110 h here (forward 360 ms and decoding 36 ms a photograph), 14 h with 8, ")
-    assert preflight._time(1_000_000, 0.36, 0.072, ["cuda:0"]).startswith("about 100 h here")
-    assert preflight._time(1_000_000, 0.001, 0.072, ["cuda:0"]).startswith("about 10 h here")
+    assert checks._time(1_000_000, 0.36, 0.072, ["cuda:0"]).startswith("about 100 h here")
+    assert checks._time(1_000_000, 0.001, 0.072, ["cuda:0"]).startswith("about 10 h here")
 
 
 @pytest.mark.parametrize(("key", "entry"), [("vits16", "dinov3_vits16"), ("cxTiny", "dinov3_convnext_tiny")])
@@ -399,7 +399,7 @@ def test_preflight_knows_the_memory_that_a_pass_takes(weights, key, entry):
     from torch.profiler import ProfilerActivity, profile
 
     from imatch.features import base
-    from imatch.steps.preflight import cost
+    from imatch.steps.checks import cost
 
     backbone = base.create_backbone(key, TORCH, data_key=str(weights / "data_key.json"))
     photographs = torch.zeros(4, 256, 256, 3, dtype=torch.uint8)
@@ -421,7 +421,7 @@ def test_a_large_photograph_among_small_ones_is_no_batch_of_large_ones(weights, 
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
     given |= {"backbone_options": {}, "resize": Resize("scale"), "on_change": "refuse", "shard_size": 64}
     step = grouped.start_embed(str(folder), weight="vits16", **given)
-    imatch.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, batch_size=8)
     said = capsys.readouterr().out
     assert "photograph of 640 x 480" in said
     assert "batches of 1" in said
@@ -438,7 +438,7 @@ def test_runs_records_what_was_asked(dinov3):
 def test_a_run_that_was_refused_before_it_began_blocks_no_other(start):
     """Frames that are not there: the corrected request needs no permission to recompute what was never computed."""
     with pytest.raises(ImatchError):
-        imatch.embed(start(image_groups=[{"folder": "flight 1", "indices": [77]}]), workers=0)
+        imatch.steps.embed(start(image_groups=[{"folder": "flight 1", "indices": [77]}]), workers=0)
     assert len(embedded(start(image_groups=[{"folder": "flight 1"}]))) == 1
 
 

@@ -309,7 +309,7 @@ def test_a_folder_is_matched_by_both(tmp_path):
 def embedded(folder, exports, weight="sift", **options):
     given = {"backbone_options": {}, "resize": imatch.Resize(), "shard_size": 64, "tag": "", "on_change": "refuse"}
     step = grouped.start_embed(str(folder), exports=str(exports), run="run", weight=weight, **{**given, **options})
-    imatch.finish_embed(step, imatch.embed(step, workers=0))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
     return open_step(step.folder)
 
 
@@ -320,8 +320,8 @@ def matched(embed_step, workers=0, **options):
         "min_share": 0.0, "outputs": ["json", "npy", "png"], "tag": "", "on_change": "refuse",
     }  # fmt: skip
     step = grouped.start_match("", embed_step=str(embed_step.folder), **{**given, **options})
-    rows = imatch.match_pairs(step, workers=workers)
-    step.finish(imatch.match_metrics(step, rows))
+    rows = imatch.steps.match_pairs(step, workers=workers)
+    step.finish(imatch.steps.match_metrics(step, rows))
     return open_step(step.folder), rows
 
 
@@ -350,7 +350,7 @@ def test_a_list_of_pairs_by_auto(frames, tmp_path):
     row = next(row for row in rows if row["query"] == HARD[0])
     told = json.loads((step.folder / "pairs" / HARD[0] / "00.json").read_text())
     assert told["weight"] == "xfeat"
-    found = imatch.open_match(step)
+    found = imatch.steps.open_match(step)
     pair, (a, b) = found.pair(row), found.tokens(row)
     assert a.descriptors.shape[1] == b.descriptors.shape[1] == 64
     assert np.allclose(a.xy[pair.matches.index_a], pair.xy_a)
@@ -429,13 +429,13 @@ def test_bad_requests_are_refused_before_anything_is_computed(tmp_path, few_phot
 
 def test_references_are_matched_by_another_backbone(tmp_path, few_photographs):
     source = embedded(few_photographs, tmp_path)
-    views = imatch.start_references(
+    views = imatch.steps.start_references(
         str(source.folder), kind="isometric", angles=[0], crops=[0.75], resize_to_original=False, file_type="png",
         quality=95, tag="", on_change="refuse",
     )  # fmt: skip
-    imatch.make_references(views, workers=0)
-    tokens = imatch.start_reference_tokens(views)
-    imatch.finish_embed(tokens, imatch.embed(tokens, workers=0))
+    imatch.steps.make_references(views, workers=0)
+    tokens = imatch.steps.start_reference_tokens(views)
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0))
     step, rows = matched(source, gallery_step=str(tokens.folder), match_weight="xfeat")
     assert len(rows) == 16
     assert {row["weight"] for row in rows} == {"xfeat"}

@@ -26,8 +26,8 @@ from imatch.features.dinov3 import computes_in_bf16
 from imatch.features.weights import patch_side
 from imatch.retrieval import kinds
 from imatch.retrieval.index import choose
-from imatch.steps import preflight
-from imatch.steps.preflight import SHARE, figure
+from imatch.steps import checks
+from imatch.steps.checks import SHARE, figure
 
 HELD = 1500
 """Bytes of a photograph's row in memory."""
@@ -76,7 +76,7 @@ def plan(
     if min(photographs) < 1 or side < 1 or any(not machine.rate > 0 for machine in machines):
         raise ImatchError("numbers of photographs, the side and rates must be above 0")
     Resize("stretch", side).check(patch_side(hub_entry))
-    one = preflight.cost(hub_entry, (side, side))
+    one = checks.cost(hub_entry, (side, side))
     tokens, d = one.tokens, one.dimension
     rows: list[tuple[str, list[str]]] = []
 
@@ -85,12 +85,12 @@ def plan(
         rows.append((label, [value if isinstance(value, str) else figure(value) for value in values]))
 
     for machine in machines:
-        for workers in preflight.WORKERS:
+        for workers in checks.WORKERS:
             given = {"flop": one.flop, "rate": machine.rate, "precision": machine.precision, "workers": workers}
-            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(preflight.hours, **given))
+            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(checks.hours, **given))
     add(f"core hours of decoding, {1000 * decoded:.0f} ms a photograph", lambda n: n * decoded / 3600)
     for keep in KEEPS:
-        each = kept_bytes(keep, tokens, d) + 4 * d + preflight.LISTED
+        each = kept_bytes(keep, tokens, d) + 4 * d + checks.LISTED
         add(f"GB on disk, keep {keep}, {each / 1000:.1f} kB a photograph", lambda n, each=each: n * each / 2**30)
     add(f"GB of memory, list of photographs, {HELD / 1000:.1f} kB each", lambda n: n * HELD / 2**30)
     for kind in (kind for kind in kinds.INDEXES if kind != "factory"):  # which has no layout of its own
@@ -127,7 +127,7 @@ def decoding(side: int) -> float:
     drawn = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
     with tempfile.TemporaryDirectory() as folder:
         drawn.save(Path(folder) / "drawn.jpg", quality=92)
-        return min(preflight.decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
+        return min(checks.decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
 
 
 @click.command()
@@ -143,7 +143,7 @@ def main(
     """Plan for so many PHOTOGRAPHS, with what this machine measures."""
     device = compute.resolved("auto")
     precision = "bf16" if computes_in_bf16(device) else "fp32"
-    here = preflight.rate(device, precision)
+    here = checks.rate(device, precision)
     machines = [Machine(f"{device} in {precision} at {here / 1e9:.0f} GFLOP/s, measured here", precision, here)]
     if tflops is not None:
         machines.append(Machine(f"bf16 at {tflops:g} TFLOP/s, computed", "bf16", tflops * 1e12))

@@ -38,7 +38,7 @@ from imatch.core.step import MIME
 from imatch.core.types import ImatchError
 from imatch.data import registry
 from imatch.evaluation import tables
-from imatch.steps import options
+from imatch.steps import groups
 
 NAMED = frozenset(
     {
@@ -103,7 +103,7 @@ class _File(config.Said):
 
 def schema(notebook: Path) -> dict[str, Parameter]:
     """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help. The fields of a
-    group of options (`options.GROUPS`) follow it, such as ranking.whiten.
+    group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
 
     Raises:
         ImatchError: there is no such cell, or something in it is no literal.
@@ -122,7 +122,7 @@ def schema(notebook: Path) -> dict[str, Parameter]:
                     found[name] = Parameter(ast.literal_eval(value), helps.get(statement.lineno, ""))
                 except ValueError as error:
                     raise ImatchError(f"{notebook}: parameter {name} is no literal: {error}") from error
-                for field, option in options.fields(name).items() if name in options.GROUPS else ():
+                for field, option in groups.fields(name).items() if name in groups.GROUPS else ():
                     found[f"{name}.{field}"] = Parameter(option.default, option.help)
             case _:
                 raise ImatchError(f"{notebook}: `{ast.unparse(statement)}` is no parameter: write name = literal")
@@ -139,8 +139,8 @@ def check(name: str, value: Json, wanted: Parameter) -> Json:
     512
     """
     default = wanted.default
-    if name in options.GROUPS and not isinstance(value, Mapping):
-        fields = ", ".join(f"{name}.{field}" for field in options.fields(name))
+    if name in groups.GROUPS and not isinstance(value, Mapping):
+        fields = ", ".join(f"{name}.{field}" for field in groups.fields(name))
         raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
     if not config.fits(value, type(default)):
         said = f"wants {type(default).__name__}, such as {default!r} ({wanted.help})"
@@ -215,8 +215,8 @@ def load(
     recipe = Recipe(recipe.notebooks, {**checked(recipe.parameters), **given}, sweep, also, several)
     for point in _swept(recipe).values():
         together = _folded({**recipe.parameters, **_by_field(point, wanted)})
-        for name in together.keys() & options.GROUPS.keys():
-            options.create(name, together[name])  # refuses what its fields cannot be
+        for name in together.keys() & groups.GROUPS.keys():
+            groups.create(name, together[name])  # refuses what its fields cannot be
     return recipe, schemas
 
 
@@ -251,7 +251,7 @@ def _by_field(values: Mapping[str, Json], wanted: Callable[[str], Parameter | st
     found: dict[str, Json] = {}
     for name, value in values.items():
         wanted(name)
-        if name in options.GROUPS and isinstance(value, Mapping):
+        if name in groups.GROUPS and isinstance(value, Mapping):
             found.update({f"{name}.{field}": one for field, one in value.items()})
         else:
             found[name] = value

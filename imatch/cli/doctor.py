@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 from imatch.core import settings
 from imatch.core.types import ImatchError
 from imatch.data import registry
-from imatch.steps import preflight
+from imatch.steps import checks
 
 ENOUGH = 2.0
 """GB of memory, of a GPU's memory and of disk that a small run needs: the demo takes 1 and leaves 0.8 on the disk."""
@@ -149,7 +149,7 @@ def faiss_cpu() -> str:
 
 def memory() -> str:
     """What is free of the machine's memory."""
-    free = preflight.free_memory("cpu") / 2**30
+    free = checks.free_memory("cpu") / 2**30
     if free < ENOUGH:
         raise ImatchError(
             f"{free:.1f} GB free, {ENOUGH:.0f} wanted: close other programs; on Windows, give WSL more (memory= in "
@@ -230,7 +230,7 @@ def weights(data_key: str) -> str:
     """The weights of the registry that are there, and that each is the file that its name says."""
     folder = settings.root("WEIGHTS_ROOT")
     known = registry.load(data_key).weights
-    looked = [(weight.key, *preflight.weight_file(weight.filename)) for weight in known]
+    looked = [(weight.key, *checks.weight_file(weight.filename)) for weight in known]
     wrong = [f"{key}: {said}" for key, there, _, said in looked if there == "WRONG" or ", but " in said]
     if wrong:
         raise ImatchError("; ".join(wrong))

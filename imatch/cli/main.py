@@ -154,10 +154,10 @@ def report(context: click.Context, runs: tuple[str, ...], name: str, exports: st
 def export(step: str, files: str, folder: str, on_change: str) -> None:
     """Write files for each photograph of a finished 01_embed or 02_references: global, patch, grid, denseft."""
     from imatch.core.step import open_step, step_folder
-    from imatch.data.store import Embeddings
+    from imatch.data.store import Stored
     from imatch.export import per_image
 
-    embeddings = Embeddings(open_step(step_folder(step)).folder)
+    embeddings = Stored(open_step(step_folder(step)).folder)
     where = from_workspace(folder) if folder else None
     written = per_image.export_per_image(embeddings, files.split(","), where, on_change)
     print(f"{written} files written")
@@ -183,7 +183,7 @@ def import_(context: click.Context, tree: str, exports: str, name: str, on_chang
 def send(context: click.Context, step: str, ttl_hours: float) -> None:
     """Send what the queries of a finished 03_index found to Redis (REDIS_URL). The exit code is 1 if it waits."""
     from imatch.core.step import open_step, step_folder
-    from imatch.steps import send as steps
+    from imatch.steps import sending
 
     opened = open_step(step_folder(step))
     if opened.name != "03_index":
@@ -191,7 +191,7 @@ def send(context: click.Context, step: str, ttl_hours: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ImatchWarning)
         try:
-            print(steps.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+            print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
         except ImatchWarning as waiting:
             click.echo(f"warning: {waiting}", err=True)
             context.exit(1)
@@ -206,9 +206,9 @@ def send(context: click.Context, step: str, ttl_hours: float) -> None:
 @click.pass_context
 def weights(context: click.Context, data_key: str, side: int, batch_size: int) -> None:
     """Say which data sets and weights are there, and what they need on this machine."""
-    from imatch.steps import preflight
+    from imatch.steps import checks
 
-    text = preflight.table(data_key, side, batch_size)
+    text = checks.table(data_key, side, batch_size)
     print(text)
     context.exit(1 if " WRONG " in text else 0)
 

@@ -222,40 +222,6 @@ def _publish(step: Step) -> None:
     display({MIME: {"step": step.name, "folder": str(step.folder)}, "text/plain": text}, raw=True)
 
 
-DEEP = {"01_embed": 3, "02_references": 4, "03_index": 4}
-"""How many folders a step of each kind lies below that of its kind."""
-
-
-def last_finished(step: str, kind: str, run: str, of: str = "") -> str:
-    """Say which step is meant: the one given or, for "", the last finished one of its kind in a run; print it then, and
-    the others that it was chosen from.
-
-    Args:
-        step: its folder, or "".
-        kind: "01_embed", "02_references" or "03_index".
-        run: name of the run.
-        of: of references, the folder of the 01_embed that they are made from; "" is any.
-
-    Raises:
-        StepError: there is none in that run.
-    """
-    if step:
-        return step
-    folder = settings.root("EXPORT_ROOT") / run / kind
-    marks = sorted(folder.glob("*/" * DEEP[kind] + "metrics.json"), key=lambda mark: (mark.stat().st_mtime_ns, mark))
-    found = [open_step(mark.parent) for mark in marks]
-    found = [one for one in found if "upright" not in one.upstream]  # of another, in other poses or by another backbone
-    found = [one for one in found if not of or one.linked("embed") == step_folder(of)]
-    if not found:
-        raise StepError(
-            f"no finished {kind} in {folder.parent}: run it first, or give the run or the folder that it is in"
-        )
-    for one in found[:-1]:
-        print(f"also there: {one.folder}")
-    print(f"the last finished {kind}: {found[-1].folder}")
-    return str(found[-1].folder)
-
-
 def tagged(tag: str) -> str:
     """What a tag adds to a folder's name."""
     return f"_{checked_name('tag', tag)}" if tag else ""

@@ -12,8 +12,9 @@ import numpy as np
 from imatch.core.files import flat_name
 from imatch.core.rows import LookRecord, Options, PairRow, Parameters
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
+from imatch.data.embeddings import Embeddings
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.store import Embeddings, Posed
+from imatch.data.store import Posed, Stored
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Matched:
     """
 
     folder: Path
-    query: Embeddings
-    gallery: Embeddings
+    query: Stored
+    gallery: Stored
     looked: Mapping[str | None, Looked]
     labels: Path
     pages: Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from pydantic import PositiveInt
 from imatch.core import config, files
 from imatch.core.files import atomic, read_json, read_rows, write_array, write_json, write_rows
 from imatch.core.rows import Parameters, PhotoRow, ReferenceRow
-from imatch.core.step import Step, open_step, sides
+from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, Ranking, StepError, Tokens, check_finite, grid_xy, normalise
+from imatch.data.embeddings import Embeddings, apart, vector_digest
 from imatch.data.rotations import UPRIGHT, Pose
 
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
@@ -109,15 +109,6 @@ def _nowhere(tokens: Tokens) -> bool:
     return bool(len(tokens.xy) and np.isnan(tokens.xy).all())
 
 
-def vector_digest(vector: np.ndarray) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a global vector as float32: which row it belongs to.
-
-    >>> vector_digest(np.ones(2)) == vector_digest(np.ones(2, np.float32))
-    True
-    """
-    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()[:16]
-
-
 def is_merged(folder: Path) -> bool:
     """Whether the shards' rows and vectors have been gathered into images.jsonl and global.npy."""
     return (folder / "images.jsonl").is_file()
@@ -202,11 +193,8 @@ def split(folder: Path) -> None:
     (folder / "images.jsonl").unlink()
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """The tokens of a set of photographs, memory-mapped from a step's folder, and all that belongs to them.
-
-    Row i of `vectors` belongs to `rows[i]`; that is checked when it is opened.
+class Stored(Embeddings):
+    """Embeddings in a step's folder, memory-mapped, with what the step says of them.
 
     Attributes:
         folder: the step's folder.
@@ -217,7 +205,17 @@ class Embeddings:
 
     folder: Path
 
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        object.__setattr__(self, "folder", folder)
+        self._check()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stored) and self.folder == other.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
+
+    def _check(self) -> None:
         if not is_merged(self.folder):
             raise StepError(f"no embeddings at {self.folder}: run the step's notebook, it goes on where it stopped")
         ends: dict[int, int] = {}
@@ -229,21 +227,20 @@ class Embeddings:
             raise StepError(f"{self.folder}: {len(self.vectors)} vectors for {len(self.rows)} photographs")
         if self.ids != sorted(set(self.ids)):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
-        apart = {row["shard"] for row in self.rows if _apart(row)}
+        placed = {row["shard"] for row in self.rows if apart(row)}
         for shard, end in ends.items():
             (n, _), dtype = _header(self._path(shard))
             if n != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
             if dtype == np.int8 and (n := _shape(self._path(shard, ".scale.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} scales for {end} descriptors")
-            if shard in apart and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
+            if shard in placed and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
     @cached_property
-    def rows(self) -> list[PhotoRow]:
-        """One a photograph: id, size (h, w), sha256, position, look (`images.look`), grid, xy (whether positions have a
-        file of their own), shard, first, n, vector (`vector_digest`); where a registry knows them,
-        capture, label and frame; of a reference also source and source_sha256."""
+    def rows(self) -> list[PhotoRow]:  # type: ignore[override]  # read when it is asked for
+        """As of `Embeddings`, and xy (whether positions have a file of their own), shard and first, where its tokens
+        lie."""
         return read_rows(self.folder / "images.jsonl")
 
     @cached_property
@@ -283,7 +280,7 @@ class Embeddings:
     @cached_property
     def sources(self) -> Embeddings:
         """Those of the photographs that references were made from; of photographs, and of imported ones, themselves."""
-        return Embeddings(self._step.linked("embed")) if "embed" in self._step.links else self
+        return Stored(self._step.linked("embed")) if "embed" in self._step.links else self
 
     @cached_property
     def views(self) -> dict[str, ReferenceRow]:
@@ -296,43 +293,10 @@ class Embeddings:
         that `rows` say of the photograph, too."""
         return read_rows(self.folder / "skipped.jsonl")
 
-    @property
-    def missed(self) -> list[PhotoRow]:
-        """Those skipped that could be decoded, but in which the backbone found nothing: queries that find nothing."""
-        return [row for row in self.skipped if "size" in row]
-
-    @property
-    def decodable(self) -> dict[str, PhotoRow]:
-        """All photographs that could be decoded, whether the backbone found something in them or not, by id."""
-        return {row["id"]: row for row in sorted([*self.rows, *self.missed], key=lambda row: row["id"])}
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """The photographs' ids, in row order."""
-        return [row["id"] for row in self.rows]
-
-    @cached_property
-    def row_of(self) -> dict[str, int]:
-        """id -> row."""
-        return {id: row for row, id in enumerate(self.ids)}
-
-    @cached_property
-    def shows(self) -> list[str]:
-        """What each row shows: the SHA-256 of its own file or, for a reference, of the photograph it was made from.
-
-        Two photographs with equal content show the same, so either is a right answer for the other.
-        """
-        return [row.get("source_sha256", row["sha256"]) for row in self.rows]
-
     @cached_property
     def vectors(self) -> np.ndarray:
         """(N, D) float32, L2-normalised global vectors."""
         return _mapped(self.folder / "global.npy")
-
-    @property
-    def digest(self) -> str:
-        """Digest its vectors in their order, by the `vector_digest` of the list, or of a vector where it has none."""
-        return files.digest([row.get("vector") or vector_digest(self.vectors[i]) for i, row in enumerate(self.rows)])
 
     def _path(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / "local" / f"{shard:05d}{suffix}"
@@ -357,20 +321,11 @@ class Embeddings:
         local = np.asarray(self._local(meta["shard"])[part])
         if local.dtype == np.int8:
             local = local * self._local(meta["shard"], ".scale.npy")[part, None]
-        if _apart(meta):
+        if apart(meta):
             xy = np.asarray(self._local(meta["shard"], ".xy.npy")[part])
         else:
             xy = np.full((meta["n"], 2), np.nan, np.float32) if grid is None else grid_xy(grid, meta["size"])
         return Tokens(np.asarray(self.vectors[row]), local, xy, grid)
-
-    @property
-    def unplaced(self) -> str:
-        """Why local descriptors have no positions, in words for people; "" where they have."""
-        if not any(row["n"] for row in self.rows):
-            return "no local descriptors were kept"
-        if self.rows[0]["grid"] is None and not _apart(self.rows[0]):
-            return "only aggregated tokens were kept, which have no positions"
-        return ""
 
     def check_rows(self) -> None:
         """Compare every row of the list with its vector: a moment for 40,000 of them.
@@ -388,22 +343,6 @@ class Embeddings:
                 f"{self.folder}: {len(wrong)} of {len(self)} rows of global.npy do not belong to images.jsonl: the row "
                 f"of {self.ids[wrong[0]]} holds {whose}. Delete the folder and run its notebook again"
             )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        n = sum(row["n"] for row in self.rows)
-        d = _shape(self._path(self.rows[0]["shard"]))[1]
-        return (
-            f"{len(self)} photographs, {len(self.skipped)} skipped; global {self.vectors.shape[1]} numbers each; "
-            f"local {n} descriptors of {d} ({n / len(self):.0f} a photograph)"
-        )
-
-
-def _apart(row: PhotoRow) -> bool:
-    """Whether a row's positions have a file of their own; stores of before there was `xy` have one for keypoints."""
-    return bool(row.get("xy", row["grid"] is None))
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -644,16 +583,9 @@ def view_rows(step: Step) -> list[ReferenceRow]:
     return read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
 
 
-def open_embeddings(step: Step, weight: str = "") -> tuple[Embeddings, Embeddings]:
-    """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches, by
-    another backbone if `weight` names one."""
-    query, gallery = sides(step, weight)
-    return Embeddings(query.folder), Embeddings(gallery.folder)
-
-
-def open_poses(upright: Embeddings, poses: Sequence[Pose]) -> Posed:
+def open_poses(upright: Stored, poses: Sequence[Pose]) -> Posed:
     """Open what `embed_poses` made."""
-    return Posed(upright, {pose: Embeddings(pose_folder(upright.folder, pose)) for pose in poses if pose != UPRIGHT})
+    return Posed(upright, {pose: Stored(pose_folder(upright.folder, pose)) for pose in poses if pose != UPRIGHT})
 
 
 def pose_folder(folder: Path, pose: Pose) -> Path:
@@ -681,7 +613,7 @@ class Posed:
         for embeddings in self.posed.values():
             for row in embeddings.rows:
                 if row["id"] in known and row["sha256"] != known[row["id"]]["sha256"]:
-                    raise StepError(f"{row['id']} has changed since {self.upright.folder} was made: run 01_embed again")
+                    raise StepError(f"{row['id']} has changed since it was embedded upright: run 01_embed again")
 
     @cached_property
     def _places(self) -> dict[Pose, np.ndarray]:

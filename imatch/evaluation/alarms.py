@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 
 from imatch.core.rows import SearchFigures, ThresholdRecord
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
 
 SAME = 0.9999
 """Cosine that a photograph embedded again has with its stored vector at least: rounding on another device costs a third
@@ -22,7 +22,7 @@ NAMED = 5
 
 def copies_of(query: Embeddings, gallery: Embeddings) -> list[str]:
     """Say which queries are files of the gallery, which find themselves."""
-    if query.folder == gallery.folder:
+    if query == gallery:
         return []
     held = {row["sha256"] for row in gallery.rows}
     copies = [row["id"] for row in query.rows if row["sha256"] in held]

@@ -28,7 +28,7 @@ from imatch.core.files import digest, refuse_or_say, relative, write_array, writ
 from imatch.core.rows import Json, PhotoRow
 from imatch.core.types import ImatchError, Tokens
 from imatch.data import references, registry, store
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
 from imatch.features import denseft
 
 KINDS = {

@@ -15,7 +15,7 @@ from PIL import Image
 
 from imatch.core import compute
 from imatch.core.types import ImatchError, Tokens, normalise
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
 
 FLAT = 1e-5
 """A component whose colours lie closer than this shows nothing but rounding, and is shown as half."""
@@ -147,7 +147,7 @@ def fit_embeddings(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     ...     tokens = Tokens(values[0], values, grid_xy((2, 3), (32, 48)), grid=(2, 3))
     ...     store.write_shard(Path(folder), 0, [{"id": "a.jpg", "size": (32, 48), "sha256": ""}], [tokens])
     ...     _ = store.merge(Path(folder))
-    ...     fit_embeddings(Embeddings(Path(folder))).axes.shape
+    ...     fit_embeddings(Stored(Path(folder))).axes.shape
     (3, 4)
     """
     without = next((row["id"] for row in embeddings.rows if row["grid"] is None), None)

@@ -18,8 +18,9 @@ from imatch.core import compute, config, files
 from imatch.core.rows import Parameters
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Truth, check_finite, normalise
 from imatch.data import rotations, store
+from imatch.data.embeddings import Embeddings
 from imatch.data.rotations import Pose
-from imatch.data.store import Embeddings, Posed
+from imatch.data.store import Posed
 from imatch.retrieval import index as searcher
 from imatch.retrieval.index import Searcher
 from imatch.retrieval.truth import Own

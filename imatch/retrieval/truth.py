@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 from imatch.core import config
 from imatch.core.rows import Json, Parameters, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
 
 TRUTHS = ("photograph", "nearest", "radius")
 CLUSTERS = ("photograph", "capture")
@@ -588,7 +588,7 @@ Own = tuple[np.ndarray, np.ndarray] | None
 
 def left_out(query: Embeddings, gallery: Embeddings, shows: Sequence[str], truth: str, siblings: bool) -> Own:
     """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
-    same = query.folder == gallery.folder
+    same = query == gallery
     if siblings and (same or truth != "photograph"):
         codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
         return codes[: len(shows)], codes[len(shows) :]

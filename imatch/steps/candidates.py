@@ -19,7 +19,9 @@ from imatch.core.rows import PairRow, QueryAbout, QueryRow
 from imatch.core.step import Step, open_step, sides, step_folder
 from imatch.core.types import ImatchError
 from imatch.data import images
-from imatch.data.store import Embeddings, open_embeddings, read_ranking
+from imatch.data.embeddings import Embeddings
+from imatch.data.store import Stored, read_ranking
+from imatch.steps.chain import open_embeddings
 from imatch.steps.index import kind_of_reference
 
 LISTS = ("all", "ordered", "one")
@@ -110,14 +112,14 @@ def plan_pairs(index_step: str, candidates: int, pairs: str, embed_step: str, ga
     links = {"query": query.folder, "gallery": gallery.folder}
     name = pairs
     if pairs == "one":
-        _row_of(one, Embeddings(query.folder))
+        _row_of(one, Stored(query.folder))
         parameters["one"] = one
         name = f"one-{flat_name(one)}"
     elif pairs not in LISTS:
         path = settings.from_workspace(pairs)
         if not path.is_file():
             raise ImatchError(f"{config.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}")
-        read_pairs(path, Embeddings(query.folder), Embeddings(gallery.folder))  # refuses a bad file now
+        read_pairs(path, Stored(query.folder), Stored(gallery.folder))  # refuses a bad file now
         upstream["pairs"], links["pairs"] = images.file_digest(path), path
         name = f"csv-{path.stem}"
     about = {**query.about, "question": f"pairs-{name}{kind}"}

@@ -25,10 +25,10 @@ from imatch.core.rows import Json, Parameters, PhotoRow
 from imatch.core.step import open_step, start_step
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
 from imatch.data import images, store
-from imatch.data.store import Embeddings
+from imatch.data.store import Stored
 from imatch.export import per_image
 from imatch.features import weights
-from imatch.steps.embed import finish_embed
+from imatch.steps.embedding import finish_embed
 
 Meta = dict[str, Json]
 """What a meta file says."""
@@ -217,7 +217,7 @@ def import_group(
     ...     name = "beach/vits16/low/GlobalToken/Global_res256_raw_dinov3_vits16_LVD_low_0007.npy"
     ...     files.write_array(Path(folder) / name, np.array([3.0, 4]))
     ...     (group,) = read_tree(Path(folder))
-    ...     Embeddings(import_group(group, [group], Path(folder) / "exports")).ids
+    ...     Stored(import_group(group, [group], Path(folder) / "exports")).ids
     01_embed: new at ...
     01_embed finished: ...
     ['low/0007']
@@ -229,7 +229,7 @@ def import_group(
     data = Path(home, "01_embed", *_about(replace(group, reference=False), groups).values())
     if group.reference and (data / "step.json").is_file():
         links["embed"], upstream = data, {"embed": str(open_step(data).fingerprint)}
-        photographs = Embeddings(data)
+        photographs = Stored(data)
         called = per_image.names(photographs.rows, group.folder.name, photographs.data_key)
         twin = {"/".join(called[row["id"]]): row for row in photographs.rows}
     parameters["files"] = _digest(group)
@@ -246,7 +246,7 @@ def import_group(
             store.write_shard(folder, shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
         files.write_rows(folder / "metas.jsonl", (item.metas() for item in group.items))
         store.merge(folder)
-    finish_embed(step, Embeddings(folder))
+    finish_embed(step, Stored(folder))
     return folder
 
 

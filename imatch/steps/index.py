@@ -21,8 +21,9 @@ from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, Searc
 from imatch.core.step import Step, checked_name, open_step, start_step, step_folder, tagged
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
+from imatch.data.embeddings import Embeddings
 from imatch.data.rotations import poses
-from imatch.data.store import Embeddings, read_ranking
+from imatch.data.store import read_ranking
 from imatch.evaluation import calibration, intervals
 from imatch.evaluation.alarms import SAME, alike, copies_of, guessing, promise_broken
 from imatch.evaluation.calibration import Threshold
@@ -41,7 +42,7 @@ from imatch.retrieval.truth import (
     read_labels,
     truth_of,
 )
-from imatch.steps.embed import embed_poses, worth_trying
+from imatch.steps.embedding import embed_poses, worth_trying
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
 
@@ -542,7 +543,7 @@ def audit_index(
     Raises:
         StepError: numbers that belong to other photographs or to another backbone, which make every figure void.
     """
-    sides = {"queries": query} if query.folder == gallery.folder else {"queries": query, "gallery": gallery}
+    sides = {"queries": query} if query == gallery else {"queries": query, "gallery": gallery}
     for embeddings in sides.values():
         embeddings.check_rows()
     said = [

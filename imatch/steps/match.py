@@ -26,7 +26,7 @@ from imatch.core.types import ImatchError, Pair, StepError, Tokens
 from imatch.data import store
 from imatch.data.pairs import Look, Looked, Matched, pair_path
 from imatch.data.rotations import poses
-from imatch.data.store import open_embeddings, open_poses
+from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
@@ -35,7 +35,8 @@ from imatch.matching.align import Aligner, Alignment, GeometryOptions, MatchingO
 from imatch.matching.matchers import Sizes, options_of
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
-from imatch.steps.embed import embed_by, embed_poses, step_by, worth_trying
+from imatch.steps.chain import open_embeddings
+from imatch.steps.embedding import embed_by, embed_poses, step_by, worth_trying
 
 if TYPE_CHECKING:
     from ipywidgets import HTML

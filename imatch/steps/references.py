@@ -20,7 +20,7 @@ from imatch.core.rows import PhotoRow, ReferenceRow
 from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, references
-from imatch.data.store import Embeddings
+from imatch.data.store import Stored
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 
@@ -106,7 +106,7 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
         PartDoneError: see `compute.do`.
     """
     if not step.finished:
-        source = list(Embeddings(step.linked("embed")).decodable.values())
+        source = list(Stored(step.linked("embed")).decodable.values())
         names = _reference_names([row["id"] for row in source], step.about["dataset"])
         make = partial(_make_views, step=step, root=step.linked("photographs"))
         jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]

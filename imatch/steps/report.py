@@ -250,7 +250,7 @@ def _row(name: str, steps: Mapping[str, Step]) -> ReportRow:
         "labelled": said.get("labelled"),
         "label_precision": said.get("precision"),
         "label_recall": said.get("recall"),
-        "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked `imatch.audit_index`
+        "alarms": len(found["alarms"]) if "alarms" in found else None,  # None: nobody has asked
         "said": found.get("alarms", []),
         "fingerprints": {of: str(steps[of].fingerprint) for of in sorted(steps)},
         "unit": f"{asked['truth']['cluster']}s",

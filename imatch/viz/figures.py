@@ -17,8 +17,8 @@ from imatch.core import files
 from imatch.core.rows import MatchFigures, PairRow, ReferenceRow
 from imatch.core.types import ImatchError, Pair, Ranking, StepError, Tokens
 from imatch.data import images, references
+from imatch.data.embeddings import Embeddings
 from imatch.data.pairs import Matched, pair_path
-from imatch.data.store import Embeddings
 from imatch.evaluation.metrics import best_pairs
 from imatch.features.denseft import covered, denseft_picture, fit_embeddings
 from imatch.matching import geometry

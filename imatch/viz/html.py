@@ -17,7 +17,7 @@ from imatch.core import files
 from imatch.core.rows import Json
 from imatch.core.types import ImatchError, Pair, Ranking, Tokens
 from imatch.data import images
-from imatch.data.store import Embeddings
+from imatch.data.embeddings import Embeddings
 from imatch.matching import geometry
 from imatch.viz import figures, pictures
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/bench_dinov3.py [--memory]
 
-40 JPEGs of 1024 x 682 made from the demo's photographs. Against `imatch.embed`, which writes synced shards and hashes:
+40 JPEGs of 1024 x 682 made from the demo's photographs. Against imatch, which writes synced shards and hashes:
 a plain loop (batch 1, fp32, one pass for the global vector and another for the patches, full decode, one .npy each) and
 Hugging Face transformers' image-feature-extraction pipeline (batch 8, fp32, full decode, results dropped). The share of
 the machine's matrix-product rate is of the best side, in the precision it used. `--memory` embeds 200 and 5,000
@@ -37,7 +37,7 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning
 from imatch.data import images
 from imatch.features import base, dinov3
-from imatch.steps import preflight
+from imatch.steps import checks
 from tests import random_weights
 
 PHOTOGRAPHS, SIZE, SIDE, REPEATS = 40, (1024, 682), 256, 3
@@ -72,8 +72,8 @@ def main() -> None:
                 side(folder / f"{turn} {name}")
                 took = time.perf_counter() - start
                 best[name] = min(best[name], took) if turn else best[name]
-            preflight.rate.cache_clear()
-            rates.append(preflight.rate("cpu", precision))
+            checks.rate.cache_clear()
+            rates.append(checks.rate("cpu", precision))
         report(best, max(rates), precision)
 
 
@@ -84,7 +84,7 @@ def report(best: dict[str, float], rate: float, precision: str) -> None:
     for name, took in best.items():
         times = f"{took / best['imatch.embed']:.2f} times as fast"
         print(f"{name:<14}{took:>9.2f}{PHOTOGRAPHS / took:>15.1f}{times:>24}")
-    flop = preflight.cost("dinov3_vits16", (SIDE, SIDE)).flop * PHOTOGRAPHS
+    flop = checks.cost("dinov3_vits16", (SIDE, SIDE)).flop * PHOTOGRAPHS
     done = flop / best["imatch.embed"]
     print(
         f"\n{precision}: {done / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s of matrix products, a share of {done / rate:.2f}"
@@ -173,7 +173,7 @@ def embed(
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error", ImatchWarning)
         settings.use_exports(str(to))
-        step = imatch.start_embed(
+        step = imatch.steps.start_embed(
             str(photographs),
             data_key=str(data_key),
             run="bench",
@@ -182,8 +182,8 @@ def embed(
             resize=images.Resize("stretch", long_side=side),
             storage=imatch.StorageOptions(keep=keep, shard_size=shard_size),
         )
-        embeddings = imatch.embed(step, engine=by, devices=devices, batch_size=batch_size)
-        imatch.finish_embed(step, embeddings)
+        embeddings = imatch.steps.embed(step, engine=by, devices=devices, batch_size=batch_size)
+        imatch.steps.finish_embed(step, embeddings)
     return open_step(step.folder).work
 
 

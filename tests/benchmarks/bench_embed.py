@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/bench_embed.py
 
 Photographs: the demo's 18, and 12 JPEGs of 12 megapixels made from them. Both sides shrink them to 640 pixels and
-describe them by `sift`. The loop decodes each in full, resizes it, describes it and saves one .npy; `imatch.embed`
+describe them by `sift`. The loop decodes each in full, resizes it, describes it and saves one .npy; imatch
 checks headers, decodes at a reduced size in worker processes, batches, hashes and writes synced shards.
 """
 
@@ -114,8 +114,8 @@ def embed(photographs: Path, to: Path) -> None:
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("error")
         settings.use_exports(str(to))
-        step = imatch.start_embed(str(photographs), run="bench", resize=SIZE)
-        imatch.finish_embed(step, imatch.embed(step))
+        step = imatch.steps.start_embed(str(photographs), run="bench", resize=SIZE)
+        imatch.steps.finish_embed(step, imatch.steps.embed(step))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 200 JPEGs of 1024 x 682, ViT-S/16 at 256 px with random weights, on the CPU, in bf16 where it computes in that. The bare
 forward pass has its photographs decoded in memory, in batches of 8; its share is of the machine's rate of matrix
-products (`preflight.rate`). `imatch.embed` reads, decodes, hashes and writes; its share is of the bare forward pass
+products (`checks.rate`). `imatch.steps.embed` reads, decodes, hashes and writes; its share is of the bare forward pass
 of the same engine. The plain loop is bench_dinov3's (batch 1, fp32, two passes, full decode) on every fifth photograph.
 Each side's best turn counts, without the start of its model; CPU milliseconds (of all processes, those of 01_embed's
 start included) say the same where others use the machine, too.
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from imatch.core import settings
 from imatch.data import images
 from imatch.features import base, dinov3, openvino
-from imatch.steps import preflight
+from imatch.steps import checks
 from tests.benchmarks import bench_dinov3
 
 BATCH, FIFTH, HELD, SIDE = 8, 5, 64, bench_dinov3.SIDE
@@ -93,7 +93,7 @@ def report(took: dict[str, list[Took]], precision: str, count: int) -> None:
     best = {
         name: Took(min(turn.wall for turn in turns), min(turn.cpu for turn in turns)) for name, turns in took.items()
     }
-    flop, product = preflight.cost("dinov3_vits16", (SIDE, SIDE)).flop, best.pop("matrix products")
+    flop, product = checks.cost("dinov3_vits16", (SIDE, SIDE)).flop, best.pop("matrix products")
     ideal = Took(*(flop * each / (2 * PRODUCT**3) for each in (product.wall, product.cpu)))
     print(f"{platform.machine()}, {cpu_name()}, {settings.cores()} cores, {datetime.datetime.now():%Y-%m-%d}")
     print(
@@ -129,7 +129,7 @@ def cpu_seconds() -> float:
 
 
 def products(precision: str) -> None:
-    """Matrix products, as `preflight.rate` multiplies."""
+    """Matrix products, as `checks.rate` multiplies."""
     n = PRODUCT
     a = torch.rand(n, n).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     for _ in range(PRODUCTS):

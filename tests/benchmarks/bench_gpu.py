@@ -4,7 +4,7 @@
 
 Forward passes of random weights in bf16, of each model at each size of photograph: as they are, by torch.compile, and
 of ConvNeXts with the channels last in memory. Shares are of the GPU's rate of bf16 matrix products
-(`preflight.rate`), measured in the same run. `imatch.embed` reads photographs that need no decoding (PPM files of
+(`checks.rate`), measured in the same run. `imatch.steps.embed` reads photographs that need no decoding (PPM files of
 just the size that the model sees), hashes them, and writes what `keep` says; its share is of the bare forward pass.
 The bars are ViT-L at 512 px: 0.50 of the matrix products in the forward pass, 0.85 of that end to end, so these come
 first. `--device cpu --keys vits16 --sides 64 --photographs 70` runs without a GPU, to see that it runs.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from imatch.core import settings
 from imatch.features import base
 from imatch.features.dinov3 import Dinov3
-from imatch.steps import preflight
+from imatch.steps import checks
 from tests import random_weights
 from tests.benchmarks import bench_dinov3
 
@@ -56,7 +56,7 @@ def main() -> None:
         folder = Path(temporary)
         os.environ["WEIGHTS_ROOT"], os.environ["XDG_CACHE_HOME"] = str(folder / "weights"), str(folder / "cache")
         data_key = random_weights.write(folder / "weights", options.keys)
-        rate = preflight.rate(device, "bf16")
+        rate = checks.rate(device, "bf16")
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
         print(f"{name}, {settings.cores()} cores, {datetime.datetime.now():%Y-%m-%d}, torch {torch.__version__}")
         print(f"bf16 matrix products: {rate / 1e12:.3g} TFLOP/s\n")
@@ -118,7 +118,7 @@ def forward(key: str, data_key: Path, device: str, way: str, side: int, batch: i
         backbone.features(x)
     seconds = synchronised(device) - started
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else float("nan")
-    return passes * batch / seconds, peak, preflight.cost(backbone.hub_entry, (side, side)).flop
+    return passes * batch / seconds, peak, checks.cost(backbone.hub_entry, (side, side)).flop
 
 
 def synchronised(device: str) -> float:

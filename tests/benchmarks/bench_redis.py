@@ -24,7 +24,7 @@ import redis
 
 from imatch.core import settings
 from imatch.retrieval.redis import PREFIX, Redis
-from imatch.steps.send import message
+from imatch.steps.sending import message
 
 MESSAGES, RESULTS, TTL = 10_000, 10, 600
 REPEATS = 5

@@ -26,9 +26,10 @@ from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow
 from imatch.core.step import Step, checked_name, open_step, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
+from imatch.data.embeddings import Embeddings
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.store import Embeddings, Posed, StorageOptions, open_poses, pose_folder, view_rows
+from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_folder, view_rows
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, placed_tokens, stride_of
 
@@ -201,7 +202,7 @@ def embed(
         seen.save()
     if not store.is_merged(step.folder):
         _merge(step, bad)
-    embeddings = Embeddings(step.folder)
+    embeddings = Stored(step.folder)
     bad.warn(embeddings)
     return embeddings
 
@@ -255,7 +256,7 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         return
     if open_step(beside).parameters != all_of_it:
         return
-    raw, shards, whole = Embeddings(beside), store.shard_rows(beside), open_step(beside).work
+    raw, shards, whole = Stored(beside), store.shard_rows(beside), open_step(beside).work
     step.runs_on(open_step(beside).device)  # a thinned photograph costs what its raw one did, and where it did
     for shard in compute.progress(todo, "thin"):
         rows = shards.get(shard, [])

@@ -27,7 +27,7 @@ from imatch.data import datasets, images, registry, store
 from imatch.data.images import Resize
 from imatch.features.base import stride_of
 from imatch.features.weights import check_name, find, patch_side, skeleton
-from imatch.steps.embed import chosen, devices_of
+from imatch.steps.embedding import chosen, devices_of
 
 SHARE = {"fp32": 0.6, "bf16": 0.5}
 """Share of a device's rate of matrix products that a forward pass reaches (`make bench` measures it)."""

@@ -19,7 +19,7 @@ GROUPS = {
     "matching": "imatch.matching.align:MatchingOptions",
     "ranking": "imatch.retrieval.ranking:RankingOptions",
     "resize": "imatch.data.images:Resize",
-    "send": "imatch.steps.send:SendOptions",
+    "send": "imatch.steps.sending:SendOptions",
     "storage": "imatch.data.store:StorageOptions",
     "truth": "imatch.retrieval.truth:TruthOptions",
 }

@@ -1,0 +1,20 @@
+"""The verbs in memory, what they take and what they give."""
+
+from . import steps as steps
+from .api.match import FolderMatches as FolderMatches
+from .api.match import Match as Match
+from .api.match import match as match
+from .api.match import match_folder as match_folder
+from .core.compute import ComputeOptions as ComputeOptions
+from .data.embeddings import Embeddings as Embeddings
+from .data.images import Resize as Resize
+from .data.store import StorageOptions as StorageOptions
+from .export.per_image import export_per_image as export_per_image
+from .matching.align import GeometryOptions as GeometryOptions
+from .matching.align import MatchingOptions as MatchingOptions
+from .retrieval.index import IndexOptions as IndexOptions
+from .retrieval.ranking import RankingOptions as RankingOptions
+from .retrieval.truth import TruthOptions as TruthOptions
+from .steps.sending import SendOptions as SendOptions
+
+__version__: str

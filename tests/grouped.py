@@ -4,6 +4,7 @@ import os
 from unittest.mock import patch
 
 import imatch
+from imatch.steps import groups
 
 CALLED = {
     ("index", "kind"): "index",
@@ -32,14 +33,14 @@ def start_report(steps, exports="", **given):
         return imatch.steps.start_report(steps, **given)
 
 
-def grouped(given, *groups):
+def grouped(given, *wanted):
     """What was given, with the fields of some groups in a group each.
 
     >>> grouped({"k": 5, "whiten": 64}, "ranking")["ranking"].whiten
     64
     """
     rest = dict(given)
-    for group in groups:
+    for group in wanted:
         names = {CALLED.get((group, field), field): field for field in groups.fields(group)}
         rest[group] = groups.create(group, {names[name]: rest.pop(name) for name in [*rest] if name in names})
     return rest

@@ -15,6 +15,7 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning, StepError
 from imatch.data import images, store
 from imatch.data.images import Resize
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage
@@ -376,8 +377,8 @@ def test_rows_have_a_look_and_their_vector_however_they_were_made(few_photograph
     parts = embedded(few_photographs, tmp_path / "parts", shard_size=1, **given)
     assert signs(parts.folder) == wanted
     parts.unfinish()  # a run that was killed before its third shard
-    store.split(parts.folder)
-    store.remove_shard(parts.folder, 2)
+    Shards(parts.folder).split()
+    Shards(parts.folder).remove(2)
     assert signs(embedded(few_photographs, tmp_path / "parts", shard_size=1, **given).folder) == wanted
     beside = embedded(few_photographs, tmp_path / "parts", shard_size=1, variant="sub2", **given)
     alone = embedded(few_photographs, tmp_path / "alone", shard_size=3, variant="sub2", **given)

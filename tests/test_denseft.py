@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
-from imatch.data import store
 from imatch.data.embeddings import Embeddings
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from imatch.features import denseft
 from imatch.viz import figures
@@ -27,8 +27,8 @@ def stored(folder: Path, fields: list[np.ndarray], grid: bool = True, first: int
         xy = grid_xy((h, w), SIZE)
         vector = np.eye(d, dtype=np.float32)[0]
         tokens.append(Tokens(vector, values.reshape(-1, d).astype(np.float16), xy, (h, w) if grid else None))
-    store.write_shard(folder, 0, rows, tokens)
-    store.merge(folder)
+    Shards(folder).write(0, rows, tokens)
+    Shards(folder).merge()
     return Stored(folder)
 
 
@@ -173,8 +173,8 @@ def test_figure_pairs_photographs_with_colours(weighted, few_photographs, tmp_pa
         size = check_header(few_photographs / id)
         rows.append({"id": id, "size": size, "sha256": f"{i:064x}", "position": None})
         tokens.append(Tokens(np.ones(8, np.float32), noisy(i).reshape(-1, 8), grid_xy((4, 6), size), (4, 6)))
-    store.write_shard(tmp_path, 0, rows, tokens)
-    store.merge(tmp_path)
+    Shards(tmp_path).write(0, rows, tokens)
+    Shards(tmp_path).merge()
     figure = figures.denseft(Stored(tmp_path), few_photographs, weighted=weighted)
     assert [axis.get_title() for axis in figure.axes if axis.images] == [
         "a",

@@ -24,6 +24,9 @@ from tests import random_weights
 RECORD = Path(__file__).with_name("golden.json")
 TIED = 1e-5
 """Scores that lie no further apart are equal: any of these hits may come first."""
+NEAR = {"sift": 1e-4}
+"""How far numbers may lie from those recorded, where not 1e-5: with AVX-512 OpenCV rounds another byte of a histogram
+up in one of some 50,000 keypoints, which may put it to another word."""
 UNSTEADY = ("coffee_rot000_crop100 coffee.png", "camera_rot000_crop60 camera.png")
 """Pairs of exact copies, whose matches are equally strong (or so but for rounding): their order, which decides what the
 robust estimator draws, is not to be had equal on all machines."""
@@ -179,12 +182,13 @@ def found_and_recorded(request, demo_photographs, weights_folder, cache_folder, 
     return found, json.loads(RECORD.read_text())[request.param]
 
 
-def test_vectors_and_descriptors(found_and_recorded):
+def test_vectors_and_descriptors(found_and_recorded, request):
     found, recorded = found_and_recorded
+    near = NEAR.get(request.node.callspec.params["found_and_recorded"], 1e-5)
     for what in ("vectors", "descriptors"):
         assert found[what].keys() == recorded[what].keys()
         for name, numbers in recorded[what].items():
-            assert found[what][name] == pytest.approx(numbers, rel=0, abs=1e-5), (what, name)
+            assert found[what][name] == pytest.approx(numbers, rel=0, abs=near), (what, name)
 
 
 def test_first_hits(found_and_recorded):

@@ -14,7 +14,8 @@ import imatch
 from imatch.core.files import write_array
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
-from imatch.data import rotations, store
+from imatch.data import rotations, shards, store
+from imatch.data.shards import Shards
 from imatch.data.store import AGGREGATED, KEEPS, Stored
 from imatch.features.sift import DenseSift
 from imatch.steps.embedding import embed_poses
@@ -50,7 +51,7 @@ def test_int8_is_off_by_half_a_scale_at_most(magnitude):
     """From float16 that are subnormal to nearly the largest."""
     given = (np.random.default_rng(0).uniform(-1, 1, (200, 48)) * magnitude).astype(np.float16)
     given[3] = 0
-    whole, scale = store.to_int8(given)
+    whole, scale = shards.to_int8(given)
     assert (whole.dtype, scale.dtype, whole.shape, scale.shape) == (np.int8, np.float32, (200, 48), (200,))
     largest = np.abs(given.astype(float)).max(axis=1)
     away = np.abs(whole * scale[:, None] - given.astype(float))
@@ -62,7 +63,7 @@ def test_int8_is_off_by_half_a_scale_at_most(magnitude):
 
 
 def test_int8_of_nothing():
-    whole, scale = store.to_int8(np.zeros((0, 5), np.float16))
+    whole, scale = shards.to_int8(np.zeros((0, 5), np.float16))
     assert (whole.shape, scale.shape) == ((0, 5), (0,))
 
 
@@ -356,7 +357,7 @@ def test_a_grid_of_one_descriptor_survives(tmp_path):
         store.write_kept_shard(
             tmp_path, shard, [{"id": f"{shard}.jpg", "size": (16, 16), "sha256": ""}], [tokens], keep
         )
-    store.merge(tmp_path)
+    Shards(tmp_path).merge()
     embeddings = Stored(tmp_path)
     found = [embeddings.tokens(row).descriptors for row in range(len(KEEPS))]
     assert [one.shape for one in found] == [(1, 2), (1, 2), (1, 2), (0, 2)]

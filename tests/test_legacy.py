@@ -18,6 +18,7 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError, grid_xy
 from imatch.data import store
 from imatch.data.embeddings import Embeddings
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from imatch.steps import import_tree
 from tests.command import command
@@ -148,8 +149,8 @@ def test_cropped_and_thinned_grids_keep_their_places(tmp_path):
     folder = tmp_path / "exports/r/01_embed/survey/vits16+/res64_raw"
     step = begun(folder, "01_embed", PARAMETERS, {}, {"photographs": tmp_path})
     xy = grid_xy((4, 4), (64, 64)) + np.float32([16, 0])
-    store.write_shard(folder, 0, [row("f/1.jpg", 1), row("f/2.jpg", 2)], [tokens(i, (4, 4), xy=xy) for i in (1, 2)])
-    store.merge(folder)
+    Shards(folder).write(0, [row("f/1.jpg", 1), row("f/2.jpg", 2)], [tokens(i, (4, 4), xy=xy) for i in (1, 2)])
+    Shards(folder).merge()
     imatch.steps.finish_embed(step, Stored(folder))
     export(step, tmp_path / "tree")
     with Image.open(next((tmp_path / "tree").rglob("*.png"))) as picture:
@@ -568,14 +569,14 @@ def test_references_join_a_step_of_01_embed(tmp_path):
 def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(import_tree, "SHARD", 2)
     (whole,) = imported(tree, tmp_path / "whole")
-    write = store.write_shard
+    write = Shards.write
 
-    def killed(folder: Path, shard: int, *rest, **options) -> None:
+    def killed(self, shard, *rest, **options):
         if shard == 1:
             raise KeyboardInterrupt
-        write(folder, shard, *rest, **options)
+        write(self, shard, *rest, **options)
 
-    monkeypatch.setattr(store, "write_shard", killed)
+    monkeypatch.setattr(Shards, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         imported(tree, tmp_path / "back")
     written = []

@@ -14,7 +14,7 @@ import imatch
 from imatch.core.files import read_json, read_rows, write_array, write_json, write_rows
 from imatch.core.step import Step, open_step, start_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
-from imatch.data import store
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from imatch.export import per_image
 from imatch.steps import import_tree
@@ -78,8 +78,8 @@ def made(folder: Path, rows: list[dict], name="01_embed", upstream=None, links=N
     for shard in range(0, len(rows), 3):
         part = rows[shard : shard + 3]
         every = [tokens(shard + i, size=row["size"]) for i, row in enumerate(part)]
-        store.write_shard(folder, shard // 3, part, every)
-    store.merge(folder)
+        Shards(folder).write(shard // 3, part, every)
+    Shards(folder).merge()
     imatch.steps.finish_embed(step, Stored(folder))
     return step
 

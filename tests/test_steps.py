@@ -286,7 +286,7 @@ def test_a_folder_of_the_same_name_does_not_take_a_step_over(tmp_path, few_photo
 
 OPEN = """
 import resource, sys, pathlib
-import imatch
+from imatch.data.store import Stored
 embeddings = Stored(pathlib.Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 print(sum(len(embeddings.tokens(row).xy) for row in range(len(embeddings))))

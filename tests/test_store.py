@@ -23,6 +23,7 @@ from imatch.core.files import (
 )
 from imatch.core.types import StepError, Tokens, grid_xy
 from imatch.data import store
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 
 SHARDS, SHARD, D = 4, 3, 8
@@ -47,7 +48,7 @@ def write_shards(folder: Path, grid: tuple[int, int] | None = None) -> list[Toke
                 rows[-1] = {"id": rows[-1]["id"], "skipped": "empty file", "sha256": rows[-1]["sha256"]}
             else:
                 kept.append(tokens(i, grid))
-        store.write_shard(folder, shard, rows, kept)
+        Shards(folder).write(shard, rows, kept)
         written += kept
     return written
 
@@ -66,7 +67,7 @@ def written(grid, tmp_path) -> list[Tokens]:
 def merged(written, tmp_path) -> Path:
     """A whole store."""
     assert len(written) == 8
-    store.merge(tmp_path)
+    Shards(tmp_path).merge()
     return tmp_path
 
 
@@ -95,18 +96,18 @@ def test_tokens_come_back(written, merged, grid):
 def test_merge_and_split_are_inverse(written, tmp_path):
     """Split after merge gives back the parts, merge after split the whole, byte for byte."""
     parts = files(tmp_path)
-    store.merge(tmp_path)
+    Shards(tmp_path).merge()
     whole = files(tmp_path)
     local = {name for name in parts if not name.endswith((".jsonl", ".global.npy"))}
     assert {*whole} == local | {"images.jsonl", "skipped.jsonl", "global.npy"}
     assert {name: whole[name] for name in local} == {name: parts[name] for name in local}
     assert np.array_equal(np.load(tmp_path / "global.npy"), np.stack([one.vector for one in written]))
 
-    store.split(tmp_path)
-    assert not store.is_merged(tmp_path)
+    Shards(tmp_path).split()
+    assert not Shards(tmp_path).merged
     again = files(tmp_path)
     assert {name: again[name] for name in parts} == parts
-    store.merge(tmp_path)
+    Shards(tmp_path).merge()
     assert files(tmp_path) == whole
 
 
@@ -124,18 +125,18 @@ def test_two_writers_of_one_process_id_do_not_share_a_file(tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("written")
 def test_shard_rows_are_the_same_before_and_after_merging(tmp_path):
-    before = store.shard_rows(tmp_path)
-    store.merge(tmp_path)
-    assert store.shard_rows(tmp_path) == before
+    before = Shards(tmp_path).rows()
+    Shards(tmp_path).merge()
+    assert Shards(tmp_path).rows() == before
     assert [len(rows) for rows in before.values()] == [SHARD] * SHARDS
 
 
 @pytest.mark.usefixtures("written")
 def test_removed_shard_leaves_nothing(tmp_path):
     names = {*files(tmp_path)}
-    store.remove_shard(tmp_path, 1)
+    Shards(tmp_path).remove(1)
     assert {*files(tmp_path)} == {name for name in names if not name.startswith("local/00001")}
-    store.remove_shard(tmp_path, 1)
+    Shards(tmp_path).remove(1)
 
 
 @pytest.mark.usefixtures("written")
@@ -144,8 +145,8 @@ def test_merging_refuses_vectors_that_are_missing(tmp_path):
     path = tmp_path / "local/00001.global.npy"
     write_array(path, np.load(path)[:-1])
     with pytest.raises(StepError, match="vectors and rows do not fit"):
-        store.merge(tmp_path)
-    assert not store.is_merged(tmp_path)
+        Shards(tmp_path).merge()
+    assert not Shards(tmp_path).merged
 
 
 # --- rows that do not belong to their arrays --------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_shard_with_missing_or_surplus_descriptors_is_refused(more, merged):
 
 def test_shard_with_missing_positions_is_refused(tmp_path):
     write_shards(tmp_path)
-    store.merge(tmp_path)
+    Shards(tmp_path).merge()
     path = tmp_path / "local/00003.xy.npy"
     xy = np.load(path)
     write_array(path, xy[:-1])
@@ -328,7 +329,7 @@ def test_one_bit_is_enough(merged):
 
 def test_vectors_know_their_rows_after_a_split(merged):
     before = read_rows(merged / "images.jsonl")
-    store.split(merged)
-    store.merge(merged)
+    Shards(merged).split()
+    Shards(merged).merge()
     Stored(merged).check_rows()
     assert read_rows(merged / "images.jsonl") == before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -13,7 +15,7 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from threading import Lock, Thread
@@ -57,6 +59,7 @@ def resolved(device: str) -> str:
     return device
 
 
+K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -120,6 +123,41 @@ def _ordered(pool: Executor, function: Callable[[T], R], items: Iterable[T], dep
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def overlapped(
+    function: Callable[[T], R], items: Iterable[tuple[K, T]], pool: Executor
+) -> Iterator[tuple[K, R, float, float]]:
+    """`function(item)` for every item, in order, by a pool of one thread, while the next item is being made.
+
+    Args:
+        function: as of `ahead`.
+        items: each with a key that stays beside it.
+        pool: of one thread.
+
+    Returns:
+        For each item its key, its result, and when that began and ended (`time.perf_counter`).
+
+    >>> with ThreadPoolExecutor(1) as pool:
+    ...     [(key, result) for key, result, *_ in overlapped(abs, [("a", -1), ("b", 2)], pool)]
+    [('a', 1), ('b', 2)]
+    """
+    going: deque[tuple[K, Future[R], float, list[float]]] = deque()
+    free = 0.0  # since when the thread had nothing left to do
+    for one in itertools.chain(items, [None]):
+        if one is not None:
+            ended: list[float] = []
+            going.append((one[0], pool.submit(function, one[1]), time.perf_counter(), ended))
+            going[-1][1].add_done_callback(partial(_put_time, ended))
+        while len(going) > (0 if one is None else 1):
+            key, future, asked, ended = going.popleft()
+            result = future.result()
+            began, free = max(asked, free), ended[0] if ended else time.perf_counter()  # it may be told a moment later
+            yield key, result, began, free
+
+
+def _put_time(times: list[float], _: Future[R]) -> None:
+    times.append(time.perf_counter())
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, delay: float = 1) -> Iterator[T]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +11,13 @@ import numpy as np
 from pydantic import PositiveInt
 
 from imatch.core import config, files
-from imatch.core.files import atomic, read_json, read_rows, write_array, write_json, write_rows
+from imatch.core.files import read_rows
 from imatch.core.rows import Parameters, PhotoRow, ReferenceRow
 from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, Ranking, StepError, Tokens, check_finite, grid_xy, normalise
 from imatch.data.embeddings import Embeddings, apart, vector_digest
 from imatch.data.rotations import UPRIGHT, Pose
+from imatch.data.shards import Shards, header, mapped, shape_of
 
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
 """What a row says of where its tokens lie."""
@@ -38,159 +36,6 @@ def settled(tokens: Tokens, size: tuple[int, int]) -> Tokens:
         return tokens
     xy = grid_xy(tokens.grid, size)
     return replace(tokens, xy=xy) if np.allclose(tokens.xy, xy, rtol=0, atol=1e-3) else tokens
-
-
-def write_shard(
-    folder: Path,
-    shard: int,
-    rows: Sequence[PhotoRow],
-    tokens: Sequence[Tokens],
-    dtype: type[np.floating | np.int8] | None = np.float16,
-) -> None:
-    """Write the photographs of one shard; its `.jsonl`, written last, says that it is whole.
-
-    Args:
-        folder: the step's folder.
-        shard: its number.
-        rows: one a photograph in order, skipped ones (with "skipped") included.
-        tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs. Positions
-            are written unless they are those of grids that cover their photographs (`grid_xy`), or NaN: nowhere.
-        dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale a descriptor beside it (`to_int8`).
-    """
-    base = folder / "local" / f"{shard:05d}"
-    used = [row for row in rows if "skipped" not in row]
-    placed_apart = any(
-        not _nowhere(one) and (one.grid is None or not np.array_equal(one.xy, grid_xy(one.grid, row["size"])))
-        for row, one in zip(used, tokens, strict=True)
-    )
-    if tokens:
-        local = np.concatenate([t.descriptors for t in tokens])
-        if dtype is np.int8:
-            local, scale = to_int8(local)
-            write_array(base.with_suffix(".scale.npy"), scale)
-        write_array(base.with_suffix(".npy"), local.astype(dtype or local.dtype))
-        write_array(base.with_suffix(".global.npy"), np.stack([t.vector for t in tokens]).astype(np.float32))
-        if placed_apart:
-            write_array(base.with_suffix(".xy.npy"), np.concatenate([t.xy for t in tokens]).astype(np.float32))
-    first, placed, rest = 0, [], iter(tokens)
-    for row in rows:
-        if "skipped" not in row:
-            one = next(rest)
-            n = len(one.descriptors)
-            row = {**row, "grid": one.grid, "xy": placed_apart, "shard": shard, "first": first, "n": n}
-            row["vector"] = vector_digest(one.vector)
-            first += n
-        placed.append({**row, "shard": shard})
-    write_rows(base.with_suffix(".jsonl"), placed)
-
-
-def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors as a byte a number: each is its whole numbers times its scale, and no number is off by more than half
-    a scale, max |x| / 254.
-
-    Args:
-        descriptors: (n, d) float.
-
-    Returns:
-        whole: (n, d) int8 in [-127, 127].
-        scale: (n,) float32, max |x| / 127 of each; in float16 it would lose digits where a descriptor is small.
-
-    >>> whole, scale = to_int8(np.array([[254.0, -127.5], [0.0, 0.0]]))
-    >>> whole.tolist(), scale.tolist()
-    ([[127, -64], [0, 0]], [2.0, 0.0])
-    """
-    scale = (np.abs(descriptors.astype(np.float32)).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
-    steps = descriptors / np.where(scale > 0, scale, 1)[:, None]
-    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
-
-
-def _nowhere(tokens: Tokens) -> bool:
-    """Whether descriptors have no positions: those of aggregated tokens are NaN."""
-    return bool(len(tokens.xy) and np.isnan(tokens.xy).all())
-
-
-def is_merged(folder: Path) -> bool:
-    """Whether the shards' rows and vectors have been gathered into images.jsonl and global.npy."""
-    return (folder / "images.jsonl").is_file()
-
-
-def shard_rows(folder: Path, wanted: Container[int] | None = None) -> dict[int, list[PhotoRow]]:
-    """The rows, skipped ones included, of every whole shard, or of those wanted, before or after merging; sorted by
-    id."""
-    if is_merged(folder):
-        rows = sorted(read_rows(folder / "images.jsonl") + read_rows(folder / "skipped.jsonl"), key=lambda r: r["id"])
-        shards: dict[int, list[PhotoRow]] = {}
-        for row in rows:
-            if wanted is None or row["shard"] in wanted:
-                shards.setdefault(row["shard"], []).append(row)
-        return shards
-    paths = {int(path.stem): path for path in sorted((folder / "local").glob("*.jsonl"))}
-    return {shard: read_rows(path) for shard, path in paths.items() if wanted is None or shard in wanted}
-
-
-def is_whole(folder: Path, shard: int) -> bool:
-    """Whether a shard is there in full."""
-    return (folder / "local" / f"{shard:05d}.jsonl").is_file()
-
-
-def write_work(folder: Path, shard: int, work: Mapping[str, float]) -> None:
-    """Put down what a shard took, until `merge` adds it up: processes that know nothing of each other write shards."""
-    write_json(folder / "local" / f"{shard:05d}.work.json", dict(work))
-
-
-def merge(folder: Path) -> dict[str, float]:
-    """Gather the shards' vectors and rows: global.npy, skipped.jsonl and, last, images.jsonl.
-
-    Returns:
-        What the shards took (`write_work`), added up.
-    """
-    shards = shard_rows(folder)
-    rows = [row for shard in sorted(shards) for row in shards[shard]]
-    images = [row for row in rows if "skipped" not in row]
-    parts = [folder / "local" / f"{shard:05d}.global.npy" for shard in sorted({row["shard"] for row in images})]
-    shapes = [_shape(part) for part in parts]
-    if sum(shape[0] for shape in shapes) != len(images):
-        raise StepError(f"{folder}: the shards' vectors and rows do not fit; delete the folder and run again")
-    with atomic(folder / "global.npy") as temporary, temporary.open("wb") as file:
-        shape = (len(images), shapes[0][1])
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for part in parts:  # one at a time, so that memory does not grow with the number of photographs
-            file.write(np.load(part).data.cast("B"))
-    write_rows(folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
-    work: Counter[str] = Counter()
-    for path in (folder / "local").glob("*.work.json"):
-        work.update(read_json(path))
-    write_rows(folder / "images.jsonl", images)
-    remove_parts(folder)
-    return dict(work)
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what merging has made needless."""
-    for pattern in ("*.jsonl", "*.global.npy", "*.work.json"):
-        for path in (folder / "local").glob(pattern):
-            path.unlink()
-
-
-def remove_shard(folder: Path, shard: int) -> None:
-    """Remove a shard, its mark of being whole first."""
-    base = folder / "local" / f"{shard:05d}"
-    for suffix in (".jsonl", ".npy", ".scale.npy", ".xy.npy", ".global.npy", ".work.json"):
-        base.with_suffix(suffix).unlink(missing_ok=True)
-
-
-def split(folder: Path) -> None:
-    """Undo `merge`, so that single shards can be computed again."""
-    vectors = np.load(folder / "global.npy", mmap_mode="r")
-    row = 0
-    for shard, rows in sorted(shard_rows(folder).items()):
-        n = sum("skipped" not in r for r in rows)
-        base = folder / "local" / f"{shard:05d}"
-        if n:
-            write_array(base.with_suffix(".global.npy"), np.asarray(vectors[row : row + n]))
-        write_rows(base.with_suffix(".jsonl"), rows)
-        row += n
-    (folder / "images.jsonl").unlink()
 
 
 class Stored(Embeddings):
@@ -216,7 +61,7 @@ class Stored(Embeddings):
         return hash(self.folder)
 
     def _check(self) -> None:
-        if not is_merged(self.folder):
+        if not Shards(self.folder).merged:
             raise StepError(f"no embeddings at {self.folder}: run the step's notebook, it goes on where it stopped")
         ends: dict[int, int] = {}
         for row in self.rows:
@@ -229,12 +74,12 @@ class Stored(Embeddings):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
         placed = {row["shard"] for row in self.rows if apart(row)}
         for shard, end in ends.items():
-            (n, _), dtype = _header(self._path(shard))
+            (n, _), dtype = header(self._path(shard))
             if n != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
-            if dtype == np.int8 and (n := _shape(self._path(shard, ".scale.npy"))[0]) != end:
+            if dtype == np.int8 and (n := shape_of(self._path(shard, ".scale.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} scales for {end} descriptors")
-            if shard in placed and (n := _shape(self._path(shard, ".xy.npy"))[0]) != end:
+            if shard in placed and (n := shape_of(self._path(shard, ".xy.npy"))[0]) != end:
                 raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
 
     @cached_property
@@ -296,7 +141,7 @@ class Stored(Embeddings):
     @cached_property
     def vectors(self) -> np.ndarray:
         """(N, D) float32, L2-normalised global vectors."""
-        return _mapped(self.folder / "global.npy")
+        return mapped(self.folder / "global.npy")
 
     def _path(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / "local" / f"{shard:05d}{suffix}"
@@ -307,7 +152,7 @@ class Stored(Embeddings):
 
     def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
         path = self._path(shard, suffix)
-        self._maps[path] = self._maps.pop(path) if path in self._maps else _mapped(path)
+        self._maps[path] = self._maps.pop(path) if path in self._maps else mapped(path)
         while len(self._maps) > MAPS:
             self._maps.pop(next(iter(self._maps)))  # the one not used for longest
         return self._maps[path]
@@ -343,36 +188,6 @@ class Stored(Embeddings):
                 f"{self.folder}: {len(wrong)} of {len(self)} rows of global.npy do not belong to images.jsonl: the row "
                 f"of {self.ids[wrong[0]]} holds {whose}. Delete the folder and run its notebook again"
             )
-
-
-def _mapped(path: Path) -> np.ndarray:
-    with _readable(path):
-        return np.load(path, mmap_mode="r")
-
-
-def _shape(path: Path) -> tuple[int, ...]:
-    return _header(path)[0]
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and type of a .npy file, from its header, if the file is as long as that says."""
-    with _readable(path), path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-        if path.stat().st_size != expected:
-            raise ValueError(f"{path.stat().st_size} bytes, not {expected}")
-        return tuple(shape), dtype
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, ValueError, EOFError) as error:
-        raise StepError(
-            f"{path} cannot be read ({error}): delete its step's folder and run the notebook again"
-        ) from error
 
 
 ITERATIONS = 10
@@ -550,10 +365,11 @@ def as_kept(tokens: Tokens, keep: str) -> Tokens:
 
 
 def write_kept_shard(folder: Path, shard: int, rows: Sequence[PhotoRow], tokens: Sequence[Tokens], keep: str) -> None:
-    """Write one shard (`store.write_shard`) of what is kept.
+    """Write one shard of what is kept.
 
     Args:
-        folder, shard, rows, tokens: as `store.write_shard` takes them.
+        folder: the step's.
+        shard, rows, tokens: as of `Shards.write`.
         keep: one of `KEEPS`.
 
     >>> import tempfile
@@ -564,7 +380,7 @@ def write_kept_shard(folder: Path, shard: int, rows: Sequence[PhotoRow], tokens:
     ['00000.global.npy', '00000.jsonl', '00000.npy', '00000.scale.npy', '00000.xy.npy']
     """
     dtype = np.int8 if keep == "int8" else np.float16
-    write_shard(folder, shard, rows, [as_kept(one, keep) for one in tokens], dtype)
+    Shards(folder).write(shard, rows, [as_kept(one, keep) for one in tokens], dtype)
 
 
 def kept_bytes(keep: str, n: int, d: int) -> int:

@@ -145,8 +145,8 @@ def fit_embeddings(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     >>> values = np.random.default_rng(0).normal(size=(6, 4)).astype("f4")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tokens = Tokens(values[0], values, grid_xy((2, 3), (32, 48)), grid=(2, 3))
-    ...     store.write_shard(Path(folder), 0, [{"id": "a.jpg", "size": (32, 48), "sha256": ""}], [tokens])
-    ...     _ = store.merge(Path(folder))
+    ...     Shards(Path(folder)).write(0, [{"id": "a.jpg", "size": (32, 48), "sha256": ""}], [tokens])
+    ...     _ = Shards(Path(folder)).merge()
     ...     fit_embeddings(Stored(Path(folder))).axes.shape
     (3, 4)
     """

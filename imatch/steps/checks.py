@@ -178,7 +178,7 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
     parameters = step.parameters
     problems: list[str] = []
     if "hub_entry" in parameters["backbone"]:
-        used = devices_of(step, devices)
+        used = devices_of(step.parameters, devices)
         patch = patch_side(parameters["backbone"]["hub_entry"])
         sizes = _sizes(root, ids, Resize(**parameters["resize"]), patch)
         size, together = _heaviest(sizes, len(ids), batch_size)

@@ -9,15 +9,13 @@ import os
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from imatch.core import compute, files, settings
 from imatch.core.compute import LOCAL, Engine, Local, PartDoneError, Place, Processes
@@ -29,22 +27,19 @@ from imatch.data import images, registry, store
 from imatch.data.embeddings import Embeddings
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
+from imatch.data.shards import Shards
 from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_folder, view_rows
 from imatch.features import base
-from imatch.features.base import Backbone, decoded_for, placed_tokens, stride_of
+from imatch.features.base import Backbone, decoded_for, stride_of
+from imatch.features.pipeline import Made, batches
 
 ON_ERROR = ("skip", "stop")
-HELD = 2**28
-"""Bytes of decoded photographs that may wait for others of their shape."""
 GROUP = 4
 """Cores of a CPU that work together on one forward pass, where several processes share it."""
 SEEN = "seen.jsonl"
 """What is remembered of the photographs' files (`_Seen`)."""
 _Timed = tuple[Decoded | PhotographError, float]
-_Batch = list[tuple[str, Decoded]]
-_Passed = tuple[list[Tokens], float, float]
-"""What goes from `_Decode` to `_batches` to `_forward` to `_Made`: a decoded photograph and the seconds that took; the
-ids and photographs of one shape; their tokens, and when the forward pass began and ended."""
+"""A decoded photograph, and the seconds that took."""
 
 
 def start_embed(
@@ -170,26 +165,21 @@ def embed(
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     compute.check_parts(engine.shard, step.on_change)
-    root, about = step.linked("photographs"), chosen(step)
-    ids, size = sorted(about), step.parameters["shard_size"]
-    plan = [ids[first : first + size] for first in range(0, len(ids), size)]
-    first, of = compute.numbered("" if store.is_merged(step.folder) else engine.shard)
+    task = _Task(step)
+    first, of = compute.numbered("" if task.shards.merged else engine.shard)
     mine = range(first, sys.maxsize, of)  # numbers of shards: a part looks at no others, nor at their photographs
-    seen, bad = _Seen(step.folder / SEEN, root), _Bad(len(ids), on_error, max_skipped)
-    _take_stock(step, plan, mine, seen, bad)
-    if not store.is_merged(step.folder):
-        used = devices_of(step, devices, several=not isinstance(engine, Local))
-        work = _Work(step, root, workers, batch_size, on_error)
-        jobs = [
-            _Shard(n, [seen[id] for id in part], [about[id] for id in part]) if n in mine else _Shard(n, (), ())
-            for n, part in enumerate(plan)
-        ]
+    seen, bad = _Seen(task.folder / SEEN, task.root), _Bad(len(task.about), on_error, max_skipped)
+    _take_stock(task, mine, seen, bad)
+    if not task.shards.merged:
+        used = devices_of(task.parameters, devices, several=not isinstance(engine, Local))
+        work = _Work(step, task.root, workers, batch_size, on_error)
         one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
+        jobs = list(task.jobs(mine, seen))
         if not all(map(work.done, jobs)):
             step.runs_on(",".join(used))
         ran_on = set()
         try:
-            with closing(compute.do(one_each, work, jobs, step.name[3:], used, work.done)) as rows:
+            with closing(compute.do(one_each, work, jobs, task.what, used, work.done)) as rows:
                 for row in rows:
                     ran_on.add(row["device"])
                     for id, reason in row["skipped"].items():
@@ -200,19 +190,65 @@ def embed(
         seen.learn()
     if not engine.shard:  # a part knows of its own photographs only
         seen.save()
-    if not store.is_merged(step.folder):
-        _merge(step, bad)
-    embeddings = Stored(step.folder)
+    if not task.shards.merged:
+        task.merge(bad)
+    embeddings = Stored(task.folder)
     bad.warn(embeddings)
     return embeddings
 
 
-def _merge(step: Step, bad: _Bad) -> None:
-    """Gather the shards of a step, of whose photographs at least one could be used."""
-    if not any("skipped" not in row for rows in store.shard_rows(step.folder).values() for row in rows):
-        root = step.linked("photographs")
-        raise ImatchError(f"none of the {bad.total} photographs in {root} could be used, the first: {bad.first}")
-    step.did(store.merge(step.folder))
+@dataclass(frozen=True)
+class _Task:
+    """A step of embeddings, what is asked of it read once: which photographs become which shards."""
+
+    step: Step
+
+    @property
+    def folder(self) -> Path:
+        return self.step.folder
+
+    @property
+    def what(self) -> str:
+        """What is embedded, for the bar: "embed" or "references"."""
+        return self.step.name[3:]
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.step.parameters
+
+    @cached_property
+    def shards(self) -> Shards:
+        return Shards(self.folder)
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder of the photographs."""
+        return self.step.linked("photographs")
+
+    @cached_property
+    def about(self) -> dict[str, About]:
+        """The ids of the photographs, with what the registry knows of each."""
+        return chosen(self.step)
+
+    @cached_property
+    def plan(self) -> list[list[str]]:
+        """The ids of each shard."""
+        ids, size = sorted(self.about), self.parameters["shard_size"]
+        return [ids[first : first + size] for first in range(0, len(ids), size)]
+
+    def jobs(self, mine: range, seen: _Seen) -> Iterator[_Shard]:
+        """A job for each shard; those that are not mine are empty."""
+        for n, part in enumerate(self.plan):
+            known = part if n in mine else ()
+            yield _Shard(n, [seen[id] for id in known], [self.about[id] for id in known])
+
+    def merge(self, bad: _Bad) -> None:
+        """Gather the shards, of whose photographs at least one could be used."""
+        if not any("skipped" not in row for rows in self.shards.rows().values() for row in rows):
+            raise ImatchError(
+                f"none of the {bad.total} photographs in {self.root} could be used, the first: {bad.first}"
+            )
+        self.step.did(self.shards.merge())
 
 
 def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, int | float | str]:
@@ -230,37 +266,37 @@ def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, int | float | 
     return step.finish(metrics, contents)
 
 
-def _take_stock(step: Step, plan: Sequence[Sequence[str]], mine: range, seen: _Seen, bad: _Bad) -> None:
+def _take_stock(task: _Task, mine: range, seen: _Seen, bad: _Bad) -> None:
     """Look at the headers of my shards' photographs, count the bad ones, and drop or make by thinning what can be."""
-    looked_at = [id for part in plan[mine.start :: mine.step] for id in part]
+    looked_at = [id for part in task.plan[mine.start :: mine.step] for id in part]
     seen.check_headers(looked_at)
     for id in looked_at:
         if problem := seen[id]["problem"]:
             bad.add(id, problem)
-    todo = _missing_shards(step, plan, mine, seen)
-    for row in (row for rows in store.shard_rows(step.folder, mine).values() for row in rows if "skipped" in row):
+    todo = _missing_shards(task, mine, seen)
+    for row in (row for rows in task.shards.rows(mine).values() for row in rows if "skipped" in row):
         bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    _thin(step, plan, todo, seen, bad)
+    if todo:
+        _thin(task, todo, seen, bad)
 
 
-def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
+def _thin(task: _Task, todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
     """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it, which keeps
     all, holds without another forward pass."""
-    parameters = step.parameters
-    if "pose" in parameters:
-        return
+    parameters = task.parameters
     all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
     stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
-    beside = step.folder.with_name(step.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
-    if parameters == all_of_it or not todo or not (beside / "metrics.json").is_file():
+    beside = task.folder.with_name(task.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
+    if "pose" in parameters or parameters == all_of_it or not (beside / "metrics.json").is_file():
         return
-    if open_step(beside).parameters != all_of_it:
+    whole = open_step(beside)
+    if whole.parameters != all_of_it:
         return
-    raw, shards, whole = Stored(beside), store.shard_rows(beside), open_step(beside).work
-    step.runs_on(open_step(beside).device)  # a thinned photograph costs what its raw one did, and where it did
+    raw, shards = Stored(beside), Shards(beside).rows()
+    task.step.runs_on(whole.device)  # a thinned photograph costs what its raw one did, and where it did
     for shard in compute.progress(todo, "thin"):
         rows = shards.get(shard, [])
-        if [row["id"] for row in rows] != list(plan[shard]) or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
+        if [row["id"] for row in rows] != task.plan[shard] or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
             continue
         for row in rows:
             if "skipped" in row:
@@ -268,18 +304,19 @@ def _thin(step: Step, plan: Sequence[Sequence[str]], todo: Sequence[int], seen: 
         tokens = [raw.tokens(raw.row_of[row["id"]]) for row in rows if "skipped" not in row]
         tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
         about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
-        row = {"shard": shard, "work": {name: n * len(rows) / whole["photographs"] for name, n in whole.items()}}
-        _write_shard(step, row, about, tokens, [seen[id] for id in plan[shard]])
+        share = len(rows) / whole.work["photographs"]
+        row = {"shard": shard, "work": {name: n * share for name, n in whole.work.items()}}
+        _write_shard(task.step, row, about, tokens, [seen[id] for id in task.plan[shard]])
 
 
-def devices_of(step: Step, devices: str, several: bool = False) -> list[str]:
-    """The devices by name; for "auto" every GPU, if the backbone runs on GPUs, else the CPU: once, or as often as
-    `several` processes share it well.
+def devices_of(parameters: Parameters, devices: str, several: bool = False) -> list[str]:
+    """The devices by name; for "auto" every GPU, if the backbone of such parameters runs on GPUs, else the CPU: once,
+    or as often as `several` processes share it well.
 
     Raises:
         ImatchError: one that is not there.
     """
-    weight, options = step.parameters["weight"], step.parameters["backbone"]
+    weight, options = parameters["weight"], parameters["backbone"]
     used = [base.create_backbone(weight, options, device=name.strip()).device for name in devices.split(",")]
     if devices != "auto":
         return used
@@ -329,7 +366,6 @@ class _Work:
         decoded = compute.ahead(self._decode(backbone), ids, workers, self.batch_size + 2 * workers)
         if not place.quiet:
             decoded = compute.progress(decoded, self.step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
-        going: deque[tuple[_Batch, Future[_Passed]]] = deque()
         pending: Future[ShardRow] | None = None
         begun = time.perf_counter()
         backbone.load()
@@ -337,19 +373,16 @@ class _Work:
         with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as writer:
             try:
                 for shard in shards:
-                    made = _Made(self, shard, backbone.device)
-                    for batch in _batches(made.photographs(decoded), self.batch_size):
-                        stacked = [photograph.pixels for _, photograph in batch]
-                        going.append((batch, forward.submit(_forward, backbone, np.stack(stacked))))
-                        if len(going) > 1:
-                            made.take(*going.popleft())
-                    while going:
-                        made.take(*going.popleft())
+                    made = self._making(shard)
+                    coming_on = batches(made.photographs(made.read(decoded)), self.batch_size)
+                    for batch, tokens, *times in compute.overlapped(backbone, coming_on, forward):
+                        made.took_forward(*times)
+                        made.take(batch, tokens)
                     made.took.update(seconds=time.perf_counter() - begun, start=start)
                     start, begun = 0.0, time.perf_counter()
                     if pending:
                         yield pending.result()
-                    pending = writer.submit(made.write)
+                    pending = writer.submit(self._write, made, backbone.device)
                 if pending:
                     yield pending.result()
             finally:
@@ -358,7 +391,7 @@ class _Work:
 
     def done(self, shard: _Shard) -> bool:
         """Whether a shard is on disk."""
-        return store.is_whole(self.step.folder, shard.number)
+        return Shards(self.step.folder).has(shard.number)
 
     def _backbone(self, device: str) -> Backbone:
         """The step's backbone, loaded once."""
@@ -372,6 +405,20 @@ class _Work:
                 )
             self._backbones[device] = backbone
         return self._backbones[device]
+
+    def _making(self, shard: _Shard) -> _Making:
+        return _Making(shard, stride_of(self.step.parameters["variant"]), self.on_error == "stop")
+
+    def _write(self, made: _Making, device: str) -> ShardRow:
+        """Write a shard; returns the row that the engine gets."""
+        for known in made.shard.seen:
+            if (row := made.rows[known["id"]])["sha256"] is None:
+                row["sha256"] = _digest(self.root, known)
+        rows = list(made.rows.values())
+        skipped = {row["id"]: row["skipped"] for row in rows if "skipped" in row}
+        row = {"shard": made.shard.number, "skipped": skipped, "work": made.took, "device": device}
+        tokens = [made.tokens[id] for id in made.rows if id in made.tokens]
+        return _write_shard(self.step, row, rows, tokens, made.shard.seen)
 
     def _decode(self, backbone: Backbone) -> _Decode:
         pose = Pose(**self.step.parameters.get("pose", {}))
@@ -396,81 +443,31 @@ class _Decode:
         return decoded_for(self.root / id, resize, self.backbone, self.turn), time.perf_counter() - started
 
 
-def _batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[_Batch]:
-    """Put photographs of one shape together: full batches as they come, all when many bytes wait, the rest at last."""
-    shapes: dict[tuple[int, ...], _Batch] = {}
-    for id, photograph in photographs:
-        batch = shapes.setdefault(photograph.pixels.shape, [])
-        batch.append((id, photograph))
-        full = len(batch) == size
-        if full or sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
-            for ready in filter(None, [batch] if full else shapes.values()):
-                yield ready.copy()
-                ready.clear()
-    yield from filter(None, shapes.values())
+class _Making(Made):
+    """What becomes of one shard, and the seconds that it took. Batches never reach over a shard, so it comes out the
+    same on every run."""
 
-
-def _forward(backbone: Backbone, pixels: np.ndarray) -> _Passed:
-    """Pass a batch through the backbone, in a thread of its own."""
-    started = time.perf_counter()
-    return backbone(pixels), started, time.perf_counter()
-
-
-class _Made:
-    """What becomes of one shard: its photographs' rows in order, their tokens, and the seconds that it took. Batches
-    never reach over a shard, so it comes out the same on every run."""
-
-    def __init__(self, work: _Work, shard: _Shard, device: str) -> None:
-        self.work, self.shard, self.device = work, shard, device
-        self.rows: dict[str, PhotoRow] = {}
-        self.tokens: dict[str, Tokens] = {}
+    def __init__(self, shard: _Shard, stride: int, stop: bool) -> None:
+        super().__init__(stride, stop)
+        self.shard = shard
         self.took = {"photographs": len(shard.readable), **dict.fromkeys(("decode", "wait", "forward"), 0.0)}
         self._ended = time.perf_counter()
 
-    def photographs(self, decoded: Iterator[_Timed]) -> Iterator[tuple[str, Decoded]]:
-        """Take the shard's photographs from those that were decoded; what is bad gets its row, and no further."""
+    def read(self, decoded: Iterator[_Timed]) -> Iterator[tuple[str, About, Decoded | PhotographError]]:
+        """Give the shard's photographs from those that were decoded, and those whose header was bad."""
         for known, about in zip(self.shard.seen, self.shard.about, strict=True):
-            id, problem = known["id"], known["problem"]
+            problem = known["problem"]
             photograph, seconds = (PhotographError(problem), 0.0) if problem else next(decoded)
             self.took["decode"] += seconds
-            if isinstance(photograph, PhotographError):
-                self._skip({"id": id}, str(photograph))
-                self.rows[id]["sha256"] = _digest(self.work.root, known)
-                continue
-            known["sha256"] = photograph.sha256
-            found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
-            self.rows[id] = {"id": id, **found, **about}
-            yield id, photograph
+            if isinstance(photograph, Decoded):
+                known["sha256"] = photograph.sha256
+            yield known["id"], about, photograph
 
-    def take(self, batch: _Batch, passed: Future[_Passed]) -> None:
-        """Wait for a batch's tokens and put them to its photographs."""
-        tokens, started, ended = passed.result()
-        self.took["wait"] += started - self._ended
-        self.took["forward"] += ended - started
-        self._ended, stride = ended, stride_of(self.work.step.parameters["variant"])
-        for (id, photograph), one in zip(batch, tokens, strict=True):
-            if not np.isfinite(one.vector).all():
-                raise ImatchError(
-                    f"{id}: the backbone's numbers are not finite: its weights are broken, download them anew"
-                )
-            if one.vector.any():
-                self.tokens[id] = placed_tokens(one, photograph, stride)
-            else:
-                h, w = photograph.size
-                self._skip(self.rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
-
-    def write(self) -> ShardRow:
-        """Write the shard; returns the row that the engine gets."""
-        rows = list(self.rows.values())
-        skipped = {row["id"]: row["skipped"] for row in rows if "skipped" in row}
-        row = {"shard": self.shard.number, "skipped": skipped, "work": self.took, "device": self.device}
-        tokens = [self.tokens[id] for id in self.rows if id in self.tokens]
-        return _write_shard(self.work.step, row, rows, tokens, self.shard.seen)
-
-    def _skip(self, row: PhotoRow, reason: str) -> None:
-        if self.work.on_error == "stop":
-            raise PhotographError(f"{row['id']}: {reason} (on_error is stop; what was finished stays)")
-        self.rows[row["id"]] = {**row, "skipped": reason}
+    def took_forward(self, began: float, ended: float) -> None:
+        """Count the seconds of a forward pass, and those in which there was none."""
+        self.took["wait"] += began - self._ended
+        self.took["forward"] += ended - began
+        self._ended = ended
 
 
 def _write_shard(
@@ -483,43 +480,42 @@ def _write_shard(
     with files.writing(folder / SEEN), (folder / SEEN).open("ab", buffering=0) as file:
         file.write(b"\n" + lines)  # a first end of line, for one that a kill left torn; at once, for others write, too
     row["work"]["write"] = time.perf_counter() - started
-    store.write_work(folder, row["shard"], row["work"])
+    Shards(folder).write_work(row["shard"], row["work"])
     return row
 
 
-def _missing_shards(step: Step, plan: Sequence[Sequence[str]], mine: range, seen: _Seen) -> list[int]:
+def _missing_shards(task: _Task, mine: range, seen: _Seen) -> list[int]:
     """Those of my shards to compute; such as were made from other bytes are refused or, with on_change="recompute",
     dropped."""
-    done = store.shard_rows(step.folder, mine)
+    shards, step, done = task.shards, task.step, task.shards.rows(mine)
     recorded = [row for rows in done.values() for row in rows]
-    now = {id for ids in plan for id in ids}
+    now = {id for ids in task.plan for id in ids}
     changed = {row["id"] for row in recorded if row["id"] in seen and seen.digest(row["id"]) != row["sha256"]}
     # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
-    before = {row["id"] for row in recorded if store.is_merged(step.folder) or "skipped" not in row}
+    before = {row["id"] for row in recorded if shards.merged or "skipped" not in row}
     differences = [f"changed: {id}" for id in sorted(changed & before)] + [f"gone: {id}" for id in sorted(before - now)]
-    if store.is_merged(step.folder):
+    if shards.merged:
         differences += [f"new: {id}" for id in sorted(now - before)]
     if differences:
-        refuse_or_say(
-            step.name, step.on_change, f"the photographs in {seen.root} are not those it was made from", differences
-        )
+        told = f"the photographs in {task.root} are not those it was made from"
+        refuse_or_say(step.name, step.on_change, told, differences)
 
     def valid(shard: int) -> bool:
         ids = [row["id"] for row in done.get(shard, [])]
-        return ids == list(plan[shard]) and not changed.intersection(ids)
+        return ids == task.plan[shard] and not changed.intersection(ids)
 
-    planned = [shard for shard in range(len(plan)) if shard in mine]
+    planned = [shard for shard in range(len(task.plan)) if shard in mine]
     todo = [shard for shard in planned if not valid(shard)]
-    begun = {int(path.name.partition(".")[0]) for path in (step.folder / "local").glob("[0-9]*.npy")}
-    stale = [n for n in {*done, *begun} if n in mine and (n >= len(plan) or (n in done and n in todo))]
-    if store.is_merged(step.folder):
+    there = {n for n in {*done, *shards.begun()} if n in mine}
+    stale = [n for n in there if n >= len(task.plan) or (n in done and n in todo)]
+    if shards.merged:
         if not todo and not stale:
-            store.remove_parts(step.folder)  # what a kill between merging and cleaning left
+            shards.clean()  # what a kill between merging and cleaning left
             return []
         step.unfinish()
-        store.split(step.folder)
+        shards.split()
     for shard in stale:
-        store.remove_shard(step.folder, shard)
+        shards.remove(shard)
     if done and todo:
         print(f"{step.name}: {len(planned) - len(todo)} of {len(planned)} shards are there, {len(todo)} to compute")
     return todo

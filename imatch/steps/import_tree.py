@@ -24,7 +24,8 @@ from imatch.core import compute, config, files, settings
 from imatch.core.rows import Json, Parameters, PhotoRow
 from imatch.core.step import open_step, start_step
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
-from imatch.data import images, store
+from imatch.data import images
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from imatch.export import per_image
 from imatch.features import weights
@@ -238,14 +239,14 @@ def import_group(
         if before.parameters.get("imported") and not before.finished:
             on_change = "recompute"  # an import that failed asked for its files to be mended
     step = start_step(home, name, about, parameters, upstream, links, on_change)
-    if not store.is_merged(folder):
-        done = store.shard_rows(folder)
+    if not Shards(folder).merged:
+        done = Shards(folder).rows()
         todo = [shard for shard in range(-(-len(group.items) // SHARD)) if shard not in done]
         for shard in compute.progress(todo, "import"):
             read = [_read(group, item, twin) for item in group.items[shard * SHARD : (shard + 1) * SHARD]]
-            store.write_shard(folder, shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
+            Shards(folder).write(shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
         files.write_rows(folder / "metas.jsonl", (item.metas() for item in group.items))
-        store.merge(folder)
+        Shards(folder).merge()
     finish_embed(step, Stored(folder))
     return folder
 

@@ -1,0 +1,90 @@
+"""Photographs through a backbone: read, put together in batches of one shape, passed on, and what becomes of each.
+
+The verbs in memory and the steps share it: `imatch.embed` and 01_embed give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from imatch.core.rows import About, PhotoRow
+from imatch.core.types import ImatchError, PhotographError, Tokens
+from imatch.data.images import Decoded
+from imatch.features.base import placed_tokens
+
+HELD = 2**28
+"""Bytes of decoded photographs that may wait for others of their shape."""
+Batch = list[tuple[str, Decoded]]
+"""The ids and photographs of one shape."""
+
+
+def batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Put photographs of one shape together: full batches as they come, all when many bytes wait, the rest at last.
+
+    Returns:
+        Batches, each with its pixels, (B, h, w, 3) uint8 RGB.
+    """
+    shapes: dict[tuple[int, ...], Batch] = {}
+    for id, photograph in photographs:
+        batch = shapes.setdefault(photograph.pixels.shape, [])
+        batch.append((id, photograph))
+        full = len(batch) == size
+        if full or sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
+            for ready in filter(None, [batch] if full else shapes.values()):
+                yield _stacked(ready.copy())
+                ready.clear()
+    yield from map(_stacked, filter(None, shapes.values()))
+
+
+def _stacked(batch: Batch) -> tuple[Batch, np.ndarray]:
+    return batch, np.stack([photograph.pixels for _, photograph in batch])
+
+
+class Made:
+    """What becomes of some photographs: their rows in order, and their tokens by id.
+
+    Args:
+        stride: of a grid, every so many rows and columns are kept.
+        stop: whether a photograph that cannot be used ends it; else its row says why it was skipped.
+    """
+
+    def __init__(self, stride: int = 1, stop: bool = False) -> None:
+        self.stride, self.stop = stride, stop
+        self.rows: dict[str, PhotoRow] = {}
+        self.tokens: dict[str, Tokens] = {}
+
+    def photographs(
+        self, decoded: Iterable[tuple[str, About, Decoded | PhotographError]]
+    ) -> Iterator[tuple[str, Decoded]]:
+        """Take photographs with their id and what is known of them; those that were decoded are passed on."""
+        for id, about, photograph in decoded:
+            if isinstance(photograph, PhotographError):
+                self._skip({"id": id, "sha256": None}, str(photograph))
+                continue
+            found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
+            self.rows[id] = {"id": id, **found, **about}
+            yield id, photograph
+
+    def take(self, batch: Batch, tokens: list[Tokens]) -> None:
+        """Put a batch's tokens to its photographs.
+
+        Raises:
+            ImatchError: numbers that are not finite.
+        """
+        for (id, photograph), one in zip(batch, tokens, strict=True):
+            if not np.isfinite(one.vector).all():
+                raise ImatchError(
+                    f"{id}: the backbone's numbers are not finite: its weights are broken, download them again"
+                )
+            if one.vector.any():
+                self.tokens[id] = placed_tokens(one, photograph, self.stride)
+            else:
+                h, w = photograph.size
+                self._skip(self.rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
+
+    def _skip(self, row: PhotoRow, reason: str) -> None:
+        if self.stop:
+            raise PhotographError(f"{row['id']}: {reason} (on_error is stop; what was finished stays)")
+        self.rows[row["id"]] = {**row, "skipped": reason}

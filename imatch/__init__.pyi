@@ -1,10 +1,17 @@
 """The verbs in memory, what they take and what they give."""
 
 from . import steps as steps
-from .api.match import FolderMatches as FolderMatches
+from .api.embed import embed as embed
+from .api.embed import references as references
+from .api.folder import FolderMatches as FolderMatches
+from .api.folder import match_folder as match_folder
 from .api.match import Match as Match
 from .api.match import match as match
-from .api.match import match_folder as match_folder
+from .api.query import Answer as Answer
+from .api.query import Answers as Answers
+from .api.query import index as index
+from .api.query import query as query
+from .api.query import search as search
 from .core.compute import ComputeOptions as ComputeOptions
 from .data.embeddings import Embeddings as Embeddings
 from .data.images import Resize as Resize

@@ -161,7 +161,7 @@ def built(folder, vectors, kind, **given):
 
 
 def opened(folder, vectors, **given):
-    return searcher.Searcher(folder, vectors, searcher.digest(vectors), **given)
+    return searcher.open_index(folder, vectors, searcher.digest(vectors), **given)
 
 
 def files(folder):

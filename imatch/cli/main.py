@@ -96,6 +96,7 @@ def match(
     """
     import json
 
+    from imatch.api import folder as folders
     from imatch.api import match as api
 
     if b is None and not from_workspace(a).is_dir():
@@ -105,7 +106,9 @@ def match(
     folder = b is None
     if output:
         api.check_ending(Path(output), (".csv",) if folder else (".png", ".json"))
-    found = api.match_folder(a, weight, data_key=data_key) if b is None else api.match(a, b, weight, data_key=data_key)
+    found = (
+        folders.match_folder(a, weight, data_key=data_key) if b is None else api.match(a, b, weight, data_key=data_key)
+    )
     if output:
         found.save(output)
     print(json.dumps(found.record(), ensure_ascii=False) if as_json else found)

@@ -93,7 +93,7 @@ def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what:
         pool.shutdown(cancel_futures=True)
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Iterator[R]:
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Generator[R, None, None]:
     """`function(item)` for every item, in order, computed by threads some items ahead.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from imatch.core import files
 from imatch.core.rows import Parameters, PhotoRow, ReferenceRow
-from imatch.core.types import Tokens
+from imatch.core.types import StepError, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,3 +120,32 @@ def vector_digest(vector: np.ndarray) -> str:
     True
     """
     return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()[:16]
+
+
+COMPARED = ("weight", "backbone", "weights_digest", "resize", "pixels")
+"""Parameters in which both sides must be equal."""
+
+
+def comparable(a: Parameters, b: Parameters, name_a: str, name_b: str) -> None:
+    """Refuse to compare embeddings that were made differently.
+
+    Args:
+        a, b: their parameters.
+        name_a, name_b: what they are called in the message.
+
+    Raises:
+        StepError: they differ in backbone, pooling, precision or size; the message says in what.
+
+    >>> comparable({"weight": "sift"}, {"weight": "dsift"}, "a", "b")
+    Traceback (most recent call last):
+    imatch.core.types.StepError: vectors of a and b cannot be compared, they were made differently:
+      weight: "sift" -> "dsift"
+    Embed both with the same weight, pooling, precision, engine_forward and size
+    """
+    of_a, of_b = ({key: side.get(key) for key in COMPARED} for side in (a, b))
+    if differences := files.compare(of_a, of_b):
+        raise StepError(
+            f"vectors of {name_a} and {name_b} cannot be compared, they were made differently:\n  "
+            + "\n  ".join(differences)
+            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
+        )

@@ -284,6 +284,13 @@ def from_memory(
         return _decoded(image, hashlib.sha256(image.tobytes()).hexdigest(), resize, patch, by)
 
 
+def read(photograph: Path | np.ndarray, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
+    """Read a photograph from its file, or take it from memory: `decode` or `from_memory`."""
+    if isinstance(photograph, Path):
+        return decode(photograph, resize, patch, by)
+    return from_memory(photograph, resize, patch, by)
+
+
 def _decoded(
     image: Image.Image, sha256: str, resize: Resize | None, patch: int, by: str, file: io.BytesIO | None = None
 ) -> Decoded:

@@ -8,6 +8,7 @@ leave this file are for pixel centres at whole numbers, as everywhere in imatch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imatch.core import config
-from imatch.core.rows import Options
-from imatch.core.types import View
+from imatch.core.rows import Options, PhotoRow, ReferenceRow
+from imatch.core.types import ImatchError, View
 
 REFERENCES = {
     "legacy": "imatch.data.references:Legacy",
@@ -64,6 +65,54 @@ def _number(value: float, digits: int) -> str:
     whole = float(value).is_integer()
     text = f"{abs(int(value)):0{digits}d}" if whole else f"{abs(value):g}".replace(".", "p")
     return sign + text
+
+
+def check(angles: Sequence[float], crops: Sequence[float]) -> None:
+    """Refuse angles and crops of which no references can be made.
+
+    Raises:
+        ImatchError: none, one that is no number or out of its range, or two whose names would be equal.
+
+    >>> check([0], [1.5])
+    Traceback (most recent call last):
+    imatch.core.types.ImatchError: crops [1.5] must lie above 0 and up to 1
+    """
+    if not len(angles) or not len(crops):
+        raise ImatchError("angles and crops must name at least one value each")
+    for value in (*angles, *crops):
+        if not config.fits(value, float) or not math.isfinite(value):
+            raise ImatchError(f"angles {list(angles)} and crops {list(crops)} must be numbers, {value!r} is none")
+    views = [name("", angle, crop) for angle in {*angles} for crop in {*crops}]
+    if len(views) != len({*views}):
+        raise ImatchError(f"angles {list(angles)} or crops {list(crops)} lie so close that their names are equal")
+    if not all(0 < crop <= 1 for crop in crops):
+        raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
+
+
+def record(view: View, id: str, source: PhotoRow, kind: str, angle: float, crop: float) -> ReferenceRow:
+    """Say of a view what it is, as a row of references.jsonl.
+
+    Args:
+        view: of the photograph.
+        id: of the view.
+        source: row of the photograph: id, sha256 and size.
+        kind, angle, crop: how it was made.
+    """
+    h, w = view.mask.shape
+    return {
+        "id": id,
+        "source": source["id"],
+        "source_sha256": source["sha256"],
+        "kind": kind,
+        "angle": angle,
+        "crop": crop,
+        "size": (h, w),
+        "source_size": source["size"],
+        "matrix": view.matrix.tolist(),
+        "scale": float(math.sqrt(np.linalg.det(view.matrix[:2, :2]))),
+        "covered": float(view.mask.mean()),
+        "mask": None,
+    }
 
 
 def shift(x: float, y: float) -> np.ndarray:

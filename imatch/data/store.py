@@ -172,6 +172,10 @@ class Stored(Embeddings):
             xy = np.full((meta["n"], 2), np.nan, np.float32) if grid is None else grid_xy(grid, meta["size"])
         return Tokens(np.asarray(self.vectors[row]), local, xy, grid)
 
+    def photograph(self, row: int) -> Path:
+        """See `Embeddings.photograph`."""
+        return self.root / self.ids[row]
+
     def check_rows(self) -> None:
         """Compare every row of the list with its vector: a moment for 40,000 of them.
 

@@ -219,10 +219,12 @@ def stride_of(variant: str) -> int:
     )
 
 
-def decoded_for(path: Path, resize: Resize, backbone: Backbone, degrees: float) -> Decoded | PhotographError:
+def decoded_for(
+    photograph: Path | np.ndarray, resize: Resize, backbone: Backbone, degrees: float
+) -> Decoded | PhotographError:
     """Read a photograph for a backbone, turned by `degrees`, with its look; a broken one is given back as its error."""
     try:
-        decoded = images.decode(path, resize, backbone.patch, backbone.resampling)
+        decoded = images.read(photograph, resize, backbone.patch, backbone.resampling)
         decoded = replace(decoded, look=images.look(decoded.pixels))
         return rotations.turned(decoded, degrees, backbone.patch) if degrees else decoded
     except PhotographError as error:

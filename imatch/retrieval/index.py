@@ -168,8 +168,7 @@ def build(
             of an index that is to be built again.
         PartDoneError: see `compute.do`.
     """
-    if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
-        raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
+    _check_vectors(vectors)
     n, d = vectors.shape
     given = {"asked": kind, "given": dict(options or {}), "memory": memory, "shard_rows": shard_rows}
     asked = {**given, "gallery": gallery, "vectors": n, "dimension": d}
@@ -207,6 +206,11 @@ def _check_part(folder: Path, begun: bool, same: bool, kind: str, memory: int) -
         raise ImatchError("parts must choose the same index: name one, such as flat, or give index.memory_gb")
     if not same and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
         raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
+
+
+def _check_vectors(vectors: np.ndarray) -> None:
+    if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
+        raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
 
 
 def _kind(plan: _Plan) -> kinds.Kind:
@@ -248,27 +252,41 @@ def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray) -> faiss.Index:
-    """The empty index, trained: what was saved, or learned now from evenly spread vectors."""
+    """The empty index, trained: what was saved, or learned now."""
     path = folder / "trained.faiss"
     if path.is_file():
         return _read(path)
     index = made.empty(*vectors.shape)
     if not index.is_trained:
-        if not made.learns_from(len(vectors)):
-            raise ImatchError("this index learns from vectors, and option seen is 0: give such as 100000")
-        seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
-        ivf = faiss.try_extract_index_ivf(index)
-        if ivf is not None:
-            ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
-        try:
-            index.train(seen)
-        except RuntimeError as error:
-            said = str(error).strip().splitlines()[-1]
-            raise ImatchError(f"{len(seen)} vectors are too few to learn from ({said}): use flat") from error
+        _learn(index, made, vectors)
         if path.is_file():  # another part was first
             return _read(path)
         _write(path, index)
     return index
+
+
+def _learn(index: faiss.Index, made: kinds.Kind, vectors: np.ndarray) -> None:
+    """Train an index on evenly spread vectors, if it is not trained yet."""
+    if index.is_trained:
+        return
+    if not made.learns_from(len(vectors)):
+        raise ImatchError("this index learns from vectors, and option seen is 0: give such as 100000")
+    seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
+    try:
+        index.train(seen)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise ImatchError(f"{len(seen)} vectors are too few to learn from ({said}): use flat") from error
+
+
+def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, shard: _Shard) -> None:
+    """Add the rows of a shard."""
+    with _threads(1 if kind.in_order else faiss.omp_get_max_threads()):
+        for block in _taken(vectors, np.arange(shard.first, shard.last)):
+            index.add(block)
 
 
 @dataclass(frozen=True)
@@ -304,9 +322,7 @@ class _Adding:
 
     def __call__(self, shard: _Shard) -> dict[str, str | int]:
         index = faiss.clone_index(self.trained)
-        with _threads(1 if _kind(self.plan).in_order else faiss.omp_get_max_threads()):
-            for block in _taken(self.vectors, np.arange(shard.first, shard.last)):
-                index.add(block)
+        _add(index, _kind(self.plan), self.vectors, shard)
         _write(self.folder / f"{shard.name}.faiss", index)
         return {"shard": shard.name, "vectors": index.ntotal}
 
@@ -319,6 +335,69 @@ def _threads(n: int) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def in_memory(
+    vectors: np.ndarray, kind: str = "auto", options: Options | None = None, *, memory: int = 0, device: str = "auto"
+) -> Searcher:
+    """Index vectors in memory; nothing is written.
+
+    Args:
+        vectors, kind, options, memory: as of `build`.
+        device: as of `Searcher`.
+
+    Raises:
+        ImatchError: as `build` and `Searcher`.
+    """
+    _check_vectors(vectors)
+    n, d = vectors.shape
+    chosen = _plan(kind, options or {}, n, d, memory)
+    plan = {"vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **chosen}
+    index = _kind(plan).empty(n, d)
+    _learn(index, _kind(plan), vectors)
+    _add(index, _kind(plan), vectors, _Shard("", 0, n))
+    return Searcher(vectors, plan, [index], device=device)
+
+
+def open_index(
+    folder: Path, vectors: np.ndarray, gallery: str, *, device: str = "auto", float16: bool = False
+) -> Searcher:
+    """Open an index that `build` wrote.
+
+    Args:
+        folder: the index' folder.
+        vectors: (N, D) float32, as they were given to `build`.
+        gallery: their `digest`.
+        device, float16: as of `Searcher`.
+
+    Raises:
+        StepError: there is no index, it is not whole, or older than its gallery.
+        ImatchError: a device that is not there.
+
+    >>> import tempfile
+    >>> vectors = np.eye(3, dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     build(Path(folder) / "index", vectors, digest(vectors))
+    ...     open_index(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
+    [[1], [2]]
+    """
+    if not (folder / "index.json").is_file():
+        raise StepError(f"no index at {folder}: run 03_index again")
+    plan = files.read_json(folder / "index.json")
+    if plan.get("gallery") != gallery:
+        raise StepError(
+            f"the index at {folder} is older than its gallery: it holds {plan.get('vectors', 'other')} "
+            f"vectors of {plan.get('dimension')} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}: "
+            "run 03_index again"
+        )
+    paths = [folder / f"{shard.name}.faiss" for shard in _shards(plan)]
+    if not all(path.is_file() for path in paths):
+        raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
+    shards = [_read(path, mapped=True) for path in paths]
+    for index, shard, path in zip(shards, _shards(plan), paths, strict=True):
+        if index.ntotal != shard.last - shard.first:
+            raise StepError(f"{path} holds {index.ntotal} vectors, not {shard.last - shard.first}: delete {folder}")
+    return Searcher(vectors, plan, shards, device=device, float16=float16, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -337,55 +416,43 @@ class Point:
 
 
 class Searcher:
-    """An index that `build` wrote, over the vectors that it was built from.
+    """An index over the vectors that it was made from; of `open_index` or `in_memory`.
 
     Args:
-        folder: the index' folder.
-        vectors: (N, D) float32, as they were given to `build`.
-        gallery: their `digest`.
+        vectors: (N, D) float32, L2-normalised.
+        plan: what was asked for, and what was chosen.
+        shards: FAISS' indexes of successive rows.
         device: "cpu", "cuda" (all GPUs), "cuda:N", or "auto": all GPUs if FAISS sees some and knows the kind there.
         float16: whether a GPU keeps numbers in 16 bits.
+        folder: where it lies on disk, if it does.
 
     Raises:
-        StepError: there is no index, it is not whole, or older than its gallery.
         ImatchError: a device that is not there.
 
-    >>> import tempfile
     >>> vectors = np.eye(3, dtype=np.float32)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     build(Path(folder) / "index", vectors, digest(vectors))
-    ...     Searcher(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
+    >>> in_memory(vectors).search(vectors[1:], k=1).rows.tolist()
     [[1], [2]]
     """
 
     def __init__(
-        self, folder: Path, vectors: np.ndarray, gallery: str, *, device: str = "auto", float16: bool = False
+        self,
+        vectors: np.ndarray,
+        plan: _Plan,
+        shards: Sequence[faiss.Index],
+        *,
+        device: str = "auto",
+        float16: bool = False,
+        folder: Path | None = None,
     ) -> None:
-        if not (folder / "index.json").is_file():
-            raise StepError(f"no index at {folder}: run 03_index again")
-        self.folder, self.vectors, self.device = folder, vectors, device
-        self.plan = files.read_json(folder / "index.json")
-        if self.plan.get("gallery") != gallery:
-            raise StepError(
-                f"the index at {folder} is older than its gallery: it holds {self.plan.get('vectors', 'other')} "
-                f"vectors of {self.plan.get('dimension')} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}: "
-                "run 03_index again"
-            )
-        self.kind, shards = _kind(self.plan), _shards(self.plan)
-        paths = [folder / f"{shard.name}.faiss" for shard in shards]
-        if not all(path.is_file() for path in paths):
-            raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
-        self.firsts = [shard.first for shard in shards]
-        self.shards = [_read(path, mapped=True) for path in paths]
-        for index, shard, path in zip(self.shards, shards, paths, strict=True):
-            if index.ntotal != shard.last - shard.first:
-                raise StepError(f"{path} holds {index.ntotal} vectors, not {shard.last - shard.first}: delete {folder}")
-        self.gpus = _gpus(device, self.plan["kind"], self.kind.gpu)
+        self.vectors, self.plan, self.folder = vectors, plan, folder
+        self.kind, self.firsts = _kind(plan), [shard.first for shard in _shards(plan)]
+        self.gpus = _gpus(device, plan["kind"], self.kind.gpu)
         if self.gpus:
             options = faiss.GpuMultipleClonerOptions()
             options.useFloat16, options.shard = float16, len(self.gpus) > 1
-            self.shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in self.shards]
-        self.effort: int | None = self.plan.get("effort")
+            shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in shards]
+        self.shards = shards
+        self.effort: int | None = plan.get("effort")
 
     @property
     def backend(self) -> str:
@@ -511,7 +578,8 @@ class Searcher:
         chosen = reached[0] if reached else max(points, key=lambda point: point.recall)
         self.effort = chosen.effort
         self.plan = {**self.plan, "effort": chosen.effort}
-        files.write_json(self.folder / "index.json", self.plan)
+        if self.folder:
+            files.write_json(self.folder / "index.json", self.plan)
         return chosen
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
@@ -530,8 +598,12 @@ class Searcher:
         return Hits(rows, scores)
 
     def stored(self) -> int:
-        """Bytes of its shards on disk."""
-        return sum((self.folder / f"{shard.name}.faiss").stat().st_size for shard in _shards(self.plan))
+        """Bytes of its shards on disk; 0 of one in memory."""
+        return (
+            0
+            if self.folder is None
+            else sum((self.folder / f"{shard.name}.faiss").stat().st_size for shard in _shards(self.plan))
+        )
 
 
 def _allow_products(d: int) -> None:

@@ -549,7 +549,7 @@ class Ways:
         memory = round(asked["memory_gb"] * 2**30)
         searcher.build(folder / "index_whitened", vectors, digest, kind=given[0], options=given[1], memory=memory)
         device = self.plain_space.index.device
-        index = Searcher(folder / "index_whitened", vectors, digest, device=device, float16=asked["float16"])
+        index = searcher.open_index(folder / "index_whitened", vectors, digest, device=device, float16=asked["float16"])
         queries = whitening(files.take(self.query.vectors, searcher.sample(len(self.query))))
         tuned = index.tune(index.curve(queries, self.k), asked["recall"])
         if tuned is not None and tuned.recall < asked["recall"]:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from imatch.api.embed import seen_by
 from imatch.core import compute, files, settings
 from imatch.core.compute import LOCAL, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
@@ -94,24 +95,13 @@ def start_embed(
 
 
 def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOptions = StorageOptions()) -> Parameters:
-    """How photographs go through a backbone: the parameters of a step that are not about the data set."""
+    """How photographs go through a backbone, and what is kept: the parameters that are not about the data set."""
     return {
-        "weight": weight,
-        "backbone": base.backbone_identity(backbone),
-        "weights_digest": backbone.digest,
-        "resize": {"mode": resize.mode, **_side(resize, backbone)},
-        "pixels": images.RESAMPLING[backbone.resampling],
+        **seen_by(weight, backbone, resize),
         "cfg": checked_name("cfg", storage.cfg) or str(resize),
         "variant": storage.variant,
         **store.keep_parameter(storage.keep, weight),
     }
-
-
-def _side(resize: Resize, backbone: Backbone) -> dict[str, float]:
-    if resize.mode != "scale":
-        return {"long_side": resize.long_side}
-    limit = resize.limit or backbone.side
-    return {"scale": resize.scale, **({"limit": limit} if limit else {})}
 
 
 def chosen(step: Step) -> dict[str, About]:

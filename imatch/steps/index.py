@@ -21,7 +21,7 @@ from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, Searc
 from imatch.core.step import Step, checked_name, open_step, start_step, step_folder, tagged
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
-from imatch.data.embeddings import Embeddings
+from imatch.data.embeddings import Embeddings, comparable
 from imatch.data.rotations import poses
 from imatch.data.store import read_ranking
 from imatch.evaluation import calibration, intervals
@@ -168,7 +168,7 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
         memory=round(asked["memory_gb"] * 2**30),
         engine=LOCAL if step.finished else engine,
     )
-    index = Searcher(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
+    index = searcher.open_index(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index
 
@@ -603,14 +603,7 @@ def kind_of_reference(reference: Step, data: Step) -> str:
     together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
     if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
         raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
-    compared = ("weight", "backbone", "weights_digest", "resize", "pixels")
-    of_data, of_reference = ({key: step.parameters.get(key) for key in compared} for step in (data, reference))
-    if differences := files.compare(of_data, of_reference):
-        raise StepError(
-            f"vectors of {data.folder} and {reference.folder} cannot be compared, they were made differently:\n  "
-            + "\n  ".join(differences)
-            + "\nEmbed both with the same weight, pooling, precision, engine_forward and size"
-        )
+    comparable(data.parameters, reference.parameters, str(data.folder), str(reference.folder))
     if reference.name == "02_references":
         return f"_{reference.about['kind']}"
     return f"_{reference.about['dataset']}-{reference.about['configuration']}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,10 +10,9 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from imatch.core import compute, config, files, settings
+from imatch.core import compute, files, settings
 from imatch.core.compute import LOCAL, Engine, PartDoneError
 from imatch.core.rows import PhotoRow, ReferenceRow
 from imatch.core.step import Step, open_step, start_step, step_folder, tagged
@@ -58,16 +56,7 @@ def start_references(
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.create(kind, {"resize_to_original": resize_to_original})
-    if not angles or not crops:
-        raise ImatchError("angles and crops must name at least one value each")
-    for value in (*angles, *crops):
-        if not config.fits(value, float) or not math.isfinite(value):
-            raise ImatchError(f"angles {list(angles)} and crops {list(crops)} must be numbers, {value!r} is none")
-    views = [references.name("", angle, crop) for angle in {*angles} for crop in {*crops}]
-    if len(views) != len({*views}):
-        raise ImatchError(f"angles {list(angles)} or crops {list(crops)} lie so close that their names are equal")
-    if not all(0 < crop <= 1 for crop in crops):
-        raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
+    references.check(angles, crops)
     if file_type not in FILE_TYPES:
         raise ImatchError(f"file_type {file_type!r} is not known: use jpg, or png, which is lossless")
     if not 1 <= quality <= 100:
@@ -160,22 +149,8 @@ def _make_views(job: tuple[PhotoRow, str, int], step: Step, root: Path) -> dict[
                 data = BytesIO()
                 Image.fromarray(view.mask).save(data, "PNG")
                 files.write_bytes(step.folder / "masks" / mask, data.getvalue())
-            rows.append(
-                {
-                    "id": id,
-                    "source": row["id"],
-                    "source_sha256": row["sha256"],
-                    "kind": given["kind"],
-                    "angle": angle,
-                    "crop": crop,
-                    "size": view.mask.shape,
-                    "source_size": photograph.size,
-                    "matrix": view.matrix.tolist(),
-                    "scale": float(math.sqrt(np.linalg.det(view.matrix[:2, :2]))),
-                    "covered": float(view.mask.mean()),
-                    "mask": mask and f"masks/{mask}",
-                }
-            )
+            made = references.record(view, id, row, given["kind"], angle, crop)
+            rows.append({**made, "mask": mask and f"masks/{mask}"})
     files.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
     return {"problem": None}
 

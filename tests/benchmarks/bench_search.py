@@ -48,7 +48,7 @@ def speed(folder: Path) -> None:
     gallery = searcher.digest(vectors)
     np.save(folder / "vectors.npy", vectors)
     searcher.build(folder / "index", vectors, gallery, kind="flat")
-    index = searcher.Searcher(folder / "index", vectors, gallery, device="cpu")
+    index = searcher.open_index(folder / "index", vectors, gallery, device="cpu")
     plain = faiss.IndexFlatIP(D)
     plain.add(vectors)
 
@@ -84,7 +84,7 @@ def speed(folder: Path) -> None:
 
     def first_answer() -> None:
         mapped = np.load(folder / "vectors.npy", mmap_mode="r")
-        searcher.Searcher(folder / "index", mapped, gallery, device="cpu").search(queries[:1], K)
+        searcher.open_index(folder / "index", mapped, gallery, device="cpu").search(queries[:1], K)
 
     print(f"opening the saved index and the first answer: {measure(first_answer):.2f} s (bar 1)\n")
 
@@ -99,7 +99,7 @@ def memory(folder: Path) -> None:
     started = time.perf_counter()
     searcher.build(folder / "index", vectors, gallery, memory=2**28, shard_rows=500_000)
     built = time.perf_counter() - started
-    index = searcher.Searcher(folder / "index", vectors, gallery, device="cpu")
+    index = searcher.open_index(folder / "index", vectors, gallery, device="cpu")
     print(f"{index.plan['kind']}: {index.plan['reason']}")
     points = index.curve(queries[:100], K)
     chosen = index.tune(points, 0.95)
@@ -134,7 +134,7 @@ def gpu(folder: Path) -> None:
     vectors = unit(n, d, 4)
     gallery = "vectors of the seed 4"
     searcher.build(folder / "index", vectors, gallery, kind="flat")
-    index = searcher.Searcher(folder / "index", vectors, gallery, device="cuda")
+    index = searcher.open_index(folder / "index", vectors, gallery, device="cuda")
     on_gpu = torch.from_numpy(vectors).cuda()
     for batch in (1, 32, 1000):
         queries = unit(batch, d, 5)

@@ -1,0 +1,270 @@
+"""Photographs to embeddings in memory, and references of them with exact truth. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from imatch.core import compute, files, settings
+from imatch.core.rows import About, Options, Parameters, ReferenceRow
+from imatch.core.types import ImatchError, PhotographError, Tokens
+from imatch.data import images
+from imatch.data import references as kinds
+from imatch.data.embeddings import Embeddings, vector_digest
+from imatch.data.images import Decoded, Resize
+from imatch.features.base import Backbone, backbone_identity, create_backbone, decoded_for
+from imatch.features.pipeline import Made, batches
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Photograph = str | Path | np.ndarray | Image.Image
+
+Sources = Mapping[str, Path | np.ndarray]
+"""Photographs by id: files, or pixels (h, w, 3) uint8 RGB."""
+INSTEAD = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk"
+
+
+def embed(
+    photographs: str | Path | Sequence[Photograph],
+    weight: str = "sift",
+    *,
+    backbone_options: Options | None = None,
+    resize: Resize = Resize(),
+    batch_size: int = 8,
+    device: str = "auto",
+    data_key: str = settings.DATA_KEY,
+) -> Embeddings:
+    """Embed photographs in memory. One that cannot be read, or shows nothing, is left out and named in `skipped`.
+
+    Args:
+        photographs: a folder, or paths, arrays (h, w, 3) uint8 RGB and Pillow images. Row i is of the i-th that could
+            be used; the id of a path is the path, of others their place, such as "00002".
+        weight: backbone: sift, dsift, xfeat, or weights of the registry.
+        backbone_options: fields of that backbone.
+        resize: how large it sees the photographs; without a limit of its own it gets the backbone's.
+        batch_size: photographs a forward pass.
+        device: where a network runs; "auto" is the GPU, if there is one.
+        data_key: the registry that names the weights.
+
+    Raises:
+        ImatchError: an unknown weight or option, no photographs, one given twice, none that could be used, or more than
+            fit into memory.
+
+    >>> photographs = np.random.default_rng(0).integers(0, 255, (2, 90, 120, 3), np.uint8)
+    >>> embeddings = embed(list(photographs), "dsift")
+    >>> embeddings.vectors.shape, embeddings.tokens(1).grid, embeddings.ids
+    ((2, 128), (6, 8), ['00000', '00001'])
+    """
+    backbone = create_backbone(weight, backbone_options, device=device, data_key=data_key)
+    resize.check(backbone.patch)
+    return passed(sources_of(photographs), backbone, seen_by(weight, backbone, resize), batch_size)
+
+
+def references(
+    photographs: Embeddings,
+    angles: Sequence[float] = tuple(range(0, 360, 30)),
+    crops: Sequence[float] = (0.75, 0.5),
+    *,
+    kind: str = "isometric",
+    batch_size: int = 8,
+    device: str = "auto",
+) -> Embeddings:
+    """Rotate and crop photographs into references whose exact matrix is known, and embed them likewise, in memory.
+
+    Args:
+        photographs: of `embed`, or of a step.
+        angles: degrees counter-clockwise.
+        crops: ratios of the side that is kept, in (0, 1].
+        kind: a name of `data.references.REFERENCES`.
+        batch_size, device: as of `embed`.
+
+    Returns:
+        Embeddings whose `views` hold a row a reference: source, angle, crop, and matrix (3 x 3, photograph -> view).
+
+    Raises:
+        ImatchError: an unknown kind, a number out of its range, a photograph that cannot be read any more, or more than
+            fit into memory.
+
+    >>> photograph = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    >>> found = references(embed([photograph], "dsift"), angles=[0, 90], crops=[0.5])
+    >>> found.ids, found.views[found.ids[1]]["angle"]
+    (['00000_rot000_crop50', '00000_rot090_crop50'], 90)
+    """
+    make = kinds.create(kind)
+    kinds.check(angles, crops)
+    parameters = photographs.parameters
+    backbone = create_backbone(parameters["weight"], parameters["backbone"], device=device)
+    made: dict[str, np.ndarray] = {}
+    views: dict[str, ReferenceRow] = {}
+    for row, about in enumerate(photographs.rows):
+        pixels = _pixels(photographs.photograph(row))
+        for crop in crops:
+            for angle in angles:
+                id, view = kinds.name(about["id"], angle, crop), make(pixels, angle, crop)
+                made[id], views[id] = view.pixels, kinds.record(view, id, about, kind, angle, crop)
+        check_memory(sum(one.nbytes for one in made.values()), row + 1, len(photographs), INSTEAD)
+    return passed(made, backbone, parameters, batch_size, views)
+
+
+def passed(
+    sources: Sources,
+    backbone: Backbone,
+    parameters: Parameters,
+    batch_size: int = 8,
+    views: Mapping[str, ReferenceRow] | None = None,
+) -> Embeddings:
+    """Pass photographs through a backbone.
+
+    Args:
+        sources: the photographs, in the order of the rows.
+        backbone: of `create_backbone`.
+        parameters: of `seen_by`, with that backbone.
+        batch_size: photographs a forward pass.
+        views: of references, their rows.
+
+    Raises:
+        ImatchError: none could be used, or more than fit into memory.
+    """
+    views, made, held, done = views or {}, Made(), 0, 0
+    backbone.load()
+    read = _Read(backbone, Resize(**parameters["resize"]), views)
+    workers = settings.cores()
+    decoded = compute.ahead(read, sources.items(), workers, batch_size + 2 * workers)
+    with closing(decoded), ThreadPoolExecutor(1) as pool:
+        coming = batches(made.photographs(tqdm(decoded, "embed", len(sources), disable=None, delay=1)), batch_size)
+        for batch, tokens, *_ in compute.overlapped(backbone, coming, pool):
+            made.take(batch, tokens)
+            held, done = held + sum(map(_bytes, tokens)), done + len(batch)
+            check_memory(held, done, len(sources), INSTEAD)
+    rows = [row for id, row in made.rows.items() if id in made.tokens]
+    if not rows:
+        id, first = next(iter(made.rows.items()))
+        why = f"{files.printable(id)}: {first['skipped']}"
+        raise ImatchError(f"none of {len(sources)} photographs could be used, the first: {why}")
+    tokens = [made.tokens[row["id"]] for row in rows]
+    for row, one in zip(rows, tokens, strict=True):
+        row.update({"grid": one.grid, "n": len(one.descriptors), "vector": vector_digest(one.vector)})
+    skipped = [row for id, row in made.rows.items() if id not in made.tokens]
+    vectors = np.stack([one.vector for one in tokens]).astype(np.float32)
+    return Embeddings(rows, vectors, parameters, skipped, views, tokens, sources)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Reads a photograph as a backbone sees it; a broken one is given back as its error."""
+
+    backbone: Backbone
+    resize: Resize
+    views: Mapping[str, ReferenceRow]
+
+    def __call__(self, photograph: tuple[str, Path | np.ndarray]) -> tuple[str, About, Decoded | PhotographError]:
+        id, source = photograph
+        if (view := self.views.get(id)) is None:
+            return id, {}, decoded_for(source, self.resize, self.backbone, 0)
+        # a part of a photograph is seen at the scale of all of it
+        resize = self.resize.like(view["source_size"]) if self.resize.limit else self.resize
+        about: About = {"source": view["source"], "source_sha256": view["source_sha256"]}
+        return id, about, decoded_for(source, resize, self.backbone, 0)
+
+
+def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
+    """Say where photographs are, by id: those of a folder, or those given.
+
+    Raises:
+        ImatchError: none, one that is no photograph, or one given twice.
+
+    >>> list(sources_of(["a.jpg", np.zeros((2, 3, 3), np.uint8)]))
+    ['a.jpg', '00001']
+    """
+    if isinstance(photographs, str | Path):
+        root = settings.from_workspace(photographs)
+        if not root.is_dir():
+            raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
+        found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
+    else:
+        found = {}
+        for i, photograph in enumerate(photographs):
+            id = Path(photograph).as_posix() if isinstance(photograph, str | Path) else f"{i:05d}"
+            if id in found:
+                raise ImatchError(f"{files.printable(id)} was given twice")
+            found[id] = source_of(photograph, f"photograph {i}")
+    if not found:
+        raise ImatchError("no photographs were given, or the folder holds none")
+    return found
+
+
+def source_of(photograph: Photograph, name: str) -> Path | np.ndarray:
+    """Say where a photograph lies, or give its upright pixels.
+
+    Args:
+        photograph: a path, an array (h, w, 3) uint8 RGB, or a Pillow image.
+        name: what one without a file is called in messages.
+
+    Raises:
+        ImatchError: it is none of these.
+    """
+    if isinstance(photograph, str | Path):
+        return settings.from_workspace(photograph)
+    if isinstance(photograph, np.ndarray):
+        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
+            raise ImatchError(
+                f"{name} is an array {photograph.shape} of {photograph.dtype}: give (h, w, 3) uint8 RGB, 0 to 255"
+            )
+        return photograph
+    if not hasattr(photograph, "convert"):
+        raise ImatchError(f"{name} is a {type(photograph).__name__}: give a path, an array or a Pillow image")
+    try:
+        return images.from_memory(photograph).pixels
+    except PhotographError as error:
+        raise PhotographError(f"{name}: {error}") from error
+
+
+def seen_by(weight: str, backbone: Backbone, resize: Resize) -> Parameters:
+    """Say how photographs go through a backbone: parameters from which it can be made again.
+
+    >>> seen_by("sift", create_backbone("sift"), Resize())["resize"]
+    {'mode': 'scale', 'scale': 1.0, 'limit': 3072}
+    """
+    limit = resize.limit or backbone.side
+    scaled = {"scale": resize.scale, **({"limit": limit} if limit else {})}
+    return {
+        "weight": weight,
+        "backbone": backbone_identity(backbone),
+        "weights_digest": backbone.digest,
+        "resize": {"mode": resize.mode, **(scaled if resize.mode == "scale" else {"long_side": resize.long_side})},
+        "pixels": images.RESAMPLING[backbone.resampling],
+    }
+
+
+def check_memory(held: int, done: int, total: int, instead: str) -> None:
+    """Refuse what will not fit into half of the memory, once some of it is there.
+
+    Args:
+        held: bytes of what is done.
+        done, total: how many photographs.
+        instead: what to do instead.
+
+    Raises:
+        ImatchError: it will not fit.
+    """
+    import psutil
+
+    wanted = held * total // max(1, done)
+    if wanted > psutil.virtual_memory().total // 2:
+        raise ImatchError(f"{total} photographs take about {wanted / 2**30:.0f} GB of memory here: {instead}")
+
+
+def _bytes(tokens: Tokens) -> int:
+    return tokens.vector.nbytes + tokens.descriptors.nbytes + tokens.xy.nbytes
+
+
+def _pixels(source: Path | np.ndarray) -> np.ndarray:
+    return images.read(source).pixels

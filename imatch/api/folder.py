@@ -1,0 +1,196 @@
+"""The photographs of a folder matched with each other in memory: what belongs together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from imatch.api.embed import passed, seen_by
+from imatch.api.match import Seen, check_ending, device_of, matched, rotated, seen_of, weights_of, write
+from imatch.core import compute, files, settings
+from imatch.core.rows import Json, MatchRow
+from imatch.core.types import ImatchError
+from imatch.data import images
+from imatch.data.images import Resize
+from imatch.features.base import Backbone, create_backbone
+from imatch.features.xfeat import XFeat
+
+T = TypeVar("T")
+R = TypeVar("R")
+RETRIEVED, NEAREST = 200, 20
+"""In a folder of more photographs than the first, each is matched with so many nearest ones by global vector."""
+
+
+@dataclass(frozen=True)
+class FolderMatches:
+    """The pairs of a folder. As text it is a table of what belongs together.
+
+    Attributes:
+        names: of the photographs that were matched, sorted.
+        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, kind, weight, refined,
+            reason.
+        groups: names of photographs that belong together, the largest group first; those that match none are in none.
+        skipped: name -> why it could not be read.
+        retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
+        lacking: what weight "auto" had to do without.
+    """
+
+    names: list[str]
+    pairs: list[MatchRow]
+    groups: list[list[str]]
+    skipped: dict[str, str]
+    retrieved: bool
+    lacking: str = ""
+
+    def __str__(self) -> str:
+        verified = sorted((row for row in self.pairs if row["verified"]), key=lambda row: -row["inliers"])
+        wide = max([len(files.printable(row[side])) for row in verified for side in ("query", "candidate")] + [9])
+        lines = (
+            [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  by     rotated  times as large"]
+            if verified
+            else []
+        )
+        for row in verified:
+            shown = (files.printable(row[side]) for side in ("query", "candidate"))
+            angle = round(row["rotation"] or 0.0, 1) + 0.0
+            text = "  ".join(f"{name:<{wide}}" for name in shown)
+            about = "~" if row["kind"] == "general" else ""
+            turned = about + format(angle, ".1f")
+            lines.append(f"{text}  {row['inliers']:7d}  {row['weight']:<6} {turned:>7}  {row['scale']:14.2f}")
+        which = f"nearest {NEAREST} of each" if self.retrieved else "all"
+        lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
+        for number, group in enumerate(self.groups, 1):
+            lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
+        alone = len(self.names) - sum(map(len, self.groups))
+        lines += [f"{alone} photographs match no other"] if alone else []
+        lines += [self.lacking] if self.lacking else []
+        lines += [f"left out: {files.printable(name)}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines).lstrip("\n")
+
+    @property
+    def verified(self) -> bool:
+        """Whether any pair shows the same."""
+        return any(row["verified"] for row in self.pairs)
+
+    def record(self) -> dict[str, Json]:
+        """All of it as plain JSON."""
+        return {
+            "photographs": self.names,
+            "pairs": cast("list[Json]", self.pairs),
+            "groups": self.groups,
+            "skipped": self.skipped,
+            "lacking": self.lacking,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the pairs as a CSV, which 04_match takes as its list, too.
+
+        Raises:
+            ImatchError: another ending than .csv, or a place that cannot be written to.
+        """
+        path = settings.from_workspace(path)
+        check_ending(path, (".csv",))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(self.pairs[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.pairs)
+        write(path, text.getvalue().encode(errors="surrogateescape"))
+        return path
+
+
+def match_folder(
+    folder: str | Path, weight: str = "auto", *, device: str = "auto", data_key: str = settings.DATA_KEY
+) -> FolderMatches:
+    """Match the photographs of a folder with each other.
+
+    All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector, without a second
+    look. By weight "auto" what sift does not verify is asked of xfeat, for the 20 nearest of each. A photograph that
+    cannot be read is left out and named.
+
+    Args:
+        folder: of the photographs; those in folders below it count, too.
+        weight, device, data_key: as of `match`.
+
+    Raises:
+        ImatchError: no such folder, fewer than two photographs that can be read, or more than fit into memory.
+    """
+    folder = settings.from_workspace(folder)
+    weights, lacking = weights_of(weight)
+    first, *others = (create_backbone(w, data_key=data_key, device=device_of(w, weight, device)) for w in weights)
+    skipped: dict[str, str] = {}
+    seen = _all_seen(first, weights[0], folder, images.list_photographs(folder), skipped)
+    names = [one.name for one in seen]
+    if len(names) < 2:
+        left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
+        raise ImatchError(f"two photographs are needed, and {folder} holds {len(names)} that can be read{left_out}")
+    pairs = _nearest(seen) if len(names) > RETRIEVED else list(itertools.combinations(seen, 2))
+    rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
+    for backbone, other in zip(others, weights[1:], strict=True):
+        seen = _all_seen(backbone, other, folder, names, {})
+        pairs = [(a, b) for a, b in _nearest(seen) if not ((row := rows.get((a.name, b.name))) and row["verified"])]
+        for row in _rows(pairs, other, 1):  # its network has threads of its own
+            before = rows.get(pair := (row["query"], row["candidate"]))
+            both = f"{weights[0]}: {before['reason']}; {other}: {row['reason']}" if before else row["reason"]
+            rows[pair] = row if row["verified"] or not before else {**before, "reason": both}
+    found = [rows[pair] for pair in sorted(rows)]
+    together = [(row["query"], row["candidate"]) for row in found if row["verified"]]
+    return FolderMatches(names, found, groups(together), skipped, len(names) > RETRIEVED, lacking)
+
+
+def _rows(pairs: Sequence[tuple[Seen, Seen]], weight: str, workers: int) -> Iterator[MatchRow]:
+    return _each(lambda pair: matched(*pair).row, pairs, f"match by {weight}", workers)
+
+
+def _all_seen(
+    backbone: Backbone, weight: str, folder: Path, names: Sequence[str], skipped: dict[str, str]
+) -> list[Seen]:
+    """The photographs of a folder through a backbone; those that cannot be used are added to `skipped`."""
+    if not names:
+        return []
+    found = passed({name: folder / name for name in names}, backbone, seen_by(weight, backbone, Resize()))
+    skipped.update({row["id"]: row["skipped"] for row in found.skipped})
+    seen = [seen_of(found, row, backbone) for row in range(len(found))]
+    return [rotated(one, backbone) for one in seen] if isinstance(backbone, XFeat) else seen
+
+
+def _each(function: Callable[[T], R], items: Sequence[T], what: str, workers: int) -> Iterator[R]:
+    """The answers in order, by threads, with a progress bar on a terminal: what is printed may be read by a program."""
+    return iter(tqdm(compute.ahead(function, items, workers, 2 * workers), what, len(items), disable=None, delay=1))
+
+
+def _nearest(seen: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
+    """Each photograph with its `NEAREST` by cosine, each pair once, in order."""
+    vectors = np.array([one.tokens.vector for one in seen])
+    pairs: set[tuple[int, int]] = set()
+    for q, vector in enumerate(vectors):
+        cosine = vectors @ vector
+        cosine[q] = -np.inf
+        order = (int(i) for i in np.argsort(-cosine, kind="stable")[:NEAREST] if i != q)
+        pairs |= {(min(q, i), max(q, i)) for i in order}
+    return [(seen[i], seen[j]) for i, j in sorted(pairs)]
+
+
+def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """What is connected by pairs, directly or through others: the largest group first, each sorted.
+
+    >>> groups([("a", "b"), ("x", "y"), ("c", "b")])
+    [['a', 'b', 'c'], ['x', 'y']]
+    """
+    of: dict[str, set[str]] = {}
+    for a, b in pairs:
+        joined = of.get(a, {a}) | of.get(b, {b})
+        for name in joined:
+            of[name] = joined
+    return sorted((sorted(group) for group in {id(group): group for group in of.values()}.values()), key=_by_size)
+
+
+def _by_size(group: Sequence[str]) -> tuple[int, Sequence[str]]:
+    return -len(group), group

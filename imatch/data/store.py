@@ -54,6 +54,9 @@ class Stored(Embeddings):
         object.__setattr__(self, "folder", folder)
         self._check()
 
+    def __repr__(self) -> str:
+        return f"Stored({str(self.folder)!r})"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stored) and self.folder == other.folder
 

@@ -16,6 +16,7 @@ from .core.compute import ComputeOptions as ComputeOptions
 from .data.embeddings import Embeddings as Embeddings
 from .data.images import Resize as Resize
 from .data.store import StorageOptions as StorageOptions
+from .data.store import Stored as Stored
 from .export.per_image import export_per_image as export_per_image
 from .matching.align import GeometryOptions as GeometryOptions
 from .matching.align import MatchingOptions as MatchingOptions

@@ -50,8 +50,8 @@ class Stored(Embeddings):
 
     folder: Path
 
-    def __init__(self, folder: Path) -> None:
-        object.__setattr__(self, "folder", folder)
+    def __init__(self, folder: str | Path) -> None:
+        object.__setattr__(self, "folder", Path(folder))
         self._check()
 
     def __repr__(self) -> str:

@@ -16,7 +16,6 @@ import imatch
 from imatch.core.files import read_json, read_rows, write_array, write_json
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError, grid_xy
-from imatch.data import store
 from imatch.data.embeddings import Embeddings
 from imatch.data.shards import Shards
 from imatch.data.store import Stored
@@ -237,7 +236,7 @@ def test_references_of_other_tools_know_their_sources(tmp_path):
         foreign(tree, {"global": f"ReferenceGlobal|{rot}", "grid": f"ReferenceGrid|{rot}"}, seed=1)
     folders = imported(tree, tmp_path / "back")
     assert len(folders) == 2
-    data, references = map(Embeddings, folders)
+    data, references = map(Stored, folders)
     assert references.shows == [data.shows[int(id.endswith("2"))] for id in references.ids]
     views = {row["id"].split("/")[1]: (row["angle"], row["crop"]) for row in references.rows}
     assert views == {"rot045": (45, None), "-90": (-90, None), "rot30_crop50": (30, 0.5)}
@@ -580,7 +579,7 @@ def test_killed_import_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         imported(tree, tmp_path / "back")
     written = []
-    monkeypatch.setattr(store, "write_shard", lambda *a, **o: (written.append(a[1]), write(*a, **o)))
+    monkeypatch.setattr(Shards, "write", lambda *a, **o: (written.append(a[1]), write(*a, **o)))
     (folder,) = imported(tree, tmp_path / "back")
     assert written == [1]
     same = [name for name in files(whole) if name != "step.json"]  # which says how long it took

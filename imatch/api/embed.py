@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +111,7 @@ def references(
                 id, view = kinds.name(about["id"], angle, crop), make(pixels, angle, crop)
                 made[id], views[id] = view.pixels, kinds.record(view, id, about, kind, angle, crop)
         check_memory(sum(one.nbytes for one in made.values()), row + 1, len(photographs), INSTEAD)
-    return passed(made, backbone, parameters, batch_size, views)
+    return replace(passed(made, backbone, parameters, batch_size, views), _sources=photographs)
 
 
 def passed(

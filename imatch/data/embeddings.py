@@ -39,6 +39,7 @@ class Embeddings:
     views: Mapping[str, ReferenceRow]
     _tokens: Sequence[Tokens] = field(repr=False)
     _photographs: Mapping[str, Path | np.ndarray] = field(repr=False)
+    _sources: Embeddings | None = field(default=None, repr=False)
 
     def tokens(self, row: int) -> Tokens:
         """The tokens of one photograph: descriptors (n, d); xy (n, 2) in pixels of the original, NaN where they have no
@@ -52,7 +53,7 @@ class Embeddings:
     @property
     def sources(self) -> Embeddings:
         """Those of the photographs that references were made from; of photographs, themselves."""
-        return self
+        return self._sources or self
 
     @property
     def missed(self) -> list[PhotoRow]:

@@ -140,8 +140,8 @@ def fit_embeddings(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     >>> from pathlib import Path
     >>> from imatch.core.types import Tokens
     >>> from imatch.core.types import grid_xy
-    >>> from imatch.data import store
-    >>> from imatch.data.store import Embeddings
+    >>> from imatch.data.shards import Shards
+    >>> from imatch.data.store import Stored
     >>> values = np.random.default_rng(0).normal(size=(6, 4)).astype("f4")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tokens = Tokens(values[0], values, grid_xy((2, 3), (32, 48)), grid=(2, 3))
@@ -152,11 +152,11 @@ def fit_embeddings(embeddings: Embeddings, sample: int = 100_000) -> Basis:
     """
     without = next((row["id"] for row in embeddings.rows if row["grid"] is None), None)
     if without is not None:
-        raise ImatchError(gridless(f"the local descriptors of {without} in {embeddings.folder}"))
+        raise ImatchError(gridless(f"the local descriptors of {without}"))
     total, d = sum(row["n"] for row in embeddings.rows), embeddings.tokens(0).descriptors.shape[1]
     if sample < 4 or total < 4 or d < 3:
         raise ImatchError(
-            f"DenseFT's three components need at least 4 tokens of 3 numbers; {embeddings.folder} has {total} of {d} "
+            f"DenseFT's three components need at least 4 tokens of 3 numbers; these photographs have {total} of {d} "
             f"and the sample is {sample}: use larger photographs, more of them, or a larger sample"
         )
     return fit(lambda what: _blocks(embeddings, sample, f"DenseFT {what}"))

@@ -163,12 +163,13 @@ def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int,
     """
 
     def hit(q: int, rank: int) -> dict[str, object]:
-        row = gallery.rows[ranking.rows[q, rank]]
+        place = int(ranking.rows[q, rank])
+        row = gallery.rows[place]
         metres = np.nan if ranking.metres is None else float(ranking.metres[q, rank])
         return {
             "rank": rank,
             "id": row["id"],
-            "path": gallery.root / row["id"],
+            "path": gallery.photograph(place),
             "size": tuple(row["size"]),
             "score": float(ranking.scores[q, rank]),
             "right": bool(ranking.right[q, rank]),
@@ -179,7 +180,7 @@ def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int,
     return [
         {
             "id": id,
-            "path": query.root / id,
+            "path": query.photograph(q),
             "size": tuple(query.rows[q]["size"]),
             "angle": query.views.get(id, {}).get("angle"),
             "hits": [hit(q, rank) for rank in range(int((ranking.rows[q, :k] >= 0).sum()))],

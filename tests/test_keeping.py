@@ -258,7 +258,7 @@ def test_from_photographs_to_hits(stores, keep):
     if keep in store.KEEPS_PLACED:
         assert matched(index, outputs=["json"])[1]
     else:
-        with pytest.raises(StepError, match=r"04_match needs .* with positions, .* with keep float16 or int8"):
+        with pytest.raises(StepError, match=r"04_match needs .* with positions, .* with storage.keep float16 or int8"):
             matched(index)
         with pytest.raises(StepError, match=f"keeps {KEEPS[keep]}"):
             matched(index, pairs="all", embed_step=str(step.folder))
@@ -277,7 +277,9 @@ def test_aggregated_tokens_rank_as_those_that_are_made_from_all(stores):
 
 
 def test_more_tokens_than_are_kept_are_refused(stores):
-    with pytest.raises(StepError, match=r"tokens is 65, and .*_raw_aggregated keeps 64 a photograph: set tokens to 64"):
+    with pytest.raises(
+        StepError, match=r"ranking.tokens is 65, and .*_raw_aggregated keeps 64 a photograph: set it to 64"
+    ):
         indexed(stores["dsift", "aggregated"], None, "data-data", rerank=3, tokens=AGGREGATED + 1)
 
 

@@ -830,7 +830,8 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
     assert {row["metres"] for row in table_of(step)} == {""}
     for truth in ("radius", "nearest"):
         with pytest.raises(
-            ImatchError, match=rf"truth is {truth}, but no photograph of the queries .* set truth.labels to its path"
+            ImatchError,
+            match=rf"truth.kind is {truth}, but no photograph of the queries .* set truth.labels to its path",
         ):
             searched(data, references, "reference-data", truth=truth, tag=truth)
     with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):
@@ -841,7 +842,7 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
 
 
 def test_queries_of_a_capture_count_together(pixels):
-    with pytest.raises(ImatchError, match=r"cluster is capture, but a\.jpg belongs to none"):
+    with pytest.raises(ImatchError, match=r"truth.cluster is capture, but a\.jpg belongs to none"):
         searched(pixels, None, "data-data", cluster="capture", tag="none")
     rows = files.read_rows(pixels.folder / "images.jsonl")
     files.write_rows(pixels.folder / "images.jsonl", [{**row, "capture": row["id"] == "a.jpg"} for row in rows])

@@ -376,6 +376,7 @@ def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
 
 
 def matched(a: Seen, b: Seen) -> Match:
+    """Match two photographs that went through a backbone, by one look."""
     matcher, options = matcher_for(a.weight), {"device": a.device} if a.weight == "xfeat" else {}
     align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
     poses, focal = [(UPRIGHT, a.tokens), *a.rotated], exif.focal_lengths(a.source, b.source)

@@ -157,16 +157,16 @@ def create(table: Mapping[str, str], what: str, name: str, options: Options | No
     for option in given:
         if option not in known.model_fields:
             raise ImatchError(unknown(f"option of {what} {name}", option, known.model_fields))
-    checked(known, given, f"{what} {name}: option ")
+    checked(known, given, f"{name}." if what == "group" else f"{what} {name}: option ")
     return plugin(**given)
 
 
-def check(plugin: object, what: str = "") -> None:
+def check(plugin: object, group: str = "") -> None:
     """Check a plug-in's fields, for its `__post_init__`: ranges are said by its type hints, as pydantic writes them.
 
     Args:
         plugin: a dataclass.
-        what: what a message calls it; "" is its class.
+        group: the group of options that it is, whose fields a message calls group.field; "" is none.
 
     Raises:
         ImatchError: a field of the wrong type, or out of its range.
@@ -178,7 +178,7 @@ def check(plugin: object, what: str = "") -> None:
     """
     of: Any = type(plugin)
     fields = {name: getattr(plugin, name) for name in _options(of).model_fields}
-    checked(_options(of), fields, f"{what or of.__name__}: option ")
+    checked(_options(of), fields, f"{group}." if group else f"{of.__name__}: option ")
 
 
 @functools.cache

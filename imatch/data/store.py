@@ -340,7 +340,7 @@ def check_keeps(folder: Path, parameters: Parameters, what: str, enough: Sequenc
         places = "" if "aggregated" in enough else " with positions"
         raise StepError(
             f"{what} needs local descriptors{places}, and {folder} keeps {KEEPS[keep]} (keep {keep}): run 01_embed, "
-            f"and 02_references, with keep {' or '.join(enough)}"
+            f"and 02_references, with storage.keep {' or '.join(enough)}"
         )
 
 

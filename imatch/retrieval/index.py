@@ -444,7 +444,7 @@ class Searcher:
         float16: bool = False,
         folder: Path | None = None,
     ) -> None:
-        self.vectors, self.plan, self.folder = vectors, plan, folder
+        self.vectors, self.plan, self.folder, self.device = vectors, plan, folder, device
         self.kind, self.firsts = _kind(plan), [shard.first for shard in _shards(plan)]
         self.gpus = _gpus(device, plan["kind"], self.kind.gpu)
         if self.gpus:

@@ -618,7 +618,7 @@ def truth_of(
         return same_photograph(query_shows, gallery_shows, *(own or ()))
     if here is None or there is None:
         raise ImatchError(
-            f"truth is {asked['kind']}, but no photograph of the {'gallery' if here else 'queries'} has a "
+            f"truth.kind is {asked['kind']}, but no photograph of the {'gallery' if here else 'queries'} has a "
             "position in its EXIF: give them in a CSV or JSON, and set truth.labels to its path"
         )
     if asked["kind"] == "radius":

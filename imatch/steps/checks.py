@@ -196,7 +196,7 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
         if wanted > free:
             problems.append(
                 f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk for "
-                "exports, a smaller size, a variant such as sub2, or keep int8, aggregated or global"
+                "exports, a smaller size, a storage.variant such as sub2, or storage.keep int8, aggregated or global"
             )
     print("\n".join(lines))
     if problems:

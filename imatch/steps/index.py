@@ -121,7 +121,7 @@ def _check_ranking(ranking: RankingOptions, query: Step, gallery: Step) -> None:
     most = min(gallery.metrics["global_dimension"], gallery.metrics["photographs"] - 1)
     if ranking.whiten > most:
         raise ImatchError(
-            f"whiten {ranking.whiten}: {gallery.metrics['photographs']} vectors of "
+            f"ranking.whiten {ranking.whiten}: {gallery.metrics['photographs']} vectors of "
             f"{gallery.metrics['global_dimension']} numbers give at most {most} axes"
         )
     if ranking.rerank:
@@ -134,8 +134,8 @@ def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
         store.check_keeps(side.folder, side.parameters, "rerank", store.KEEPS_LOCAL)
         if store.keep_of(side.parameters) == "aggregated" and tokens > store.AGGREGATED:
             raise StepError(
-                f"tokens is {tokens}, and {side.folder} keeps {store.AGGREGATED} a photograph: set tokens to "
-                f"{store.AGGREGATED}, or run 01_embed with keep {' or '.join(store.KEEPS_PLACED)}"
+                f"ranking.tokens is {tokens}, and {side.folder} keeps {store.AGGREGATED} a photograph: set it to "
+                f"{store.AGGREGATED}, or run 01_embed with storage.keep {' or '.join(store.KEEPS_PLACED)}"
             )
 
 
@@ -484,7 +484,7 @@ def _clusters(query: Embeddings, cluster: str, about: Sequence[PhotoRow]) -> lis
     captures = [source.get("capture") if source else None for source in found]
     if None in captures:
         raise ImatchError(
-            f"cluster is capture, but {about[captures.index(None)]['id']} belongs to none: name the captures in "
+            f"truth.cluster is capture, but {about[captures.index(None)]['id']} belongs to none: name the captures in "
             "data_key.json and run 01_embed anew, or set truth.cluster to photograph"
         )
     return [str(capture) for capture in captures]

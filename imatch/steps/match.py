@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from imatch.core.compute import LOCAL, Engine, PartDoneError
 from imatch.core.files import flat_name
 from imatch.core.rows import MatchFigures, Measured, PairRow, Parameters, ReferenceRow
 from imatch.core.step import Step, open_step, side_folders, sides, start_step, tagged
-from imatch.core.types import ImatchError, Pair, StepError, Tokens
+from imatch.core.types import ImatchError, Pair, StepError
 from imatch.data import store
 from imatch.data.pairs import Look, Looked, Matched, pair_path
 from imatch.data.rotations import poses
@@ -31,8 +32,7 @@ from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Aligner, Alignment, GeometryOptions, MatchingOptions, aligned, aligner
-from imatch.matching.matchers import Sizes, options_of
+from imatch.matching.align import Alignment, GeometryOptions, MatchingOptions, Tried, aligner, first_verified, refused
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
 from imatch.steps.chain import open_embeddings, open_finished
@@ -372,13 +372,14 @@ class _Match:
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
         paths = query.root / meta_a["id"], gallery.root / meta_b["id"]
         start = time.perf_counter()
-        looked, align, found, a, b = self._best(meta_a["id"], meta_b["id"], sizes, paths)
+        looks = ((looked, *looked(meta_a["id"], meta_b["id"])) for looked in self.looked)
+        tried = first_verified(Tried.by(*look, sizes, paths) for look in looks)
         ms = 1000 * (time.perf_counter() - start)
+        found, looked, kept = tried.found, tried.looked, [len(tried.a.xy), len(tried.b.xy)]
         most = looked.posed.upright.parameters["backbone"].get("max_keypoints")
-        if most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
+        if most in kept and not (found.geometry.verified or found.geometry.kind):
             more = f"{most} keypoints were kept, the most: try backbone_options max_keypoints {2 * most}"
-            reason = f"{found.geometry.reason}; {more}"
-            found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
+            found = refused(found, f"{found.geometry.reason}; {more}")
         view_a, view_b = query.views.get(meta_a["id"]), gallery.views.get(meta_b["id"])
         same = query.shows[q] == gallery.shows[candidate.row]
         truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
@@ -391,52 +392,15 @@ class _Match:
             "right": candidate.right,
             "accepted": candidate.accepted,
             **self.source.about(q),
-            "descriptors": [len(a.descriptors), len(b.descriptors)],
+            "descriptors": kept,
             **dataclasses.asdict(found.pose),
             "weight": looked.look.weight,
             "look": self.looked.index(looked),
             "refined": found.compared,
-            "threshold": align.estimator.threshold,
+            "threshold": tried.align.estimator.threshold,
             **_judged(found, sizes[0], truth),
         }
-        settings = {
-            "matcher": looked.look.matcher,
-            "matcher_options": options_of(align.matcher),
-            "refine": align.refinement,
-            "poses": looked.look.record["poses"],
-            "geometry": dataclasses.asdict(align.estimator),
-        }
-        return Pair(
-            row,
-            paths,
-            sizes,
-            found.xy_a,
-            found.xy_b,
-            found.matches,
-            found.geometry,
-            grids=(a.grid, b.grid),
-            weight=looked.look.weight,
-            settings=settings,
-            time_ms=round(ms, 3),
-        )
-
-    def _best(
-        self, query: str, candidate: str, sizes: Sizes, paths: tuple[Path, Path]
-    ) -> tuple[Looked, Aligner, Alignment, Tokens, Tokens]:
-        """The first look that verifies a pair or, if none does, the first."""
-        tried: list[tuple[Looked, Aligner, Alignment, Tokens, Tokens]] = []
-        for looked in self.looked:
-            seen, b = looked(query, candidate)
-            align = aligner(looked.settings, b, sizes[1])
-            found = aligned(align, seen, b, sizes, paths)
-            tried.append((looked, align, found, dict(seen)[found.pose], b))
-            if found.geometry.verified:
-                return tried[-1]
-        looked, align, found, a, b = tried[0]
-        if len(tried) > 1:
-            reason = "; ".join(f"{one[0].look.weight}: {one[2].geometry.reason}" for one in tried)
-            found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
-        return looked, align, found, a, b
+        return replace(tried, found=found).pair(row, round(ms, 3))
 
 
 def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Measured:
@@ -452,11 +416,7 @@ def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -
         "rotation": turned,
         "scale": scaled,
         "has_truth": truth is not None,
-        "true_matrix": None,
-        "corner_error": None,
-        "accuracy": None,
-        "rotation_error": None,
-        "scale_error": None,
+        **dict.fromkeys(["true_matrix", "corner_error", "accuracy", "rotation_error", "scale_error"]),
     }
     if truth is not None:
         row["true_matrix"] = truth.tolist()

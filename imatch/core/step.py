@@ -241,10 +241,16 @@ def sides(step: Step, weight: str = "") -> tuple[Step, Step]:
         step: the 03_index or 04_match.
         weight: of a 04_match, another backbone that it matches by.
     """
+    query, gallery = side_folders(step, weight)
+    return open_step(query), open_step(gallery)
+
+
+def side_folders(step: Step, weight: str = "") -> tuple[Path, Path]:
+    """The folders of `sides`, whether these are there already or not."""
     if f"query_{weight}" in step.links:
-        return open_step(step.linked(f"query_{weight}")), open_step(step.linked(f"gallery_{weight}"))
+        return step.linked(f"query_{weight}"), step.linked(f"gallery_{weight}")
     of = step if "query" in step.links else open_step(step.linked("index"))
-    return open_step(of.linked("query")), open_step(of.linked("gallery"))
+    return of.linked("query"), of.linked("gallery")
 
 
 def step_folder(path: str | Path) -> Path:

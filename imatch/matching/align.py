@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,13 +14,14 @@ import numpy as np
 from pydantic import NonNegativeFloat
 
 from imatch.core import config
-from imatch.core.rows import Parameters
-from imatch.core.types import Geometry, ImatchError, Matches, PhotographError, Tokens
+from imatch.core.rows import PairRow, Parameters
+from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
 from imatch.data import exif, images
+from imatch.data.pairs import Looked
 from imatch.data.rotations import Pose, poses, shown
 from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
-from imatch.matching.matchers import Matcher
+from imatch.matching.matchers import Matcher, Sizes
 from imatch.matching.two_view import FEWEST, PLANE, Estimator
 
 REFINEMENTS = ("off", "patch", "pixel")
@@ -133,7 +134,7 @@ class Aligner:
             best = depth
         elif self.refinement == "pixel" and photographs is not None:
             why = f"no first geometry to compare the photographs from: {best.geometry.reason}"
-            best = self._compared(best, views, *photographs()) if _usable(best) else _refused(best, why)
+            best = self._compared(best, views, *photographs()) if _usable(best) else refused(best, why)
         elif first is not self.estimator:
             best = replace(best, geometry=self.estimator(best.xy_a, best.xy_b, *views))
         if self.matcher.coarse and self.refinement == "patch" and photographs and best.geometry.verified:
@@ -141,7 +142,7 @@ class Aligner:
                 best = self._finer(best, views, *photographs())
         found, repeated = best.geometry, best.matches.repeated
         if not found.verified and repeated > len(best.matches):
-            return _refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
+            return refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
         return best
 
     def _tried(self, pose: Pose, a: Tokens, b: Tokens, estimator: Estimator, views: Views) -> Alignment:
@@ -193,7 +194,7 @@ class Aligner:
             return best
         why = best.geometry.reason if best else geometry.reason
         n = coarse.geometry.inliers.sum()
-        return _refused(best or coarse, f"the photographs do not confirm {n} inliers: {why}")
+        return refused(best or coarse, f"the photographs do not confirm {n} inliers: {why}")
 
 
 Views = tuple[tuple[int, int], tuple[int, int], tuple[float, float] | None, np.ndarray]
@@ -208,7 +209,8 @@ def _usable(found: Alignment) -> bool:
     return not degenerate(geometry.matrix, found.xy_a[geometry.inliers])
 
 
-def _refused(found: Alignment, reason: str) -> Alignment:
+def refused(found: Alignment, reason: str) -> Alignment:
+    """Say why an alignment is not verified."""
     return replace(found, geometry=replace(found.geometry, verified=False, reason=reason))
 
 
@@ -308,29 +310,71 @@ def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = 
     return Aligner(matcher, search, estimator, refinement)
 
 
-def aligned(
-    align: Aligner,
-    seen: Sequence[tuple[Pose, Tokens]],
-    b: Tokens,
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    paths: tuple[Path, Path],
-) -> Alignment:
-    """One pair. A photograph that is gone or broken by now must not end a run: its pixels are not compared, and the
-    pair is not verified.
+@dataclass(frozen=True)
+class Tried:
+    """A pair as one look has aligned it.
 
-    Args:
-        align: of `aligner`.
-        seen: A's tokens in each pose.
-        b: B's tokens.
-        sizes: (h, w) of A and of B, upright.
-        paths: of the two photographs.
+    Attributes:
+        looked, align: the look, and what aligned the pair by it.
+        found: how A lies on B.
+        seen, b: A's tokens in each pose, and B's.
+        sizes, paths: (h, w) of A and of B, upright, and their files.
     """
-    focal = exif.focal_lengths(*paths)
-    try:
-        return align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
-    except PhotographError as error:
-        found = dataclasses.replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
-        return _refused(found, f"the photographs cannot be compared: {error}")
+
+    looked: Looked
+    align: Aligner
+    found: Alignment
+    seen: Sequence[tuple[Pose, Tokens]]
+    b: Tokens
+    sizes: Sizes
+    paths: tuple[Path, Path]
+
+    @classmethod
+    def by(
+        cls, looked: Looked, seen: Sequence[tuple[Pose, Tokens]], b: Tokens, sizes: Sizes, paths: tuple[Path, Path]
+    ) -> Tried:
+        """Align a pair by one look. A photograph that is gone or broken by now must not end a run: its pixels are not
+        compared, and the pair is not verified."""
+        align, focal = aligner(looked.settings, b, sizes[1]), exif.focal_lengths(*paths)
+        try:
+            found = align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
+        except PhotographError as error:
+            found = replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
+            found = refused(found, f"the photographs cannot be compared: {error}")
+        return cls(looked, align, found, seen, b, sizes, paths)
+
+    @property
+    def a(self) -> Tokens:
+        """A's tokens in the pose that was best."""
+        return dict(self.seen)[self.found.pose]
+
+    def pair(self, row: PairRow, time_ms: float = 0.0) -> Pair:
+        """Put what was found to the row of the pair, for the sinks."""
+        found, look, grids = self.found, self.looked.look, (self.a.grid, self.b.grid)
+        settings = {
+            "matcher": look.matcher,
+            "matcher_options": matchers.options_of(self.align.matcher),
+            "refine": self.align.refinement,
+            "poses": look.record["poses"],
+            "geometry": dataclasses.asdict(self.align.estimator),
+        }
+        places = found.xy_a, found.xy_b, found.matches, found.geometry
+        return Pair(row, self.paths, self.sizes, *places, grids, look.weight, settings, time_ms)
+
+
+def first_verified(tries: Iterable[Tried]) -> Tried:
+    """Make one try after the other up to the first that verifies the pair; if none does, give the first back, with the
+    reasons of all."""
+    tried: list[Tried] = []
+    for one in tries:
+        if one.found.geometry.verified:
+            return one
+        tried.append(one)
+    first = tried[0]
+    if len(tried) == 1:
+        return first
+    reason = "; ".join(f"{one.looked.look.weight}: {one.found.geometry.reason}" for one in tried)
+    return replace(first, found=refused(first.found, reason))
 
 
 @lru_cache(maxsize=2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,12 @@ import numpy as np
 from imatch.core import config, files, settings
 from imatch.core.files import flat_name
 from imatch.core.rows import PairRow, QueryAbout, QueryRow
-from imatch.core.step import Step, open_step, sides, step_folder
+from imatch.core.step import Step, open_step, side_folders, sides, step_folder
 from imatch.core.types import ImatchError
 from imatch.data import images
 from imatch.data.embeddings import Embeddings
 from imatch.data.store import Stored, read_ranking
-from imatch.steps.chain import open_embeddings
+from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.index import kind_of_reference
 
 LISTS = ("all", "ordered", "one")
@@ -126,9 +126,12 @@ def plan_pairs(index_step: str, candidates: int, pairs: str, embed_step: str, ga
     return Plan(query, gallery, query.run, about, parameters, upstream, links)
 
 
-def source(step: Step) -> Source:
-    """Open what a started 04_match matches."""
-    return Retrieved(step) if "index" in step.links else Listed(step)
+def opener(step: Step) -> Callable[[], Source]:
+    """Say how to open what a started 04_match matches, here or in another process."""
+    if "index" in step.links:
+        return partial(Retrieved, step.linked("index"), step.parameters["candidates"])
+    file = step.linked("pairs") if "pairs" in step.links else None
+    return partial(Listed, *side_folders(step), step.parameters["pairs"], step.parameters.get("one"), file)
 
 
 def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict[int, list[int]], list[str]]:
@@ -193,13 +196,12 @@ class Retrieved:
     apart from the retrieval.
     """
 
-    def __init__(self, step: Step) -> None:
-        index = open_step(step.linked("index"))
+    def __init__(self, folder: Path, most: int) -> None:
+        index, self._most = open_step(folder), most
         self.query, self.gallery = open_embeddings(index)
         self.unit = f"{index.parameters['truth']['cluster']}s"
         self.skipped = index.metrics["queries_skipped"]
         self.said: list[str] = []
-        self._most = step.parameters["candidates"]
         self._ranking = read_ranking(index)
         self._judged = files.read_rows(index.folder / "queries.jsonl")
         believed = index.metrics["threshold"]["value"]
@@ -249,18 +251,18 @@ class Listed:
     """Pairs from a list: "all", "ordered", "one", or a CSV. Nothing is retrieved, so nothing of that is judged: a pair
     that shows the same photograph is right, of others nobody knows."""
 
-    def __init__(self, step: Step) -> None:
-        self.query, self.gallery = open_embeddings(step)
+    def __init__(self, query: Path, gallery: Path, kind: str, one: str | None, file: Path | None) -> None:
+        self.query, self.gallery = open_finished(query), open_finished(gallery)
         self.unit, self.unmatched = "photographs", list[PairRow]()
-        self._kind, self._same = step.parameters["pairs"], self.query.folder == self.gallery.folder
-        self._one = _row_of(step.parameters["one"], self.query) if self._kind == "one" else None
+        self._kind, self._same = kind, query == gallery
+        self._one = None if one is None else _row_of(one, self.query)
         skipped = self.query.skipped
         self.skipped = sum("size" not in row for row in skipped)
         self.said = [f"{len(skipped)} photographs were skipped, {skipped[0]['id']} and others"] if skipped else []
         self._last: tuple[int, list[Candidate]] = (-1, [])
         self._listed: Mapping[int, Sequence[int]] = {}
-        if self._kind == "listed":
-            self._listed, left_out = read_pairs(step.linked("pairs"), self.query, self.gallery)
+        if file:
+            self._listed, left_out = read_pairs(file, self.query, self.gallery)
             few = "; ".join(left_out[:3])
             self.said = [f"{len(left_out)} pairs are left out, for a photograph was skipped: {few}"] if left_out else []
 

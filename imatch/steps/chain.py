@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imatch.core import settings
-from imatch.core.step import Step, open_step, sides, step_folder
+from imatch.core.step import Step, open_step, side_folders, step_folder
 from imatch.core.types import StepError
 from imatch.data.store import Stored
 
@@ -59,5 +59,10 @@ def _steps(folder: Path) -> Iterator[Path]:
 def open_embeddings(step: Step, weight: str = "") -> tuple[Stored, Stored]:
     """The embeddings that a 03_index step searches with, and those it searches; of a 04_match, what it matches, by
     another backbone if `weight` names one."""
-    query, gallery = sides(step, weight)
-    return Stored(query.folder), Stored(gallery.folder)
+    query, gallery = side_folders(step, weight)
+    return open_finished(query), open_finished(gallery)
+
+
+def open_finished(folder: Path) -> Stored:
+    """Open the embeddings of a finished step."""
+    return Stored(open_step(folder).folder)

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,9 @@ import psutil
 from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import LOCAL, Engine, PartDoneError
 from imatch.core.files import flat_name
-from imatch.core.rows import MatchFigures, Measured, PairRow, ReferenceRow
-from imatch.core.step import Step, open_step, sides, start_step, tagged
-from imatch.core.types import ImatchError, Pair, StepError, Tokens
+from imatch.core.rows import MatchFigures, Measured, PairRow, Parameters, ReferenceRow
+from imatch.core.step import Step, open_step, side_folders, sides, start_step, tagged
+from imatch.core.types import ImatchError, Pair, StepError
 from imatch.data import store
 from imatch.data.pairs import Look, Looked, Matched, pair_path
 from imatch.data.rotations import poses
@@ -31,11 +32,10 @@ from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
 from imatch.matching import geometry, matchers
-from imatch.matching.align import Aligner, Alignment, GeometryOptions, MatchingOptions, aligned, aligner
-from imatch.matching.matchers import Sizes, options_of
+from imatch.matching.align import Alignment, GeometryOptions, MatchingOptions, Tried, aligner, first_verified, refused
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
-from imatch.steps.chain import open_embeddings
+from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.embedding import embed_by, embed_poses, step_by, worth_trying
 
 if TYPE_CHECKING:
@@ -160,27 +160,28 @@ def match_pairs(
         PartDoneError: see `compute.do`.
     """
     if not step.finished:
-        source = sources.source(step)
+        task = _Task(step.folder, sources.opener(step), _looks(step), step.parameters["outputs"])
+        source = task.open_source()
         _check_memory(source)
         how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers}
         how |= {"batch_size": batch_size, "on_change": step.on_change}
-        _embed_looks(step, source, how)
-        job = _Match(step, source)
-        blocks = list(_blocks(job.source))
+        _embed_looks(task.looks, source, how)
+        job = _Match(task, source)
+        blocks = list(_blocks(source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
         each, cores = compute.each(job, workers, "match"), ["cpu"] * settings.cores()
         for _ in compute.do(engine, each, blocks, "match", cores, job.is_done):
             pass
-        files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
-        for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
-            rows = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
-            sink.gather(step.folder / name, ((pair_path(step.folder, row), row) for row in rows))
+        files.write_rows(task.folder / "pairs.jsonl", _ranked(job, blocks))
+        for name, sink in zip(task.outputs, job.sinks, strict=True):
+            rows = (row for row in files.read_rows(task.folder / "pairs.jsonl") if row["candidate"] is not None)
+            sink.gather(task.folder / name, ((pair_path(task.folder, row), row) for row in rows))
     return files.read_rows(step.folder / "pairs.jsonl")
 
 
 def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
     """The figures of 04_match (`metrics.match_metrics`); counted apart: photographs that could not be decoded."""
-    source = sources.source(step)
+    source = sources.opener(step)()
     return {
         "pairs": sum(row["candidate"] is not None for row in pairs),
         "pairs_verified": sum(row["verified"] for row in pairs),
@@ -189,32 +190,42 @@ def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
     }
 
 
-def _embed_looks(step: Step, source: Source, how: Mapping[str, Any]) -> None:
-    """What is missing of the tokens of each look, in each pose."""
+class _LookFolders(NamedTuple):
+    """A look, what it aligns a pair with, and the folders of both sides' embeddings, there already or not."""
+
+    look: Look
+    settings: Parameters
+    query: Path
+    gallery: Path
+
+    def open(self) -> Looked:
+        posed = open_poses(open_finished(self.query), self.look.poses)
+        return Looked(self.look, self.settings, posed, open_finished(self.gallery))
+
+
+def _looks(step: Step) -> list[_LookFolders]:
+    """Say how a 04_match looks at its pairs: the next one where none before has verified a pair."""
+    found = []
+    for look in map(Look.of, step.parameters["looks"]):
+        settings = {**step.parameters, "matcher": look.matcher, "matcher_options": look.matcher_options}
+        found.append(_LookFolders(look, settings, *side_folders(step, look.weight)))
+    return found
+
+
+def _embed_looks(looks: Sequence[_LookFolders], source: Source, how: Mapping[str, Any]) -> None:
+    """Embed what is missing of the tokens of each look, in each pose."""
     late: PartDoneError | None = None
-    for look in _looks(step):
-        for name, side in (("query", source.query), ("gallery", source.gallery)):
-            if f"{name}_{look.weight}" in step.links:
+    for one in looks:
+        for side, folder in ((source.query, one.query), (source.gallery, one.gallery)):
+            if folder != side.folder:
                 try:
-                    embed_by(side, step.linked(f"{name}_{look.weight}"), look.weight, **how)
+                    embed_by(side, folder, one.look.weight, **how)
                 except PartDoneError as part:  # this part of the others can be done all the same
                     late = part
         if not late:
-            embed_poses(open_embeddings(step, look.weight)[0], look.poses, **how)
+            embed_poses(open_finished(one.query), one.look.poses, **how)
     if late:
         raise late
-
-
-def _looks(step: Step) -> list[Look]:
-    """How a 04_match looks at its pairs: the next one where none before has verified a pair."""
-    return [Look.of(look) for look in step.parameters["looks"]]
-
-
-def _looked(step: Step, look: Look) -> Looked:
-    """The tokens of a look, embedded already."""
-    query, gallery = open_embeddings(step, look.weight)
-    settings = {**step.parameters, "matcher": look.matcher, "matcher_options": look.matcher_options}
-    return Looked(look, settings, open_poses(query, look.poses), gallery)
 
 
 def labels_path(step: Step) -> Path:
@@ -226,7 +237,7 @@ def labels_path(step: Step) -> Path:
 
 def open_match(step: Step) -> Matched:
     """Open a 04_match: its pairs, the tokens that they were matched by, and where people's labels of them lie."""
-    looked = {look.weight: _looked(step, look) for look in _looks(step)}
+    looked = {one.look.weight: one.open() for one in _looks(step)}
     pages = Path(step.run, "pages", *step.about.values())
     return Matched(step.folder, *open_embeddings(step), looked, labels_path(step), pages)
 
@@ -285,7 +296,7 @@ def _check_memory(source: Source) -> None:
 def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
     """Say how many pairs there are. Of many, match some, evenly spread, to see what one takes, and refuse what cannot
     fit onto the disk."""
-    pairs, folder = sum(block.end - block.first for block in todo), job.step.folder
+    pairs, folder = sum(block.end - block.first for block in todo), job.task.folder
     print("\n".join([*job.source.said, f"{pairs} pairs to match"]))
     if pairs < MANY:
         return
@@ -311,21 +322,30 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
         )
 
 
+class _Task(NamedTuple):
+    """What a started 04_match does: small, for every process opens for itself who is matched with whom, and how."""
+
+    folder: Path
+    open_source: Callable[[], Source]
+    looks: Sequence[_LookFolders]
+    outputs: Sequence[str]
+
+
 class _Match:
     """Matches a query with a block of its candidates; every worker process opens the stores for itself."""
 
-    def __init__(self, step: Step, source: Source | None = None) -> None:
-        self.step, self.source = step, source or sources.source(step)
-        self.looked = [_looked(step, look) for look in _looks(step)]
-        self.sinks = [create_output(name) for name in step.parameters["outputs"]]
+    def __init__(self, task: _Task, source: Source | None = None) -> None:
+        self.task, self.source = task, source or task.open_source()
+        self.looked = [one.open() for one in task.looks]
+        self.sinks = [create_output(name) for name in task.outputs]
 
-    def __reduce__(self) -> tuple[type[_Match], tuple[Step]]:
-        return _Match, (self.step,)
+    def __reduce__(self) -> tuple[type[_Match], tuple[_Task]]:
+        return _Match, (self.task,)
 
     def done(self, block: _Block) -> Path:
         """The file that is there when a block is matched."""
         query = self.source.query.ids[block.query]
-        return self.step.folder / "pairs" / flat_name(query) / f"{block.first:05d}.jsonl"
+        return self.task.folder / "pairs" / flat_name(query) / f"{block.first:05d}.jsonl"
 
     def is_done(self, block: _Block) -> bool:
         return self.done(block).is_file()
@@ -337,7 +357,7 @@ class _Match:
         rows = []
         for candidate in self.candidates(block):
             pair = self.pair(block.query, candidate)
-            self.write(pair_path(self.step.folder, pair.row), pair)
+            self.write(pair_path(self.task.folder, pair.row), pair)
             rows.append(pair.row)
         files.write_rows(self.done(block), rows)
         return {"pairs": len(rows)}
@@ -352,13 +372,14 @@ class _Match:
         sizes = tuple(meta_a["size"]), tuple(meta_b["size"])
         paths = query.root / meta_a["id"], gallery.root / meta_b["id"]
         start = time.perf_counter()
-        looked, align, found, a, b = self._best(meta_a["id"], meta_b["id"], sizes, paths)
+        looks = ((looked, *looked(meta_a["id"], meta_b["id"])) for looked in self.looked)
+        tried = first_verified(Tried.by(*look, sizes, paths) for look in looks)
         ms = 1000 * (time.perf_counter() - start)
+        found, looked, kept = tried.found, tried.looked, [len(tried.a.xy), len(tried.b.xy)]
         most = looked.posed.upright.parameters["backbone"].get("max_keypoints")
-        if most in (len(a.xy), len(b.xy)) and not (found.geometry.verified or found.geometry.kind):
+        if most in kept and not (found.geometry.verified or found.geometry.kind):
             more = f"{most} keypoints were kept, the most: try backbone_options max_keypoints {2 * most}"
-            reason = f"{found.geometry.reason}; {more}"
-            found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
+            found = refused(found, f"{found.geometry.reason}; {more}")
         view_a, view_b = query.views.get(meta_a["id"]), gallery.views.get(meta_b["id"])
         same = query.shows[q] == gallery.shows[candidate.row]
         truth = _truth(view_a, view_b) if same and (view_a or view_b) else None
@@ -371,52 +392,15 @@ class _Match:
             "right": candidate.right,
             "accepted": candidate.accepted,
             **self.source.about(q),
-            "descriptors": [len(a.descriptors), len(b.descriptors)],
+            "descriptors": kept,
             **dataclasses.asdict(found.pose),
             "weight": looked.look.weight,
             "look": self.looked.index(looked),
             "refined": found.compared,
-            "threshold": align.estimator.threshold,
+            "threshold": tried.align.estimator.threshold,
             **_judged(found, sizes[0], truth),
         }
-        settings = {
-            "matcher": looked.look.matcher,
-            "matcher_options": options_of(align.matcher),
-            "refine": align.refinement,
-            "poses": looked.look.record["poses"],
-            "geometry": dataclasses.asdict(align.estimator),
-        }
-        return Pair(
-            row,
-            paths,
-            sizes,
-            found.xy_a,
-            found.xy_b,
-            found.matches,
-            found.geometry,
-            grids=(a.grid, b.grid),
-            weight=looked.look.weight,
-            settings=settings,
-            time_ms=round(ms, 3),
-        )
-
-    def _best(
-        self, query: str, candidate: str, sizes: Sizes, paths: tuple[Path, Path]
-    ) -> tuple[Looked, Aligner, Alignment, Tokens, Tokens]:
-        """The first look that verifies a pair or, if none does, the first."""
-        tried: list[tuple[Looked, Aligner, Alignment, Tokens, Tokens]] = []
-        for looked in self.looked:
-            seen, b = looked(query, candidate)
-            align = aligner(looked.settings, b, sizes[1])
-            found = aligned(align, seen, b, sizes, paths)
-            tried.append((looked, align, found, dict(seen)[found.pose], b))
-            if found.geometry.verified:
-                return tried[-1]
-        looked, align, found, a, b = tried[0]
-        if len(tried) > 1:
-            reason = "; ".join(f"{one[0].look.weight}: {one[2].geometry.reason}" for one in tried)
-            found = dataclasses.replace(found, geometry=dataclasses.replace(found.geometry, reason=reason))
-        return looked, align, found, a, b
+        return replace(tried, found=found).pair(row, round(ms, 3))
 
 
 def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Measured:
@@ -432,11 +416,7 @@ def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -
         "rotation": turned,
         "scale": scaled,
         "has_truth": truth is not None,
-        "true_matrix": None,
-        "corner_error": None,
-        "accuracy": None,
-        "rotation_error": None,
-        "scale_error": None,
+        **dict.fromkeys(["true_matrix", "corner_error", "accuracy", "rotation_error", "scale_error"]),
     }
     if truth is not None:
         row["true_matrix"] = truth.tolist()

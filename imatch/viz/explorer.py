@@ -35,7 +35,7 @@ from imatch.features import base
 from imatch.features.base import Backbone, Embedded, embed_one
 from imatch.features.denseft import covered
 from imatch.matching import geometry, two_view
-from imatch.matching.align import aligned, aligner
+from imatch.matching.align import Tried, aligner, first_verified
 from imatch.matching.two_view import Estimator
 from imatch.viz import pictures
 
@@ -257,6 +257,11 @@ class Opened:
     tokens: tuple[Tokens, Tokens]
     estimator: Estimator
 
+    @classmethod
+    def of(cls, row: PairRow, tried: Tried) -> Opened:
+        """Make one of what has just been matched."""
+        return cls(tried.pair(row), (tried.a, tried.b), tried.align.estimator)
+
 
 class Saved:
     """A finished 04_match, as it is chosen from.
@@ -287,7 +292,7 @@ class Saved:
         try:
             pair = self.matched.pair(row)
         except StepError:
-            return self._match(row, files, sizes, [(Pose(row["turn"], row["zoom"]), a)], b, looked)
+            return Opened.of(row, Tried.by(looked, [(Pose(row["turn"], row["zoom"]), a)], b, sizes, files))
         return Opened(pair, (a, b), aligner(looked.settings, b, sizes[1]).estimator)
 
     def match(self, names: tuple[str, str], files: tuple[Path, Path]) -> Opened:
@@ -300,30 +305,16 @@ class Saved:
         Raises:
             ImatchError: a photograph cannot be decoded, or the weights are not there or have changed.
         """
-        tried: list[Opened] = []
+        tried = first_verified(self._tries(names, files))
+        score = float(tried.seen[0][1].vector @ tried.b.vector)
+        return Opened.of({"query": names[0], "candidate": names[1], "score": score}, tried)
+
+    def _tries(self, names: tuple[str, str], files: tuple[Path, Path]) -> Iterator[Tried]:
+        """Embed and align two photographs by one look after the other."""
         for looked in self.matched.looked.values():
             seen = [(pose, self._embed(names[0], files[0], pose, looked)) for pose in looked.look.poses]
             a, b = seen[0][1], self._embed(names[1], files[1], UPRIGHT, looked)
-            row = {"query": names[0], "candidate": names[1], "score": float(a.tokens.vector @ b.tokens.vector)}
-            poses = [(pose, one.tokens) for pose, one in seen]
-            tried.append(self._match(row, files, (a.size, b.size), poses, b.tokens, looked))
-            if tried[-1].pair.geometry.verified:
-                return tried[-1]
-        return tried[0]
-
-    def _match(
-        self,
-        row: PairRow,
-        files: tuple[Path, Path],
-        sizes: tuple[tuple[int, int], tuple[int, int]],
-        seen: Sequence[tuple[Pose, Tokens]],
-        b: Tokens,
-        looked: Looked,
-    ) -> Opened:
-        align = aligner(looked.settings, b, sizes[1])
-        found = aligned(align, seen, b, sizes, files)
-        pair = Pair(row, files, sizes, found.xy_a, found.xy_b, found.matches, found.geometry, weight=looked.look.weight)
-        return Opened(pair, (dict(seen)[found.pose], b), align.estimator)
+            yield Tried.by(looked, [(pose, one.tokens) for pose, one in seen], b.tokens, (a.size, b.size), files)
 
     def _embed(self, name: str, file: Path, pose: Pose, looked: Looked) -> Embedded:
         try:

@@ -831,7 +831,7 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
     for truth in ("radius", "nearest"):
         with pytest.raises(
             ImatchError,
-            match=rf"truth.kind is {truth}, but no photograph of the queries .* set truth.labels to its path",
+            match=rf"truth.kind is {truth}, but no photograph of the queries .* set truth.labels to",
         ):
             searched(data, references, "reference-data", truth=truth, tag=truth)
     with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):

@@ -126,7 +126,7 @@ def test_large_folders_are_matched_through_retrieval(monkeypatch, photographs):
 
     monkeypatch.setattr(folder, "RETRIEVED", 2)
     monkeypatch.setattr(folder, "NEAREST", 1)
-    found = folder.match_folder(photographs)
+    found = folder.match_folder(photographs, "sift")
     assert found.retrieved
     assert len(found.pairs) < 3
     assert found.groups == [["coffee.png", "part.png"]]

@@ -96,7 +96,6 @@ def match(
     """
     import json
 
-    from imatch.api import folder as folders
     from imatch.api import match as api
 
     if b is None and not from_workspace(a).is_dir():
@@ -106,9 +105,12 @@ def match(
     folder = b is None
     if output:
         api.check_ending(Path(output), (".csv",) if folder else (".png", ".json"))
-    found = (
-        folders.match_folder(a, weight, data_key=data_key) if b is None else api.match(a, b, weight, data_key=data_key)
-    )
+    if b is None:
+        from imatch.api.folder import match_folder
+
+        found = match_folder(a, weight, data_key=data_key)
+    else:
+        found = api.match(a, b, weight, data_key=data_key)
     if output:
         found.save(output)
     print(json.dumps(found.record(), ensure_ascii=False) if as_json else found)

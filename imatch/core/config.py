@@ -161,12 +161,12 @@ def create(table: Mapping[str, str], what: str, name: str, options: Options | No
     return plugin(**given)
 
 
-def check(plugin: object, group: str = "") -> None:
+def check(plugin: object, named: str = "") -> None:
     """Check a plug-in's fields, for its `__post_init__`: ranges are said by its type hints, as pydantic writes them.
 
     Args:
         plugin: a dataclass.
-        group: the group of options that it is, whose fields a message calls group.field; "" is none.
+        named: what a message puts before the name of a field, such as "ranking."; "" is its class.
 
     Raises:
         ImatchError: a field of the wrong type, or out of its range.
@@ -178,7 +178,7 @@ def check(plugin: object, group: str = "") -> None:
     """
     of: Any = type(plugin)
     fields = {name: getattr(plugin, name) for name in _options(of).model_fields}
-    checked(_options(of), fields, f"{group}." if group else f"{of.__name__}: option ")
+    checked(_options(of), fields, named or f"{of.__name__}: option ")
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def create_kind(kind: str, options: Options | None = None) -> Kind:
         if option not in known.options:
             raise ImatchError(config.unknown(f"option of index {kind}", option, known.options))
     made = dataclasses.replace(known, **given)
-    config.check(made, f"index {kind}")
+    config.check(made, f"index {kind}: option ")
     return dataclasses.replace(made, in_order=made.in_order or any(graph in made.key for graph in GRAPHS))
 
 

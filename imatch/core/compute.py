@@ -301,7 +301,7 @@ class ComputeOptions:
     shard: str = ""
 
     def __post_init__(self) -> None:
-        config.check(self, "compute.")
+        config.check(self, "compute")
         _ = self.machines
 
     @property

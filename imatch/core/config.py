@@ -157,7 +157,7 @@ def create(table: Mapping[str, str], what: str, name: str, options: Options | No
     for option in given:
         if option not in known.model_fields:
             raise ImatchError(unknown(f"option of {what} {name}", option, known.model_fields))
-    checked(known, given, f"{name}." if what == "group" else f"{what} {name}: option ")
+    checked(known, given, name if what == "group" else f"{what} {name}: option ")
     return plugin(**given)
 
 
@@ -166,7 +166,7 @@ def check(plugin: object, named: str = "") -> None:
 
     Args:
         plugin: a dataclass.
-        named: what a message puts before the name of a field, such as "ranking."; "" is its class.
+        named: what a message puts before the name of a field, such as "ranking" (then ranking.k); "" is its class.
 
     Raises:
         ImatchError: a field of the wrong type, or out of its range.

@@ -269,7 +269,7 @@ class StorageOptions:
     shard_size: PositiveInt = 64
 
     def __post_init__(self) -> None:
-        config.check(self, "storage.")
+        config.check(self, "storage")
         keep_parameter(self.keep, "")
 
 

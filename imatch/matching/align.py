@@ -242,7 +242,7 @@ class MatchingOptions:
     refine: str = "patch"
 
     def __post_init__(self) -> None:
-        config.check(self, "matching.")
+        config.check(self, "matching")
         if self.refine not in REFINEMENTS:
             raise ImatchError(config.unknown("refine", self.refine, REFINEMENTS))
         poses(self.rotations or 1, self.zooms)
@@ -275,7 +275,7 @@ class GeometryOptions:
     min_share: float = 0.0
 
     def __post_init__(self) -> None:
-        config.check(self, "geometry.")
+        config.check(self, "geometry")
         given = dataclasses.asdict(self)
         Estimator(**{**given, "threshold": self.threshold or 1.0})  # its ranges
 

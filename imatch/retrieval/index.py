@@ -72,7 +72,7 @@ class IndexOptions:
     float16: bool = False
 
     def __post_init__(self) -> None:
-        config.check(self, "index.")
+        config.check(self, "index")
         if self.kind != "auto":
             kinds.create_kind(self.kind, self.options)
 

@@ -53,7 +53,7 @@ class RankingOptions:
     tokens: PositiveInt = 32
 
     def __post_init__(self) -> None:
-        config.check(self, "ranking.")
+        config.check(self, "ranking")
         rotations.poses(self.rotations)
 
 

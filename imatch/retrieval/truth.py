@@ -54,7 +54,7 @@ class TruthOptions:
     precision: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
     def __post_init__(self) -> None:
-        config.check(self, "truth.")
+        config.check(self, "truth")
         for what, value, known in (("truth", self.kind, TRUTHS), ("cluster", self.cluster, CLUSTERS)):
             if value not in known:
                 raise ImatchError(config.unknown(what, value, known))

@@ -36,7 +36,7 @@ class SendOptions:
     ttl_hours: float = 168.0
 
     def __post_init__(self) -> None:
-        config.check(self, "send.")
+        config.check(self, "send")
         sink_of(self.to, self.ttl)
 
     @property

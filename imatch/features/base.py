@@ -28,7 +28,7 @@ BACKBONES = {
 }
 CLASSICAL = ("sift", "dsift")
 """Those that have no network."""
-NAMED = (*CLASSICAL, "xfeat")
+NAMED = tuple(name for name in BACKBONES if name != "dinov3")
 """Those that are named by themselves; the others are named by their weights, which the registry knows."""
 INVARIANT = ("sift",)
 """Those that turn and zoom with their photographs, so that turned ones say nothing new."""

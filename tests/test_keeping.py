@@ -277,9 +277,7 @@ def test_aggregated_tokens_rank_as_those_that_are_made_from_all(stores):
 
 
 def test_more_tokens_than_are_kept_are_refused(stores):
-    with pytest.raises(
-        StepError, match=r"ranking.tokens is 65, and .*_raw_aggregated keeps 64 .*: set it to 64"
-    ):
+    with pytest.raises(StepError, match=r"ranking.tokens is 65, and .*_raw_aggregated keeps 64 .*: set it to 64"):
         indexed(stores["dsift", "aggregated"], None, "data-data", rerank=3, tokens=AGGREGATED + 1)
 
 

@@ -34,7 +34,7 @@ class About(TypedDict, total=False):
 
 
 class PhotoRow(About):
-    """Of images.jsonl (`store.Embeddings.rows` says what each is), and of skipped.jsonl: those have `skipped`, and a
+    """Of images.jsonl (`Embeddings.rows` says what each is), and of skipped.jsonl: those have `skipped`, and a
     size, position and look where they could be decoded; sha256 is None of a file that cannot be read. Imported ones
     have a name and a global_norm, and of references an angle and a crop."""
 

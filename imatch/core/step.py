@@ -72,7 +72,7 @@ class Step:
         return files.read_json(self.folder / "metrics.json")
 
     def linked(self, link: str) -> Path:
-        """The folder of the step that this one reads under the name `link`."""
+        """The folder or file that this step reads under the name `link`."""
         return Path(settings.from_workspace(self.folder / self.links[link]))
 
     def runs_on(self, device: str) -> None:

@@ -157,8 +157,8 @@ class Decoded:
         position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
         box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
         look: what `look` says of the pixels, "" if nobody asked.
-        turned: (3, 3), where the pixels were before they were turned (`poses.turned`), and the (h, w) of all of them
-            then; None when nobody turned them.
+        turned: (3, 3), where the pixels were before they were rotated (`rotations.turned`), and the (h, w) of all of
+            them then; None when nobody rotated them.
     """
 
     pixels: np.ndarray

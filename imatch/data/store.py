@@ -352,7 +352,7 @@ def as_kept(tokens: Tokens, keep: str) -> Tokens:
         keep: one of `KEEPS`.
 
     Returns:
-        "float16": the same. "int8": the same, rounded to float16. "aggregated": at most `TOKENS` directions
+        "float16": the same. "int8": the same, rounded to float16. "aggregated": at most `AGGREGATED` directions
         (`store.aggregate`), positions NaN. "global": no descriptors.
 
     >>> tokens = Tokens(np.ones(1, "f4"), np.eye(3, dtype="f4"), np.zeros((3, 2), "f4"))

@@ -219,11 +219,11 @@ class MatchingOptions:
     """How two photographs' descriptors find each other.
 
     Attributes:
-        weight: backbone whose descriptors are matched, embedded if no 01_embed of the run has done so; "" is that which
-            retrieved, "auto" that and, for what it does not verify, xfeat, if it is installed.
+        weight: backbone whose descriptors are matched, of both sides, embedded first if no 01_embed of the run has done
+            so; "" is that which retrieved, "auto" that and, for what it does not verify, xfeat, if it is installed.
         matcher: "auto" is the backbone's: "ratio" for sift, "lighterglue" for xfeat, "mutual" for grids; also
             "dual_softmax". Where there are two backbones it is the first one's, as are `rotations` and `zooms`.
-        options: fields of that matcher (`matchers.MATCHERS`), such as {"max_matches": 2000}.
+        options: fields of that matcher (`matchers.MATCHERS`), such as {"max_matches": 2000}; its device is the CPU.
         rotations: 1, 4 or 8: each query is also matched rotated, and the rotation with the most inliers is kept; 0 is 4
             where the backbone does not rotate with its photographs, else 1.
         zooms: factors by which each query is also enlarged, such as [1.0, 2.0].

@@ -25,7 +25,6 @@ from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow
 from imatch.core.step import Step, checked_name, open_step, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
-from imatch.data.embeddings import Embeddings
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.shards import Shards
@@ -129,7 +128,7 @@ def embed(
     batch_size: int = 8,
     on_error: str = "skip",
     max_skipped: float = 0.05,
-) -> Embeddings:
+) -> Stored:
     """Compute the tokens of a step's photographs, those that are missing.
 
     Headers are checked first; photographs are decoded by threads, go through the backbone in batches of one shape, and
@@ -241,7 +240,7 @@ class _Task:
         self.step.did(self.shards.merge())
 
 
-def finish_embed(step: Step, embeddings: Embeddings) -> dict[str, int | float | str]:
+def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]:
     """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
     contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *embeddings.skipped]]
     local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
@@ -360,12 +359,12 @@ class _Work:
         begun = time.perf_counter()
         backbone.load()
         start, begun = time.perf_counter() - begun, time.perf_counter()
-        with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(1) as network, ThreadPoolExecutor(1) as writer:
             try:
                 for shard in shards:
                     made = self._making(shard)
                     coming_on = batches(made.photographs(made.read(decoded)), self.batch_size)
-                    for batch, tokens, *times in compute.overlapped(backbone, coming_on, forward):
+                    for batch, tokens, *times in compute.overlapped(backbone, coming_on, network):
                         made.took_forward(*times)
                         made.take(batch, tokens)
                     made.took.update(seconds=time.perf_counter() - begun, start=start)
@@ -376,7 +375,7 @@ class _Work:
                 if pending:
                     yield pending.result()
             finally:
-                forward.shutdown(cancel_futures=True)  # not a batch more when something ends this one
+                network.shutdown(cancel_futures=True)  # not a batch more when something ends this one
         next(decoded, None)  # lets the bar know that this was the last
 
     def done(self, shard: _Shard) -> bool:
@@ -616,7 +615,7 @@ class _Bad:
                 "or set max_skipped higher, such as to 0.5"
             )
 
-    def warn(self, embeddings: Embeddings) -> None:
+    def warn(self, embeddings: Stored) -> None:
         if rows := embeddings.skipped:
             listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
             file = embeddings.folder / "skipped.jsonl"
@@ -642,7 +641,7 @@ def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Po
 
 
 def embed_poses(
-    upright: Embeddings,
+    upright: Stored,
     poses: Sequence[Pose],
     *,
     engine: Engine = LOCAL,
@@ -657,7 +656,7 @@ def embed_poses(
 
     Args:
         upright: those of a 01_embed or 02_references.
-        poses: of `poses.poses`.
+        poses: of `rotations.poses`.
         engine, devices, workers, batch_size: as in `embed`.
         on_change: as in `start_embed`.
 
@@ -704,7 +703,7 @@ def step_by(source: Step, weight: str) -> Path:
 
 
 def embed_by(
-    upright: Embeddings,
+    upright: Stored,
     folder: Path,
     weight: str,
     *,
@@ -751,7 +750,7 @@ def _check_zoom(source: Step, pose: Pose) -> None:
         raise ImatchError(f"zoom {pose.zoom:g}: {error}") from None
 
 
-def _check_whole(upright: Embeddings, embeddings: Embeddings) -> None:
+def _check_whole(upright: Stored, embeddings: Stored) -> None:
     """Raise StepError when a photograph could be decoded for 01_embed, but not any more."""
     seen = embeddings.decodable
     gone = [id for id in upright.ids if id not in seen]

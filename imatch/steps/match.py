@@ -91,6 +91,10 @@ def start_match(
     weights, lacking = _weights(matching.weight, planned)
     matcher = matcher_for(weights[0], matching.matcher)
     matchers.create_matcher(matcher, matching.options)
+    if (device := matching.options.get("device", "cpu")) != "cpu":
+        raise ImatchError(
+            f"matching.options: device is {device}, but lists of pairs are matched on the CPU: leave it out"
+        )
     if lacking:
         print(lacking)
     for output in outputs:
@@ -146,8 +150,8 @@ def match_pairs(
     Args:
         step: of `start_match`.
         engine: of `compute.create_engine`.
-        devices, batch_size: as in `embed`, for queries in other poses.
-        workers: processes; -1 is one a core, 0 none.
+        devices, batch_size: as in `embed`, for queries in other poses and for both sides by another weight.
+        workers: processes that match, and threads that decode; -1 is one a core, 0 none.
 
     Returns:
         One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.

@@ -61,8 +61,8 @@ class Source(Protocol):
         unmatched: rows of pairs.jsonl for queries that have no vector, and so no pair.
     """
 
-    query: Embeddings
-    gallery: Embeddings
+    query: Stored
+    gallery: Stored
     unit: str
     skipped: int
     said: list[str]

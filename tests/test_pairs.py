@@ -167,6 +167,7 @@ def test_drone_frames_that_overlap_verify_and_others_do_not(brighton_beach, tmp_
         ("one:a.jpg", {}, r"unknown photograph.*did you mean 'c\.jpg'"),
         ("one:broken.png", {}, "which was skipped"),
         ("one", {}, "unknown photograph"),
+        ("all", {"matcher_options": {"device": "auto"}}, "matching.options.device is auto, but .* on the CPU"),
     ],
     ids=str,
 )

@@ -93,7 +93,7 @@ def start_match(
     matchers.create_matcher(matcher, matching.options)
     if (device := matching.options.get("device", "cpu")) != "cpu":
         raise ImatchError(
-            f"matching.options: device is {device}, but lists of pairs are matched on the CPU: leave it out"
+            f"matching.options.device is {device}, but lists of pairs are matched on the CPU: leave it out"
         )
     if lacking:
         print(lacking)

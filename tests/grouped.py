@@ -1,6 +1,7 @@
 """The verbs that start a step, with the fields of option groups by their names alone, for tests of something else."""
 
 import os
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import imatch
@@ -44,3 +45,9 @@ def grouped(given, *wanted):
         names = {CALLED.get((group, field), field): field for field in groups.fields(group)}
         rest[group] = groups.create(group, {names[name]: rest.pop(name) for name in [*rest] if name in names})
     return rest
+
+
+def by(engine=None, **given):
+    """Who does the work: the fields of the group compute; and, in place of one that they name, an engine."""
+    made = imatch.ComputeOptions(**given)
+    return made if engine is None else SimpleNamespace(**{**vars(made), "machines": engine})

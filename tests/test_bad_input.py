@@ -22,6 +22,7 @@ from imatch.core.files import read_rows
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
 from imatch.data.store import Stored
 from tests import grouped
+from tests.grouped import by
 from tests.test_images import STORED, orientation, png_of_zeros
 from tests.test_steps import indexed, judged, without_times
 
@@ -64,7 +65,7 @@ def start(dataset, exports, **given):
 def embedded(dataset, exports, workers=0, shard_size=4, on_change="refuse", **given):
     """Start, embed and finish, as the notebook does."""
     step = start(dataset, exports, shard_size=shard_size, on_change=on_change)
-    embeddings = imatch.steps.embed(step, workers=workers, **given)
+    embeddings = imatch.steps.embed(step, resources=by(workers=workers), **given)
     return step, embeddings, imatch.steps.finish_embed(step, embeddings)
 
 
@@ -203,7 +204,9 @@ def test_positions_lie_on_the_upright_photograph(tmp_path, value, suffix):
     stored = np.ascontiguousarray(STORED[value](upright))
     Image.fromarray(stored).save(tmp_path / "data" / f"turned{suffix}", exif=orientation(value))
     resize = imatch.Resize("scale", scale=0.5)
-    embeddings = imatch.steps.embed(start(tmp_path / "data", tmp_path / "exports", resize=resize), workers=0)
+    embeddings = imatch.steps.embed(
+        start(tmp_path / "data", tmp_path / "exports", resize=resize), resources=by(workers=0)
+    )
     plain, turned = (embeddings.tokens(row) for row in (0, 1))
     # a picture that is turned after it was made smaller differs by rounding, so a few keypoints do too
     near = np.linalg.norm(plain.xy[:, None] - turned.xy[None], axis=2).min(axis=1) < 0.5
@@ -322,7 +325,7 @@ def test_an_unreadable_folder_is_named(open_folder):
 def test_on_error_is_skip_or_stop(tmp_path):
     step = start(write(tmp_path / "data", 1), tmp_path / "exports")
     with pytest.raises(ImatchError, match="on_error 'ignore' is not known: use skip or stop"):
-        imatch.steps.embed(step, workers=0, on_error="ignore")
+        imatch.steps.embed(step, resources=by(workers=0), on_error="ignore")
 
 
 def test_headers_are_checked_before_the_work_starts(tmp_path):
@@ -517,9 +520,9 @@ def references_of(step):
         tag="",
         on_change="refuse",
     )
-    imatch.steps.make_references(views, workers=0)
+    imatch.steps.make_references(views, resources=by(workers=0))
     tokens = imatch.steps.start_reference_tokens(views)
-    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0))
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, resources=by(workers=0)))
     return tokens
 
 
@@ -540,7 +543,7 @@ def matched(index_step):
         tag="",
         on_change="refuse",
     )
-    pairs = imatch.steps.match_pairs(step, workers=0)
+    pairs = imatch.steps.match_pairs(step, resources=by(workers=0))
     step.finish(imatch.steps.match_metrics(step, pairs))
     return pairs, step
 

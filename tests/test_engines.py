@@ -27,6 +27,7 @@ from imatch.data.images import Resize, list_photographs
 from imatch.retrieval import index as searcher
 from tests import grouped
 from tests.command import command
+from tests.grouped import by
 from tests.test_resume import House, assert_same, content, write_photographs
 
 pytest.importorskip("distributed", reason="Dask is not installed: make setup")
@@ -339,7 +340,7 @@ def start(photographs, weights, monkeypatch, tmp_path) -> Callable[..., Step]:
 
 
 def embedded(step: Step, **given) -> Path:
-    imatch.steps.finish_embed(step, imatch.steps.embed(step, **given))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, by(**given)))
     return step.folder
 
 
@@ -361,7 +362,7 @@ def test_every_engine_writes_the_same_bytes(start):
         assert "start" in work
     for shard in ("0/3", "2/3", "1/3"):
         with pytest.raises(PartDoneError, match=f"part {shard} is done"):
-            imatch.steps.embed(start("parts"), engine=compute.create_engine("local", shard=shard))
+            imatch.steps.embed(start("parts"), resources=imatch.ComputeOptions(engine="local", shard=shard))
     step = start("parts")
     assert stored(embedded(step)) == expected
     assert open_step(step.folder).work["photographs"] == 24
@@ -372,7 +373,7 @@ def test_parts_that_do_nothing_more_read_no_photograph_again(start, photographs)
 
     for shard in ("0/2", "1/2"):
         with pytest.raises(PartDoneError):
-            imatch.steps.embed(start("parts"), engine=compute.create_engine("local", shard=shard))
+            imatch.steps.embed(start("parts"), resources=imatch.ComputeOptions(engine="local", shard=shard))
     with opened(photographs) as read:
         embedded(start("parts"))
     assert read == set()
@@ -382,7 +383,7 @@ def test_a_part_looks_at_its_own_photographs_only(start, photographs):
     from tests.test_resume import opened
 
     with opened(photographs) as read, pytest.raises(PartDoneError):
-        imatch.steps.embed(start("parts"), engine=compute.create_engine("local", shard="1/3"))
+        imatch.steps.embed(start("parts"), resources=imatch.ComputeOptions(engine="local", shard="1/3"))
     ids = list_photographs(photographs)
     shards = [ids[first : first + 2] for first in range(0, len(ids), 2)]
     assert read == {id for part in shards[1::3] for id in part}
@@ -390,7 +391,7 @@ def test_a_part_looks_at_its_own_photographs_only(start, photographs):
 
 def test_more_parts_than_shards(start):
     with pytest.raises(PartDoneError, match="12 of 12 jobs are left"):
-        imatch.steps.embed(start("parts"), engine=compute.create_engine("local", shard="15/16"))
+        imatch.steps.embed(start("parts"), resources=imatch.ComputeOptions(engine="local", shard="15/16"))
 
 
 def test_a_step_records_the_devices_of_the_workers(start):
@@ -402,7 +403,7 @@ def test_a_step_records_the_devices_of_the_workers(start):
             return ({**row, "device": "cuda"} for row in super().__call__(work, jobs, what, devices))
 
     step = start("elsewhere")
-    imatch.steps.embed(step, engine=Elsewhere())
+    imatch.steps.embed(step, resources=by(Elsewhere()))
     assert open_step(step.folder, finished=False).device == "cuda"
 
 
@@ -414,20 +415,20 @@ def test_a_part_of_a_step_that_is_whole_sees_what_changed(start, tmp_path, photo
     step = start("changing", folder)
     for engine in (compute.create_engine("local", shard="11/12"), compute.create_engine("local")):
         with pytest.raises(PartDoneError) if engine.shard else pytest.warns(ImatchWarning, match="1 of 24"):
-            imatch.steps.finish_embed(step, imatch.steps.embed(step, engine=engine))
+            imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(engine)))
     part = compute.create_engine("local", shard="11/12")
     with pytest.warns(ImatchWarning, match="1 of 24 photographs were skipped"):
-        imatch.steps.embed(start("changing", folder), engine=part)
+        imatch.steps.embed(start("changing", folder), resources=by(part))
     first.write_bytes(first.read_bytes() + b"\0")
     with pytest.raises(StepError, match="changed"):
-        imatch.steps.embed(start("changing", folder), engine=part)
+        imatch.steps.embed(start("changing", folder), resources=by(part))
 
 
 def test_parts_do_not_make_anew(start):
     step = start("parts")
     step.on_change = "recompute"
     with pytest.raises(ImatchError, match="parts cannot make a step anew"):
-        imatch.steps.embed(step, engine=compute.create_engine("local", shard="0/2"))
+        imatch.steps.embed(step, resources=imatch.ComputeOptions(engine="local", shard="0/2"))
 
 
 def test_a_worker_and_the_scheduler_are_killed(start, cluster, capsys):
@@ -449,11 +450,11 @@ def test_views_and_pairs_by_every_engine(name, tmp_path):
     houses = [House(tmp_path, exports) for exports in ("local", name)]
     for house, engine in zip(houses, (compute.create_engine("local"), compute.create_engine(name)), strict=True):
         house.embed()
-        imatch.steps.make_references(house.start_views(), engine=engine, workers=0)
+        imatch.steps.make_references(house.start_views(), resources=by(engine, workers=0))
         house.references()
         house.index()
         step = house.start_match()
-        step.finish(imatch.steps.match_metrics(step, imatch.steps.match_pairs(step, engine=engine, workers=0)))
+        step.finish(imatch.steps.match_metrics(step, imatch.steps.match_pairs(step, resources=by(engine, workers=0))))
     for step in ("views", "04_match"):
         assert_same(houses[1].folder(step), houses[0].folder(step))
 
@@ -466,10 +467,10 @@ def test_a_part_of_the_views_says_what_is_wrong(tmp_path):
     changed.write_bytes(changed.read_bytes() + b"\0")
     views = house.start_views()
     with pytest.raises(ImatchError, match="has changed since it was embedded") as told:
-        imatch.steps.make_references(views, engine=compute.create_engine("local", shard="0/2"), workers=0)
+        imatch.steps.make_references(views, resources=imatch.ComputeOptions(engine="local", shard="0/2", workers=0))
     assert not isinstance(told.value, PartDoneError)
     with pytest.raises(PartDoneError, match="part 1/2 is done, 1 of 4 jobs are left"):
-        imatch.steps.make_references(views, engine=compute.create_engine("local", shard="1/2"), workers=0)
+        imatch.steps.make_references(views, resources=imatch.ComputeOptions(engine="local", shard="1/2", workers=0))
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])

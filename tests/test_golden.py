@@ -20,6 +20,7 @@ import imatch
 from imatch.cli import demo
 from imatch.data.store import Stored
 from tests import random_weights
+from tests.grouped import by
 
 RECORD = Path(__file__).with_name("golden.json")
 TIED = 1e-5
@@ -51,7 +52,7 @@ def embedded(photographs, exports, weight, data_key, backbone_options):
         step = imatch.steps.start_embed(
             str(photographs), data_key=str(data_key), run="golden", weight=weight, backbone_options=backbone_options
         )
-    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0, devices="cpu"))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(workers=0, devices="cpu")))
     return step
 
 
@@ -68,9 +69,9 @@ def referenced(step, angles, crops):
         tag="",
         on_change="refuse",
     )
-    imatch.steps.make_references(views, workers=0)
+    imatch.steps.make_references(views, resources=by(workers=0))
     tokens = imatch.steps.start_reference_tokens(views)
-    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0, devices="cpu"))
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, resources=by(workers=0, devices="cpu")))
     return tokens
 
 
@@ -96,7 +97,7 @@ def matched(index):
     """The rows of a finished 04_match, and its metrics."""
     matching = imatch.MatchingOptions(options={"device": "cpu"}, rotations=1)
     step = imatch.steps.start_match(str(index.folder), candidates=2, matching=matching, outputs=["json"])
-    rows = imatch.steps.match_pairs(step, workers=0)
+    rows = imatch.steps.match_pairs(step, resources=by(workers=0))
     return rows, step.finish(imatch.steps.match_metrics(step, rows))
 
 

@@ -20,6 +20,7 @@ from imatch.data.store import AGGREGATED, KEEPS, Stored
 from imatch.features.sift import DenseSift
 from imatch.steps.embedding import embed_poses
 from imatch.viz import figures
+from tests.grouped import by
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def test_turned_photographs_and_references_are_kept_alike(stores, keep):
     _, tokens = referenced(step)
     assert tokens.parameters == step.parameters
     assert tokens.folder.name == step.folder.name
-    posed = embed_poses(Stored(step.folder), rotations.poses(4), workers=0)
+    posed = embed_poses(Stored(step.folder), rotations.poses(4), resources=by(workers=0))
     for pose, embeddings in posed.posed.items():
         assert embeddings.folder.name == f"{step.folder.name}_{pose}"
         assert open_step(embeddings.folder).parameters["keep"] == keep
@@ -202,7 +203,7 @@ def kill():
     while not list((step.folder / "local").glob("*.jsonl")): time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=kill).start()
-imatch.steps.embed(step, workers=0)
+imatch.steps.embed(step, imatch.ComputeOptions(workers=0))
 time.sleep(60)
 """
 

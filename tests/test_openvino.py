@@ -18,6 +18,7 @@ from imatch.data.images import Resize
 from imatch.features import base, dinov3, openvino
 from imatch.features.dinov3 import Dinov3
 from tests import grouped, random_weights
+from tests.grouped import by
 
 if not openvino.installed():  # not importorskip, whose import would send usage data to Intel
     pytest.skip("no openvino: pip install -c constraints.txt -e '.[openvino]'", allow_module_level=True)
@@ -258,7 +259,7 @@ def test_the_step_records_it(weights, few_photographs, tmp_path):
             tag="",
             on_change="refuse",
         )
-        embeddings = imatch.steps.embed(step, devices="cpu", workers=workers)
+        embeddings = imatch.steps.embed(step, resources=by(devices="cpu", workers=workers))
         imatch.steps.finish_embed(step, embeddings)
         return step, embeddings
 

@@ -22,6 +22,7 @@ from imatch.data.store import Stored
 from imatch.steps import match, report
 from imatch.viz import figures
 from tests import grouped
+from tests.grouped import by
 from tests.test_images import STORED, orientation
 from tests.test_resume import assert_same
 from tests.test_steps import embedded, matched, referenced
@@ -248,7 +249,7 @@ def test_workers_change_no_byte(data):
         **{key: step.parameters["looks"][0][key] for key in ("matcher", "matcher_options")},
         candidates=1,
     )
-    assert imatch.steps.match_pairs(other, workers=2) == rows
+    assert imatch.steps.match_pairs(other, resources=by(workers=2)) == rows
     assert_same(other.folder / "pairs", step.folder / "pairs")
 
 

@@ -19,6 +19,7 @@ from imatch.data.store import Stored
 from imatch.export import per_image
 from imatch.steps import import_tree
 from tests import grouped
+from tests.grouped import by
 
 ALL = ("global.npy", "patch.npy", "grid.npy", "denseft.npy", "denseft.png")
 PATCH, D = 16, 24
@@ -141,7 +142,7 @@ def embedded(photographs: Path, exports: Path, weight: str, **given) -> Step:
         on_change="refuse",
         **given,
     )
-    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(workers=0)))
     return step
 
 

@@ -17,6 +17,7 @@ from imatch.features.sift import keypoints
 from imatch.retrieval import ranking as retrieval_ranking
 from imatch.retrieval.ranking import token_score
 from imatch.steps.embedding import embed_poses, worth_trying
+from tests.grouped import by
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
 from tools.vocabulary import dead_leaves
 
@@ -82,7 +83,7 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
     shutil.copytree(few_photographs, folder)
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     wanted = [*rotations.poses(4), Pose(0.0, 2.0)]
-    found = embed_poses(Stored(step.folder), wanted, workers=0)
+    found = embed_poses(Stored(step.folder), wanted, resources=by(workers=0))
     assert sorted(path.name for path in step.folder.parent.iterdir()) == [
         "scale1_raw",
         *(f"scale1_raw_{pose}" for pose in ("rot000_x2", "rot090", "rot180", "rot270")),
@@ -98,13 +99,13 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
             assert one.xy.max(axis=0) == pytest.approx([w, h], rel=0.2)
     assert [len(vectors) for _, vectors in found.vectors(slice(1, 3))] == [2] * 5
     capsys.readouterr()
-    embed_poses(Stored(step.folder), wanted, workers=0)
+    embed_poses(Stored(step.folder), wanted, resources=by(workers=0))
     assert capsys.readouterr().out.count("there already") == 4
     images.Image.fromarray(dead_leaves(np.random.default_rng(9), side=96)).save(folder / "a.png")
     with pytest.raises(StepError, match=r"changed: a\.png"):
-        embed_poses(Stored(step.folder), wanted, workers=0)
+        embed_poses(Stored(step.folder), wanted, resources=by(workers=0))
     with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
-        embed_poses(Stored(step.folder), [rotations.UPRIGHT, Pose(45.0)], workers=0)
+        embed_poses(Stored(step.folder), [rotations.UPRIGHT, Pose(45.0)], resources=by(workers=0))
 
 
 def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_photographs, tmp_path):
@@ -113,14 +114,14 @@ def test_a_photograph_that_broke_since_is_no_photograph_without_texture(few_phot
     step = embedded(folder, tmp_path / "exports", weight="dsift")
     (folder / "b.png").unlink()
     with pytest.raises(StepError, match=r"1 photographs of .* cannot be read any more, such as b\.png"):
-        embed_poses(Stored(step.folder), rotations.poses(4), workers=0)
+        embed_poses(Stored(step.folder), rotations.poses(4), resources=by(workers=0))
 
 
 def test_a_zoom_that_fits_no_patch_is_said_before_anything_is_written(few_photographs, tmp_path):
     long_side = imatch.Resize("long_side", long_side=96)
     step = embedded(few_photographs, tmp_path, weight="dsift", resize=long_side)
     with pytest.raises(ImatchError, match=r"zoom 1\.25: long_side 120 is not a multiple of patch 16"):
-        embed_poses(Stored(step.folder), rotations.poses(1, [1.25]), workers=0)
+        embed_poses(Stored(step.folder), rotations.poses(1, [1.25]), resources=by(workers=0))
     assert [path.name for path in step.folder.parent.iterdir()] == [step.folder.name]
     with pytest.raises(ImatchError, match="zooms"):
         rotations.poses(1, ["a"])

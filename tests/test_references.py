@@ -21,6 +21,7 @@ from imatch.data.store import Stored
 from imatch.matching import geometry
 from imatch.viz import figures
 from tests import grouped, test_steps
+from tests.grouped import by
 
 SIZES = [(120, 180), (121, 181), (181, 120)]
 CROPS = [1.0, 0.75, 0.5]
@@ -237,7 +238,7 @@ def embedded(few_photographs, tmp_path_factory):
         tag="",
         on_change="refuse",
     )
-    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(workers=0)))
     return step
 
 
@@ -258,7 +259,7 @@ def made(embedded, tag, kind="legacy", resize_to_original=False, file_type="jpg"
         tag=tag,
         on_change="refuse",
     )
-    return views, imatch.steps.make_references(views, workers=0)
+    return views, imatch.steps.make_references(views, resources=by(workers=0))
 
 
 @pytest.mark.parametrize("resized", [False, True])

@@ -27,6 +27,7 @@ from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
 from imatch.data.store import Stored
 from tests import grouped
+from tests.grouped import by
 from tests.test_steps import indexed, judged, without_times
 
 PHOTOGRAPHS, SHARD = 16, 2
@@ -112,7 +113,7 @@ class House:
 
     def views(self) -> Step:
         step = self.start_views()
-        imatch.steps.make_references(step, workers=self.workers)
+        imatch.steps.make_references(step, resources=by(workers=self.workers))
         return step
 
     def references(self) -> Step:
@@ -143,7 +144,9 @@ class House:
 
     def match(self) -> Step:
         step = self.start_match()
-        step.finish(imatch.steps.match_metrics(step, imatch.steps.match_pairs(step, workers=self.workers)))
+        step.finish(
+            imatch.steps.match_metrics(step, imatch.steps.match_pairs(step, resources=by(workers=self.workers)))
+        )
         return step
 
     def chain(self) -> None:
@@ -167,8 +170,7 @@ class House:
     def _tokens(self, step: Step) -> Step:
         embeddings = imatch.steps.embed(
             step,
-            workers=self.workers,
-            batch_size=self.batch_size,
+            resources=by(workers=self.workers, batch_size=self.batch_size),
             on_error=self.on_error,
             max_skipped=1.0 if step.name == "02_references" else self.max_skipped,
         )

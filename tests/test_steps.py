@@ -28,6 +28,7 @@ from imatch.retrieval import index as searcher
 from imatch.steps.embedding import embed_poses
 from imatch.steps.references import _reference_names
 from tests import grouped, rendered
+from tests.grouped import by
 from tools.vocabulary import dead_leaves
 
 
@@ -35,7 +36,7 @@ def embedded(photographs, exports, weight="sift", resize=None, **given):
     max_skipped = given.pop("max_skipped", 0.05)
     options = {"run": "r", "shard_size": 3, "resize": resize or imatch.Resize(), **given}
     step = grouped.start_embed(photographs, exports, weight=weight, **options)
-    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0, max_skipped=max_skipped))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(workers=0), max_skipped=max_skipped))
     return step
 
 
@@ -51,9 +52,9 @@ def referenced(step, kind="isometric", angles=(0, 90), crops=(1.0,), resize_to_o
         tag="",
         on_change="refuse",
     )
-    imatch.steps.make_references(views, workers=0)
+    imatch.steps.make_references(views, resources=by(workers=0))
     tokens = imatch.steps.start_reference_tokens(views)
-    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0, max_skipped=1.0))
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, resources=by(workers=0), max_skipped=1.0))
     return views, tokens
 
 
@@ -85,7 +86,7 @@ def searched(data, references, direction, k=5, exclude_siblings=False, **given):
 
 def matched(index, **given):
     step = grouped.start_match(str(index.folder), **{"candidates": 2, "iterations": 1000, **given})
-    pairs = imatch.steps.match_pairs(step, workers=0)
+    pairs = imatch.steps.match_pairs(step, resources=by(workers=0))
     return step, pairs, step.finish(imatch.steps.match_metrics(step, pairs))
 
 
@@ -534,7 +535,7 @@ MEASURE = """
 import resource, sys
 import imatch
 step = imatch.steps.start_embed(sys.argv[1], run="r", storage=imatch.StorageOptions(shard_size=16))
-imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
+imatch.steps.finish_embed(step, imatch.steps.embed(step, imatch.ComputeOptions(workers=0)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
@@ -572,7 +573,7 @@ def test_the_last_finished_step_of_a_run_is_found(few_photographs, tmp_path, mon
         imatch.steps.last_finished("", "01_embed", "r")
     one, other = embedded(few_photographs, tmp_path), embedded(few_photographs, tmp_path, weight="dsift")
     _, references = referenced(one, angles=(0,))
-    embed_poses(Stored(one.folder), rotations.poses(4), workers=0)  # later, but of no use by itself
+    embed_poses(Stored(one.folder), rotations.poses(4), resources=by(workers=0))  # later, but of no use by itself
     imatch.steps.start_embed(str(few_photographs), run="r", tag="unfinished")
     capsys.readouterr()
     assert imatch.steps.last_finished("", "01_embed", "r") == str(other.folder)

@@ -23,6 +23,7 @@ from imatch.features.dinov3 import Dinov3
 from imatch.steps import checks
 from imatch.steps.references import start_reference_tokens, start_references
 from tests import grouped
+from tests.grouped import by
 from tests.test_steps import indexed
 
 TORCH = {"precision": "fp32", "engine_forward": "torch"}
@@ -51,8 +52,8 @@ def dinov3(start, weights):
     return begin
 
 
-def embedded(step, **options):
-    embeddings = imatch.steps.embed(step, workers=0, **options)
+def embedded(step, max_skipped=0.05, **options):
+    embeddings = imatch.steps.embed(step, by(workers=0, **options), max_skipped=max_skipped)
     imatch.steps.finish_embed(step, embeddings)
     return embeddings
 
@@ -202,12 +203,12 @@ def some_broken(weights, tmp_path):
 
 def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
     with pytest.raises(ImatchError, match=r"(4|7)\.png: .* \(on_error is stop"):
-        imatch.steps.embed(some_broken, devices="cpu,cpu", workers=0, on_error="stop")
+        imatch.steps.embed(some_broken, resources=by(devices="cpu,cpu", workers=0), on_error="stop")
     for devices in ("cpu,cpu", "cpu"):
         with pytest.raises(ImatchError, match="2 of 8 photographs cannot be used, more than max_skipped"):
-            imatch.steps.embed(some_broken, devices=devices, workers=0)
+            imatch.steps.embed(some_broken, resources=by(devices=devices, workers=0))
     with pytest.warns(imatch.core.types.ImatchWarning, match="2 of 8 photographs were skipped"):
-        embeddings = imatch.steps.embed(some_broken, devices="cpu,cpu", workers=0, max_skipped=0.5)
+        embeddings = imatch.steps.embed(some_broken, resources=by(devices="cpu,cpu", workers=0), max_skipped=0.5)
     assert embeddings.ids == [f"{i}.png" for i in (0, 1, 2, 3, 5, 6)]
 
 
@@ -222,7 +223,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
         "    print('pids', *[p.pid for p in multiprocessing.active_children()], file=sys.stderr, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "threading.Thread(target=kill).start()\n"
-        "imatch.steps.embed(step, devices='cpu,cpu', workers=0, max_skipped=1.0)\n"
+        "imatch.steps.embed(step, imatch.ComputeOptions(devices='cpu,cpu', workers=0), max_skipped=1.0)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(some_broken.folder)], capture_output=True, text=True, check=False
@@ -236,7 +237,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in children)
     with pytest.warns(imatch.core.types.ImatchWarning):
-        assert len(imatch.steps.embed(some_broken, workers=0, max_skipped=1.0)) == 6
+        assert len(imatch.steps.embed(some_broken, resources=by(workers=0), max_skipped=1.0)) == 6
 
 
 def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path):
@@ -253,11 +254,11 @@ def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path)
 def test_a_device_that_is_not_there_is_named(dinov3, start):
     for devices in ("cpu,cuda:9", "cuda:9"):
         with pytest.raises(ImatchError, match="cuda:9 is not there"):
-            imatch.steps.embed(dinov3(), devices=devices, workers=0)
+            imatch.steps.embed(dinov3(), resources=by(devices=devices, workers=0))
         with pytest.raises(ImatchError, match="cuda:9 is not there"):
-            imatch.steps.preflight(dinov3(), devices=devices, batch_size=1)
+            imatch.steps.preflight(dinov3(), resources=by(devices=devices, batch_size=1))
     with pytest.raises(ImatchError, match="sift runs on the CPU, not on cuda"):
-        imatch.steps.embed(start("sift"), devices="cuda", workers=0)
+        imatch.steps.embed(start("sift"), resources=by(devices="cuda", workers=0))
 
 
 # --- what belongs together
@@ -277,7 +278,7 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch,
         tag="",
         on_change="refuse",
     )
-    imatch.steps.make_references(views, workers=0)
+    imatch.steps.make_references(views, resources=by(workers=0))
     tokens = start_reference_tokens(views)
     assert tokens.parameters == data.parameters
     # another file under the same name: 01 was made by the first
@@ -290,7 +291,7 @@ def test_references_come_from_the_same_backbone_and_weights(dinov3, monkeypatch,
     monkeypatch.setenv("WEIGHTS_ROOT", str(other))
     tokens.parameters["backbone"]["filename"] = "model.pth"
     with pytest.raises(StepError, match="the weights of vits16 have changed since 01_embed"):
-        imatch.steps.embed(tokens, workers=0)
+        imatch.steps.embed(tokens, resources=by(workers=0))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_image_groups_are_part_of_what_was_asked(dinov3):
 
 def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch):
     step = dinov3()
-    imatch.steps.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, resources=by(batch_size=8))
     said = capsys.readouterr().out
     for part in ("photographs  4 in", "SHA-256", "21.6 million parameters, normalises as LVD", "photographs/s", "disk"):
         assert part in said
@@ -349,29 +350,29 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
         with pytest.raises(
             ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use compute.batch_size 2"
         ):
-            imatch.steps.preflight(step, batch_size=8)
-        imatch.steps.preflight(step, batch_size=2)
+            imatch.steps.preflight(step, resources=by(batch_size=8))
+        imatch.steps.preflight(step, resources=by(batch_size=2))
         small.setattr(checks, "free_memory", lambda _: one.weights - 1)
         with pytest.raises(ImatchError, match="use a smaller model or size, or precision bf16"):
-            imatch.steps.preflight(step, batch_size=1)
+            imatch.steps.preflight(step, resources=by(batch_size=1))
         by_openvino = dinov3(backbone_options={"precision": "fp32", "engine_forward": "openvino"}, tag="openvino")
         small.setattr(checks, "free_memory", lambda _: 4 * one.weights)
         with pytest.raises(ImatchError, match="use a smaller model or size, or engine_forward torch"):
-            imatch.steps.preflight(by_openvino, batch_size=1)
+            imatch.steps.preflight(by_openvino, resources=by(batch_size=1))
     with monkeypatch.context() as full:
         full.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(ImatchError, match=r"the result takes .* choose another disk for exports"):
-            imatch.steps.preflight(step, batch_size=8)
+            imatch.steps.preflight(step, resources=by(batch_size=8))
     embedded(step)
     capsys.readouterr()
-    imatch.steps.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, resources=by(batch_size=8))
     assert "is there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", store.KEEPS)
 def test_preflight_tells_disk_by_what_is_kept_and_hours(dinov3, capsys, keep):
     step = dinov3(keep=keep)
-    imatch.steps.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, resources=by(batch_size=8))
     said = capsys.readouterr().out
     assert re.search(r"time +about .* h here \(forward .* ms and decoding .* ms a photograph\), .* with 64 such", said)
     assert f"stored is {store.KEEPS[keep]}\n" in said
@@ -421,7 +422,7 @@ def test_a_large_photograph_among_small_ones_is_no_batch_of_large_ones(weights, 
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
     given |= {"backbone_options": {}, "resize": Resize("scale"), "on_change": "refuse", "shard_size": 64}
     step = grouped.start_embed(str(folder), weight="vits16", **given)
-    imatch.steps.preflight(step, batch_size=8)
+    imatch.steps.preflight(step, resources=by(batch_size=8))
     said = capsys.readouterr().out
     assert "photograph of 640 x 480" in said
     assert "batches of 1" in said
@@ -438,7 +439,7 @@ def test_runs_records_what_was_asked(dinov3):
 def test_a_run_that_was_refused_before_it_began_blocks_no_other(start):
     """Frames that are not there: the corrected request needs no permission to recompute what was never computed."""
     with pytest.raises(ImatchError):
-        imatch.steps.embed(start(image_groups=[{"folder": "flight 1", "indices": [77]}]), workers=0)
+        imatch.steps.embed(start(image_groups=[{"folder": "flight 1", "indices": [77]}]), resources=by(workers=0))
     assert len(embedded(start(image_groups=[{"folder": "flight 1"}]))) == 1
 
 

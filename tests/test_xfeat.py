@@ -28,6 +28,7 @@ from imatch.matching.lighterglue import LighterGlue
 from imatch.viz import explorer
 from tests import grouped
 from tests.conftest import SHARED
+from tests.grouped import by
 from tools.vocabulary import dead_leaves
 
 DRONE = SHARED / "brighton_beach"
@@ -309,7 +310,7 @@ def test_a_folder_is_matched_by_both(tmp_path):
 def embedded(folder, exports, weight="sift", **options):
     given = {"backbone_options": {}, "resize": imatch.Resize(), "shard_size": 64, "tag": "", "on_change": "refuse"}
     step = grouped.start_embed(str(folder), exports=str(exports), run="run", weight=weight, **{**given, **options})
-    imatch.steps.finish_embed(step, imatch.steps.embed(step, workers=0))
+    imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(workers=0)))
     return open_step(step.folder)
 
 
@@ -320,7 +321,7 @@ def matched(embed_step, workers=0, **options):
         "min_share": 0.0, "outputs": ["json", "npy", "png"], "tag": "", "on_change": "refuse",
     }  # fmt: skip
     step = grouped.start_match("", embed_step=str(embed_step.folder), **{**given, **options})
-    rows = imatch.steps.match_pairs(step, workers=workers)
+    rows = imatch.steps.match_pairs(step, resources=by(workers=workers))
     step.finish(imatch.steps.match_metrics(step, rows))
     return open_step(step.folder), rows
 
@@ -433,9 +434,9 @@ def test_references_are_matched_by_another_backbone(tmp_path, few_photographs):
         str(source.folder), kind="isometric", angles=[0], crops=[0.75], resize_to_original=False, file_type="png",
         quality=95, tag="", on_change="refuse",
     )  # fmt: skip
-    imatch.steps.make_references(views, workers=0)
+    imatch.steps.make_references(views, resources=by(workers=0))
     tokens = imatch.steps.start_reference_tokens(views)
-    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, workers=0))
+    imatch.steps.finish_embed(tokens, imatch.steps.embed(tokens, resources=by(workers=0)))
     step, rows = matched(source, gallery_step=str(tokens.folder), match_weight="xfeat")
     assert len(rows) == 16
     assert {row["weight"] for row in rows} == {"xfeat"}

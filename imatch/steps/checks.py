@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from imatch.core import compute, settings
+from imatch.core.compute import ComputeOptions
 from imatch.core.rows import Parameters
 from imatch.core.step import Step
 from imatch.core.types import ImatchError, PhotographError
@@ -157,12 +158,12 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
+def preflight(step: Step, resources: ComputeOptions = ComputeOptions()) -> None:
     """Look at what a started 01_embed is about to do, print it, and refuse what cannot fit.
 
     Args:
         step: from `start_embed`; a finished one is there already and takes nothing more.
-        batch_size, devices: as `embed` will be given them.
+        resources: as `embed` will be given them.
 
     Raises:
         ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
@@ -178,10 +179,10 @@ def preflight(step: Step, *, batch_size: int, devices: str = "auto") -> None:
     parameters = step.parameters
     problems: list[str] = []
     if "hub_entry" in parameters["backbone"]:
-        used = devices_of(step.parameters, devices)
+        used = devices_of(step.parameters, resources.devices)
         patch = patch_side(parameters["backbone"]["hub_entry"])
         sizes = _sizes(root, ids, Resize(**parameters["resize"]), patch)
-        size, together = _heaviest(sizes, len(ids), batch_size)
+        size, together = _heaviest(sizes, len(ids), resources.batch_size)
         said, problems, one, network = _model(parameters, size, used, together)
         share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
         stored = _stored(parameters, round(one.tokens * share), one.dimension)

@@ -15,11 +15,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from imatch.api.embed import seen_by
 from imatch.core import compute, files, settings
-from imatch.core.compute import LOCAL, Engine, Local, PartDoneError, Place, Processes
+from imatch.core.compute import ComputeOptions, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
 from imatch.core.step import Step, checked_name, open_step, start_step, tagged
@@ -121,11 +120,8 @@ def chosen(step: Step) -> dict[str, About]:
 
 def embed(
     step: Step,
+    resources: ComputeOptions = ComputeOptions(),
     *,
-    engine: Engine = LOCAL,
-    devices: str = "auto",
-    workers: int = -1,
-    batch_size: int = 8,
     on_error: str = "skip",
     max_skipped: float = 0.05,
 ) -> Stored:
@@ -136,12 +132,9 @@ def embed(
 
     Args:
         step: from `start_embed` or `start_reference_tokens`.
-        engine: of `compute.create_engine`. The bytes are the same with all of them.
-        devices: where a network runs: "auto" (all GPUs, else the CPU), "cpu", or several, such as "cuda:0,cuda:1".
-            Each of several gets a process of its own. On a CPU, "auto" with engine "processes" or "dask" is one process
-            for every four cores, and at least two.
-        workers: threads that decode; -1 is one a core, 0 none.
-        batch_size: photographs a forward pass.
+        resources: who does the work and where; the bytes are the same. Each of several devices gets a process of its
+            own. On a CPU, devices "auto" with engine "processes" or "dask" is one process for every four cores, and at
+            least two.
         on_error: "skip" leaves bad photographs out and says so; "stop" ends at the first.
         max_skipped: the share of bad photographs past which the run stops by itself (one alone never stops it).
 
@@ -153,6 +146,7 @@ def embed(
     """
     if on_error not in ON_ERROR:
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
+    engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
     task = _Task(step)
     first, of = compute.numbered("" if task.shards.merged else engine.shard)
@@ -160,8 +154,8 @@ def embed(
     seen, bad = _Seen(task.folder / SEEN, task.root), _Bad(len(task.about), on_error, max_skipped)
     _take_stock(task, mine, seen, bad)
     if not task.shards.merged:
-        used = devices_of(task.parameters, devices, several=not isinstance(engine, Local))
-        work = _Work(step, task.root, workers, batch_size, on_error)
+        used = devices_of(task.parameters, resources.devices, several=not isinstance(engine, Local))
+        work = _Work(step, task.root, resources.workers, resources.batch_size, on_error)
         one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
         jobs = list(task.jobs(mine, seen))
         if not all(map(work.done, jobs)):
@@ -643,11 +637,8 @@ def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Po
 def embed_poses(
     upright: Stored,
     poses: Sequence[Pose],
+    resources: ComputeOptions = ComputeOptions(),
     *,
-    engine: Engine = LOCAL,
-    devices: str = "auto",
-    workers: int = -1,
-    batch_size: int = 8,
     on_change: str = "refuse",
 ) -> Posed:
     """Embed the photographs of a finished step of embeddings in other poses, those that are missing.
@@ -657,7 +648,7 @@ def embed_poses(
     Args:
         upright: those of a 01_embed or 02_references.
         poses: of `rotations.poses`.
-        engine, devices, workers, batch_size: as in `embed`.
+        resources: as of `embed`.
         on_change: as in `start_embed`.
 
     Raises:
@@ -673,9 +664,7 @@ def embed_poses(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImatchWarning)  # what was skipped was told when it was upright
             try:
-                embeddings = embed(
-                    step, engine=engine, devices=devices, workers=workers, batch_size=batch_size, max_skipped=1.0
-                )
+                embeddings = embed(step, resources, max_skipped=1.0)
             except PartDoneError as part:  # this part of the other poses can be done all the same
                 unfinished = part
                 continue
@@ -706,11 +695,8 @@ def embed_by(
     upright: Stored,
     folder: Path,
     weight: str,
+    resources: ComputeOptions = ComputeOptions(),
     *,
-    engine: Engine = LOCAL,
-    devices: str = "auto",
-    workers: int = -1,
-    batch_size: int = 8,
     on_change: str = "refuse",
 ) -> None:
     """Embed the photographs of a finished step by another backbone, too, as that sees them by default, if they are not
@@ -720,7 +706,7 @@ def embed_by(
         upright: those of a 01_embed or 02_references.
         folder: of `step_by`.
         weight: the other backbone.
-        engine, devices, workers, batch_size: as in `embed`.
+        resources: as of `embed`.
         on_change: as in `start_embed`.
 
     Raises:
@@ -734,9 +720,8 @@ def embed_by(
     parameters = {name: source.parameters[name] for name in ("dataset", "image_groups", "shard_size")}
     parameters |= _seen_by(weight, backbone, Resize())
     step = _start_beside(source, folder, parameters, on_change)
-    how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers, "batch_size": batch_size}
     if not step.finished:
-        finish_embed(step, embed(step, **how, max_skipped=1.0))
+        finish_embed(step, embed(step, resources, max_skipped=1.0))
 
 
 def _check_zoom(source: Step, pose: Pose) -> None:

@@ -10,12 +10,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from imatch.core import compute, config, files, settings
-from imatch.core.compute import LOCAL, Engine
+from imatch.core.compute import LOCAL, ComputeOptions
 from imatch.core.files import flat_name
 from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, SearchFigures, StageRow
 from imatch.core.step import Step, checked_name, open_step, start_step, step_folder, tagged
@@ -23,7 +22,7 @@ from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepErr
 from imatch.data import images, store
 from imatch.data.embeddings import Embeddings, comparable
 from imatch.data.rotations import poses
-from imatch.data.store import read_ranking
+from imatch.data.store import Stored, read_ranking
 from imatch.evaluation import calibration, intervals
 from imatch.evaluation.alarms import SAME, alike, copies_of, guessing, promise_broken
 from imatch.evaluation.calibration import Threshold
@@ -139,7 +138,9 @@ def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
             )
 
 
-def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, device: str = "auto") -> Searcher:
+def build_index(
+    step: Step, gallery: Stored, resources: ComputeOptions = ComputeOptions(), *, device: str = "auto"
+) -> Searcher:
     """Build the index of the gallery's global vectors, unless it is there, and open it. It lies beside the gallery, in
     index/<what was asked for>, for any number of steps that search it.
 
@@ -148,7 +149,7 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
     Args:
         step: of `start_index`.
         gallery: what is searched.
-        engine: of `compute.create_engine`; what is learned is learned once, here; vectors are added shard by shard.
+        resources: whose engine adds vectors, shard by shard; what is learned is learned once, here.
         device: "auto" (all GPUs, if FAISS sees some), "cpu", "cuda", or such as "cuda:0".
 
     Raises:
@@ -166,7 +167,7 @@ def build_index(step: Step, gallery: Embeddings, *, engine: Engine = LOCAL, devi
         kind=asked["kind"],
         options=asked["options"],
         memory=round(asked["memory_gb"] * 2**30),
-        engine=LOCAL if step.finished else engine,
+        engine=LOCAL if step.finished else resources.machines,
     )
     index = searcher.open_index(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
@@ -407,13 +408,9 @@ def index_metrics(
 def search(
     step: Step,
     index: Searcher,
-    query: Embeddings,
-    gallery: Embeddings,
-    *,
-    engine: Engine = LOCAL,
-    devices: str = "auto",
-    workers: int = -1,
-    batch_size: int = 8,
+    query: Stored,
+    gallery: Stored,
+    resources: ComputeOptions = ComputeOptions(),
 ) -> Ranking:
     """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
 
@@ -428,7 +425,7 @@ def search(
         step: of `start_index`.
         index: of `build_index`.
         query, gallery: the two sides.
-        devices, workers, batch_size: of `embed`, for queries that are turned.
+        resources: as of `embed`, for queries that are rotated.
 
     Raises:
         ImatchError: truth by position, and no positions or headings are known.
@@ -444,8 +441,7 @@ def search(
     truth = truth_of(step.parameters, shows, gallery.shows, here, there, own)
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
     depth = max(k, min(max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"]), len(gallery)))
-    how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers, "batch_size": batch_size}
-    turn = partial(embed_poses, **how, on_change=step.on_change)
+    turn = partial(embed_poses, resources=resources, on_change=step.on_change)
     deep = min(len(gallery), depth + int(kin.max()))
     ways = Ways(step.folder, step.parameters, index, query, gallery, depth, own, deep, turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import poselib
 import psutil
 
 from imatch.core import compute, config, files, learned, settings
-from imatch.core.compute import LOCAL, Engine, PartDoneError
+from imatch.core.compute import ComputeOptions, PartDoneError
 from imatch.core.files import flat_name
 from imatch.core.rows import MatchFigures, Measured, PairRow, Parameters, ReferenceRow
 from imatch.core.step import Step, open_step, side_folders, sides, start_step, tagged
@@ -139,9 +139,7 @@ def _weights(weight: str, planned: sources.Plan) -> tuple[list[str], str]:
     return [own], f"{own} only; {lacking}"
 
 
-def match_pairs(
-    step: Step, *, engine: Engine = LOCAL, devices: str = "auto", workers: int = -1, batch_size: int = 8
-) -> list[PairRow]:
+def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> list[PairRow]:
     """Match every query with its candidates, those that are missing.
 
     Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
@@ -149,9 +147,8 @@ def match_pairs(
 
     Args:
         step: of `start_match`.
-        engine: of `compute.create_engine`.
-        devices, batch_size: as in `embed`, for queries in other poses and for both sides by another weight.
-        workers: processes that match, and threads that decode; -1 is one a core, 0 none.
+        resources: who does the work; `workers` are processes that match, and threads that decode where queries are
+            embedded in other poses, or both sides by another weight.
 
     Returns:
         One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.
@@ -167,14 +164,12 @@ def match_pairs(
         task = _Task(step.folder, sources.opener(step), _looks(step), step.parameters["outputs"])
         source = task.open_source()
         _check_memory(source)
-        how: dict[str, Any] = {"engine": engine, "devices": devices, "workers": workers}
-        how |= {"batch_size": batch_size, "on_change": step.on_change}
-        _embed_looks(task.looks, source, how)
+        _embed_looks(task.looks, source, resources, step.on_change)
         job = _Match(task, source)
         blocks = list(_blocks(source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
-        each, cores = compute.each(job, workers, "match"), ["cpu"] * settings.cores()
-        for _ in compute.do(engine, each, blocks, "match", cores, job.is_done):
+        each, cores = compute.each(job, resources.workers, "match"), ["cpu"] * settings.cores()
+        for _ in compute.do(resources.machines, each, blocks, "match", cores, job.is_done):
             pass
         files.write_rows(task.folder / "pairs.jsonl", _ranked(job, blocks))
         for name, sink in zip(task.outputs, job.sinks, strict=True):
@@ -216,18 +211,18 @@ def _looks(step: Step) -> list[_LookFolders]:
     return found
 
 
-def _embed_looks(looks: Sequence[_LookFolders], source: Source, how: Mapping[str, Any]) -> None:
+def _embed_looks(looks: Sequence[_LookFolders], source: Source, resources: ComputeOptions, on_change: str) -> None:
     """Embed what is missing of the tokens of each look, in each pose."""
     late: PartDoneError | None = None
     for one in looks:
         for side, folder in ((source.query, one.query), (source.gallery, one.gallery)):
             if folder != side.folder:
                 try:
-                    embed_by(side, folder, one.look.weight, **how)
+                    embed_by(side, folder, one.look.weight, resources, on_change=on_change)
                 except PartDoneError as part:  # this part of the others can be done all the same
                     late = part
         if not late:
-            embed_poses(open_finished(one.query), one.look.poses, **how)
+            embed_poses(open_finished(one.query), one.look.poses, resources, on_change=on_change)
     if late:
         raise late
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from imatch.core import compute, files, settings
-from imatch.core.compute import LOCAL, Engine, PartDoneError
+from imatch.core.compute import ComputeOptions, PartDoneError
 from imatch.core.rows import PhotoRow, ReferenceRow
 from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
@@ -75,7 +75,7 @@ def start_references(
     return start_step(source.run, "02_references", about, parameters, upstream, links, on_change)
 
 
-def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) -> list[ReferenceRow]:
+def make_references(step: Step, resources: ComputeOptions = ComputeOptions()) -> list[ReferenceRow]:
     """Make the views that are missing and finish the step of views.
 
     Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg (or a PNG, .png), with a PNG mask
@@ -83,8 +83,7 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
 
     Args:
         step: of `start_references`.
-        engine: of `compute.create_engine`.
-        workers: processes; -1 is one a core, 0 none.
+        resources: who does the work; `workers` are processes.
 
     Returns:
         The rows, sorted by id: id, source, source_sha256, kind, angle (degrees), crop, size and source_size (h, w),
@@ -106,7 +105,12 @@ def make_references(step: Step, *, engine: Engine = LOCAL, workers: int = -1) ->
         problems, part = [], None
         try:
             for row in compute.do(
-                engine, compute.each(make, workers, "references"), jobs, "references", ["cpu"] * settings.cores(), done
+                resources.machines,
+                compute.each(make, resources.workers, "references"),
+                jobs,
+                "references",
+                ["cpu"] * settings.cores(),
+                done,
             ):
                 problems += [row["problem"]] if row["problem"] else []
         except PartDoneError as error:

@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import imatch
 from imatch.cli import demo
 from imatch.core import compute, settings
-from imatch.core.compute import LOCAL, Engine
 from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning
 from imatch.data import images
@@ -161,13 +160,11 @@ def embed(
     precision: str,
     side: int = SIDE,
     engine: str = "auto",
-    by: Engine = LOCAL,
+    resources: imatch.ComputeOptions = imatch.ComputeOptions(),
     *,
     weight: str = "vits16",
     keep: str = "float16",
-    devices: str = "auto",
     shard_size: int = 64,
-    batch_size: int = 8,
 ) -> dict[str, float]:
     """The notebook's calls; what they took (`step.Step.work`)."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():
@@ -182,7 +179,7 @@ def embed(
             resize=images.Resize("stretch", long_side=side),
             storage=imatch.StorageOptions(keep=keep, shard_size=shard_size),
         )
-        embeddings = imatch.steps.embed(step, engine=by, devices=devices, batch_size=batch_size)
+        embeddings = imatch.steps.embed(step, resources)
         imatch.steps.finish_embed(step, embeddings)
     return open_step(step.folder).work
 

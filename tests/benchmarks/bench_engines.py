@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from imatch.core import compute, settings
+from imatch.core import settings
 from tests.benchmarks import bench_dinov3
 
 PHOTOGRAPHS, TURNS = 200, 3
@@ -27,16 +27,17 @@ def main() -> None:
     with bench_dinov3.at_hand(PHOTOGRAPHS) as (folder, photographs, data_key):
         with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
             sides = {
-                "local": compute.create_engine("local"),
-                "dask, one worker": compute.create_engine("dask", scheduler=cluster.scheduler_address),
-                "processes, one": compute.create_engine("processes"),
+                "local": {},
+                "dask, one worker": {"engine": "dask", "scheduler": cluster.scheduler_address},
+                "processes, one": {"engine": "processes"},
             }
             best = dict.fromkeys(sides, float("inf"))
             for turn in range(TURNS):
-                for name, engine in sides.items():
+                for name, given in sides.items():
                     started = time.perf_counter()
                     to = folder / f"{turn} {name}"
-                    bench_dinov3.embed(photographs, data_key, to, "auto", by=engine, devices="cpu")
+                    resources = imatch.ComputeOptions(devices="cpu", **given)
+                    bench_dinov3.embed(photographs, data_key, to, "auto", resources=resources)
                     best[name] = min(best[name], time.perf_counter() - started)
         for name, took in best.items():
             print(f"{name:<18}{1000 * took / PHOTOGRAPHS:7.1f} ms a photograph{best['local'] / took:7.2f} of local")

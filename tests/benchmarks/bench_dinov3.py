@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import imatch
 from imatch.cli import demo
 from imatch.core import compute, settings
+from imatch.core.compute import ComputeOptions
 from imatch.core.step import open_step
 from imatch.core.types import ImatchWarning
 from imatch.data import images
@@ -160,7 +161,7 @@ def embed(
     precision: str,
     side: int = SIDE,
     engine: str = "auto",
-    resources: imatch.ComputeOptions = imatch.ComputeOptions(),
+    resources: ComputeOptions = ComputeOptions(),
     *,
     weight: str = "vits16",
     keep: str = "float16",

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from imatch.core import settings
+from imatch.core.compute import ComputeOptions
 from tests.benchmarks import bench_dinov3
 
 PHOTOGRAPHS, TURNS = 200, 3
@@ -36,7 +37,7 @@ def main() -> None:
                 for name, given in sides.items():
                     started = time.perf_counter()
                     to = folder / f"{turn} {name}"
-                    resources = imatch.ComputeOptions(devices="cpu", **given)
+                    resources = ComputeOptions(devices="cpu", **given)
                     bench_dinov3.embed(photographs, data_key, to, "auto", resources=resources)
                     best[name] = min(best[name], time.perf_counter() - started)
         for name, took in best.items():

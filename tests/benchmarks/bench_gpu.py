@@ -28,6 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from imatch.core import settings
+from imatch.core.compute import ComputeOptions
 from imatch.features import base
 from imatch.features.dinov3 import Dinov3
 from imatch.steps import checks
@@ -68,7 +69,8 @@ def main() -> None:
         print(f"\n| imatch.embed, {key} at {side} px | photographs/s | share of the forward pass | of its seconds |")
         print("|---|---:|---:|---|")
         for keep in ("float16", "int8", "global"):
-            given = {"keep": keep, "devices": device, "shard_size": 256, "batch_size": BATCH.get(side, 8)}
+            resources = ComputeOptions(devices=device, batch_size=BATCH.get(side, 8))
+            given = {"keep": keep, "shard_size": 256, "resources": resources}
             work = bench_dinov3.embed(photographs, data_key, folder / keep, "bf16", side, "torch", weight=key, **given)
             pace = work["photographs"] / work["seconds"]
             spent = ", ".join(f"{part} {work[part]:.1f}" for part in ("decode", "wait", "forward", "write"))

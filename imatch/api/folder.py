@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from imatch.api.embed import passed, seen_by
-from imatch.api.match import Seen, check_ending, device_of, matched, rotated, seen_of, weights_of, write
+from imatch.api.match import Seen, device_of, matched, rotated, seen_of, weights_of, write_table
 from imatch.core import compute, files, settings
 from imatch.core.rows import Json, MatchRow
 from imatch.core.types import ImatchError
@@ -96,14 +94,7 @@ class FolderMatches:
         Raises:
             ImatchError: another ending than .csv, or a place that cannot be written to.
         """
-        path = settings.from_workspace(path)
-        check_ending(path, (".csv",))
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, list(self.pairs[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.pairs)
-        write(path, text.getvalue().encode(errors="surrogateescape"))
-        return path
+        return write_table(path, self.pairs)
 
 
 def match_folder(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -429,3 +431,22 @@ def write(path: Path, data: bytes) -> None:
         files.write_bytes(path, data)
     except OSError as error:
         raise ImatchError(f"{path} cannot be written: {error.strerror}: give another path") from error
+
+
+def write_table(path: str | Path, rows: Sequence[MatchRow]) -> Path:
+    """Write rows as a CSV.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImatchError: another ending than .csv, or a place that cannot be written to.
+    """
+    path = settings.from_workspace(path)
+    check_ending(path, (".csv",))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(path, text.getvalue().encode(errors="surrogateescape"))
+    return path

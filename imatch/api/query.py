@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imatch.api import embed as embedding
-from imatch.api.match import Match, check_ending, look_twice, seen_of, write
-from imatch.core import files, settings
+from imatch.api.match import Match, look_twice, seen_of, write_table
+from imatch.core import files
 from imatch.core.rows import Options
 from imatch.core.types import Hits, ImatchError
 from imatch.data.embeddings import Embeddings, comparable
@@ -132,15 +130,7 @@ class Answers:
         Raises:
             ImatchError: another ending than .csv, or a place that cannot be written to.
         """
-        path = settings.from_workspace(path)
-        check_ending(path, (".csv",))
-        text = io.StringIO(newline="")
-        rows = [answer.matches[-1].row for answer in self.answers]
-        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        write(path, text.getvalue().encode(errors="surrogateescape"))
-        return path
+        return write_table(path, [answer.matches[-1].row for answer in self.answers])
 
 
 def query(

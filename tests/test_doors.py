@@ -1,5 +1,6 @@
 """In memory, and from folder to folder: the same numbers, and what does not fit is refused in words."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 
 import imatch
+from imatch.api import match
 from imatch.core.types import ImatchError, PhotographError, StepError
-from imatch.data import images
+from imatch.data import images, rotations
 from imatch.data.store import Stored
 from tests.test_steps import embedded, referenced
 
@@ -91,9 +93,13 @@ def test_a_stored_gallery_is_asked_like_one_in_memory(few_photographs, tmp_path)
     stored = Stored(embedded(few_photographs, tmp_path).folder)
     answers = imatch.query([few_photographs / "a.png"], stored)
     assert answers[0].match.names == (str(few_photographs / "a.png"), "a.png")
-    lines = answers.save(tmp_path / "answers.csv").read_text().splitlines()
+    Image.new("RGB", (50, 40)).save(tmp_path / "blank.png")
+    given = [few_photographs / "a.png", tmp_path / "blank.png"]
+    lines = imatch.query(given, stored).save(tmp_path / "answers.csv").read_text().splitlines()
     assert lines[0].startswith("query,candidate,verified,inliers")
-    assert len(lines) == 2
+    assert lines[1].startswith(f"{given[0]},a.png,True,")
+    assert lines[2].startswith(f"{given[1]},,False,0,0,,,,,False,nothing to describe")
+    assert len(lines) == 3
     with pytest.raises(ImatchError, match=r"answers\.txt ends in '\.txt'"):
         answers.save(tmp_path / "answers.txt")
     few = Stored(embedded(few_photographs, tmp_path, keep="global", tag="few").folder)
@@ -122,6 +128,7 @@ def test_what_does_not_fit_is_refused(few_photographs, tmp_path, monkeypatch):
         ([a, a], r"a\.png was given twice"),
         ([np.zeros((3, 3))], r"photograph 0 is an array \(3, 3\) of float64: give \(h, w, 3\) uint8 RGB"),
         ([a, 7], "photograph 1 is a int: give a path, an array or a Pillow image"),
+        (Image.new("RGB", (9, 9)), "photographs is a Image: give a folder, or a list of photographs"),
     ):
         with pytest.raises(ImatchError, match=said):
             imatch.embed(given)
@@ -130,12 +137,17 @@ def test_what_does_not_fit_is_refused(few_photographs, tmp_path, monkeypatch):
     sift, dsift = imatch.embed([a, b]), imatch.embed([a, b], "dsift")
     with pytest.raises(StepError, match="vectors of the queries and the gallery cannot be compared"):
         imatch.search(sift, dsift)
-    with pytest.raises(ImatchError, match="the index holds 2 vectors, the gallery 1: index it again"):
-        imatch.search(sift, imatch.embed([a]), index=imatch.index(sift))
+    with pytest.raises(ImatchError, match="the index is of another gallery: index this one"):
+        imatch.search(sift, imatch.embed([b, a]), index=imatch.index(sift))
     with pytest.raises(ImatchError, match="k is 0: ask for at least 1 neighbour"):
         imatch.search(sift, sift, 0)
     with pytest.raises(ImatchError, match=r"crops \[2\] must lie above 0 and up to 1"):
         imatch.references(sift, crops=[2])
+    with pytest.raises(ImatchError, match="batch_size is 0: give at least 1"):
+        imatch.embed([a], batch_size=0)
+    views = imatch.references(sift, [0], [0.5])
+    with pytest.raises(ImatchError, match="these are references already: give the photographs"):
+        imatch.references(views)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=2**30))
     with pytest.raises(ImatchError, match=r"2 photographs take about .* GB of memory here: use imatch\.steps"):
         imatch.embed([a, b])
@@ -146,3 +158,40 @@ def test_a_pillow_image_that_cannot_be_decoded_is_named(few_photographs, tmp_pat
     path.write_bytes((few_photographs / "a.png").read_bytes()[:500])
     with Image.open(path) as image, pytest.raises(PhotographError, match="photograph 0: "):
         imatch.embed([image])
+
+
+def test_what_changed_since_it_was_embedded_is_refused(few_photographs, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes((few_photographs / "a.png").read_bytes())
+    gallery = imatch.embed([path])
+    path.write_bytes((few_photographs / "b.png").read_bytes())
+    with pytest.raises(ImatchError, match=r"a\.png has changed since it was embedded: embed again"):
+        imatch.references(gallery)
+    path.unlink()
+    with pytest.raises(PhotographError, match=r"a\.png: No such file"):
+        imatch.references(gallery)
+    other = replace(gallery, parameters={**gallery.parameters, "weights_digest": "another"})
+    for ask in (imatch.references, lambda one: imatch.query([few_photographs / "a.png"], one)):
+        with pytest.raises(StepError, match="the weights of sift have changed since 01_embed"):
+            ask(other)
+
+
+def test_a_query_is_rotated_once_for_all_candidates(few_photographs, monkeypatch):
+    gallery = imatch.embed(few_photographs, "dsift")
+    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    rotated = []
+    monkeypatch.setattr(match, "turned", lambda *given: rotated.append(given[1]) or rotations.turned(*given))
+    (answer,) = imatch.query([noise], gallery, k=3).answers
+    assert len(answer.matches) == 3
+    assert rotated == [90, 180, 270]
+
+
+def test_a_folder_asks_the_next_backbone_about_what_the_first_finds_empty(tmp_path, few_photographs):
+    """As two photographs alone are asked."""
+    Image.new("RGB", (200, 150)).save(tmp_path / "blank.png")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes((few_photographs / name).read_bytes())
+    found = imatch.match_folder(tmp_path, "sift")
+    assert found.names == ["a.png", "b.png", "blank.png"]
+    assert not found.skipped
+    assert len(found.pairs) == 3

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -17,9 +17,9 @@ from imatch.core.rows import About, Options, Parameters, ReferenceRow
 from imatch.core.types import ImatchError, PhotographError, Tokens
 from imatch.data import images
 from imatch.data import references as kinds
-from imatch.data.embeddings import Embeddings, vector_digest
+from imatch.data.embeddings import COMPARED, Embeddings, vector_digest
 from imatch.data.images import Decoded, Resize
-from imatch.features.base import Backbone, backbone_identity, create_backbone, decoded_for
+from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for
 from imatch.features.pipeline import Made, batches
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 Sources = Mapping[str, Path | np.ndarray]
 """Photographs by id: files, or pixels (h, w, 3) uint8 RGB."""
-INSTEAD = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk"
+ENOUGH = 64
+"""Photographs that tell how large the others will be."""
+REFERENCES = "use imatch.steps (or imatch run notebooks/02_references.ipynb), which keep them on disk"
 
 
 def embed(
@@ -63,7 +65,8 @@ def embed(
     >>> embeddings.vectors.shape, embeddings.tokens(1).grid, embeddings.ids
     ((2, 128), (6, 8), ['00000', '00001'])
     """
-    backbone = create_backbone(weight, backbone_options, device=device, data_key=data_key)
+    weight_set, _, weight = weight.rpartition("/")
+    backbone = create_backbone(weight, backbone_options, weight_set=weight_set, device=device, data_key=data_key)
     resize.check(backbone.patch)
     return passed(sources_of(photographs), backbone, seen_by(weight, backbone, resize), batch_size)
 
@@ -100,27 +103,37 @@ def references(
     """
     make = kinds.create(kind)
     kinds.check(angles, crops)
-    parameters = photographs.parameters
-    backbone = create_backbone(parameters["weight"], parameters["backbone"], device=device)
+    if photographs.views:
+        raise ImatchError("these are references already: give the photographs that they were made from")
+    backbone = backbone_of(photographs.parameters, device)
+    parameters = cast("Parameters", {name: photographs.parameters.get(name) for name in COMPARED})
     made: dict[str, np.ndarray] = {}
     views: dict[str, ReferenceRow] = {}
     for row, about in enumerate(photographs.rows):
-        pixels = _pixels(photographs.photograph(row))
+        pixels = _unchanged(photographs, row)
         for crop in crops:
             for angle in angles:
                 id, view = kinds.name(about["id"], angle, crop), make(pixels, angle, crop)
                 made[id], views[id] = view.pixels, kinds.record(view, id, about, kind, angle, crop)
-        check_memory(sum(one.nbytes for one in made.values()), row + 1, len(photographs), INSTEAD)
-    return replace(passed(made, backbone, parameters, batch_size, views), _sources=photographs)
+        held = sum(one.nbytes for one in made.values())
+        check_memory(held, row + 1, len(photographs), REFERENCES)
+    found = through(made, backbone, parameters, batch_size, views, beside=held, instead=REFERENCES)
+    return replace(_embeddings(found, made, parameters, views), _sources=photographs)
 
 
-def passed(
-    sources: Sources,
-    backbone: Backbone,
-    parameters: Parameters,
-    batch_size: int = 8,
-    views: Mapping[str, ReferenceRow] | None = None,
-) -> Embeddings:
+def _unchanged(photographs: Embeddings, row: int) -> np.ndarray:
+    """The pixels of a photograph that is what it was when it was embedded."""
+    id = files.printable(photographs.ids[row])
+    try:
+        decoded = images.read(photographs.photograph(row))
+    except PhotographError as error:
+        raise PhotographError(f"{id}: {error}") from error
+    if decoded.sha256 != photographs.rows[row]["sha256"]:
+        raise ImatchError(f"{id} has changed since it was embedded: embed again")
+    return decoded.pixels
+
+
+def passed(sources: Sources, backbone: Backbone, parameters: Parameters, batch_size: int = 8) -> Embeddings:
     """Pass photographs through a backbone.
 
     Args:
@@ -128,22 +141,56 @@ def passed(
         backbone: of `create_backbone`.
         parameters: of `seen_by`, with that backbone.
         batch_size: photographs a forward pass.
-        views: of references, their rows.
 
     Raises:
         ImatchError: none could be used, or more than fit into memory.
     """
-    views, made, held, done = views or {}, Made(), 0, 0
+    return _embeddings(through(sources, backbone, parameters, batch_size), sources, parameters, {})
+
+
+def through(
+    sources: Sources,
+    backbone: Backbone,
+    parameters: Parameters,
+    batch_size: int = 8,
+    views: Mapping[str, ReferenceRow] | None = None,
+    *,
+    beside: int = 0,
+    copies: int = 1,
+    instead: str = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk",
+) -> Made:
+    """Pass photographs through a backbone, with a progress bar on a terminal, on standard error.
+
+    Args:
+        sources, backbone, parameters, batch_size: as of `passed`.
+        views: of references, their rows.
+        beside: bytes that are held beside the tokens.
+        copies: how many times as many tokens will be held, such as those of other rotations.
+        instead: what to do where it does not fit into memory.
+
+    Raises:
+        ImatchError: more than fit into memory, or batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ImatchError(f"batch_size is {batch_size}: give at least 1")
+    made, held, done, total = Made(), 0, 0, len(sources)
     backbone.load()
-    read = _Read(backbone, Resize(**parameters["resize"]), views)
-    workers = settings.cores()
+    read, workers = _Read(backbone, Resize(**parameters["resize"]), views or {}), settings.cores()
     decoded = compute.ahead(read, sources.items(), workers, batch_size + 2 * workers)
     with closing(decoded), ThreadPoolExecutor(1) as pool:
-        coming = batches(made.photographs(tqdm(decoded, "embed", len(sources), disable=None, delay=1)), batch_size)
-        for batch, tokens, *_ in compute.overlapped(backbone, coming, pool):
-            made.take(batch, tokens)
-            held, done = held + sum(map(_bytes, tokens)), done + len(batch)
-            check_memory(held, done, len(sources), INSTEAD)
+        coming = batches(made.photographs(tqdm(decoded, "embed", total, disable=None, delay=1)), batch_size)
+        try:
+            for batch, tokens, *_ in compute.overlapped(backbone, coming, pool):
+                made.take(batch, tokens)
+                held, done = held + copies * sum(map(_bytes, tokens)), done + len(batch)
+                check_memory(held, done, total, instead, beside)
+                del batch, tokens  # not to be held while the next one is put together
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return made
+
+
+def _embeddings(made: Made, sources: Sources, parameters: Parameters, views: Mapping[str, ReferenceRow]) -> Embeddings:
     rows = [row for id, row in made.rows.items() if id in made.tokens]
     if not rows:
         id, first = next(iter(made.rows.items()))
@@ -189,6 +236,8 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
         if not root.is_dir():
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
         found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
+    elif not isinstance(photographs, Sequence):
+        raise ImatchError(f"photographs is a {type(photographs).__name__}: give a folder, or a list of photographs")
     else:
         found = {}
         for i, photograph in enumerate(photographs):
@@ -244,27 +293,24 @@ def seen_by(weight: str, backbone: Backbone, resize: Resize) -> Parameters:
     }
 
 
-def check_memory(held: int, done: int, total: int, instead: str) -> None:
-    """Refuse what will not fit into half of the memory, once some of it is there.
+def check_memory(held: int, done: int, total: int, instead: str, beside: int = 0) -> None:
+    """Refuse what does not fit into half of the memory, or will not once a good part of it is there.
 
     Args:
         held: bytes of what is done.
         done, total: how many photographs.
         instead: what to do instead.
+        beside: bytes that are held in any case.
 
     Raises:
         ImatchError: it will not fit.
     """
     import psutil
 
-    wanted = held * total // max(1, done)
+    wanted = beside + (held * total // done if done >= min(total, ENOUGH) else held)
     if wanted > psutil.virtual_memory().total // 2:
         raise ImatchError(f"{total} photographs take about {wanted / 2**30:.0f} GB of memory here: {instead}")
 
 
 def _bytes(tokens: Tokens) -> int:
     return tokens.vector.nbytes + tokens.descriptors.nbytes + tokens.xy.nbytes
-
-
-def _pixels(source: Path | np.ndarray) -> np.ndarray:
-    return images.read(source).pixels

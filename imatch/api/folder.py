@@ -5,21 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
 from tqdm import tqdm
 
-from imatch.api.embed import passed, seen_by
-from imatch.api.match import Seen, device_of, matched, rotated, seen_of, weights_of, write_table
+from imatch.api.embed import seen_by, through
+from imatch.api.match import TURNS, Seen, device_of, matched, weights_of, write_table
 from imatch.core import compute, files, settings
 from imatch.core.rows import Json, MatchRow
 from imatch.core.types import ImatchError
 from imatch.data import images
 from imatch.data.images import Resize
 from imatch.features.base import Backbone, create_backbone
-from imatch.features.xfeat import XFeat
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -137,19 +137,24 @@ def match_folder(
 
 
 def _rows(pairs: Sequence[tuple[Seen, Seen]], weight: str, workers: int) -> Iterator[MatchRow]:
-    return _each(lambda pair: matched(*pair).row, pairs, f"match by {weight}", workers)
+    look = partial(matched, rotate=weight == "xfeat")
+    return _each(lambda pair: look(*pair).row, pairs, f"match by {weight}", workers)
 
 
 def _all_seen(
     backbone: Backbone, weight: str, folder: Path, names: Sequence[str], skipped: dict[str, str]
 ) -> list[Seen]:
-    """The photographs of a folder through a backbone; those that cannot be used are added to `skipped`."""
-    if not names:
-        return []
-    found = passed({name: folder / name for name in names}, backbone, seen_by(weight, backbone, Resize()))
-    skipped.update({row["id"]: row["skipped"] for row in found.skipped})
-    seen = [seen_of(found, row, backbone) for row in range(len(found))]
-    return [rotated(one, backbone) for one in seen] if isinstance(backbone, XFeat) else seen
+    """The photographs of a folder through a backbone, those in which it finds nothing, too; those that cannot be read
+    are added to `skipped`."""
+    parameters = seen_by(weight, backbone, Resize())
+    instead = f"use imatch run params/pairs.yaml -p dataset {folder}, which keeps them on disk"
+    sources, copies = {name: folder / name for name in names}, 1 + len(TURNS) if weight == "xfeat" else 1
+    made = through(sources, backbone, parameters, copies=copies, instead=instead)
+    tokens = {**made.tokens, **made.empty}
+    skipped.update({id: row["skipped"] for id, row in made.rows.items() if id not in tokens})
+    resize = Resize(**parameters["resize"])
+    found = ((row["id"], row["size"]) for row in made.rows.values() if row["id"] in tokens)
+    return [Seen(id, sources[id], size, tokens[id], weight, backbone, resize) for id, size in found]
 
 
 def _each(function: Callable[[T], R], items: Sequence[T], what: str, workers: int) -> Iterator[R]:

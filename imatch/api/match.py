@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -241,7 +241,7 @@ def match(
     for one in weights:
         options = {"max_keypoints": CLOSER} if one == "sift" else {}
         backbone = create_backbone(one, options, data_key=data_key, device=device_of(one, weight, device))
-        tried.append(look_twice(backbone, *_both(backbone, one, list(zip(sources, names, strict=True)))))
+        tried.append(look_twice(*_both(backbone, one, list(zip(sources, names, strict=True)))))
         if tried[-1].verified:
             return tried[-1]
     return _none_of(tried, lacking)
@@ -288,41 +288,35 @@ def _named(backbone: Backbone, weight: str, photograph: tuple[Path | np.ndarray,
         raise PhotographError(f"{named}: {error}") from error
 
 
-def look_twice(backbone: Backbone, a: Seen, b: Seen) -> Match:
+def look_twice(a: Seen, b: Seen) -> Match:
     """Match two photographs that went through a backbone, and look again where they do not match."""
-    if isinstance(backbone, Sift):
+    if isinstance(a.backbone, Sift):
         first = matched(a.first(FIRST), b.first(FIRST))
         if first.verified or max(len(a.tokens.xy), len(b.tokens.xy)) <= FIRST:
             return first
         again = matched(a, b)
-    elif isinstance(backbone, XFeat):  # its matcher takes longer than all rotations
-        return matched(a if a.rotated else rotated(a, backbone), b)
+    elif isinstance(a.backbone, XFeat):  # its matcher takes longer than all rotations
+        return matched(a, b, rotate=True)
     else:
         first = matched(a, b)
         if first.verified:
             return first
-        again = matched(rotated(a, backbone), b)
+        again = matched(a, b, rotate=True)
     return again if again.verified else first
-
-
-def rotated(a: Seen, backbone: Backbone) -> Seen:
-    """A photograph also by its rotations."""
-    rotated = ((Pose(turn), _seen(a.source, backbone, a.name, a.weight, turn, a.resize).tokens) for turn in TURNS)
-    return dataclasses.replace(a, rotated=tuple(rotated))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A photograph and its tokens by a backbone, also of other poses.
+    """A photograph and its tokens by a backbone.
 
     Attributes:
         name: what it is called.
         source: where its pixels are.
         size: (h, w) in pixels.
         tokens: of the upright photograph.
-        weight, device: of the backbone.
-        resize: how large that saw it.
-        rotated: its tokens in other poses.
+        weight: what the backbone is called.
+        backbone: that saw it.
+        resize: how large.
     """
 
     name: str
@@ -330,9 +324,13 @@ class Seen:
     size: tuple[int, int]
     tokens: Tokens
     weight: str
-    device: str
+    backbone: Backbone = field(repr=False)
     resize: Resize
-    rotated: tuple[tuple[Pose, Tokens], ...] = ()
+
+    @cached_property
+    def rotated(self) -> list[tuple[Pose, Tokens]]:
+        """Its tokens rotated, made when they are first asked for."""
+        return [(Pose(turn), _tokens(self.source, self.backbone, self.resize, turn)[1]) for turn in TURNS]
 
     def first(self, n: int) -> Seen:
         """Take the n strongest keypoints; a grid stays whole."""
@@ -342,15 +340,20 @@ class Seen:
         return dataclasses.replace(self, tokens=Tokens(whole.vector, whole.descriptors[:n], whole.xy[:n]))
 
 
-def _seen(
-    source: Path | np.ndarray, backbone: Backbone, name: str, weight: str, turn: float = 0, resize: Resize | None = None
-) -> Seen:
-    """A photograph through a backbone, rotated by `turn` degrees."""
-    resize = resize or Resize(limit=backbone.side)
+def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, weight: str) -> Seen:
+    """A photograph through a backbone."""
+    resize = Resize(limit=backbone.side)
+    size, tokens = _tokens(source, backbone, resize)
+    return Seen(name, source, size, tokens, weight, backbone, resize)
+
+
+def _tokens(
+    source: Path | np.ndarray, backbone: Backbone, resize: Resize, turn: float = 0
+) -> tuple[tuple[int, int], Tokens]:
+    """(h, w) of a photograph, and its tokens, rotated by `turn` degrees."""
     decoded = images.read(source, resize, backbone.patch, backbone.resampling)
     decoded = turned(decoded, turn, backbone.patch) if turn else decoded
-    tokens = embed_decoded(decoded, backbone)
-    return Seen(name, source, decoded.size, tokens, weight, backbone.device, resize)
+    return decoded.size, embed_decoded(decoded, backbone)
 
 
 def seen_of(embeddings: Embeddings, row: int, backbone: Backbone) -> Seen:
@@ -364,7 +367,7 @@ def seen_of(embeddings: Embeddings, row: int, backbone: Backbone) -> Seen:
     id, (h, w), resize = embeddings.ids[row], embeddings.rows[row]["size"], Resize(**embeddings.parameters["resize"])
     weight = str(embeddings.parameters["weight"])
     source, tokens = embeddings.photograph(row), embeddings.tokens(row)
-    return Seen(id, source, (h, w), tokens, weight, backbone.device, resize)
+    return Seen(id, source, (h, w), tokens, weight, backbone, resize)
 
 
 def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
@@ -377,12 +380,14 @@ def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
     return max(1, min(settings.cores(), PIXELS // pixels)) if weight in CLASSICAL else 1
 
 
-def matched(a: Seen, b: Seen) -> Match:
-    """Match two photographs that went through a backbone, by one look."""
-    matcher, options = matcher_for(a.weight), {"device": a.device} if a.weight == "xfeat" else {}
+def matched(a: Seen, b: Seen, rotate: bool = False) -> Match:
+    """Match two photographs that went through a backbone, A also rotated if asked."""
+    matcher, options = matcher_for(a.weight), {"device": a.backbone.device} if a.weight == "xfeat" else {}
     align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
-    poses, focal = [(UPRIGHT, a.tokens), *a.rotated], exif.focal_lengths(a.source, b.source)
-    found = align(poses, b.tokens, a.size, b.size, lambda: (_pixels(a.source), _pixels(b.source)), focal)
+    poses, focal = [(UPRIGHT, a.tokens), *(a.rotated if rotate else ())], exif.focal_lengths(a.source, b.source)
+    found = align(
+        poses, b.tokens, a.size, b.size, lambda: (images.read(a.source).pixels, images.read(b.source).pixels), focal
+    )
     explained = found.geometry
     angle, scaled = (
         rotation_scale(explained.matrix, a.size)
@@ -410,8 +415,8 @@ def matched(a: Seen, b: Seen) -> Match:
     )
 
 
-def _pixels(source: Path | np.ndarray) -> np.ndarray:
-    return images.decode(source).pixels if isinstance(source, Path) else source
+def _pixels(a: Seen, b: Seen) -> tuple[np.ndarray, np.ndarray]:
+    return images.read(a.source).pixels, images.read(b.source).pixels
 
 
 def check_ending(path: Path, endings: Sequence[str]) -> None:

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from imatch.api import embed as embedding
 from imatch.api.match import Match, look_twice, seen_of, write_table
 from imatch.core import files
-from imatch.core.rows import Options
+from imatch.core.rows import MatchRow, Options
 from imatch.core.types import Hits, ImatchError
 from imatch.data.embeddings import Embeddings, comparable
-from imatch.features.base import create_backbone
-from imatch.retrieval import index as searcher
-from imatch.retrieval.index import Searcher
+from imatch.features.base import backbone_of
 
 if TYPE_CHECKING:
     from imatch.api.embed import Photograph
+    from imatch.retrieval.index import Searcher
+
+BLOCK = 256
+"""Queries that are compared with all of a gallery at once."""
 
 
 def index(gallery: Embeddings, kind: str = "auto", *, options: Options | None = None, device: str = "auto") -> Searcher:
@@ -40,7 +44,11 @@ def index(gallery: Embeddings, kind: str = "auto", *, options: Options | None = 
     >>> index(imatch.embed(list(photographs), "dsift")).plan["kind"]
     'flat'
     """
-    return searcher.in_memory(gallery.vectors, kind, options, device=device)
+    try:
+        from imatch.retrieval.index import in_memory
+    except ImportError as error:
+        raise ImatchError("an index needs FAISS: pip install 'imatch[cpu]', or 'imatch[gpu]'") from error
+    return in_memory(gallery.vectors, kind, options, gallery=gallery.digest, device=device)
 
 
 def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Searcher | None = None) -> Hits:
@@ -52,7 +60,8 @@ def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Sear
         index: of the gallery (`index`); None compares with all of it, exactly.
 
     Returns:
-        Rows of the gallery and cosines, (Q, k) each; of a query that is in the gallery, it comes first itself.
+        Rows of the gallery and cosines, (Q, k) each, ties by the smaller row; -1 and -inf where the gallery has fewer
+        than k. A query that is in the gallery finds itself.
 
     Raises:
         ImatchError: the two sides were made differently, an index of another gallery, or k below 1.
@@ -65,9 +74,24 @@ def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Sear
     [[0], [1], [2]]
     """
     comparable(queries.parameters, gallery.parameters, "the queries", "the gallery")
-    if index is not None and len(index.vectors) != len(gallery):
-        raise ImatchError(f"the index holds {len(index.vectors)} vectors, the gallery {len(gallery)}: index it again")
-    return (index or searcher.in_memory(gallery.vectors, "flat", device="cpu")).search(queries.vectors, k)
+    if k < 1:
+        raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+    if index is None:
+        return _nearest(queries.vectors, gallery.vectors, k)
+    if index.plan["gallery"] != gallery.digest:
+        raise ImatchError("the index is of another gallery: index this one")
+    return index.search(queries.vectors, k)
+
+
+def _nearest(queries: np.ndarray, vectors: np.ndarray, k: int) -> Hits:
+    """The k nearest by comparing with all."""
+    most, pad = min(k, len(vectors)), ((0, 0), (0, max(0, k - len(vectors))))
+    rows, scores = np.empty((len(queries), most), np.int64), np.empty((len(queries), most), np.float32)
+    for first in range(0, len(queries), BLOCK):
+        cosine = queries[first : first + BLOCK] @ vectors.T
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, :most]
+        rows[first : first + BLOCK], scores[first : first + BLOCK] = order, np.take_along_axis(cosine, order, 1)
+    return Hits(np.pad(rows, pad, constant_values=-1), np.pad(scores, pad, constant_values=-np.inf))
 
 
 @dataclass(frozen=True)
@@ -87,19 +111,23 @@ class Answer:
     matches: list[Match]
 
     def __bool__(self) -> bool:
-        return self.matches[-1].verified
+        return self.best.verified
+
+    @property
+    def best(self) -> Match:
+        """The verified match or, if there is none, that with the most inliers; A is the query."""
+        return self.matches[-1] if self.matches[-1].verified else max(self.matches, key=lambda match: match.inliers)
 
     def __str__(self) -> str:
         if self:
-            return str(self.matches[-1])
-        tried = max(self.matches, key=lambda match: match.inliers)
-        closest = f"{files.printable(tried.names[1])}, {tried.reason}"
+            return str(self.best)
+        closest = f"{files.printable(self.best.names[1])}, {self.best.reason}"
         return f"{files.printable(self.query)}: no match among {len(self.matches)}; the closest: {closest}"
 
     @property
     def match(self) -> Match | None:
-        """The verified one, A the query and B what it shows."""
-        return self.matches[-1] if self else None
+        """The verified match."""
+        return self.best if self else None
 
 
 @dataclass(frozen=True)
@@ -125,12 +153,30 @@ class Answers:
         return "\n".join([*map(str, self.answers), *left_out])
 
     def save(self, path: str | Path) -> Path:
-        """Write them as a CSV: query, answer, and the numbers of `Match.row`; of a query without one, why.
+        """Write them as a CSV, a line a query, those that could not be asked last: query, candidate, verified and the
+        other numbers of `Match.row`; of a query without an answer, of the closest candidate.
 
         Raises:
             ImatchError: another ending than .csv, or a place that cannot be written to.
         """
-        return write_table(path, [answer.matches[-1].row for answer in self.answers])
+        left_out = [_not_asked(id, why) for id, why in self.skipped.items()]
+        return write_table(path, [*(answer.best.row for answer in self.answers), *left_out])
+
+
+def _not_asked(query: str, reason: str) -> MatchRow:
+    return {
+        "query": query,
+        "candidate": "",
+        "verified": False,
+        "inliers": 0,
+        "matches": 0,
+        "rotation": None,
+        "scale": None,
+        "kind": "",
+        "weight": "",
+        "refined": False,
+        "reason": reason,
+    }
 
 
 def query(
@@ -157,17 +203,16 @@ def query(
     """
     if gallery.unplaced:
         raise ImatchError(f"nothing can be matched 1:1: {gallery.unplaced}")
-    parameters = gallery.parameters
-    backbone = create_backbone(parameters["weight"], parameters["backbone"], device=device)
-    asked = embedding.passed(embedding.sources_of(photographs), backbone, parameters)
+    backbone = backbone_of(gallery.parameters, device)
+    asked = embedding.passed(embedding.sources_of(photographs), backbone, gallery.parameters)
     hits = search(asked, gallery, min(k, len(gallery)))
     answers = []
     for q, id in enumerate(asked.ids):
-        rows = [int(row) for row in hits.rows[q] if row >= 0]
-        matches: list[Match] = []
+        a, matches = seen_of(asked, q, backbone), list[Match]()
+        rows = hits.rows[q].tolist()
         for row in rows:
-            matches.append(look_twice(backbone, seen_of(asked, q, backbone), seen_of(gallery, row, backbone)))
+            matches.append(look_twice(a, seen_of(gallery, row, backbone)))
             if matches[-1].verified:
                 break
-        answers.append(Answer(id, [gallery.ids[row] for row in rows], hits.scores[q, : len(rows)].tolist(), matches))
+        answers.append(Answer(id, [gallery.ids[row] for row in rows], hits.scores[q].tolist(), matches))
     return Answers(answers, {row["id"]: row["skipped"] for row in asked.skipped})

@@ -154,6 +154,7 @@ def overlapped(
             result = future.result()
             began, free = max(asked, free), ended[0] if ended else time.perf_counter()  # it may be told a moment later
             yield key, result, began, free
+            del key, future, result  # not to be held while the next item is made
 
 
 def _put_time(times: list[float], _: Future[R]) -> None:

@@ -32,11 +32,11 @@ class Embeddings:
         views: the rows of references by id; none of photographs.
     """
 
-    rows: list[PhotoRow]
-    vectors: np.ndarray
+    rows: list[PhotoRow] = field(repr=False)
+    vectors: np.ndarray = field(repr=False)
     parameters: Parameters
-    skipped: list[PhotoRow]
-    views: Mapping[str, ReferenceRow]
+    skipped: list[PhotoRow] = field(repr=False)
+    views: Mapping[str, ReferenceRow] = field(repr=False)
     _tokens: Sequence[Tokens] = field(repr=False)
     _photographs: Mapping[str, Path | np.ndarray] = field(repr=False)
     _sources: Embeddings | None = field(default=None, repr=False)

@@ -28,7 +28,7 @@ from imatch.core.files import digest, refuse_or_say, relative, write_array, writ
 from imatch.core.rows import Json, PhotoRow
 from imatch.core.types import ImatchError, Tokens
 from imatch.data import references, registry, store
-from imatch.data.embeddings import Embeddings
+from imatch.data.store import Stored
 from imatch.features import denseft
 
 KINDS = {
@@ -49,7 +49,7 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # 
 
 
 def export_per_image(
-    embeddings: Embeddings, outputs: Sequence[str], folder: Path | None = None, on_change: str = "refuse"
+    embeddings: Stored, outputs: Sequence[str], folder: Path | None = None, on_change: str = "refuse"
 ) -> int:
     """Write per-image files of photographs or of references, those that are missing.
 
@@ -199,7 +199,7 @@ class _File:
 class _Export:
     """What all files of a step share, and the files."""
 
-    def __init__(self, embeddings: Embeddings, folder: Path, on_change: str) -> None:
+    def __init__(self, embeddings: Stored, folder: Path, on_change: str) -> None:
         self.embeddings, self.folder, self.on_change = embeddings, folder, on_change
         parameters, self.reference = embeddings.parameters, "kind" in embeddings.about
         backbone, cfg, variant = (parameters[key] for key in ("backbone", "cfg", "variant"))
@@ -343,7 +343,7 @@ def _lattice(tokens: Tokens, row: PhotoRow) -> dict[str, list[float]]:
     return {"xy_first": tokens.xy[0].tolist(), "xy_step": [dx, dy]}
 
 
-def _names_of_sources(embeddings: Embeddings, dataset: str) -> dict[str, tuple[str, str]]:
+def _names_of_sources(embeddings: Stored, dataset: str) -> dict[str, tuple[str, str]]:
     """Name photographs; a reference bears the name of the photograph that it was made from."""
     above = embeddings.sources
     if above is embeddings:  # an import's references have rows with names of their own

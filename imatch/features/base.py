@@ -11,7 +11,7 @@ import numpy as np
 
 from imatch.core import config, settings
 from imatch.core.rows import Json, Options, Parameters
-from imatch.core.types import ImatchError, PhotographError, Tokens
+from imatch.core.types import ImatchError, PhotographError, StepError, Tokens
 from imatch.data import images, registry, rotations, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
@@ -119,6 +119,30 @@ def create_backbone(
         entry = known.weight(weight, weight_set)
         given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
     backbone: Backbone = config.create(BACKBONES, "weight", weight if weight in NAMED else "dinov3", given)
+    return backbone
+
+
+def backbone_of(parameters: Parameters, device: str = "auto") -> Backbone:
+    """Make the backbone again that photographs were embedded by.
+
+    Args:
+        parameters: of their embeddings.
+        device: as of `create_backbone`.
+
+    Raises:
+        StepError: its weights are other ones now, or the embeddings were imported.
+
+    >>> backbone_of({"weight": "sift", "backbone": {}, "weights_digest": "another"})
+    Traceback (most recent call last):
+    imatch.core.types.StepError: the weights of sift have changed since 01_embed (another -> 56731136): embed again
+    """
+    weight, digest = parameters["weight"], parameters["weights_digest"]
+    if parameters.get("imported"):
+        raise StepError("these embeddings were imported, without what they were made by: run 01_embed")
+    backbone = create_backbone(weight, parameters["backbone"], device=device)
+    if backbone.digest != digest:
+        changed = f"({digest[:8]} -> {backbone.digest[:8]})"
+        raise StepError(f"the weights of {weight} have changed since 01_embed {changed}: embed again")
     return backbone
 
 

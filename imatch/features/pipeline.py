@@ -43,7 +43,8 @@ def _stacked(batch: Batch) -> tuple[Batch, np.ndarray]:
 
 
 class Made:
-    """What becomes of some photographs: their rows in order, and their tokens by id.
+    """What becomes of some photographs: their rows in order, and their tokens by id; `empty` are those in which the
+    backbone found nothing.
 
     Args:
         stride: of a grid, every so many rows and columns are kept.
@@ -54,6 +55,7 @@ class Made:
         self.stride, self.stop = stride, stop
         self.rows: dict[str, PhotoRow] = {}
         self.tokens: dict[str, Tokens] = {}
+        self.empty: dict[str, Tokens] = {}
 
     def photographs(
         self, decoded: Iterable[tuple[str, About, Decoded | PhotographError]]
@@ -82,6 +84,7 @@ class Made:
                 self.tokens[id] = placed_tokens(one, photograph, self.stride)
             else:
                 h, w = photograph.size
+                self.empty[id] = one
                 self._skip(self.rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels")
 
     def _skip(self, row: PhotoRow, reason: str) -> None:

@@ -28,7 +28,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
 from imatch.core.rows import Json, Options
 from imatch.core.types import Hits, ImatchError, StepError
-from imatch.data import store
+from imatch.data.embeddings import vector_digest
 from imatch.retrieval import kinds
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -136,7 +136,7 @@ def digest(vectors: np.ndarray) -> str:
     >>> digest(np.eye(2, dtype=np.float32)) == digest(np.eye(2, dtype=np.float32)[::-1])
     False
     """
-    return files.digest([store.vector_digest(vector) for block in _blocks(vectors) for vector in block])
+    return files.digest([vector_digest(vector) for block in _blocks(vectors) for vector in block])
 
 
 def build(
@@ -266,9 +266,7 @@ def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray) -> faiss.Index
 
 
 def _learn(index: faiss.Index, made: kinds.Kind, vectors: np.ndarray) -> None:
-    """Train an index on evenly spread vectors, if it is not trained yet."""
-    if index.is_trained:
-        return
+    """Train an index on evenly spread vectors."""
     if not made.learns_from(len(vectors)):
         raise ImatchError("this index learns from vectors, and option seen is 0: give such as 100000")
     seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
@@ -338,12 +336,12 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def in_memory(
-    vectors: np.ndarray, kind: str = "auto", options: Options | None = None, *, memory: int = 0, device: str = "auto"
+    vectors: np.ndarray, kind: str = "auto", options: Options | None = None, *, gallery: str = "", device: str = "auto"
 ) -> Searcher:
     """Index vectors in memory; nothing is written.
 
     Args:
-        vectors, kind, options, memory: as of `build`.
+        vectors, kind, options, gallery: as of `build`.
         device: as of `Searcher`.
 
     Raises:
@@ -351,10 +349,11 @@ def in_memory(
     """
     _check_vectors(vectors)
     n, d = vectors.shape
-    chosen = _plan(kind, options or {}, n, d, memory)
-    plan = {"vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **chosen}
+    chosen = _plan(kind, options or {}, n, d, memory=0)
+    plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **chosen}
     index = _kind(plan).empty(n, d)
-    _learn(index, _kind(plan), vectors)
+    if not index.is_trained:
+        _learn(index, _kind(plan), vectors)
     _add(index, _kind(plan), vectors, _Shard("", 0, n))
     return Searcher(vectors, plan, [index], device=device)
 

@@ -361,6 +361,7 @@ class _Work:
                     for batch, tokens, *times in compute.overlapped(backbone, coming_on, network):
                         made.took_forward(*times)
                         made.take(batch, tokens)
+                        del batch, tokens  # not to be held while the next one is put together
                     made.took.update(seconds=time.perf_counter() - begun, start=start)
                     start, begun = 0.0, time.perf_counter()
                     if pending:
@@ -379,14 +380,7 @@ class _Work:
     def _backbone(self, device: str) -> Backbone:
         """The step's backbone, loaded once."""
         if device not in self._backbones:
-            parameters = self.step.parameters
-            backbone = base.create_backbone(parameters["weight"], parameters["backbone"], device=device)
-            if backbone.digest != parameters["weights_digest"]:
-                raise StepError(
-                    f"{self.step.name}: the weights of {parameters['weight']} have changed since 01_embed "
-                    f"({parameters['weights_digest'][:8]} -> {backbone.digest[:8]}): run 01_embed again"
-                )
-            self._backbones[device] = backbone
+            self._backbones[device] = base.backbone_of(self.step.parameters, device)
         return self._backbones[device]
 
     def _making(self, shard: _Shard) -> _Making:

@@ -20,7 +20,7 @@ from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, Searc
 from imatch.core.step import Step, checked_name, open_step, start_step, step_folder, tagged
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
-from imatch.data.embeddings import Embeddings, comparable
+from imatch.data.embeddings import comparable
 from imatch.data.rotations import poses
 from imatch.data.store import Stored, read_ranking
 from imatch.evaluation import calibration, intervals
@@ -174,7 +174,7 @@ def build_index(
     return index
 
 
-def tune_index(step: Step, index: Searcher, query: Embeddings) -> IndexFigures:
+def tune_index(step: Step, index: Searcher, query: Stored) -> IndexFigures:
     """Measure the index against exact search on a sample of the queries, and let it search with the smallest effort
     that reaches the wanted recall (a warning, if none does).
 
@@ -232,7 +232,7 @@ def _ms(work: Callable[[], Hits], queries: int) -> float:
     return round(1000 * (time.perf_counter() - started) / queries, 4)
 
 
-def check_index(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tuple[int, int]:
+def check_index(index: Searcher, gallery: Stored, sample: int = 1000) -> tuple[int, int]:
     """Let vectors of the gallery, evenly spread, search for themselves.
 
     Args:
@@ -264,7 +264,7 @@ def check_index(index: Searcher, gallery: Embeddings, sample: int = 1000) -> tup
 
 
 def judge_index(
-    step: Step, query: Embeddings, gallery: Embeddings, ranking: Ranking, index: IndexFigures
+    step: Step, query: Stored, gallery: Stored, ranking: Ranking, index: IndexFigures
 ) -> tuple[list[QueryRow], Threshold]:
     """Say of every query what it found, and from which score on a hit is to be believed.
 
@@ -329,8 +329,8 @@ def _finite(value: float) -> float | None:
 def _write_hits(
     step: Step,
     queries: Sequence[str],
-    query: Embeddings,
-    gallery: Embeddings,
+    query: Stored,
+    gallery: Stored,
     ranking: Ranking,
     believed: np.ndarray,
     index: IndexFigures,
@@ -377,8 +377,8 @@ def _write_hits(
 
 def index_metrics(
     step: Step,
-    query: Embeddings,
-    gallery: Embeddings,
+    query: Stored,
+    gallery: Stored,
     ranking: Ranking,
     rows: Sequence[QueryRow],
     threshold: Threshold,
@@ -471,7 +471,7 @@ def search(
     return Ranking(**ranking)
 
 
-def _clusters(query: Embeddings, cluster: str, about: Sequence[PhotoRow]) -> list[str]:
+def _clusters(query: Stored, cluster: str, about: Sequence[PhotoRow]) -> list[str]:
     """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
     if cluster == "photograph":
         return [row.get("source_sha256", row["sha256"]) for row in about]
@@ -521,7 +521,7 @@ def _added(
 
 
 def audit_index(
-    step: Step, query: Embeddings, gallery: Embeddings, metrics: SearchFigures, *, spot_check: int = 2
+    step: Step, query: Stored, gallery: Stored, metrics: SearchFigures, *, spot_check: int = 2
 ) -> list[str]:
     """Look for silent faults of a 03_index step.
 
@@ -555,7 +555,7 @@ def audit_index(
     return said
 
 
-def _embedded_again(sides: Mapping[str, Embeddings], n: int) -> list[str]:
+def _embedded_again(sides: Mapping[str, Stored], n: int) -> list[str]:
     """Embed n photographs of each side again: their vectors must be those of the store."""
     if n < 1:
         return []
@@ -575,7 +575,7 @@ def _embedded_again(sides: Mapping[str, Embeddings], n: int) -> list[str]:
     return said
 
 
-def _compared(embeddings: Embeddings, row: int, backbone: Backbone, made_by: Parameters) -> list[str]:
+def _compared(embeddings: Stored, row: int, backbone: Backbone, made_by: Parameters) -> list[str]:
     id = embeddings.ids[row]
     try:
         photograph = embed_one(embeddings.root / id, backbone, made_by)

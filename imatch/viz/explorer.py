@@ -325,9 +325,7 @@ class Saved:
     def _backbone(self, looked: Looked) -> Backbone:
         made_by, weight = looked.gallery.parameters, looked.look.weight
         if weight not in self._backbones:
-            self._backbones[weight] = base.create_backbone(weight, made_by["backbone"])
-        if self._backbones[weight].digest != made_by["weights_digest"]:
-            raise StepError(f"the weights of {weight} have changed since 01_embed: run it again")
+            self._backbones[weight] = base.backbone_of(made_by)
         return self._backbones[weight]
 
 

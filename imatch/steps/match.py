@@ -21,7 +21,7 @@ import psutil
 from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import ComputeOptions, PartDoneError
 from imatch.core.files import flat_name
-from imatch.core.rows import MatchFigures, Measured, PairRow, Parameters, ReferenceRow
+from imatch.core.rows import MatchFigures, Measured, Options, PairRow, Parameters, ReferenceRow
 from imatch.core.step import Step, open_step, side_folders, sides, start_step, tagged
 from imatch.core.types import ImatchError, Pair, StepError
 from imatch.data import store
@@ -90,11 +90,7 @@ def start_match(
     own = planned.query.parameters["weight"]
     weights, lacking = _weights(matching.weight, planned)
     matcher = matcher_for(weights[0], matching.matcher)
-    matchers.create_matcher(matcher, matching.options)
-    if (device := matching.options.get("device", "cpu")) != "cpu":
-        raise ImatchError(
-            f"matching.options.device is {device}, but lists of pairs are matched on the CPU: leave it out"
-        )
+    _check_matcher(matcher, matching.options)
     if lacking:
         print(lacking)
     for output in outputs:
@@ -124,6 +120,15 @@ def start_match(
     by = f"_{matching.weight}" if matching.weight not in ("", own) else ""
     about = {**planned.about, "question": f"{planned.about['question']}{by}{tagged(tag)}"}
     return start_step(planned.run, "04_match", about, parameters, upstream, links, on_change)
+
+
+def _check_matcher(matcher: str, options: Options) -> None:
+    """Refuse options that the matcher does not have, and a device that it would not be given."""
+    matchers.create_matcher(matcher, options)
+    if (device := options.get("device", "cpu")) != "cpu":
+        raise ImatchError(
+            f"matching.options.device is {device}, but lists of pairs are matched on the CPU: leave it out"
+        )
 
 
 def _weights(weight: str, planned: sources.Plan) -> tuple[list[str], str]:

@@ -1,6 +1,7 @@
 """In memory, and from folder to folder: the same numbers, and what does not fit is refused in words."""
 
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import imatch
 from imatch.api import match
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, rotations
+from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from tests.test_steps import embedded, referenced
 
@@ -195,3 +197,40 @@ def test_a_folder_asks_the_next_backbone_about_what_the_first_finds_empty(tmp_pa
     assert found.names == ["a.png", "b.png", "blank.png"]
     assert not found.skipped
     assert len(found.pairs) == 3
+
+
+def test_a_new_photograph_costs_its_own_embedding_alone(few_photographs, tmp_path, capsys):
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    for i, name in enumerate(["a.png", "b.png", "c.jpg", "a.png", "b.png"]):
+        (folder / f"{i}{name}").write_bytes((few_photographs / name).read_bytes())
+    before = embedded(folder, tmp_path, shard_size=2)
+    (folder / "0new.png").write_bytes(another(few_photographs))
+    with pytest.raises(StepError, match=r"new: 0new\.png"):
+        embedded(folder, tmp_path, shard_size=2)
+    capsys.readouterr()
+    grown = Stored(embedded(folder, tmp_path, shard_size=2, on_change="recompute").folder)
+    assert "3 of 4 shards are there, 1 to compute" in capsys.readouterr().out
+    fresh = Stored(embedded(folder, tmp_path / "fresh", shard_size=2).folder)
+    assert grown.folder == before.folder
+    assert grown.ids == fresh.ids == sorted(path.name for path in folder.iterdir())
+    assert [row["shard"] for row in grown.rows] == [0, 3, 0, 1, 1, 2]
+    np.testing.assert_array_equal(grown.vectors, fresh.vectors)
+    grown.check_rows()
+    for row in range(len(grown)):
+        np.testing.assert_array_equal(grown.tokens(row).descriptors, fresh.tokens(row).descriptors)
+        np.testing.assert_array_equal(grown.tokens(row).xy, fresh.tokens(row).xy)
+    (folder / "0a.png").unlink()
+    capsys.readouterr()
+    smaller = Stored(embedded(folder, tmp_path, shard_size=2, on_change="recompute").folder)
+    assert "3 of 4 shards are there, 1 to compute" in capsys.readouterr().out
+    assert smaller.ids == grown.ids[1:]
+    np.testing.assert_array_equal(smaller.vectors, grown.vectors[1:])
+    assert Shards(smaller.folder).rows().keys() == {0, 1, 2, 3}
+
+
+def another(folder):
+    """A photograph that is not among them."""
+    data = BytesIO()
+    Image.open(folder / "a.png").transpose(Image.Transpose.ROTATE_90).save(data, "PNG")
+    return data.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -115,18 +116,20 @@ class Shards:
         Returns:
             What the shards took (`write_work`), added up.
         """
-        shards = self.rows()
-        rows = [row for shard in sorted(shards) for row in shards[shard]]
+        rows = sorted((row for rows in self.rows().values() for row in rows), key=lambda row: row["id"])
         images = [row for row in rows if "skipped" not in row]
-        parts = [self._path(shard, ".global.npy") for shard in sorted({row["shard"] for row in images})]
-        shapes = [shape_of(part) for part in parts]
-        if sum(shape[0] for shape in shapes) != len(images):
+        places = _places(images)
+        shapes = {shard: shape_of(self._path(shard, ".global.npy")) for shard in places}
+        if any(shapes[shard][0] != len(own) for shard, own in places.items()):
             raise StepError(f"{self.folder}: the shards' vectors and rows do not fit; delete the folder and run again")
         with atomic(self.folder / "global.npy") as temporary, temporary.open("wb") as file:
-            shape = (len(images), shapes[0][1])
+            shape, taken = (len(images), next(iter(shapes.values()))[1]), Counter[int]()
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for part in parts:  # one at a time, so that memory does not grow with the number of photographs
-                file.write(np.load(part).data.cast("B"))
+            for shard, run in itertools.groupby(images, lambda row: row["shard"]):  # as a rule, all of a shard
+                first, n = taken[shard], len(list(run))
+                part = np.load(self._path(shard, ".global.npy"), mmap_mode="r")[first : first + n]
+                file.write(np.ascontiguousarray(part).data.cast("B"))
+                taken[shard] += n
         write_rows(self.folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
         work: Counter[str] = Counter()
         for path in (self.folder / "local").glob("*.work.json"):
@@ -144,13 +147,10 @@ class Shards:
     def split(self) -> None:
         """Undo `merge`, so that single shards can be computed again."""
         vectors = np.load(self.folder / "global.npy", mmap_mode="r")
-        first = 0
-        for shard, rows in sorted(self.rows().items()):
-            n = sum("skipped" not in row for row in rows)
-            if n:
-                write_array(self._path(shard, ".global.npy"), np.asarray(vectors[first : first + n]))
+        for shard, own in _places(read_rows(self.folder / "images.jsonl")).items():
+            write_array(self._path(shard, ".global.npy"), vectors[own])
+        for shard, rows in self.rows().items():
             write_rows(self._path(shard, ".jsonl"), rows)
-            first += n
         (self.folder / "images.jsonl").unlink()
 
     def remove(self, shard: int) -> None:
@@ -160,6 +160,14 @@ class Shards:
 
     def _path(self, shard: int, suffix: str) -> Path:
         return self.folder / "local" / f"{shard:05d}{suffix}"
+
+
+def _places(images: Sequence[PhotoRow]) -> dict[int, list[int]]:
+    """Where in a list the rows of each shard are."""
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(images):
+        places.setdefault(row["shard"], []).append(place)
+    return places
 
 
 def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

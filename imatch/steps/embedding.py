@@ -214,15 +214,23 @@ class _Task:
         return chosen(self.step)
 
     @cached_property
-    def plan(self) -> list[list[str]]:
-        """The ids of each shard."""
-        ids, size = sorted(self.about), self.parameters["shard_size"]
-        return [ids[first : first + size] for first in range(0, len(ids), size)]
+    def plan(self) -> dict[int, list[str]]:
+        """The ids of each shard: those on disk of which no photograph has gone stay; the other photographs, such as new
+        ones, are put into more shards, so that they cost their own embedding alone."""
+        done = {n: [row["id"] for row in rows] for n, rows in self.shards.rows().items()}
+        kept = {n: ids for n, ids in done.items() if self.about.keys() >= {*ids}}
+        rest, size = (
+            sorted(self.about.keys() - {id for ids in kept.values() for id in ids}),
+            self.parameters["shard_size"],
+        )
+        numbers = (n for n in itertools.count() if n not in kept)
+        kept |= {next(numbers): rest[first : first + size] for first in range(0, len(rest), size)}
+        return dict(sorted(kept.items()))
 
     def jobs(self, mine: range, seen: _Seen) -> Iterator[_Shard]:
         """A job for each shard; those that are not mine are empty."""
-        for n, part in enumerate(self.plan):
-            known = part if n in mine else ()
+        for n in range(max(self.plan) + 1):
+            known = self.plan.get(n, ()) if n in mine else ()
             yield _Shard(n, [seen[id] for id in known], [self.about[id] for id in known])
 
     def merge(self, bad: _Bad) -> None:
@@ -251,7 +259,7 @@ def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]
 
 def _take_stock(task: _Task, mine: range, seen: _Seen, bad: _Bad) -> None:
     """Look at the headers of my shards' photographs, count the bad ones, and drop or make by thinning what can be."""
-    looked_at = [id for part in task.plan[mine.start :: mine.step] for id in part]
+    looked_at = [id for n, part in task.plan.items() if n in mine for id in part]
     seen.check_headers(looked_at)
     for id in looked_at:
         if problem := seen[id]["problem"]:
@@ -466,7 +474,7 @@ def _missing_shards(task: _Task, mine: range, seen: _Seen) -> list[int]:
     dropped."""
     shards, step, done = task.shards, task.step, task.shards.rows(mine)
     recorded = [row for rows in done.values() for row in rows]
-    now = {id for ids in task.plan for id in ids}
+    now = {*task.about}
     changed = {row["id"] for row in recorded if row["id"] in seen and seen.digest(row["id"]) != row["sha256"]}
     # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
     before = {row["id"] for row in recorded if shards.merged or "skipped" not in row}
@@ -481,10 +489,10 @@ def _missing_shards(task: _Task, mine: range, seen: _Seen) -> list[int]:
         ids = [row["id"] for row in done.get(shard, [])]
         return ids == task.plan[shard] and not changed.intersection(ids)
 
-    planned = [shard for shard in range(len(task.plan)) if shard in mine]
+    planned = [shard for shard in task.plan if shard in mine]
     todo = [shard for shard in planned if not valid(shard)]
     there = {n for n in {*done, *shards.begun()} if n in mine}
-    stale = [n for n in there if n >= len(task.plan) or (n in done and n in todo)]
+    stale = [n for n in there if n not in task.plan or (n in done and n in todo)]
     if shards.merged:
         if not todo and not stale:
             shards.clean()  # what a kill between merging and cleaning left

@@ -21,6 +21,7 @@ from imatch.features.sift import DenseSift
 from imatch.steps.embedding import embed_poses
 from imatch.viz import figures
 from tests.grouped import by
+from tests.test_resume import assert_alike
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched
 
 ROOT = Path(__file__).parents[1]
@@ -221,7 +222,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(few_photographs, tmp_
 
 
 @pytest.mark.parametrize("keep", LESS)
-def test_a_photograph_that_comes_changes_its_shard_alone(few_photographs, tmp_path, keep):
+def test_a_photograph_that_comes_gets_a_shard_of_its_own(few_photographs, tmp_path, keep):
     import shutil
 
     folder = shutil.copytree(few_photographs, tmp_path / "few")
@@ -231,7 +232,7 @@ def test_a_photograph_that_comes_changes_its_shard_alone(few_photographs, tmp_pa
     shutil.copy(folder / "a.png", folder / "z.png")
     after = embedded(folder, tmp_path / "exports", on_change="recompute", **given)
     assert {path.name: path.stat().st_mtime_ns for path in (after.folder / "local").glob("00000*")} == untouched
-    assert files(after.folder) == files(embedded(folder, tmp_path / "anew", **given).folder)
+    assert_alike(Stored(after.folder), Stored(embedded(folder, tmp_path / "anew", **given).folder))
 
 
 # --- what goes on from it, and what is refused

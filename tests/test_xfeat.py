@@ -282,7 +282,7 @@ def test_a_device_is_that_of_the_network(coffee):
 def test_a_photograph_that_is_gone_by_then_is_not_compared(tmp_path, coffee, monkeypatch):
     Image.fromarray(coffee).save(tmp_path / "a.png")
     gone = PhotographError("No such file")
-    monkeypatch.setattr(api, "_pixels", lambda _: (_ for _ in ()).throw(gone))
+    monkeypatch.setattr(api, "_pixels", lambda *_: (_ for _ in ()).throw(gone))
     found = imatch.match(tmp_path / "a.png", tmp_path / "a.png", "xfeat")
     assert (found.verified, found.refined) == (True, False)
 

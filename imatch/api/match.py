@@ -385,9 +385,7 @@ def matched(a: Seen, b: Seen, rotate: bool = False) -> Match:
     matcher, options = matcher_for(a.weight), {"device": a.backbone.device} if a.weight == "xfeat" else {}
     align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
     poses, focal = [(UPRIGHT, a.tokens), *(a.rotated if rotate else ())], exif.focal_lengths(a.source, b.source)
-    found = align(
-        poses, b.tokens, a.size, b.size, lambda: (images.read(a.source).pixels, images.read(b.source).pixels), focal
-    )
+    found = align(poses, b.tokens, a.size, b.size, partial(_pixels, a, b), focal)
     explained = found.geometry
     angle, scaled = (
         rotation_scale(explained.matrix, a.size)

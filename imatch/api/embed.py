@@ -68,7 +68,7 @@ def embed(
     weight_set, _, weight = weight.rpartition("/")
     backbone = create_backbone(weight, backbone_options, weight_set=weight_set, device=device, data_key=data_key)
     resize.check(backbone.patch)
-    return passed(sources_of(photographs), backbone, seen_by(weight, backbone, resize), batch_size)
+    return embed_sources(sources_of(photographs), backbone, seen_by(weight, backbone, resize), batch_size)
 
 
 def references(
@@ -109,15 +109,16 @@ def references(
     parameters = cast("Parameters", {name: photographs.parameters.get(name) for name in COMPARED})
     made: dict[str, np.ndarray] = {}
     views: dict[str, ReferenceRow] = {}
+    held = 0
     for row, about in enumerate(photographs.rows):
         pixels = _unchanged(photographs, row)
         for crop in crops:
             for angle in angles:
                 id, view = kinds.name(about["id"], angle, crop), make(pixels, angle, crop)
                 made[id], views[id] = view.pixels, kinds.record(view, id, about, kind, angle, crop)
-        held = sum(one.nbytes for one in made.values())
+                held += view.pixels.nbytes
         check_memory(held, row + 1, len(photographs), REFERENCES)
-    found = through(made, backbone, parameters, batch_size, views, beside=held, instead=REFERENCES)
+    found = make_tokens(made, backbone, parameters, batch_size, views, beside=held, instead=REFERENCES)
     return replace(_embeddings(found, made, parameters, views), _sources=photographs)
 
 
@@ -133,8 +134,8 @@ def _unchanged(photographs: Embeddings, row: int) -> np.ndarray:
     return decoded.pixels
 
 
-def passed(sources: Sources, backbone: Backbone, parameters: Parameters, batch_size: int = 8) -> Embeddings:
-    """Pass photographs through a backbone.
+def embed_sources(sources: Sources, backbone: Backbone, parameters: Parameters, batch_size: int = 8) -> Embeddings:
+    """Embed photographs by a backbone that is there.
 
     Args:
         sources: the photographs, in the order of the rows.
@@ -145,10 +146,10 @@ def passed(sources: Sources, backbone: Backbone, parameters: Parameters, batch_s
     Raises:
         ImatchError: none could be used, or more than fit into memory.
     """
-    return _embeddings(through(sources, backbone, parameters, batch_size), sources, parameters, {})
+    return _embeddings(make_tokens(sources, backbone, parameters, batch_size), sources, parameters, {})
 
 
-def through(
+def make_tokens(
     sources: Sources,
     backbone: Backbone,
     parameters: Parameters,
@@ -162,11 +163,14 @@ def through(
     """Pass photographs through a backbone, with a progress bar on a terminal, on standard error.
 
     Args:
-        sources, backbone, parameters, batch_size: as of `passed`.
+        sources, backbone, parameters, batch_size: as of `embed_sources`.
         views: of references, their rows.
         beside: bytes that are held beside the tokens.
         copies: how many times as many tokens will be held, such as those of other rotations.
         instead: what to do where it does not fit into memory.
+
+    Returns:
+        The rows and tokens of all, and of those that were skipped why.
 
     Raises:
         ImatchError: more than fit into memory, or batch_size is below 1.

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import numpy as np
 from tqdm import tqdm
 
-from imatch.api.embed import seen_by, through
+from imatch.api.embed import make_tokens, seen_by
 from imatch.api.match import TURNS, Seen, device_of, matched, weights_of, write_table
 from imatch.core import compute, files, settings
 from imatch.core.rows import Json, MatchRow
@@ -149,7 +149,7 @@ def _all_seen(
     parameters = seen_by(weight, backbone, Resize())
     instead = f"use imatch run params/pairs.yaml -p dataset {folder}, which keeps them on disk"
     sources, copies = {name: folder / name for name in names}, 1 + len(TURNS) if weight == "xfeat" else 1
-    made = through(sources, backbone, parameters, copies=copies, instead=instead)
+    made = make_tokens(sources, backbone, parameters, copies=copies, instead=instead)
     tokens = {**made.tokens, **made.empty}
     skipped.update({id: row["skipped"] for id, row in made.rows.items() if id not in tokens})
     resize = Resize(**parameters["resize"])

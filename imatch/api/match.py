@@ -385,7 +385,7 @@ def matched(a: Seen, b: Seen, rotate: bool = False) -> Match:
     matcher, options = matcher_for(a.weight), {"device": a.backbone.device} if a.weight == "xfeat" else {}
     align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
     poses, focal = [(UPRIGHT, a.tokens), *(a.rotated if rotate else ())], exif.focal_lengths(a.source, b.source)
-    found = align(poses, b.tokens, a.size, b.size, partial(_pixels, a, b), focal)
+    found = align(poses, b.tokens, a.size, b.size, lambda: (_pixels(a), _pixels(b)), focal)
     explained = found.geometry
     angle, scaled = (
         rotation_scale(explained.matrix, a.size)
@@ -413,8 +413,8 @@ def matched(a: Seen, b: Seen, rotate: bool = False) -> Match:
     )
 
 
-def _pixels(a: Seen, b: Seen) -> tuple[np.ndarray, np.ndarray]:
-    return images.read(a.source).pixels, images.read(b.source).pixels
+def _pixels(seen: Seen) -> np.ndarray:
+    return images.decode(seen.source).pixels if isinstance(seen.source, Path) else seen.source
 
 
 def check_ending(path: Path, endings: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imatch.api import embed as embedding
+from imatch.api.embed import embed_sources, sources_of
 from imatch.api.match import Match, look_twice, seen_of, write_table
 from imatch.core import files
 from imatch.core.rows import MatchRow, Options
@@ -204,7 +204,7 @@ def query(
     if gallery.unplaced:
         raise ImatchError(f"nothing can be matched 1:1: {gallery.unplaced}")
     backbone = backbone_of(gallery.parameters, device)
-    asked = embedding.passed(embedding.sources_of(photographs), backbone, gallery.parameters)
+    asked = embed_sources(sources_of(photographs), backbone, gallery.parameters)
     hits = search(asked, gallery, min(k, len(gallery)))
     answers = []
     for q, id in enumerate(asked.ids):

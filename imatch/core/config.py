@@ -134,13 +134,14 @@ def _line(error: ValidationError, where: str) -> str:
     return f"{place} must{must}, got {given!r}" if must != said else f"{place}: {said}, got {given!r}"
 
 
-def create(table: Mapping[str, str], what: str, name: str, options: Options | None = None) -> Any:
+def create(table: Mapping[str, str], what: str, name: str, options: Options | None = None, named: str = "") -> Any:
     """Make the plug-in `name` of `table`, a dataclass, from its options.
 
     Args:
         table: name -> "module:Class".
         what: what the table holds, for messages.
         options: the dataclass' fields; those left out keep their defaults.
+        named: as of `check`.
 
     Raises:
         ImatchError: for an unknown name, an unknown option, an option of the wrong type or one that must be given.
@@ -157,7 +158,7 @@ def create(table: Mapping[str, str], what: str, name: str, options: Options | No
     for option in given:
         if option not in known.model_fields:
             raise ImatchError(unknown(f"option of {what} {name}", option, known.model_fields))
-    checked(known, given, name if what == "group" else f"{what} {name}: option ")
+    checked(known, given, named or f"{what} {name}: option ")
     return plugin(**given)
 
 

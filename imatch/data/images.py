@@ -331,10 +331,8 @@ def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -
     (10, 20, 3)
     """
     resize = Resize("long_side", long_side=side)
-    if isinstance(photograph, np.ndarray):
-        return from_memory(photograph, resize).pixels
     try:
-        return decode(photograph, resize).pixels
+        return read(photograph, resize).pixels
     except PhotographError:
         return np.full((*resize.target(size, 1), 3), 160, np.uint8)
 

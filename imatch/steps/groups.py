@@ -65,7 +65,7 @@ def options(given: Mapping[str, Options]) -> tuple[Any, ...]:
 
 def create(name: str, given: Options) -> Any:
     """Make a group of its fields. Raises as `options`."""
-    return config.create(GROUPS, "group", name, given)
+    return config.create(GROUPS, "group", name, given, named=name)
 
 
 def fields(name: str) -> dict[str, Option]:

@@ -40,13 +40,9 @@ def last_finished(step: str, kind: str, run: str, of: str = "") -> str:
 def _finished(folder: Path) -> list[Step]:
     """The finished steps below a folder, the last one last; neither views without their tokens nor what another step
     has beside it, in other poses or by another backbone."""
-    marks = sorted((_changed(below), below) for below in _steps(folder) if (below / "metrics.json").is_file())
-    opened = [open_step(below) for _, below in marks]
+    marks = filter(Path.is_file, (below / "metrics.json" for below in _steps(folder)))
+    opened = [open_step(mark.parent) for mark in sorted(marks, key=lambda mark: (mark.stat().st_mtime_ns, mark))]
     return [one for one in opened if "part" not in one.about and "upright" not in one.upstream]
-
-
-def _changed(step: Path) -> int:
-    return (step / "metrics.json").stat().st_mtime_ns
 
 
 def _steps(folder: Path) -> Iterator[Path]:

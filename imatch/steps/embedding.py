@@ -150,7 +150,7 @@ def embed(
     compute.check_parts(engine.shard, step.on_change)
     task = _Task(step)
     first, of = compute.numbered("" if task.shards.merged else engine.shard)
-    mine = range(first, sys.maxsize, of)  # numbers of shards: a part looks at no others, nor at their photographs
+    mine = range(first, sys.maxsize, of)  # numbers of shards: a part computes no others, nor looks at their photographs
     seen, bad = _Seen(task.folder / SEEN, task.root), _Bad(len(task.about), on_error, max_skipped)
     _take_stock(task, mine, seen, bad)
     if not task.shards.merged:
@@ -219,10 +219,8 @@ class _Task:
         ones, are put into more shards, so that they cost their own embedding alone."""
         done = {n: [row["id"] for row in rows] for n, rows in self.shards.rows().items()}
         kept = {n: ids for n, ids in done.items() if self.about.keys() >= {*ids}}
-        rest, size = (
-            sorted(self.about.keys() - {id for ids in kept.values() for id in ids}),
-            self.parameters["shard_size"],
-        )
+        rest = sorted(self.about.keys() - {id for ids in kept.values() for id in ids})
+        size = self.parameters["shard_size"]
         numbers = (n for n in itertools.count() if n not in kept)
         kept |= {next(numbers): rest[first : first + size] for first in range(0, len(rest), size)}
         return dict(sorted(kept.items()))

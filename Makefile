@@ -5,7 +5,7 @@ FAISS ?= $(if $(wildcard .venv/ready-gpu),gpu,cpu)
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test redis-server chromium buildah debootstrap podman lint lab image-check wheel-check bench lock vocabulary clean
+.PHONY: help setup demo test redis-server chromium buildah debootstrap podman lint lab image-check wheel-check bench drills lock vocabulary clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -69,6 +69,10 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_learned.py
 	$(BIN)/python tests/benchmarks/bench_pairs.py --every 4
 	$(BIN)/python tests/benchmarks/bench_real.py --every 4
+
+drills: $(READY) redis-server  ## kill runs and a Redis server at random moments, and compare every byte (minutes)
+	$(BIN)/python -m tests.drills.kills
+	$(BIN)/python -m tests.drills.redis_kills
 
 vocabulary: $(READY)  ## learn the visual words of sift and xfeat again (minutes)
 	$(BIN)/python -m tools.vocabulary sift imatch/features/sift_vocabulary.npy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,11 +249,19 @@ def test_references_without_their_photographs_are_a_store_too(tmp_path):
     assert [row["source"] for row in Stored(folder).rows] == ["mid_low/0001", "mid_low/0002"]
 
 
-def test_two_families_of_one_weight_are_two_stores(tmp_path):
-    tree = foreign(tmp_path / "tree", {"global": "Global"}, entry="dinov3_vitl16_LVD")
-    foreign(tree, {"global": "Global"}, entry="dinov3_vitl16_SAT")
+@pytest.mark.parametrize(
+    ("entries", "names"),
+    [
+        (("vitl16_LVD", "vitl16_SAT"), ["res64_raw_LVD", "res64_raw_SAT"]),
+        (("vitl16_LVD", "vits16_LVD"), ["res64_raw_dinov3_vitl16", "res64_raw_dinov3_vits16"]),
+    ],
+    ids=str,
+)
+def test_two_networks_or_families_of_one_weight_are_two_stores(entries, names, tmp_path):
+    for entry in entries:
+        tree = foreign(tmp_path / "tree", {"global": "Global"}, entry=f"dinov3_{entry}")
     folders = imported(tree, tmp_path / "back")
-    assert [folder.name for folder in folders] == ["res64_raw_LVD", "res64_raw_SAT"]
+    assert [folder.name for folder in folders] == names
     for folder in folders:
         export(open_step(folder), tmp_path / "again", ["global.npy"])
     again = sorted(path.name for path in (tmp_path / "again").rglob("*.npy"))
@@ -298,22 +305,22 @@ def say(tree: Path, meta: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    "name",
     [
-        ("low/GlobalToken/embedding.npy", "not <Kind>_<cfg>"),
-        ("low/GlobalToken/Global_res64_raw_dinov3_vits16_XYZ_low_1.npy", "not <Kind>_<cfg>"),
-        ("low/GlobalToken/Global_res64_raw_dinov3_vits16_LVD_high_1.npy", "ends in 'high_1', which is not low_<frame>"),
-        ("low/GlobalToken/Global_res64_raw_dinov3_vits16_LVD_low_.npy", "ends in 'low_', which is not low_<frame>"),
-        ("low/GlobalToken/Global_a_raw_dinov3_vits16_LVD_raw_dinov3_vits16_LVD_low_1.npy", "in two ways"),
-        (
-            "low/ReferenceGlobal/ReferenceGlobal_res64_raw_dinov3_vits16_LVD_low_1.npy",
-            "folder 'low', which names no rot",
-        ),
+        "low/GlobalToken/embedding.npy",
+        "low/GlobalToken/Global_res64_raw_dinov3_vits16_XYZ_low_1.npy",
+        "low/GlobalToken/Global_res64_raw_dinov3_vits16_LVD_high_1.npy",
+        "low/GlobalToken/Global_res64_raw_dinov3_vits16_LVD_low_.npy",
+        "low/GlobalToken/Global_a_raw_dinov3_vits16_LVD_raw_dinov3_vits16_LVD_low_1.npy",
+        "low/ReferenceGlobal/ReferenceGlobal_res64_raw_dinov3_vits16_LVD_low_1.npy",
+        "low/rot045/GlobalToken/Global_res64_raw_dinov3_vits16_LVD_low_1.npy",
     ],
 )
-def test_names_that_do_not_say_what_they_are_are_refused(name, reason, tmp_path):
+def test_names_that_do_not_say_what_they_are_are_refused(name, tmp_path):
     write_array(tmp_path / "tree/beach/vits16" / name, np.ones(8))
-    refused(tmp_path / "tree", rf"whose names do not say what they are:\n  beach.*{reason}(?s:.*)rename them")
+    refused(
+        tmp_path / "tree", rf"whose names do not say what they are:\n  beach/vits16/{name}\nThey must be called <data"
+    )
 
 
 def test_two_files_for_one_thing_are_refused(tmp_path):
@@ -328,20 +335,14 @@ def test_no_files_are_refused(tmp_path):
     refused(tmp_path / "tree", "no per-image files below")
 
 
-@pytest.mark.parametrize(
-    ("gone", "reason"),
-    [
-        ("PatchGrid", "have a GlobalToken but no PatchToken"),
-        ("GlobalToken", "have a PatchToken or PatchGrid but no GlobalToken"),
-    ],
-)
-def test_counts_that_differ_are_refused(gone, reason, tmp_path):
+@pytest.mark.parametrize(("gone", "lacks"), [("PatchGrid", "PatchToken or PatchGrid"), ("GlobalToken", "GlobalToken")])
+def test_counts_that_differ_are_refused(gone, lacks, tmp_path):
     frames = [f"{i:04d}" for i in range(14)]
     tree = foreign(tmp_path / "tree", {"global": "GlobalToken", "grid": "PatchGrid"}, frames)
     for frame in frames[2:]:
         next(tree.rglob(f"{gone}_*_{frame}.npy")).unlink()
-    listed = "".join(f"\\n  mid_low/{frame}" for frame in frames[2:12])
-    refused(tree, rf"12 of 14 {reason}.*:{listed}\n  \.\.\. and 2 more\nExport what is missing")
+    listed = "".join(f"\\n  mid_low/{frame}: no {lacks}" for frame in frames[2:12])
+    refused(tree, rf"12 of 14 lack a file .*:{listed}\n  \.\.\. and 2 more\nExport what is missing")
     assert not (tmp_path / "back").exists()
 
 
@@ -351,8 +352,9 @@ def test_patches_that_disagree_with_their_grid_are_refused(harm, tmp_path):
     path = next(tree.rglob("Patch_*_0002.npy"))
     array = np.load(path)
     write_array(path, array[:, :-1] if harm == "shape" else array[:, ::-1])
-    said = r"is not \(4, 4, 8\) in rows" if harm == "shape" else "values are not the same, row by row"
-    refused(tree, f"Patch_.*0002.npy and .*Grid_.*0002.npy disagree: .*{said}")
+    refused(
+        tree, r"Patch_.*0002.npy and .*Grid_.*0002.npy disagree, .* and \(4, 4, 8\), .* row by row: export them again"
+    )
 
 
 def test_tokens_that_are_no_square_need_a_grid(tmp_path):
@@ -377,14 +379,14 @@ def test_dimensions_that_differ_are_refused(kind, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "grid": "Grid"})
     path = next(tree.rglob(f"{kind}_*_0002.npy"))
     write_array(path, np.load(path)[..., :-1])
-    refused(tree, "of one store must be alike, but .*0001.npy has 8.* and .*0002.npy 7")
+    refused(tree, "of one store must be alike, but .*0001.npy has a vector of 8 .* and .*0002.npy a vector .*of 7 ")
 
 
 def test_types_that_differ_are_refused(tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global", "grid": "Grid"})
     path = next(tree.rglob("Grid_*_0002.npy"))
     write_array(path, np.load(path).astype(np.float16))
-    refused(tree, "local descriptors of one store must be alike, but .* 8 float32 each and .* 8 float16")
+    refused(tree, "of one store must be alike, but .* descriptors of 8 float32 and .* descriptors of 8 float16: move")
 
 
 @pytest.mark.parametrize(("kind", "value"), [("Global", np.nan), ("Patch", np.inf)])
@@ -404,7 +406,7 @@ def test_mixed_metas_are_refused(key, value, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
     path = next(tree.rglob("Global_*_0002.npy"))
     write_json(path.with_name(f"{path.stem}_meta.json"), {key: value})
-    refused(tree, rf"0002.npy was made differently from the files before it:\n  .*{key}(?s:.*)a tree of their own")
+    refused(tree, rf"0002.npy was made differently from mid_low/0001:\n  .*{key}(?s:.*)a tree of their own")
 
 
 @pytest.mark.parametrize(
@@ -413,9 +415,9 @@ def test_mixed_metas_are_refused(key, value, tmp_path):
         (b"nonsense", "is no .npy file of numbers"),
         (b"", "is no .npy file of numbers"),
         (None, "is no .npy file of numbers"),
-        (np.ones(8, np.int64), "holds no floating-point numbers"),
-        (np.ones((2, 8), np.float32), r"is of shape \(2, 8\), a global has 1 dimensions"),
-        (np.ones(0, np.float32), r"is of shape \(0,\)"),
+        (np.ones(8, np.int64), "holds int64 of .* but a global has floating-point numbers"),
+        (np.ones((2, 8), np.float32), r"holds float32 of shape \(2, 8\), but a global has .* in 1 dimensions"),
+        (np.ones(0, np.float32), r"holds float32 of shape \(0,\)"),
     ],
     ids=["nonsense", "empty", "pickle", "integers", "two", "nothing"],
 )
@@ -469,12 +471,6 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path):
     refused(tmp_path / "tree", "holds two data sets named beach, .*a/beach and .*b/beach, which would become one")
 
 
-def test_files_that_an_earlier_export_left_are_refused(tree):
-    for path in tree.rglob(f"*{LOW_7}*"):
-        shutil.copy(path, path.with_name(path.name.replace("low_0007", "low_7")))
-    refused(tree, "the files of low/0007 and of low/7 both say that they show 250912_low/250912_low_0007.JPG: one of")
-
-
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_broken_metas_are_refused(text, tmp_path):
     tree = foreign(tmp_path / "tree", {"global": "Global"})
@@ -486,13 +482,13 @@ def test_broken_metas_are_refused(text, tmp_path):
 def test_files_of_two_photographs_under_one_name_are_refused(tree):
     path = next(tree.rglob(f"PatchToken{LOW_7}_meta.json"))
     write_json(path, {**read_json(path), "sha256": "f" * 64})
-    refused(tree, "GlobalToken.*do not belong together: sha256 is")
+    refused(tree, "PatchToken.*does not belong to the other files of low/0007: sha256 is f")
 
 
-def test_array_of_another_shape_than_its_meta_is_refused(tree):
+def test_array_of_another_shape_is_refused(tree):
     path = next(tree.rglob(f"GlobalToken{LOW_7}.npy"))
     write_array(path, np.load(path)[:-1])
-    refused(tree, r"is of shape \(23,\), its meta says \[24\]")
+    refused(tree, r"must be alike, but .*high_7.npy has a vector of 24 .*low_0007.npy a vector of 23 numbers")
 
 
 def test_references_of_another_photograph_are_refused(tmp_path):
@@ -502,12 +498,6 @@ def test_references_of_another_photograph_are_refused(tmp_path):
     for path in (tmp_path / "tree").rglob("rotm045/*/*_low_0007_meta.json"):
         write_json(path, {**read_json(path), "source_sha256": "f" * 64})
     refused(tmp_path / "tree", "was made from another photograph than low/0007")
-
-
-def test_two_networks_under_one_weight_are_refused(tmp_path):
-    tree = foreign(tmp_path / "tree", {"global": "Global"}, entry="dinov3_vitl16_LVD")
-    foreign(tree, {"global": "Global"}, ("0003",), entry="dinov3_vits16_LVD")
-    refused(tree, "holds files of dinov3_vitl16 and dinov3_vits16: one weight is one network")
 
 
 # --- again ------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_a_pillow_image_is_seen_as_its_file_is(kind, tmp_path):
     (file,) = tmp_path.iterdir()
     from_disk = images.decode(file)
     with Image.open(file) as opened:
-        in_memory = images.from_memory(opened)
+        in_memory = images.decode(opened)
     assert np.array_equal(in_memory.pixels, from_disk.pixels)
     assert in_memory.size == from_disk.size
 

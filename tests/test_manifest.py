@@ -501,7 +501,7 @@ def test_points_are_called_as_what_the_command_line_makes_of_them(overrides, siz
         ),
         (("weight", "vitb16"), "weight=vitb16 cfg=res256 variant=raw again, but with another files"),
         (("resize.long_side", "250"), "long_side 250 is not a multiple of patch 16"),
-        (("resize.mode", "squeeze"), "resize 'squeeze' is not known"),
+        (("resize.mode", "squeeze"), "resize.mode must be 'scale', .* or 'crop', got 'squeeze'"),
     ],
     ids=str,
 )

@@ -39,7 +39,7 @@ HARD = ("dji_0018.jpg", "dji_0030.jpg")
 
 def tokens_of(pixels, turn=0.0, **options):
     backbone = XFeat(device="cpu", **options)
-    decoded = images.from_memory(pixels, images.Resize(limit=backbone.side), backbone.patch)
+    decoded = images.decode(pixels, images.Resize(limit=backbone.side), backbone.patch)
     return embed_decoded(rotations.turned(decoded, turn, backbone.patch) if turn else decoded, backbone)
 
 
@@ -165,9 +165,9 @@ def test_the_roles_are_equal(coffee):
 def test_a_rotated_photograph_is_matched_as_it_was_shown(coffee, turn):
     """Positions go to the network as the rotated photograph had them: the more, the better they agree."""
     size = coffee.shape[:2]
-    shown = images.from_memory(coffee, images.Resize(limit=1024), 32)
+    shown = images.decode(coffee, images.Resize(limit=1024), 32)
     of_b = rotations.turned(shown, -turn, 32)
-    b = embed_decoded(images.from_memory(of_b.pixels, None), XFeat())
+    b = embed_decoded(images.decode(of_b.pixels, None), XFeat())
     a = tokens_of(coffee)
     upright = LighterGlue()(a, b, (size, of_b.pixels.shape[:2]))
     there, canvas = rotations.shown(a.xy, size, Pose(-turn))

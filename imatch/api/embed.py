@@ -126,7 +126,7 @@ def _unchanged(photographs: Embeddings, row: int) -> np.ndarray:
     """The pixels of a photograph that is what it was when it was embedded."""
     id = files.printable(photographs.ids[row])
     try:
-        decoded = images.read(photographs.photograph(row))
+        decoded = images.decode(photographs.photograph(row))
     except PhotographError as error:
         raise PhotographError(f"{id}: {error}") from error
     if decoded.sha256 != photographs.rows[row]["sha256"]:
@@ -275,7 +275,7 @@ def source_of(photograph: Photograph, name: str) -> Path | np.ndarray:
     if not hasattr(photograph, "convert"):
         raise ImatchError(f"{name} is a {type(photograph).__name__}: give a path, an array or a Pillow image")
     try:
-        return images.from_memory(photograph).pixels
+        return images.decode(photograph).pixels
     except PhotographError as error:
         raise PhotographError(f"{name}: {error}") from error
 

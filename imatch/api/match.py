@@ -351,7 +351,7 @@ def _tokens(
     source: Path | np.ndarray, backbone: Backbone, resize: Resize, turn: float = 0
 ) -> tuple[tuple[int, int], Tokens]:
     """(h, w) of a photograph, and its tokens, rotated by `turn` degrees."""
-    decoded = images.read(source, resize, backbone.patch, backbone.resampling)
+    decoded = images.decode(source, resize, backbone.patch, backbone.resampling)
     decoded = turned(decoded, turn, backbone.patch) if turn else decoded
     return decoded.size, embed_decoded(decoded, backbone)
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from imatch.core import config
 from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
 
@@ -36,7 +38,6 @@ UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and valu
 }
 MAX_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
-MODES = ("scale", "long_side", "stretch", "crop")
 RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
 """Who resizes photographs, and what steps record of it, so that numbers of another way are not mixed with these."""
 REDUCED = 6
@@ -68,19 +69,13 @@ class Resize:
     ((256, 256), (200.0, 0.0, 800.0, 600.0))
     """
 
-    mode: str = "scale"
-    long_side: int = 640
-    scale: float = 1.0
-    limit: int = 0
+    mode: Literal["scale", "long_side", "stretch", "crop"] = "scale"
+    long_side: PositiveInt = 640
+    scale: PositiveFloat = 1.0
+    limit: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ImatchError(f"resize {self.mode!r} is not known: use {', '.join(MODES[:-1])} or {MODES[-1]}")
-        if self.long_side < 1 or not 0 < self.scale < math.inf or self.limit < 0:
-            raise ImatchError(
-                f"long_side {self.long_side} and scale {self.scale} must be numbers larger than 0, limit {self.limit} "
-                "at least 0"
-            )
+        config.check(self, "resize")
 
     def check(self, patch: int) -> None:
         """Raise ImatchError when `long_side` is not a multiple of `patch`.
@@ -137,13 +132,10 @@ class Resize:
         return (left, top, left + side, top + side) if self.mode == "crop" else (0.0, 0.0, float(w), float(h))
 
     def __str__(self) -> str:
-        names = {
-            "scale": f"scale{self.scale:g}".replace(".", "p"),
-            "long_side": f"ls{self.long_side}",
-            "stretch": f"res{self.long_side}",
-            "crop": f"crop{self.long_side}",
-        }
-        return names[self.mode]
+        if self.mode == "scale":
+            return f"scale{self.scale:g}".replace(".", "p")
+        short = {"long_side": "ls", "stretch": "res", "crop": "crop"}[self.mode]
+        return f"{short}{self.long_side}"
 
 
 @dataclass(frozen=True)
@@ -195,33 +187,22 @@ def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
     ...     list_photographs(Path(folder))
     ['a.PNG', 'b.jpg']
     """
-    return sorted(path.relative_to(root).as_posix() for path in _walk(root, (), leave_out))
-
-
-def _walk(folder: Path, above: tuple[str, ...], leave_out: Path | None) -> Iterator[Path]:
-    real = os.path.realpath(folder)
-    if real in above or folder == leave_out:
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ImatchError(
-            f"folder {folder} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
-        ) from error
-    for entry in entries:
-        if entry.name.startswith("."):
+    found = []
+    for name, folders, files in os.walk(root, onerror=_unlisted, followlinks=True):
+        folder = Path(name)
+        if folder == leave_out:
+            folders.clear()
             continue
-        if _is_folder(entry):
-            yield from _walk(folder / entry.name, (*above, real), leave_out)
-        elif Path(entry.name).suffix.lower() in SUFFIXES:
-            yield folder / entry.name
+        above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
+        folders[:] = [one for one in folders if not one.startswith(".") and os.path.realpath(folder / one) not in above]
+        found += [folder / one for one in files if not one.startswith(".") and Path(one).suffix.lower() in SUFFIXES]
+    return sorted(path.relative_to(root).as_posix() for path in found)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that points to itself: listed as a file, its header check says what is wrong
-        return False
+def _unlisted(error: OSError) -> None:
+    raise ImatchError(
+        f"folder {error.filename} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
+    ) from error
 
 
 def check_header(path: Path) -> tuple[int, int]:
@@ -239,8 +220,10 @@ def check_header(path: Path) -> tuple[int, int]:
             return image.size[::-1]
 
 
-def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
-    """Read a photograph from disk: RGB, 8 bits, upright, at the size the backbone wants.
+def decode(
+    photograph: Path | np.ndarray | Image.Image, resize: Resize | None = None, patch: int = 1, by: str = "opencv"
+) -> Decoded:
+    """Read a photograph: RGB, 8 bits, upright, at the size the backbone wants.
 
     JPEGs much larger than that are decoded at a half, a quarter or an eighth (Pillow's draft mode; the exact
     box is kept, so nothing shifts). Where parts of pixels are cut off, Pillow resizes, bicubically; else OpenCV, by
@@ -248,47 +231,26 @@ def decode(path: Path, resize: Resize | None = None, patch: int = 1, by: str = "
     transparent pixels lie on white, as viewers show them; of an animation the first frame is taken.
 
     Args:
-        path: the file.
+        photograph: the file; or one that is in memory already, a Pillow image or (h, w, 3) uint8 RGB, upright.
         resize: None keeps the photograph's own size.
         patch: sides become multiples of it.
         by: who resizes, one of `RESAMPLING`.
 
     Raises:
-        PhotographError: the file cannot be decoded; the message is the reason.
-    """
-    with _reasons():
-        file = io.BytesIO(path.read_bytes())
-        if not file.getvalue():
-            raise PhotographError("empty file")
-        with Image.open(file) as image:
-            return _decoded(image, hashlib.sha256(file.getvalue()).hexdigest(), resize, patch, by, file)
+        PhotographError: it has no pixels, or they cannot be decoded; the message is the reason.
 
-
-def from_memory(
-    photograph: np.ndarray | Image.Image, resize: Resize | None = None, patch: int = 1, by: str = "opencv"
-) -> Decoded:
-    """Take a photograph that is in memory already, in every respect as `decode` takes one from disk.
-
-    Args:
-        photograph: a Pillow image, or (h, w, 3) uint8 RGB, upright.
-        resize, patch, by: as of `decode`.
-
-    Raises:
-        PhotographError: it has no pixels, or Pillow cannot decode them.
-
-    >>> from_memory(np.zeros((20, 30, 3), np.uint8), Resize("scale", scale=0.5)).pixels.shape
+    >>> decode(np.zeros((20, 30, 3), np.uint8), Resize("scale", scale=0.5)).pixels.shape
     (10, 15, 3)
     """
     with _reasons():
+        if isinstance(photograph, Path):
+            file = io.BytesIO(photograph.read_bytes())
+            if not file.getvalue():
+                raise PhotographError("empty file")
+            with Image.open(file) as opened:
+                return _decoded(opened, hashlib.sha256(file.getvalue()).hexdigest(), resize, patch, by, file)
         image = Image.fromarray(photograph) if isinstance(photograph, np.ndarray) else photograph
         return _decoded(image, hashlib.sha256(image.tobytes()).hexdigest(), resize, patch, by)
-
-
-def read(photograph: Path | np.ndarray, resize: Resize | None = None, patch: int = 1, by: str = "opencv") -> Decoded:
-    """Read a photograph from its file, or take it from memory: `decode` or `from_memory`."""
-    if isinstance(photograph, Path):
-        return decode(photograph, resize, patch, by)
-    return from_memory(photograph, resize, patch, by)
 
 
 def _decoded(
@@ -298,9 +260,9 @@ def _decoded(
     exif = _exif(image)
     position = _position(exif)
     turn = _turn(image, exif)
-    size = image.size if _sideways(turn) else image.size[::-1]
+    lying = turn >= 5
+    size = image.size if lying else image.size[::-1]
     target = resize.target(size, patch) if resize else size
-    lying = _sideways(turn)
     # a box in the middle is the same box before and after turning upright, but for its sides
     left, top, right, bottom = resize.box(size) if resize else (0.0, 0.0, *map(float, size[::-1]))
     box = (top, left, bottom, right) if lying else (left, top, right, bottom)
@@ -332,7 +294,7 @@ def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -
     """
     resize = Resize("long_side", long_side=side)
     try:
-        return read(photograph, resize).pixels
+        return decode(photograph, resize).pixels
     except PhotographError:
         return np.full((*resize.target(size, 1), 3), 160, np.uint8)
 
@@ -400,10 +362,6 @@ def _turn(image: Image.Image, exif: Image.Exif) -> int:
     """The EXIF orientation that is left to apply: Pillow turns TIFFs itself, and has their upright size at once."""
     turn = 1 if image.format == "TIFF" else exif.get(ExifTags.Base.Orientation, 1)
     return turn if turn in UPRIGHT else 1
-
-
-def _sideways(turn: int) -> bool:
-    return turn >= 5
 
 
 Box = tuple[float, float, float, float]

@@ -248,7 +248,7 @@ def decoded_for(
 ) -> Decoded | PhotographError:
     """Read a photograph for a backbone, turned by `degrees`, with its look; a broken one is given back as its error."""
     try:
-        decoded = images.read(photograph, resize, backbone.patch, backbone.resampling)
+        decoded = images.decode(photograph, resize, backbone.patch, backbone.resampling)
         decoded = replace(decoded, look=images.look(decoded.pixels))
         return rotations.turned(decoded, degrees, backbone.patch) if degrees else decoded
     except PhotographError as error:

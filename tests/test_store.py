@@ -199,7 +199,7 @@ def test_shard_with_missing_or_surplus_descriptors_is_refused(more, merged):
     path = merged / "local/00001.npy"
     descriptors = np.load(path)
     write_array(path, np.resize(descriptors, (len(descriptors) + more, D)))
-    refused(merged, f"shard 1 holds {len(descriptors) + more} descriptors, not {len(descriptors)}")
+    refused(merged, f"shard 1 holds {len(descriptors) + more} descriptors for {len(descriptors)}")
 
 
 def test_shard_with_missing_positions_is_refused(tmp_path):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +117,7 @@ class Shards:
         rows = sorted((row for rows in self.rows().values() for row in rows), key=lambda row: row["id"])
         images = [row for row in rows if "skipped" not in row]
         places = _places(images)
-        shapes = {shard: shape_of(self._path(shard, ".global.npy")) for shard in places}
+        shapes = {shard: mapped(self._path(shard, ".global.npy")).shape for shard in places}
         if any(shapes[shard][0] != len(own) for shard, own in places.items()):
             raise StepError(f"{self.folder}: the shards' vectors and rows do not fit; delete the folder and run again")
         with atomic(self.folder / "global.npy") as temporary, temporary.open("wb") as file:
@@ -127,7 +125,7 @@ class Shards:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for shard, run in itertools.groupby(images, lambda row: row["shard"]):  # as a rule, all of a shard
                 first, n = taken[shard], len(list(run))
-                part = np.load(self._path(shard, ".global.npy"), mmap_mode="r")[first : first + n]
+                part = mapped(self._path(shard, ".global.npy"))[first : first + n]
                 file.write(np.ascontiguousarray(part).data.cast("B"))
                 taken[shard] += n
         write_rows(self.folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
@@ -196,31 +194,9 @@ def _nowhere(tokens: Tokens) -> bool:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """Open a .npy file as a memory map. Raises StepError where it is not there or broken."""
-    with _readable(path):
-        return np.load(path, mmap_mode="r")
-
-
-def shape_of(path: Path) -> tuple[int, ...]:
-    """The shape of a .npy file, from its header."""
-    return header(path)[0]
-
-
-def header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and type of a .npy file, from its header, if the file is as long as that says."""
-    with _readable(path), path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-        if path.stat().st_size != expected:
-            raise ValueError(f"{path.stat().st_size} bytes, not {expected}")
-        return tuple(shape), dtype
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
+    """Open a .npy file as a memory map. Raises StepError where it is not there, broken or cut short."""
     try:
-        yield
+        return np.load(path, mmap_mode="r")
     except (FileNotFoundError, ValueError, EOFError) as error:
         raise StepError(
             f"{path} cannot be read ({error}): delete its step's folder and run the notebook again"

@@ -17,7 +17,7 @@ from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, Ranking, StepError, Tokens, check_finite, grid_xy, normalise
 from imatch.data.embeddings import Embeddings, apart, vector_digest
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.shards import Shards, header, mapped, shape_of
+from imatch.data.shards import Shards, mapped
 
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
 """What a row says of where its tokens lie."""
@@ -77,13 +77,15 @@ class Stored(Embeddings):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
         placed = {row["shard"] for row in self.rows if apart(row)}
         for shard, end in ends.items():
-            (n, _), dtype = header(self._path(shard))
-            if n != end:
-                raise StepError(f"{self.folder}: shard {shard} holds {n} descriptors, not {end}")
-            if dtype == np.int8 and (n := shape_of(self._path(shard, ".scale.npy"))[0]) != end:
-                raise StepError(f"{self.folder}: shard {shard} holds {n} scales for {end} descriptors")
-            if shard in placed and (n := shape_of(self._path(shard, ".xy.npy"))[0]) != end:
-                raise StepError(f"{self.folder}: shard {shard} holds {n} positions for {end} descriptors")
+            local = mapped(self._path(shard))
+            parts = {"descriptors": local}
+            if local.dtype == np.int8:
+                parts["scales"] = mapped(self._path(shard, ".scale.npy"))
+            if shard in placed:
+                parts["positions"] = mapped(self._path(shard, ".xy.npy"))
+            for what, part in parts.items():
+                if len(part) != end:
+                    raise StepError(f"{self.folder}: shard {shard} holds {len(part)} {what} for {end} descriptors")
 
     @cached_property
     def rows(self) -> list[PhotoRow]:  # type: ignore[override]  # read when it is asked for

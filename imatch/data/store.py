@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import PositiveInt
@@ -266,41 +267,25 @@ class StorageOptions:
     """
 
     variant: str = "raw"
-    keep: str = ""
+    keep: Literal["", "float16", "int8", "aggregated", "global"] = ""
     cfg: str = ""
     shard_size: PositiveInt = 64
 
     def __post_init__(self) -> None:
         config.check(self, "storage")
-        keep_parameter(self.keep, "")
 
 
-def keep_default(weight: str) -> str:
-    """What is kept unless something else is asked for: of SIFT, whose histograms are whole numbers to begin with, a
-    byte a number.
-
-    >>> keep_default("sift"), keep_default("vits16")
-    ('int8', 'float16')
-    """
-    return "int8" if weight == "sift" else "float16"
-
-
-def keep_parameter(keep: str, weight: str) -> dict[str, str]:
+def keep_parameter(keep: str, weight: str) -> Parameters:
     """What `keep` adds to the parameters of a step: nothing for float16, which is all that there was before `keep`.
 
     Args:
         keep: one of `KEEPS`; "" is the default.
-        weight: of the step.
+        weight: of the step. The histograms of SIFT are whole numbers to begin with, so its default is a byte a number.
 
-    Raises:
-        ImatchError: it is not known; the message has the nearest.
-
-    >>> keep_parameter("int8", "vits16"), keep_parameter("", "vits16")
-    ({'keep': 'int8'}, {})
+    >>> keep_parameter("int8", "vits16"), keep_parameter("", "vits16"), keep_parameter("", "sift")
+    ({'keep': 'int8'}, {}, {'keep': 'int8'})
     """
-    if keep and keep not in KEEPS:
-        raise ImatchError(config.unknown("keep", keep, KEEPS))
-    keep = keep or keep_default(weight)
+    keep = keep or ("int8" if weight == "sift" else "float16")
     return {} if keep == "float16" else {"keep": keep}
 
 
@@ -320,7 +305,8 @@ def variant_of(parameters: Parameters) -> str:
     'sub2_int8'
     """
     kept = keep_of(parameters)
-    return "_".join([parameters["variant"], *([] if kept == keep_default(parameters["weight"]) else [kept])])
+    default = keep_of(keep_parameter("", parameters["weight"]))
+    return parameters["variant"] if kept == default else f"{parameters['variant']}_{kept}"
 
 
 def check_keeps(folder: Path, parameters: Parameters, what: str, enough: Sequence[str] = KEEPS_PLACED) -> None:
@@ -346,21 +332,28 @@ def check_keeps(folder: Path, parameters: Parameters, what: str, enough: Sequenc
         )
 
 
-def as_kept(tokens: Tokens, keep: str) -> Tokens:
-    """The tokens of a photograph as they are to be stored.
+def write_kept_shard(folder: Path, shard: int, rows: Sequence[PhotoRow], tokens: Sequence[Tokens], keep: str) -> None:
+    """Write one shard of what is kept.
 
     Args:
-        tokens: as the backbone gave them.
-        keep: one of `KEEPS`.
+        folder: the step's.
+        shard, rows, tokens: as of `Shards.write`.
+        keep: one of `KEEPS`. "aggregated" are at most `AGGREGATED` directions (`aggregate`), positions NaN.
 
-    Returns:
-        "float16": the same. "int8": the same, rounded to float16. "aggregated": at most `AGGREGATED` directions
-        (`store.aggregate`), positions NaN. "global": no descriptors.
-
+    >>> import tempfile
     >>> tokens = Tokens(np.ones(1, "f4"), np.eye(3, dtype="f4"), np.zeros((3, 2), "f4"))
-    >>> [as_kept(tokens, keep).descriptors.shape for keep in KEEPS]
-    [(3, 3), (3, 3), (3, 3), (0, 3)]
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     write_kept_shard(Path(name), 0, [{"id": "a.jpg", "size": (9, 9), "sha256": ""}], [tokens], "int8")
+    ...     sorted(path.name for path in (Path(name) / "local").iterdir())
+    ['00000.global.npy', '00000.jsonl', '00000.npy', '00000.scale.npy', '00000.xy.npy']
     """
+    dtype = np.int8 if keep == "int8" else np.float16
+    Shards(folder).write(shard, rows, [_kept(one, keep) for one in tokens], dtype)
+
+
+def _kept(tokens: Tokens, keep: str) -> Tokens:
+    """The tokens of a photograph as they are to be stored; all but "float16" of what float16 holds, so that it makes
+    no difference whether they are made from the tokens or from a store of them."""
     if keep == "float16":
         return tokens
     rounded = tokens.descriptors.astype(np.float16)
@@ -371,25 +364,6 @@ def as_kept(tokens: Tokens, keep: str) -> Tokens:
     few = aggregate(rounded, AGGREGATED)
     few = few[few.any(axis=1)]
     return Tokens(tokens.vector, few, np.full((len(few), 2), np.nan, np.float32))
-
-
-def write_kept_shard(folder: Path, shard: int, rows: Sequence[PhotoRow], tokens: Sequence[Tokens], keep: str) -> None:
-    """Write one shard of what is kept.
-
-    Args:
-        folder: the step's.
-        shard, rows, tokens: as of `Shards.write`.
-        keep: one of `KEEPS`.
-
-    >>> import tempfile
-    >>> tokens = Tokens(np.ones(1, "f4"), np.eye(3, dtype="f4"), np.zeros((3, 2), "f4"))
-    >>> with tempfile.TemporaryDirectory() as name:
-    ...     write_kept_shard(Path(name), 0, [{"id": "a.jpg", "size": (9, 9), "sha256": ""}], [tokens], "int8")
-    ...     sorted(path.name for path in (Path(name) / "local").iterdir())
-    ['00000.global.npy', '00000.jsonl', '00000.npy', '00000.scale.npy', '00000.xy.npy']
-    """
-    dtype = np.int8 if keep == "int8" else np.float16
-    Shards(folder).write(shard, rows, [as_kept(one, keep) for one in tokens], dtype)
 
 
 def kept_bytes(keep: str, n: int, d: int) -> int:

@@ -7,7 +7,7 @@ import pytest
 from imatch.core.types import ImatchError, Tokens
 from imatch.data import rotations
 from imatch.data.images import Decoded
-from imatch.data.references import Isometric
+from imatch.data.references import isometric
 from imatch.features.sift import DenseSift, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.align import Aligner
@@ -61,7 +61,7 @@ def test_a_photograph_lies_on_itself(backbone):
 @pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
 @pytest.mark.parametrize("angle", [30, 90, 200])
 def test_a_turned_copy_has_its_angle(backbone, angle):
-    view = Isometric()(LEAVES, angle, 1.0)
+    view = isometric(LEAVES, angle, 1.0)
     pixels = np.ascontiguousarray(view.pixels[:208, :208])
     found = aligned(backbone, pixels, LEAVES)
     assert found.geometry.verified, found.geometry.reason
@@ -74,7 +74,7 @@ def test_a_turned_copy_has_its_angle(backbone, angle):
 
 
 def test_every_refinement_is_finer_than_the_one_before():
-    view = Isometric()(LEAVES, 0, 0.97)
+    view = isometric(LEAVES, 0, 0.97)
     pixels = np.ascontiguousarray(view.pixels[5:197, 3:195])
     truth = np.linalg.inv(view.matrix) @ np.array([[1.0, 0, 3], [0, 1, 5], [0, 0, 1]])
     away = []

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from imatch.core.types import ImatchError, Pair, StepError, Tokens, normalise
-from imatch.data import references
 from imatch.features import base
 from imatch.features.xfeat import XFeat
 from imatch.matching import matchers
@@ -22,7 +21,6 @@ from tools.vocabulary import dead_leaves
 
 TABLES = [
     (base.NAMED, base.create_backbone),
-    (references.REFERENCES, references.create),
     (kinds.INDEXES, kinds.create_kind),
     (matchers.MATCHERS, matchers.create_matcher),
     (match.OUTPUTS, match.create_output),
@@ -41,7 +39,6 @@ def test_unknown_name_gets_the_nearest(table, create):
     ("create", "table"),
     [
         (base.create_backbone, base.NAMED),
-        (references.create, references.REFERENCES),
         (matchers.create_matcher, matchers.MATCHERS),
     ],
 )

@@ -82,7 +82,7 @@ def corner_errors(path, backbone, resize, crops):
     errors = {}
     for crop in crops:
         for angle in ANGLES:
-            view = references.create("isometric")(photograph, angle, crop)
+            view = references.isometric(photograph, angle, crop)
             found = tokens(view.pixels)
             matches = matchers.create_matcher("mutual")(found, source)
             size = view.mask.shape

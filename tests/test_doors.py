@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(few_photographs, tmp_path, monkeypatch):
         imatch.search(sift, imatch.embed([b, a]), index=imatch.index(sift))
     with pytest.raises(ImatchError, match="k is 0: ask for at least 1 neighbour"):
         imatch.search(sift, sift, 0)
-    with pytest.raises(ImatchError, match=r"crops \[2\] must lie above 0 and up to 1"):
+    with pytest.raises(ImatchError, match=r"crops\[0\] must be less than or equal to 1, got 2"):
         imatch.references(sift, crops=[2])
     with pytest.raises(ImatchError, match="batch_size is 0: give at least 1"):
         imatch.embed([a], batch_size=0)

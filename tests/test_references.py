@@ -8,6 +8,7 @@ of the photograph, where no blob has room.
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ TOLERANCE = 0.05
 @pytest.fixture(params=itertools.product(references.REFERENCES, (False, True)), ids="{0[0]}-resized={0[1]}".format)
 def reference(request):
     kind, resized = request.param
-    return references.create(kind, {"resize_to_original": resized})
+    return partial(references.REFERENCES[kind], resize_to_original=resized)
 
 
 def waves(x, y):
@@ -140,7 +141,7 @@ def scale(view):
 @pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_isometric_keeps_its_scale_and_has_no_empty_pixel(size, crop, resized):
-    make = references.create("isometric", {"resize_to_original": resized})
+    make = partial(references.isometric, resize_to_original=resized)
     views = [make(np.full((*size, 3), 200, np.uint8), angle, crop) for angle in ANGLES]
     short = min(size)
     side = math.floor(crop * short / math.sqrt(2))
@@ -154,10 +155,10 @@ def test_isometric_keeps_its_scale_and_has_no_empty_pixel(size, crop, resized):
 @pytest.mark.parametrize(("angle", "zoom"), [(0, 1.0), (30, 0.83), (90, 1.5), (180, 1.0)])
 def test_legacy_scale_changes_with_the_angle(angle, zoom):
     photograph = np.zeros((200, 300, 3), np.uint8)
-    view = references.create("legacy")(photograph, angle, 0.5)
+    view = references.legacy(photograph, angle, 0.5)
     assert view.mask.shape == (100, 150)
     assert scale(view) == pytest.approx(zoom, abs=0.01)
-    enlarged = references.create("legacy", {"resize_to_original": True})(photograph, angle, 0.5)
+    enlarged = references.legacy(photograph, angle, 0.5, resize_to_original=True)
     assert enlarged.mask.shape == (200, 300)
     assert scale(enlarged) == pytest.approx(2 * scale(view))
 
@@ -166,17 +167,17 @@ def test_legacy_scale_changes_with_the_angle(angle, zoom):
 @pytest.mark.parametrize("crop", CROPS)
 def test_isometric_at_right_angles_copies_pixels(size, crop):
     photograph = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    upright = references.create("isometric")(photograph, 0, crop)
+    upright = references.isometric(photograph, 0, crop)
     side, (x, y) = len(upright.mask), -upright.matrix[:2, 2].round().astype(int)
     assert np.array_equal(upright.pixels, photograph[y : y + side, x : x + side])
     for quarter in (1, 2, 3):
-        turned = references.create("isometric")(photograph, 90 * quarter, crop)
+        turned = references.isometric(photograph, 90 * quarter, crop)
         assert np.array_equal(turned.pixels, np.rot90(upright.pixels, quarter))
 
 
 def test_legacy_at_0_degrees_is_the_photograph_with_its_corners():
     photograph = paint(waves, SIZES[1])
-    view = references.create("legacy")(photograph, 0, 1.0)
+    view = references.legacy(photograph, 0, 1.0)
     assert view.pixels.tobytes() == photograph.tobytes()
     assert np.allclose(view.matrix, np.eye(3), rtol=0, atol=1e-12)
 
@@ -184,8 +185,7 @@ def test_legacy_at_0_degrees_is_the_photograph_with_its_corners():
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_legacy_resized_has_the_photographs_own_size(size):
     """Where sides are odd, the two ratios differ a little: the matrix has both."""
-    make = references.create("legacy", {"resize_to_original": True})
-    view = make(np.zeros((*size, 3), np.uint8), 0, 0.5)
+    view = references.legacy(np.zeros((*size, 3), np.uint8), 0, 0.5, resize_to_original=True)
     assert view.pixels.shape == (*size, 3)
     ratios = [side / round(side / 2) for side in size[::-1]]
     assert np.diag(view.matrix) == pytest.approx([*ratios, 1])
@@ -202,7 +202,7 @@ def test_mask_and_pixels_agree(reference):
 
 
 def test_mask_of_an_enlarged_view_agrees_with_its_pixels():
-    view = references.create("legacy", {"resize_to_original": True})(np.full((90, 140, 3), 255, np.uint8), 45, 0.75)
+    view = references.legacy(np.full((90, 140, 3), 255, np.uint8), 45, 0.75, resize_to_original=True)
     assert 0.5 < view.mask.mean() < 0.99
     assert ((view.pixels[..., 0] > 127) == view.mask).mean() > 0.985
 
@@ -266,7 +266,7 @@ def made(embedded, tag, kind="legacy", resize_to_original=False, file_type="jpg"
 def test_png_is_lossless_and_rows_are_those_of_the_final_view(embedded, reference_kind, resized):
     views, rows = made(embedded, f"png{resized:d}", reference_kind, resized, "png")
     assert len(rows) == 4 * 3 * 2
-    make = references.create(reference_kind, {"resize_to_original": resized})
+    make = partial(references.REFERENCES[reference_kind], resize_to_original=resized)
     for row in rows:
         view = make(images.decode(views.linked("photographs") / row["source"]).pixels, row["angle"], row["crop"])
         with Image.open(views.folder / row["id"]) as image:
@@ -294,6 +294,8 @@ def test_what_a_file_is_made_of_belongs_to_the_step(embedded):
         StepError, match=r"(?s)file_type: \"jpg\" -> \"png\".*resize_to_original: false -> true.*set another tag"
     ):
         made(embedded, "one", resize_to_original=True, file_type="png")
+    with pytest.raises(ImatchError, match="unknown kind of reference 'isometry': did you mean 'isometric'"):
+        made(embedded, "other", kind="isometry")
     with pytest.raises(ImatchError, match="file_type 'gif' is not known: use jpg, or png"):
         made(embedded, "other", file_type="gif")
     with pytest.raises(ImatchError, match=r"resize_to_original must be a valid boolean, got 'yes'"):

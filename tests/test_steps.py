@@ -485,9 +485,9 @@ def test_match_refuses_wrong_requests_before_anything_runs(house, given, message
     ("given", "message"),
     [
         ({"kind": "legcy"}, "did you mean 'legacy'"),
-        ({"crops": (1.5,)}, "above 0 and up to 1"),
-        ({"angles": ()}, "at least one"),
-        ({"angles": ("a",)}, "must be numbers"),
+        ({"crops": (1.5,)}, "less than or equal to 1"),
+        ({"angles": ()}, "at least 1 item"),
+        ({"angles": ("a",)}, "must be a valid number"),
         ({"angles": (1.5, 1.50000001)}, "names are equal"),
     ],
     ids=str,

@@ -101,8 +101,7 @@ def references(
     >>> found.ids, found.views[found.ids[1]]["angle"]
     (['00000_rot000_crop50', '00000_rot090_crop50'], 90)
     """
-    make = kinds.create(kind)
-    kinds.check(angles, crops)
+    kinds.check(kind, angles, crops)
     if photographs.views:
         raise ImatchError("these are references already: give the photographs that they were made from")
     backbone = backbone_of(photographs.parameters, device)
@@ -114,7 +113,7 @@ def references(
         pixels = _unchanged(photographs, row)
         for crop in crops:
             for angle in angles:
-                id, view = kinds.name(about["id"], angle, crop), make(pixels, angle, crop)
+                id, view = kinds.name(about["id"], angle, crop), kinds.REFERENCES[kind](pixels, angle, crop)
                 made[id], views[id] = view.pixels, kinds.record(view, id, about, kind, angle, crop)
                 held += view.pixels.nbytes
         check_memory(held, row + 1, len(photographs), REFERENCES)

@@ -1,4 +1,4 @@
-"""Photograph -> View: rotated and cropped references with their exact matrix. A kind is one class and one line in
+"""Photograph -> View: rotated and cropped references with their exact matrix. A kind is one function and one line in
 the table.
 
 Every kind maps in "edge" coordinates, where a pixel covers [i, i + 1], as Pillow does inside; the matrices that
@@ -9,46 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageOps
+from pydantic import Field
 
 from imatch.core import config
-from imatch.core.rows import Options, PhotoRow, ReferenceRow
+from imatch.core.rows import PhotoRow, ReferenceRow
 from imatch.core.types import ImatchError, View
-
-REFERENCES = {
-    "legacy": "imatch.data.references:Legacy",
-    "isometric": "imatch.data.references:Isometric",
-}
-
-
-class Reference(Protocol):
-    """What imatch asks of a kind of reference; its options are the fields of its frozen dataclass."""
-
-    def __call__(self, photograph: np.ndarray, angle: float, crop: float) -> View:
-        """The view of a photograph turned by `angle` degrees counter-clockwise and cropped around its centre.
-
-        Args:
-            photograph: (h, w, 3) uint8 RGB.
-            angle: degrees counter-clockwise, any number.
-            crop: ratio in (0, 1].
-        """
-
-
-def create(kind: str, options: Options | None = None) -> Reference:
-    """Make a kind of reference.
-
-    Raises:
-        ImatchError: unknown kind or option, with the nearest known one.
-
-    >>> create("legacy", {"resize_to_original": True})
-    Legacy(resize_to_original=True)
-    """
-    reference: Reference = config.create(REFERENCES, "kind of reference", kind, options)
-    return reference
 
 
 def name(stem: str, angle: float, crop: float) -> str:
@@ -67,26 +36,30 @@ def _number(value: float, digits: int) -> str:
     return sign + text
 
 
-def check(angles: Sequence[float], crops: Sequence[float]) -> None:
-    """Refuse angles and crops of which no references can be made.
+class _Asked(config.Said):
+    angles: Annotated[list[float], Field(min_length=1)]
+    crops: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    resize_to_original: bool
+
+
+def check(kind: str, angles: Sequence[float], crops: Sequence[float], resize_to_original: bool = False) -> None:
+    """Refuse what no references can be made of.
 
     Raises:
-        ImatchError: none, one that is no number or out of its range, or two whose names would be equal.
+        ImatchError: an unknown kind, with the nearest; no angles or crops, one that is no number or out of its range,
+            or two whose names would be equal.
 
-    >>> check([0], [1.5])
+    >>> check("isometric", [0], [1.5])
     Traceback (most recent call last):
-    imatch.core.types.ImatchError: crops [1.5] must lie above 0 and up to 1
+    imatch.core.types.ImatchError: references: crops[0] must be less than or equal to 1, got 1.5
     """
-    if not len(angles) or not len(crops):
-        raise ImatchError("angles and crops must name at least one value each")
-    for value in (*angles, *crops):
-        if not config.fits(value, float) or not math.isfinite(value):
-            raise ImatchError(f"angles {list(angles)} and crops {list(crops)} must be numbers, {value!r} is none")
+    if kind not in REFERENCES:
+        raise ImatchError(config.unknown("kind of reference", kind, REFERENCES))
+    asked = {"angles": list(angles), "crops": list(crops), "resize_to_original": resize_to_original}
+    config.checked(_Asked, asked, "references: ")
     views = [name("", angle, crop) for angle in {*angles} for crop in {*crops}]
     if len(views) != len({*views}):
         raise ImatchError(f"angles {list(angles)} or crops {list(crops)} lie so close that their names are equal")
-    if not all(0 < crop <= 1 for crop in crops):
-        raise ImatchError(f"crops {list(crops)} must lie above 0 and up to 1")
 
 
 def record(view: View, id: str, source: PhotoRow, kind: str, angle: float, crop: float) -> ReferenceRow:
@@ -174,69 +147,67 @@ def seen(matrix: np.ndarray, source: tuple[int, int], size: tuple[int, int]) -> 
     return inside
 
 
-@dataclass(frozen=True)
-class Legacy:
+def legacy(photograph: np.ndarray, angle: float, crop: float, resize_to_original: bool = False) -> View:
     """Rotate (bicubic, canvas expanded), fit to the photograph's own size, cut the centre by the ratio.
 
     Its scale changes with the angle (on a 3:2 photograph 1.0 at 0, 0.83 at 30 and 1.5 at 90 degrees) and it can
     leave black corners, so it measures rotation and zoom together; `isometric` measures rotation alone.
 
-    Attributes:
+    Args:
+        photograph: (h, w, 3) uint8 RGB.
+        angle: degrees counter-clockwise, any number.
+        crop: ratio in (0, 1].
         resize_to_original: enlarge the view, bicubic, to the photograph's own (h, w).
 
-    >>> view = Legacy()(np.zeros((40, 60, 3), np.uint8), angle=90, crop=0.5)
+    Returns:
+        The view, of (round(h * crop), round(w * crop)) pixels, or all (h, w).
+
+    >>> view = legacy(np.zeros((40, 60, 3), np.uint8), angle=90, crop=0.5)
     >>> view.pixels.shape, round(float(np.hypot(*view.matrix[:2, 0])), 3)
     ((20, 30, 3), 1.5)
     """
-
-    resize_to_original: bool = False
-
-    def __call__(self, photograph: np.ndarray, angle: float, crop: float) -> View:
-        """See `Reference`. The view has (round(h * crop), round(w * crop)) pixels, or all (h, w)."""
-        h, w = photograph.shape[:2]
-        rotated = Image.fromarray(photograph).rotate(angle, Image.Resampling.BICUBIC, expand=True)
-        fitted = ImageOps.fit(rotated, (w, h), Image.Resampling.BICUBIC)
-        factor = max(w / rotated.width, h / rotated.height)
-        size = (max(1, round(h * crop)), max(1, round(w * crop)))
-        left, top = (w - size[1]) // 2, (h - size[0]) // 2
-        pixels = np.asarray(fitted)[top : top + size[0], left : left + size[1]]
-        matrix = centres(
-            shift(-left, -top)
-            @ shift(w / 2, h / 2)
-            @ np.diag([factor, factor, 1])
-            @ turn(math.fmod(angle, 360))
-            @ shift(-w / 2, -h / 2)
-        )
-        view = View(pixels, seen(matrix, (h, w), size), matrix)
-        return enlarged(view, (h, w), (h, w)) if self.resize_to_original else view
+    h, w = photograph.shape[:2]
+    rotated = Image.fromarray(photograph).rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    fitted = ImageOps.fit(rotated, (w, h), Image.Resampling.BICUBIC)
+    factor = max(w / rotated.width, h / rotated.height)
+    size = (max(1, round(h * crop)), max(1, round(w * crop)))
+    left, top = (w - size[1]) // 2, (h - size[0]) // 2
+    pixels = np.asarray(fitted)[top : top + size[0], left : left + size[1]]
+    matrix = centres(
+        shift(-left, -top)
+        @ shift(w / 2, h / 2)
+        @ np.diag([factor, factor, 1])
+        @ turn(math.fmod(angle, 360))
+        @ shift(-w / 2, -h / 2)
+    )
+    view = View(pixels, seen(matrix, (h, w), size), matrix)
+    return enlarged(view, (h, w), (h, w)) if resize_to_original else view
 
 
-@dataclass(frozen=True)
-class Isometric:
-    """A centred square of side crop * min(h, w) / sqrt(2), cut from the rotated photograph in one bicubic step.
+def isometric(photograph: np.ndarray, angle: float, crop: float, resize_to_original: bool = False) -> View:
+    """Cut a centred square of side crop * min(h, w) / sqrt(2) from the rotated photograph in one bicubic step.
 
     The square lies inside the photograph at every angle, so no corner is empty. Its centre sits where multiples
     of 90 degrees fall on whole pixels, so those are exact copies.
 
-    Attributes:
+    Args:
+        photograph, angle, crop: as of `legacy`.
         resize_to_original: enlarge the view, bicubic, to a square of min(h, w) pixels: one scale at every angle still.
 
-    >>> view = Isometric()(np.zeros((100, 150, 3), np.uint8), angle=30, crop=1.0)
+    >>> view = isometric(np.zeros((100, 150, 3), np.uint8), angle=30, crop=1.0)
     >>> view.pixels.shape, bool(view.mask.all()), round(float(np.linalg.det(view.matrix[:2, :2])), 6)
     ((70, 70, 3), True, 1.0)
     """
+    h, w = photograph.shape[:2]
+    side = max(1, math.floor(crop * min(h, w) / math.sqrt(2)))
+    x, y = (w - side) // 2 + side / 2, (h - side) // 2 + side / 2
+    matrix = shift(side / 2, side / 2) @ turn(math.fmod(angle, 360)) @ shift(-x, -y)
+    back = np.linalg.inv(matrix)[:2].ravel().tolist()
+    image = Image.fromarray(photograph)
+    pixels = np.asarray(image.transform((side, side), Image.Transform.AFFINE, back, Image.Resampling.BICUBIC))
+    matrix = centres(matrix)
+    view = View(pixels, seen(matrix, (h, w), (side, side)), matrix)
+    return enlarged(view, (h, w), (min(h, w), min(h, w))) if resize_to_original else view
 
-    resize_to_original: bool = False
 
-    def __call__(self, photograph: np.ndarray, angle: float, crop: float) -> View:
-        """See `Reference`. The view is a square."""
-        h, w = photograph.shape[:2]
-        side = max(1, math.floor(crop * min(h, w) / math.sqrt(2)))
-        x, y = (w - side) // 2 + side / 2, (h - side) // 2 + side / 2
-        matrix = shift(side / 2, side / 2) @ turn(math.fmod(angle, 360)) @ shift(-x, -y)
-        back = np.linalg.inv(matrix)[:2].ravel().tolist()
-        image = Image.fromarray(photograph)
-        pixels = np.asarray(image.transform((side, side), Image.Transform.AFFINE, back, Image.Resampling.BICUBIC))
-        matrix = centres(matrix)
-        view = View(pixels, seen(matrix, (h, w), (side, side)), matrix)
-        return enlarged(view, (h, w), (min(h, w), min(h, w))) if self.resize_to_original else view
+REFERENCES = {"legacy": legacy, "isometric": isometric}

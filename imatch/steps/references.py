@@ -55,8 +55,7 @@ def start_references(
     source = open_step(step_folder(embed_step))
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
-    references.create(kind, {"resize_to_original": resize_to_original})
-    references.check(angles, crops)
+    references.check(kind, angles, crops, resize_to_original)
     if file_type not in FILE_TYPES:
         raise ImatchError(f"file_type {file_type!r} is not known: use jpg, or png, which is lossless")
     if not 1 <= quality <= 100:
@@ -137,12 +136,12 @@ def _make_views(job: tuple[PhotoRow, str, int], step: Step, root: Path) -> dict[
     if photograph.sha256 != row["sha256"]:
         return {"problem": f"{row['id']} has changed since it was embedded"}
     given = step.parameters
-    make = references.create(given["kind"], {"resize_to_original": given["resize_to_original"]})
+    make = references.REFERENCES[given["kind"]]
     lossy = {"quality": given["quality"], "subsampling": 0} if given["file_type"] == "jpg" else {}
     rows = []
     for crop in given["crops"]:
         for angle in given["angles"]:
-            view = make(photograph.pixels, angle, crop)
+            view = make(photograph.pixels, angle, crop, given["resize_to_original"])
             id = f"{references.name(name, angle, crop)}.{given['file_type']}"
             data = BytesIO()
             Image.fromarray(view.pixels).save(data, FILE_TYPES[given["file_type"]], **lossy)

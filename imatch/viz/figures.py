@@ -117,11 +117,13 @@ def reference_kinds(photographs: Path, rows: Sequence[ReferenceRow], resize_to_o
     source, crop, made_at = rows[0], max(row["crop"] for row in rows), sorted({row["angle"] for row in rows})
     shown = sorted({min(made_at, key=lambda a: abs((a - angle + 180) % 360 - 180)) for angle in (0, 30, 45, 90, 150)})
     photograph = images.thumbnail(photographs / source["source"], source["source_size"], 320)
-    options = {"resize_to_original": resize_to_original}
-    makers = {kind: references.create(kind, options) for kind in references.REFERENCES}
-    made = [(kind, angle, make(photograph, angle, crop)) for kind, make in makers.items() for angle in shown]
+    made = [
+        (kind, angle, make(photograph, angle, crop, resize_to_original))
+        for kind, make in references.REFERENCES.items()
+        for angle in shown
+    ]
     h, w = np.max([view.mask.shape for *_, view in made], axis=0) / 2
-    figure, axes = _sheet(len(makers), len(shown))
+    figure, axes = _sheet(len(references.REFERENCES), len(shown))
     for (kind, angle, view), axis in zip(made, axes.flat, strict=True):
         y, x = np.array(view.mask.shape) / 2
         axis.imshow(np.where(view.mask[..., None], view.pixels, np.uint8(EMPTY)), extent=(-x, x, y, -y))

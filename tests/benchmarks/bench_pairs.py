@@ -118,7 +118,7 @@ def photograph(number: int, folder: Path, weight: str, every: int) -> list[tuple
     for i, (crop, angle) in enumerate((crop, angle) for crop in CROPS for angle in ANGLES):
         if (i + number * len(CROPS) * len(ANGLES)) % every:
             continue
-        view = references.create("isometric")(gallery[0][0], angle, crop)
+        view = references.isometric(gallery[0][0], angle, crop)
         path, size = folder / f"{weight}_{number}_{i}.png", view.pixels.shape[:2]
         Image.fromarray(view.pixels).save(path)
         posed = [(pose, shown(sees, path, pose)) for pose in rotations.poses(turns)]

@@ -179,7 +179,7 @@ def made(folder: Path, photographs: Sequence[Path], angles: Sequence[float], n: 
     jobs = []
     for number in np.random.default_rng(0).choice(len(every), n, replace=False):
         path, kind, angle, crop = every[number]
-        view = references.create(kind)(images.decode(path).pixels, angle, crop)
+        view = references.REFERENCES[kind](images.decode(path).pixels, angle, crop)
         there = folder / f"{path.stem}_{kind}_{angle}_{crop}.png"
         Image.fromarray(view.pixels).save(there)
         jobs.append(Job(there, path, "right", f"references, {folder.name}", matrix=np.linalg.inv(view.matrix)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +39,7 @@ def focal_length(path: Path) -> float | None:
     >>> focal_length(Path("gone.jpg")) is None
     True
     """
-    size, _, exif = _header(path)
-    tags = {name: _number(exif.get(ExifTags.Base[name])) for name in _READ}
+    size, tags = _header(path)
     if tags["FocalLengthIn35mmFilm"]:
         return tags["FocalLengthIn35mmFilm"] / DIAGONAL_35MM * math.hypot(*size)
     unit = MILLIMETRES.get(int(tags["FocalPlaneResolutionUnit"] or 2))
@@ -54,12 +55,12 @@ def orientation(path: Path) -> int:
     >>> orientation(Path("gone.jpg"))
     1
     """
-    turn = _header(path, behind=True)[1]
+    turn = int(_header(path, behind=True)[1]["Orientation"])
     return turn if turn in UPRIGHT else 1
 
 
-Header = tuple[tuple[int, int], int, dict[int, object]]
-"""(w, h), the orientation, and the tags of the camera."""
+Header = tuple[tuple[int, int], defaultdict[str, float]]
+"""(w, h), and the numbers above 0 of the EXIF by name, 0 for what is not there."""
 
 
 def _header(path: Path, behind: bool = False) -> Header:
@@ -68,16 +69,18 @@ def _header(path: Path, behind: bool = False) -> Header:
     try:
         return _read(path, behind, path.stat().st_mtime_ns)
     except Exception:  # decoders raise what they like on broken bytes
-        return (0, 0), 1, {}
+        return (0, 0), defaultdict(float)
 
 
 @lru_cache(maxsize=4096)
 def _read(path: Path, behind: bool, _changed: int) -> Header:
     with Image.open(path) as photograph:
-        if not behind and photograph.format == "PNG" and "exif" not in photograph.info:
-            return photograph.size, 1, {}
-        exif = photograph.getexif()
-        return photograph.size, exif.get(ExifTags.Base.Orientation, 1), dict(exif.get_ifd(ExifTags.IFD.Exif))
+        late = photograph.format == "PNG" and "exif" not in photograph.info and not behind
+        exif = Image.Exif() if late else photograph.getexif()
+        said = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+        numbers = {tag: float(value) for tag, value in said.items() if isinstance(value, Real)}
+        tags = {ExifTags.TAGS.get(tag, ""): x for tag, x in numbers.items() if 0 < x < math.inf}
+        return photograph.size, defaultdict(float, tags)
 
 
 def stored(xy: np.ndarray, size: tuple[int, int], turn: int) -> np.ndarray:
@@ -97,22 +100,3 @@ def stored(xy: np.ndarray, size: tuple[int, int], turn: int) -> np.ndarray:
     last = np.array(size[::-1], xy.dtype) - 1
     turned = np.where(MIRRORED.get(turn, (False, False)), last - xy, xy)
     return turned[:, ::-1] if turn >= 5 else turned
-
-
-_READ = (
-    "FocalLengthIn35mmFilm",
-    "FocalLength",
-    "FocalPlaneXResolution",
-    "FocalPlaneResolutionUnit",
-    "ExifImageWidth",
-    "ExifImageHeight",
-)
-
-
-def _number(value: object) -> float:
-    """0 for what is not there, or not a number that counts."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ZeroDivisionError):
-        return 0.0
-    return number if math.isfinite(number) and number > 0 else 0.0

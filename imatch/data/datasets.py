@@ -38,7 +38,7 @@ class Capture:
         label: what it shows, or from how high; None if it was not given.
         folder: POSIX path relative to the data set's root, in NFC.
         filename_template: how its files are called.
-        pattern: the same for matching names in NFC: a group for every frame, the suffix in either case.
+        pattern: of their ids in NFC: a group for every frame, the suffix in either case.
     """
 
     label: str | None
@@ -85,13 +85,16 @@ class Dataset:
         {'a/x_07.jpg': {'capture': None, 'label': None, 'frame': 7}}
         """
         ids = sorted(ids)
-        folders, found = self._sorted_into_folders(ids)
+        found = self._known(ids)
         if ids and not found:
             wanted = [f"{c.folder}/{c.filename_template}" for c in self.captures.values()] or [self.glob]
             raise ImatchError(
                 f"data set {self.key}: none of the {len(ids)} photographs below {self.root} (such as {ids[0]!r}) "
                 f"is called as the registry says: {names(wanted)}"
             )
+        folders: dict[str, list[str]] = defaultdict(list)
+        for id, about in found.items():
+            folders[about["capture"] or PurePosixPath(nfc(id)).parent.as_posix()].append(id)
         chosen: set[str] = set()
         asked: set[str] = set()
         for folder, frames in groups(image_groups) if image_groups else [(None, None)]:
@@ -137,45 +140,38 @@ class Dataset:
             raise ImatchError(config.unknown(f"folder of data set {self.key}", folder, known))
         return labelled
 
-    def _sorted_into_folders(self, ids: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, About]]:
-        """Capture (of a plain folder: parent folder) -> ids, and id -> what is known of it."""
-        folders: dict[str, list[str]] = defaultdict(list)
+    def _known(self, ids: Sequence[str]) -> dict[str, About]:
+        """What is known of the photographs that belong to the data set, by id."""
         found: dict[str, About] = {}
-        taken: dict[tuple[str, int], str] = {}
-        by_folder: dict[str, list[str]] = defaultdict(list)
-        for name, capture in self.captures.items():
-            by_folder[capture.folder].append(name)
-        for id in ids:
-            if not self.captures:
+        if not self.captures:
+            for id in ids:
                 if not self.glob or _matches(nfc(id).split("/"), self.glob.split("/")):
-                    folders[PurePosixPath(nfc(id)).parent.as_posix()].append(id)
                     digits = re.findall("[0-9]+", PurePosixPath(id).stem)
                     found[id] = {"capture": None, "label": None, "frame": int(digits[-1]) if digits else None}
-                continue
-            for name, frame in self._captures_of(id, by_folder):
-                if id in found:
-                    both = f"{found[id]['capture']} and {name}"
-                    raise ImatchError(
-                        f"data set {self.key}: {id} belongs to captures {both}: let their folders or files differ"
-                    )
-                if frame is not None and taken.setdefault((name, frame), id) != id:
-                    raise ImatchError(
-                        f"data set {self.key}: {taken[name, frame]} and {id} are both frame {frame} of {name}: keep one"
-                    )
-                folders[name].append(id)
-                found[id] = {"capture": name, "label": self.captures[name].label, "frame": frame}
-        return folders, found
+            return found
+        taken: dict[tuple[str, int], str] = {}
 
-    def _captures_of(self, id: str, by_folder: Mapping[str, Sequence[str]]) -> list[tuple[str, int | None]]:
-        """The captures, of all that lie in a folder above it, that a photograph is called by, and its frame."""
-        parts = nfc(id).split("/")
-        belongs = []
-        for depth in range(len(parts)):
-            for name in by_folder.get("/".join(parts[:depth]) or ".", []):
-                match = self.captures[name].pattern.fullmatch("/".join(parts[depth:]))
-                if match and len(frames := {int(frame) for frame in match.groups()}) <= 1:
-                    belongs.append((name, frames.pop() if frames else None))
-        return belongs
+        @functools.cache
+        def near(folder: PurePosixPath) -> list[str]:
+            return [name for name, one in self.captures.items() if folder.is_relative_to(one.folder)]
+
+        for id, name in [(one, name) for one in ids for name in near(PurePosixPath(nfc(one)).parent)]:
+            capture = self.captures[name]
+            match = capture.pattern.fullmatch(nfc(id))
+            if not match or len(frames := {int(frame) for frame in match.groups()}) > 1:
+                continue
+            if id in found:
+                both = f"{found[id]['capture']} and {name}"
+                raise ImatchError(
+                    f"data set {self.key}: {id} belongs to captures {both}: let their folders or files differ"
+                )
+            frame = frames.pop() if frames else None
+            if frame is not None and taken.setdefault((name, frame), id) != id:
+                raise ImatchError(
+                    f"data set {self.key}: {taken[name, frame]} and {id} are both frame {frame} of {name}: keep one"
+                )
+            found[id] = {"capture": name, "label": capture.label, "frame": frame}
+        return found
 
     def _frames(
         self,
@@ -364,7 +360,9 @@ def _capture(key: str, id: str, said: _Capture, of: _Dataset, where: str) -> Cap
     below(_fill(filename, values, f"{where}: filename_template", frame="0"), f"{where}: file", "the data set's root")
     pattern = _fill(filename, values, f"{where}: filename_template", frame="([0-9]+)", quote=re.escape)
     pattern = re.sub(r"(\\\.\w+)$", r"(?i:\1)", pattern)
-    return Capture(said.label, PurePosixPath(nfc(folder)).as_posix(), filename, re.compile(pattern))
+    folder = PurePosixPath(nfc(folder)).as_posix()
+    above = "" if folder == "." else f"{re.escape(folder)}/"
+    return Capture(said.label, folder, filename, re.compile(above + pattern))
 
 
 def _fill(

@@ -57,9 +57,7 @@ class Weight:
         if not self.filename.strip(". ") or any(c in self.filename for c in "/\\:\0"):
             raise ImatchError(f"{where} file {self.filename!r} would leave WEIGHTS_ROOT: give the bare name of a file")
         if self.family not in FAMILIES:
-            near = self.family.strip().upper()
-            hint = f"did you mean {near!r}? " if near in FAMILIES else ""
-            raise ImatchError(f"{where} unknown family {self.family!r}: {hint}Known: {', '.join(FAMILIES)}")
+            raise ImatchError(f"{where} {config.unknown('family', self.family, FAMILIES)}")
         for family, sign in FAMILIES.items():
             if sign in self.filename.lower() and family != self.family:
                 raise ImatchError(

@@ -395,7 +395,7 @@ def test_a_name_is_a_key_else_a_folder(tmp_path, bare):
     [
         ("", "no dataset given"),
         ("key.json", "is a file"),
-        ("dmeo", "does not exist, nor does it below .*data or .*references.*did you mean 'demo'"),
+        ("dmeo", "work/dmeo or .*data/dmeo or .*references/dmeo does not exist: .*did you mean 'demo'"),
         ("../dmeo", "does not exist: give an existing folder"),
     ],
 )

@@ -193,9 +193,8 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
             return Dataset(place.name, place)
     if folder.is_file():
         raise ImatchError(f"dataset {folder} is a file: give the folder that holds the photographs")
-    nor = f", nor does it below {' or '.join(str(place.parent) for place in places[1:])}" if places[1:] else ""
     keys = f"in {data_key}: {config.unknown('data set', name, registered)}" if registered else f"no keys in {data_key}"
     raise ImatchError(
-        f"dataset folder {folder} does not exist{nor}: give an existing folder of photographs or "
-        f"a key ({keys}); `make demo` writes the demo's photographs to data/demo"
+        f"dataset folder {' or '.join(map(str, places))} does not exist: give an existing folder of photographs or a "
+        f"key ({keys}); `make demo` writes the demo's photographs to data/demo"
     )

@@ -90,8 +90,7 @@ class Stored(Embeddings):
 
     @cached_property
     def rows(self) -> list[PhotoRow]:  # type: ignore[override]  # read when it is asked for
-        """As of `Embeddings`, and xy (whether positions have a file of their own), shard and first, where its tokens
-        lie."""
+        """See `Embeddings`; also xy (whether positions have a file of their own), and shard and first of the tokens."""
         return read_rows(self.folder / "images.jsonl")
 
     @cached_property
@@ -140,8 +139,7 @@ class Stored(Embeddings):
 
     @cached_property
     def skipped(self) -> list[PhotoRow]:
-        """A row a photograph that is not among them: id, sha256, and why, as skipped; where it could be decoded, all
-        that `rows` say of the photograph, too."""
+        """See `Embeddings`."""
         return read_rows(self.folder / "skipped.jsonl")
 
     @cached_property
@@ -164,8 +162,7 @@ class Stored(Embeddings):
         return self._maps[path]
 
     def tokens(self, row: int) -> Tokens:
-        """The tokens of one photograph: descriptors (n, d) as stored, or float32 of what int8 and scale say; xy (n, 2)
-        in pixels of the original, NaN where they have no positions."""
+        """See `Embeddings.tokens`; descriptors as stored, or float32 of what int8 and scale say."""
         meta = self.rows[row]
         part = slice(meta["first"], meta["first"] + meta["n"])
         grid = meta["grid"] and (meta["grid"][0], meta["grid"][1])
@@ -352,11 +349,9 @@ def write_kept_shard(folder: Path, shard: int, rows: Sequence[PhotoRow], tokens:
 
 
 def _kept(tokens: Tokens, keep: str) -> Tokens:
-    """The tokens of a photograph as they are to be stored; all but "float16" of what float16 holds, so that it makes
-    no difference whether they are made from the tokens or from a store of them."""
     if keep == "float16":
         return tokens
-    rounded = tokens.descriptors.astype(np.float16)
+    rounded = tokens.descriptors.astype(np.float16)  # as if they were made from a store of all
     if keep == "int8":
         return replace(tokens, descriptors=rounded)
     if keep == "global":

@@ -51,8 +51,8 @@ class Item:
 
     Attributes:
         label, frame: as the file names say.
-        rotation, angle, crop: name of the reference's folder, such as "rot045", and what it says: degrees, and a ratio
-            if there is one; "" for a photograph.
+        rotation: name of a reference's folder, such as "rot045"; "" for a photograph.
+        angle, crop: degrees, and the ratio if there is one, that it says.
         files: "global", "patch", "grid" -> the array file.
     """
 
@@ -153,8 +153,8 @@ def read_tree(tree: Path) -> list[Group]:
         raise _listed(
             f"{tree} holds .npy files whose names do not say what they are",
             problems,
-            f"they must be called {_NAMED}, of references with a folder that names the rotation, such as rot045, below "
-            "the label's; rename them or move them away",
+            f"they must be called {_NAMED}, references in a folder such as <label>/rot045; rename them or move them "
+            "away",
         )
     if not found:
         raise ImatchError(
@@ -350,8 +350,7 @@ def _local(
         flat = grid.reshape(-1, grid.shape[2])
         if patch is not None and not np.array_equal(patch, flat):
             raise ImatchError(
-                f"{item.files['patch']} and {item.files['grid']} disagree, {patch.shape} and {grid.shape}, which must "
-                "be the same row by row: export them again"
+                f"{item.files['patch']} and {item.files['grid']} are not the same, row by row: export them again"
             )
         return flat, (grid.shape[0], grid.shape[1])
     if patch is None:
@@ -359,10 +358,9 @@ def _local(
     side = math.isqrt(len(patch))  # older exports were square
     h, w = map(int, said.grid or (side, side))
     if h * w != len(patch):
-        says = f"its meta says a grid of {[h, w]}" if said.grid else "which is no square, and nothing says their grid"
+        says = f"its meta says {[h, w]}" if said.grid else "nothing says their grid"
         raise ImatchError(
-            f"{item.files['patch']} holds {len(patch)} tokens, {says}: export PatchGrid as well, or a meta with grid "
-            "[h, w]"
+            f"{item.files['patch']} holds {len(patch)} tokens, but {says}: export PatchGrid, or a meta with grid [h, w]"
         )
     return patch, (h, w)
 
@@ -420,8 +418,7 @@ _Sides = Annotated[list[Annotated[PositiveFloat, Field(multiple_of=1)]], Field(m
 
 
 class _Meta(config.Said, extra="ignore"):
-    """What a meta says: first what would place tokens or photographs wrongly, which is checked; then what may be
-    missing, or anything else."""
+    """What a meta says. Only what would place tokens or photographs wrongly is refused."""
 
     size: _Sides | None = None
     grid: _Sides | None = None
@@ -457,14 +454,13 @@ def _said(group: Group, item: Item, parameters: Parameters) -> _Meta:
             raise _listed(
                 f"{group}: {item.files[kind]} was made differently from {group.items[0].id}",
                 differences,
-                "put files of one way of making them into a tree of their own (files without any meta count as "
-                "pooling legacy_mean)",
+                "put them into a tree of their own (files without any meta count as pooling legacy_mean)",
             )
         for key, value in meta.model_dump(exclude_none=True).items():
             if value != said.setdefault(key, value):
                 raise ImatchError(
-                    f"{item.files[kind]} does not belong to the other files of {item.id}: {key} is {value} in its "
-                    f"meta and {said[key]} in another's; export them again"
+                    f"{item.files[kind]} is of another photograph than other files of {item.id}: its meta has {key} "
+                    f"{value}, theirs {said[key]}; export them again"
                 )
     return _Meta(**said)
 

@@ -93,10 +93,7 @@ class Tokens:
         if self.grid is None:
             raise ValueError("these descriptors lie on no grid")
         cells = self.xy.reshape(*self.grid, 2)
-        h, w = self.grid
-        return float(cells[0, 1, 0] - cells[0, 0, 0]) if w > 1 else 0.0, (
-            float(cells[1, 0, 1] - cells[0, 0, 1]) if h > 1 else 0.0
-        )
+        return float(np.diff(cells[0, :2, 0]).sum()), float(np.diff(cells[:2, 0, 1]).sum())
 
     def as_grid(self) -> np.ndarray:
         """The descriptors as (h, w, d): the same bytes, seen as a grid. Raises ValueError without a grid."""
@@ -354,9 +351,7 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 
 def check_finite(what: str, values: np.ndarray, names: np.ndarray | None = None) -> None:
     """Refuse NaN and infinity, which would spread; the message names the first of `values`, or its name, with one."""
-    wrong = (
-        np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)) if values.size else np.zeros(0, int)
-    )
+    wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
-        name = wrong[0] if names is None else names[wrong[0]]
+        name = wrong[0, 0] if names is None else names[wrong[0, 0]]
         raise ImatchError(f"{what} {name} is not finite (NaN or infinity): embed the photographs again")

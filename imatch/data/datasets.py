@@ -381,11 +381,9 @@ def _fill(
             continue
         if name not in known:
             raise ImatchError(f"{where} {template!r}: {config.unknown('placeholder', name, known)}")
-        if conversion or "{" in str(spec):
-            raise ImatchError(f"{where} {template!r}: write {{{name}}} or {{{name}:FORMAT}}, with nothing more inside")
+        if conversion or (name in FRAMES and not re.fullmatch("(0[>=])?[0-9]*d?", spec or "")):
+            raise ImatchError(f"{where} {template!r}: write {{{name}}}, or with a padding such as {{{name}:04d}}")
         if name in FRAMES:
-            if not re.fullmatch("(0[>=])?[0-9]*d?", spec or ""):
-                raise ImatchError(f"{where} {template!r}: {{{name}:{spec}}} is no padding: write it as {{{name}:04d}}")
             text += frame
             continue
         value = values[name]

@@ -64,8 +64,7 @@ Header = tuple[tuple[int, int], defaultdict[str, float]]
 
 
 def _header(path: Path, behind: bool = False) -> Header:
-    """What the header of a photograph says; of one that is gone or broken, nothing: decoding says so. The EXIF of a PNG
-    can lie behind its pixels, which are all read then: only if that is asked for."""
+    """What a header says; nothing, if it is broken. EXIF `behind` the pixels of a PNG costs reading them all."""
     try:
         return _read(path, behind, path.stat().st_mtime_ns)
     except Exception:  # decoders raise what they like on broken bytes

@@ -189,7 +189,7 @@ def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nowhere(tokens: Tokens) -> bool:
-    """Whether descriptors have no positions: those of aggregated tokens are NaN."""
+    """Whether descriptors have no positions, as aggregated tokens."""
     return bool(len(tokens.xy) and np.isnan(tokens.xy).all())
 
 

@@ -9,6 +9,7 @@ follows the configuration after a hyphen (`res256-tag`).
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -252,14 +253,13 @@ class _Export:
         return found
 
     def _there(self, outputs: Collection[str]) -> dict[str, set[str]]:
-        """The files of this step that lie in the tree: path without ending -> suffixes. Every folder is listed once."""
+        """The files of this step that lie in the tree: path without ending -> suffixes."""
         found: dict[str, set[str]] = defaultdict(set)
         for kind in (KINDS[output][self.reference] for output in outputs):
-            for folder in self.root.glob(f"{'*/*' if self.reference else '*'}/{kind}"):
-                for name in (path.name for path in folder.iterdir()):
-                    for suffix, ending in ENDINGS.items():
-                        if name.startswith(f"{kind}_{self.middle}_") and name.endswith(ending):
-                            found[f"{folder}/{name.removesuffix(ending)}"].add(suffix)
+            called = glob.escape(f"{kind}/{kind}_{self.middle}_")
+            for path in self.root.glob(f"{'*/*' if self.reference else '*'}/{called}*"):
+                for suffix in (suffix for suffix, ending in ENDINGS.items() if path.name.endswith(ending)):
+                    found[str(path).removesuffix(ENDINGS[suffix])].add(suffix)
         return found
 
     def _todo(self, files: Sequence[_File], wanted: Mapping[str, set[str]]) -> list[tuple[_File, list[str]]]:
@@ -330,8 +330,7 @@ def _path(base: str, suffix: str) -> Path:
 
 
 def _lattice(tokens: Tokens, row: PhotoRow) -> dict[str, list[float]]:
-    """Where a grid lies that does not cover its photograph (crops, thinned grids): its first centre and its step,
-    (x, y) pixels. Nothing for other grids, whose size says it."""
+    """First centre and step, (x, y) pixels, of a grid that does not cover its photograph; nothing of others."""
     if not row["xy"] or tokens.grid is None:
         return {}
     dy, dx = (side / n for side, n in zip(denseft.covered(tokens, row["size"]), tokens.grid, strict=True))

@@ -330,7 +330,7 @@ def test_two_files_for_one_thing_are_refused(tmp_path):
 
 
 def test_no_files_are_refused(tmp_path):
-    refused(tmp_path / "nowhere", "no folder .*nowhere: give")
+    refused(tmp_path / "nowhere", "no per-image files below .*nowhere: give")
     (tmp_path / "tree").mkdir()
     refused(tmp_path / "tree", "no per-image files below")
 

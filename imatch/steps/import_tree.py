@@ -131,8 +131,6 @@ def read_tree(tree: Path) -> list[Group]:
     >>> str(group), group.items[0].id
     ('beach vits16 res256 raw dinov3_vits16 LVD photographs', 'low/0007')
     """
-    if not tree.is_dir():
-        raise ImatchError(f"no folder {tree}: give the folder of per-image files, its data set's or its weight's")
     tree = settings.from_workspace(tree)
     found: dict[Group, dict[str, Item]] = {}
     problems: list[str] = []

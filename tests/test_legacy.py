@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -467,6 +468,12 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path):
     for place in "ab":
         foreign(tmp_path / "tree" / place, {"global": "Global"})
     refused(tmp_path / "tree", "holds two data sets named beach, .*a/beach and .*b/beach, which would become one")
+
+
+def test_files_that_an_earlier_export_left_are_refused(tree):
+    for path in tree.rglob(f"*{LOW_7}*"):
+        shutil.copy(path, path.with_name(path.name.replace("low_0007", "low_7")))
+    refused(tree, "the files of low/0007 and of low/7 both say that they show 250912_low/250912_low_0007.JPG: one of")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -173,8 +174,12 @@ def read_meta(path: Path) -> dict[str, Json]:
     ...     read_meta(Path(folder) / "a_meta.json")
     {'size': [2, None]}
     """
+
+    def finite(text: str) -> float | None:
+        return number if math.isfinite(number := float(text)) else None
+
     try:
-        meta = json.loads(path.read_bytes(), parse_constant=lambda _: None)
+        meta = json.loads(path.read_bytes(), parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         raise ImatchError(f"{path} is no JSON ({error}): export it again or delete it") from error
     if not isinstance(meta, dict):

@@ -218,6 +218,9 @@ def import_group(
         before = open_step(folder, finished=False)
         if before.parameters.get("imported") and not before.finished:
             on_change = "recompute"  # an import that failed asked for its files to be mended
+        elif on_change == "recompute" and before.parameters != parameters:
+            for item in group.items:  # so that a file which does not fit takes no finished store with it
+                _read(group, item, parameters, twin)
     step = start_step(home, name, about, parameters, upstream, links, on_change)
     if not Shards(folder).merged:
         done, (_, first) = Shards(folder).rows(), _read(group, group.items[0], parameters, twin)
@@ -258,6 +261,14 @@ def _parameters(group: Group) -> Parameters:
             [f"{id}: no {kind}" for id, kind in sorted(lack.items())],
             "export what is missing, or move what is left over away",
         )
+    shown: dict[str, Item] = {}
+    for item in group.items:
+        for meta in _checked(item).values():
+            if meta.id and meta.fingerprint and (other := shown.setdefault(meta.id, item)) is not item:
+                raise ImatchError(
+                    f"{group}: the files of {other.id} and of {item.id} both say that they show {meta.id}: one of the "
+                    "two is left from an earlier export; delete it, or export again with on_change recompute"
+                )
     paths = [path for item in group.items for path in (*item.files.values(), *item.metas.values())]
     seen = [
         (files.relative(path, group.folder), images.file_digest(path))
@@ -426,6 +437,7 @@ class _Meta(config.Said, extra="ignore"):
     crop: PositiveFloat | None = None
     position: dict[str, Any] | None = None
     id: _Text = None
+    fingerprint: _Text = None
     sha256: _Text = None
     capture: _Text = None
     source: _Text = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from imatch.core import config, learned
+from imatch.core import compute, config, learned
 from imatch.core.types import ImatchError, Matches, Tokens
 from imatch.matching.matchers import Checked, Matcher, Mutual, Sizes
 
@@ -54,6 +54,7 @@ class LighterGlue(Checked):
     def __post_init__(self) -> None:
         learned.check()
         super().__post_init__()
+        object.__setattr__(self, "device", compute.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """See `Matcher`; the scores are probabilities.

@@ -31,7 +31,7 @@ from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
-from imatch.matching import geometry, matchers
+from imatch.matching import geometry
 from imatch.matching.align import Alignment, GeometryOptions, MatchingOptions, Tried, aligner, first_verified, refused
 from imatch.steps import candidates as sources
 from imatch.steps.candidates import Candidate, Source
@@ -89,8 +89,7 @@ def start_match(
         store.check_keeps(side.folder, side.parameters, "04_match")
     own = planned.query.parameters["weight"]
     weights, lacking = _weights(matching.weight, planned)
-    matcher = matcher_for(weights[0], matching.matcher)
-    _check_matcher(matcher, matching.options)
+    matcher, matcher_options = matcher_for(weights[0], matching.matcher), _on_cpu(matching.options)
     if lacking:
         print(lacking)
     for output in outputs:
@@ -102,13 +101,12 @@ def start_match(
         "geometry": dataclasses.asdict(geometry),
         "outputs": sorted(outputs),
     }
-    chosen_options = {name: value for name, value in matching.options.items() if name != "device"}
     fixed = weights[0] not in INVARIANT and not planned.query.parameters.get("imported")
     tries = poses(matching.rotations or (4 if fixed else 1), matching.zooms)
-    looks = [Look(weights[0], matcher, chosen_options, worth_trying(planned.query, tries, weights[0]))]
+    looks = [Look(weights[0], matcher, matcher_options, worth_trying(planned.query, tries, weights[0]))]
     looks += [Look(weight, matcher_for(weight), {}, poses(4)) for weight in weights[1:]]
     parameters["looks"] = [look.record for look in looks]
-    aligner({**parameters, "matcher": matcher, "matcher_options": matching.options}, None)  # refuses bad values now
+    aligner({**parameters, "matcher": matcher, "matcher_options": matcher_options}, None)  # refuses bad values now
     links, upstream = dict(planned.links), dict(planned.upstream)
     for weight in {*weights} - {own}:
         data_key = planned.query.linked("data_key") if "data_key" in planned.query.links else settings.DATA_KEY
@@ -122,13 +120,13 @@ def start_match(
     return start_step(planned.run, "04_match", about, parameters, upstream, links, on_change)
 
 
-def _check_matcher(matcher: str, options: Options) -> None:
-    """Refuse options that the matcher does not have, and a device that it would not be given."""
-    matchers.create_matcher(matcher, options)
+def _on_cpu(options: Options) -> Options:
+    """The options of a matcher without its device, which has to be the CPU."""
     if (device := options.get("device", "cpu")) != "cpu":
         raise ImatchError(
             f"matching.options.device is {device}, but lists of pairs are matched on the CPU: leave it out"
         )
+    return {name: value for name, value in options.items() if name != "device"}
 
 
 def _weights(weight: str, planned: sources.Plan) -> tuple[list[str], str]:

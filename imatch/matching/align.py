@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeFloat
 
 from imatch.core import config
 from imatch.core.rows import PairRow, Parameters
@@ -23,6 +22,7 @@ from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher, Sizes
 from imatch.matching.two_view import FEWEST, PLANE, Estimator
+from imatch.matching.two_view import GeometryOptions as GeometryOptions  # of a pair, as are those of matching below
 
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
@@ -70,7 +70,7 @@ class Aligner:
             do not confirm it: light and season may differ.
 
     Raises:
-        ImatchError: unknown refinement, or a search that is off.
+        ImatchError: refinement "pixel" without a geometry to start from.
 
     >>> from imatch.core.types import Tokens
     >>> from imatch.data.rotations import UPRIGHT
@@ -90,10 +90,6 @@ class Aligner:
     refinement: str = "off"
 
     def __post_init__(self) -> None:
-        if self.refinement not in REFINEMENTS:
-            raise ImatchError(config.unknown("refinement", self.refinement, REFINEMENTS))
-        if self.search.model == "off":
-            raise ImatchError("the first geometry cannot be off, it chooses the pose: use auto")
         if self.refinement == "pixel" and self.estimator.model == "off":
             raise ImatchError("refinement pixel starts from a geometry: use model auto or homography")
 
@@ -109,20 +105,13 @@ class Aligner:
         """Align one pair.
 
         Args:
-            poses: A's tokens in one pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
+            poses: A's tokens in a pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
             b: B's tokens.
             size_a, size_b: (h, w) of the upright photographs.
             photographs: gives the pixels of A and of B, both upright and (h, w, 3) uint8 RGB, in their full size.
-                Called at most once, and only where pixels are compared.
+                Called at most once, and only where pixels are compared; refinement "pixel" needs them.
             focal: their focal lengths in pixels, where known.
-
-        Raises:
-            ImatchError: no pose at all, or no photographs for refinement "pixel".
         """
-        if not poses:
-            raise ImatchError("there is no pose of A to align: give at least the upright one")
-        if self.refinement == "pixel" and photographs is None:
-            raise ImatchError("refinement pixel compares photographs: give them, or use refinement patch")
         if len(poses) > 1 and (quick := self.matcher.quick):
             poses = [max(poses, key=lambda pose: len(quick(pose[1], b)))]
         first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
@@ -246,38 +235,6 @@ class MatchingOptions:
         if self.refine not in REFINEMENTS:
             raise ImatchError(config.unknown("refine", self.refine, REFINEMENTS))
         poses(self.rotations or 1, self.zooms)
-
-
-@dataclass(frozen=True)
-class GeometryOptions:
-    """What two photographs must agree on (`two_view.Estimator`).
-
-    Attributes:
-        model: "auto" is a homography or, of a scene with depth, a fundamental matrix; or "similarity", "affine",
-            "homography", "fundamental", "off".
-        method: robust estimator: "auto", "poselib", "accurate", "magsac" or "ransac".
-        threshold: reprojection error of an inlier in pixels; 0 is half a patch on a grid, else 3.
-        confidence: wanted probability that the best sample was found.
-        iterations: at most so many samples.
-        min_inliers: a pair is verified by so many inliers; 0 is 10 on a plane, 15 where there is depth, 20 of grids;
-        min_share: and by this share of its matches more; 0 is 0.01 by ratio or lighterglue, else 0.1, 0.3 on a grid.
-
-    Raises:
-        ImatchError: an unknown name, or a number out of its range.
-    """
-
-    model: str = "auto"
-    method: str = "auto"
-    threshold: NonNegativeFloat = 0.0
-    confidence: float = 0.9999
-    iterations: int = 10_000
-    min_inliers: int = 0
-    min_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        config.check(self, "geometry")
-        given = dataclasses.asdict(self)
-        Estimator(**{**given, "threshold": self.threshold or 1.0})  # its ranges
 
 
 def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:

@@ -31,6 +31,7 @@ Sources = Mapping[str, Path | np.ndarray]
 """Photographs by id: files, or pixels (h, w, 3) uint8 RGB."""
 ENOUGH = 64
 """Photographs that tell how large the others will be."""
+EMBEDDINGS = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk"
 REFERENCES = "use imatch.steps (or imatch run notebooks/02_references.ipynb), which keep them on disk"
 
 
@@ -158,7 +159,7 @@ def make_tokens(
     *,
     beside: int = 0,
     copies: int = 1,
-    instead: str = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk",
+    instead: str = EMBEDDINGS,
 ) -> Made:
     """Pass photographs through a backbone, with a progress bar on a terminal, on standard error.
 

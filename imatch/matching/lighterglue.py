@@ -10,7 +10,7 @@ import numpy as np
 
 from imatch.core import compute, config, learned
 from imatch.core.types import ImatchError, Matches, Tokens
-from imatch.matching.matchers import Checked, Matcher, Mutual, Sizes
+from imatch.matching.matchers import Matcher, Mutual, Sizes
 
 if TYPE_CHECKING:
     from kornia.feature import LightGlue
@@ -24,7 +24,7 @@ CONSTANTS = "confidence_thresholds"
 
 
 @dataclass(frozen=True)
-class LighterGlue(Checked):
+class LighterGlue(Matcher):
     """Attention within and between the two photographs, then a probability for each pair of keypoints.
 
     What it pairs agrees with some geometry by itself, so agreement says less: it takes more inliers (`caution`).

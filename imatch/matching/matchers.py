@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from threading import Lock
-from typing import Annotated, ClassVar, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -26,25 +26,24 @@ Sizes = tuple[tuple[int, int], tuple[int, int]]
 """(h, w) of A and of B."""
 
 
-class Matcher(Protocol):
-    """What imatch asks of a matcher. Its options are the fields of its frozen dataclass; those with compare=False say
-    where it is worked out: on the CPU, where it says nothing."""
+class Matcher:
+    """What imatch asks of a matcher: a frozen dataclass of options, which are what their type hints say; those with
+    compare=False say where it is worked out: on the CPU, where it has none.
 
-    @property
-    def share(self) -> float:
-        """What share of its correspondences must agree; 0 for what is usual (`align.aligner`)."""
+    Attributes:
+        share: what share of its correspondences must agree; 0 for what is usual (`align.aligner`).
+        caution: of `two_view.Estimator`, where its correspondences agree by themselves.
+        coarse: reprojection error of an inlier as a share of a photograph's longer side, if that is more than 3 pixels.
+        quick: what chooses the pose beforehand, by its number of correspondences, for a matcher that is slow.
+    """
 
-    @property
-    def caution(self) -> float:
-        """Of `two_view.Estimator`, where its correspondences agree by themselves."""
+    share: ClassVar[float] = 0.0
+    caution: ClassVar[float] = 1.0
+    coarse: ClassVar[float] = 0.0
+    quick: ClassVar[Matcher | None] = None
 
-    @property
-    def coarse(self) -> float:
-        """Reprojection error of an inlier as a share of a photograph's longer side, if that is more than 3 pixels."""
-
-    @property
-    def quick(self) -> Matcher | None:
-        """What chooses the pose beforehand, by its number of correspondences, for a matcher that is slow."""
+    def __post_init__(self) -> None:
+        config.check(self)
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
@@ -62,6 +61,7 @@ class Matcher(Protocol):
         Raises:
             ImatchError: the two sides' descriptors are not of one kind.
         """
+        raise NotImplementedError
 
 
 def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
@@ -198,20 +198,8 @@ def _free(i: np.ndarray, j: np.ndarray) -> list[int]:
     return kept
 
 
-class Checked:
-    """A matcher whose fields are what their type hints say."""
-
-    share: ClassVar[float] = 0.0
-    caution: ClassVar[float] = 1.0
-    coarse: ClassVar[float] = 0.0
-    quick: ClassVar[Matcher | None] = None
-
-    def __post_init__(self) -> None:
-        config.check(self)
-
-
 @dataclass(frozen=True)
-class Mutual(Checked):
+class Mutual(Matcher):
     """Pairs in which each side is among the other's nearest neighbours by cosine.
 
     Attributes:
@@ -253,7 +241,7 @@ class Mutual(Checked):
 
 
 @dataclass(frozen=True)
-class Ratio(Checked):
+class Ratio(Matcher):
     """Mutual nearest neighbours that are clearly nearer than anything elsewhere, seen from either photograph.
 
     A pair is kept when its angle is below `max_ratio` times the angle to its rival, the second most similar descriptor
@@ -347,7 +335,7 @@ def _angle(cosine: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DualSoftmax(Checked):
+class DualSoftmax(Matcher):
     """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
 
     The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor

@@ -34,8 +34,7 @@ from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
 from imatch.matching import geometry
 from imatch.matching.align import Alignment, GeometryOptions, MatchingOptions, Tried, aligner, first_verified, refused
-from imatch.steps import candidates as sources
-from imatch.steps.candidates import Candidate, Source
+from imatch.steps.candidates import Candidate, Plan, Source, open_source, plan_pairs
 from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.embedding import embed_by, embed_poses, step_by, worth_trying
 
@@ -85,7 +84,7 @@ def start_match(
         StepError: a side kept no local descriptors, or no positions of them.
         ImatchError: an unknown name or photograph; see also `step.start_step`.
     """
-    planned = sources.plan_pairs(index_step, candidates, pairs, embed_step, gallery_step)
+    planned = plan_pairs(index_step, candidates, pairs, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
     own = planned.query.parameters["weight"]
@@ -130,7 +129,7 @@ def _on_cpu(options: Options) -> Options:
     return {name: value for name, value in options.items() if name != "device"}
 
 
-def _weights(weight: str, planned: sources.Plan) -> tuple[list[str], str]:
+def _weights(weight: str, planned: Plan) -> tuple[list[str], str]:
     """The backbones that pairs are matched by, and what "auto" lacks ("" if nothing)."""
     own = planned.query.parameters["weight"]
     weights = {"": [own], "auto": [own, *({"xfeat"} - {own})]}.get(weight, [weight])
@@ -182,7 +181,7 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
 
 def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
     """The figures of 04_match (`metrics.match_metrics`); counted apart: photographs that could not be decoded."""
-    source = sources.open_source(step)
+    source = open_source(step)
     return {
         "pairs": sum(row["candidate"] is not None for row in pairs),
         "pairs_verified": sum(row["verified"] for row in pairs),
@@ -327,7 +326,7 @@ class _Match:
 
     @cached_property
     def source(self) -> Source:
-        return sources.open_source(self.step)
+        return open_source(self.step)
 
     @cached_property
     def looked(self) -> list[Looked]:

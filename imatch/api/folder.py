@@ -136,8 +136,7 @@ def match_folder(
 
 
 def _rows(pairs: Sequence[tuple[Described, Described]], weight: str, workers: int) -> Iterator[MatchRow]:
-    """The rows of pairs in order, by threads, with a progress bar on a terminal: what is printed may be read by a
-    program."""
+    """The rows of pairs in order, by threads; with a bar on a terminal alone."""
 
     def row(pair: tuple[Described, Described]) -> MatchRow:
         return matched(*pair, rotate=weight == "xfeat").row

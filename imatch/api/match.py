@@ -331,7 +331,7 @@ def describe(
         weight: what the backbone is called.
 
     Returns:
-        Those that can be read, with nothing in their tokens where the backbone finds nothing; and id -> why of others.
+        Those that can be read, the backbone finding something or not; and id -> why for others.
 
     Raises:
         ImatchError: more than fit into memory.

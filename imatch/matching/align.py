@@ -72,10 +72,7 @@ class Aligner:
     Raises:
         ImatchError: refinement "pixel" without a geometry to start from.
 
-    >>> from imatch.core.types import Tokens
     >>> from imatch.data.rotations import UPRIGHT
-    >>> from imatch.matching import matchers
-    >>> from imatch.matching.two_view import Estimator
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2)).astype(np.float32)
     >>> tokens = Tokens(np.ones(1), np.eye(40, dtype=np.float32), xy)
     >>> align = Aligner(matchers.create_matcher("mutual"), Estimator("similarity"), Estimator("affine"))
@@ -142,8 +139,7 @@ class Aligner:
         return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, *views))
 
     def _depth(self, coarse: Alignment, views: Views) -> Alignment | None:
-        """The alignment of keypoints in a scene of depth. No matrix brings one photograph onto the other there, so
-        pixels are not compared."""
+        """The alignment of keypoints in a scene of depth, where no matrix brings A onto B to compare pixels."""
         found = self.estimator(coarse.xy_a, coarse.xy_b, *views) if self.estimator.model == "auto" else None
         if not found or found.kind != "general":
             return None
@@ -151,8 +147,10 @@ class Aligner:
         return replace(coarse, geometry=replace(found, reason=reason))
 
     def _finer(self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray) -> Alignment:
-        """The alignment by pixels where they confirm most of it, else as it was. Coarse points of something flat may
-        look like a scene of depth, so that is compared, too."""
+        """The alignment by pixels where they confirm most of it, else as it was.
+
+        Coarse points of something flat may look like a scene of depth, so that is compared, too.
+        """
         model = "homography" if self.estimator.model == "auto" else self.estimator.model
         if coarse.geometry.matrix is None or model == "fundamental":
             return coarse
@@ -290,8 +288,7 @@ class Tried:
     def by(
         cls, looked: Looked, seen: Sequence[tuple[Pose, Tokens]], b: Tokens, sizes: Sizes, paths: tuple[Path, Path]
     ) -> Tried:
-        """Align a pair by one look. A photograph that is gone or broken by now must not end a run: its pixels are not
-        compared, and the pair is not verified."""
+        """Align a pair by one look; where pixels are gone or broken by now, it is not verified, and the run goes on."""
         align, focal = aligner(looked.settings, b, sizes[1]), exif.focal_lengths(*paths)
         try:
             found = align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
@@ -320,8 +317,7 @@ class Tried:
 
 
 def first_verified(tries: Iterable[Tried]) -> Tried:
-    """Make one try after the other up to the first that verifies the pair; if none does, give the first back, with the
-    reasons of all."""
+    """Give back the first try that verifies the pair; if none does, the first, with the reasons of all."""
     tried: list[Tried] = []
     for one in tries:
         if one.found.geometry.verified:

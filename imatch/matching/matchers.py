@@ -27,8 +27,7 @@ Sizes = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Matcher:
-    """What imatch asks of a matcher: a frozen dataclass of options, which are what their type hints say; those with
-    compare=False say where it is worked out: on the CPU, where it has none.
+    """What imatch asks of a matcher: a frozen dataclass of options; those with compare=False say where it works.
 
     Attributes:
         share: what share of its correspondences must agree; 0 for what is usual (`align.aligner`).
@@ -48,8 +47,8 @@ class Matcher:
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
 
-        Any local descriptors with positions will do, on a grid or not; those of norm 0 are never matched. The roles
-        are equal: exchanging A and B exchanges the two sides of the answer, but where pairs are equally strong.
+        Any local descriptors with positions will do; those of norm 0 are never matched. Exchanging A and B exchanges
+        the sides of the answer, but where pairs are equally strong.
 
         Args:
             a, b: their tokens, xy in pixels of the photographs as the backbone saw them.
@@ -83,8 +82,7 @@ _BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
 
 
 class _Side(NamedTuple):
-    """The descriptors of a photograph that can be compared: which rows of its tokens (n,) they are, rising; their
-    directions (n, d) float32 of norm 1; their positions (n, 2)."""
+    """Descriptors that can be compared: their rows in the tokens, rising, directions of norm 1, and positions."""
 
     rows: np.ndarray
     directions: np.ndarray
@@ -117,9 +115,10 @@ def _side(tokens: Tokens, min_norm: float) -> _Side:
 
 
 def _products(a: _Side, b: _Side) -> Iterator[np.ndarray]:
-    """The cosines of A's and B's directions, some rows of A at a time: (t, n_b), in the memory of the one before; one
-    of (0, n_b) when A is empty. On one thread: OpenBLAS rounds differently with another number, and the engines differ
-    in that; the lock is there because the limit is the whole process's."""
+    """Cosines of some rows of A at a time, (t, n_b), in the memory of those before; of none when A is empty.
+
+    On one thread, for OpenBLAS rounds otherwise by another number, and the engines differ in that.
+    """
     n = max(1, min(len(a.rows), TILE // max(1, len(b.rows))))
     tile = np.empty((n, len(b.rows)), np.float32)
     for first in range(0, max(1, len(a.rows)), n):
@@ -142,8 +141,7 @@ def _largest(scores: np.ndarray, k: int) -> _Nearest:
 
 
 def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
-    """The k largest scores of each row, and of each column, from one pass over tiles (t, n_b) that follow each other
-    downwards, at least one, and are overwritten."""
+    """The k largest scores of each row and of each column of tiles that lie one below the other, overwriting them."""
     of_rows: list[_Nearest] = []
     of_columns, first = _Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
     for part in (tile[n : n + ROWS] for tile in tiles for n in range(0, max(1, len(tile)), ROWS)):
@@ -166,8 +164,7 @@ def _mutual(of_a: _Nearest, of_b: _Nearest) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _strongest(a: _Side, b: _Side, i: np.ndarray, j: np.ndarray, max_matches: int, one_to_one: bool = False) -> Matches:
-    """The answer of a matcher from the pairs of rows (m,) that it found: strongest first, equally strong ones by the
-    rows of A; `one_to_one` keeps a pair only if neither of its two is in a stronger pair that was kept."""
+    """Pairs of rows, strongest first; `one_to_one` keeps of those that share a descriptor the strongest."""
     similarity = _cosines(a.directions, b.directions, i, j)
     order = np.lexsort((j, i, -similarity))
     if one_to_one:
@@ -177,8 +174,10 @@ def _strongest(a: _Side, b: _Side, i: np.ndarray, j: np.ndarray, max_matches: in
 
 
 def _cosines(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """(m,) float32, of pairs of rows, once more and in float64: equal pairs are equally strong, wherever they stood in
-    the tiles, and 1 is 1. Their order counts, for robust estimators draw by it."""
+    """Of pairs of rows, once more, in float64: equal pairs are equally strong, wherever they stood in the tiles.
+
+    Their order counts, for robust estimators draw by it.
+    """
     found = np.empty(len(i), np.float32)
     for part in (slice(first, first + ROWS) for first in range(0, len(i), ROWS)):
         x, y = a[i[part]], b[j[part]]
@@ -315,8 +314,7 @@ def spacing(xy: np.ndarray) -> float:
 
 
 def _with_rivals(tiles: Iterable[np.ndarray], b: _Side, radius: float) -> tuple[_Nearest, np.ndarray]:
-    """The most similar of B for each of A's n rows of cosines, which are overwritten, and (n,) float32 the best cosine
-    outside the circle around it, or 0."""
+    """The most similar of B for each of A, and the best cosine outside the circle around it, or 0."""
     from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
 
     found, rivals, places = [], [], KDTree(b.xy)

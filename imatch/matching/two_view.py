@@ -96,12 +96,11 @@ class Estimator(GeometryOptions):
     Source of the classification: Schönberger and Frahm, "Structure-from-motion revisited", CVPR 2016, section 4.1.
 
     Attributes:
-        model: "similarity" (4 degrees of freedom), "affine" (6), "homography" (8), "fundamental" (7), "off"; or "auto",
-            a homography where it explains what a fundamental matrix does, else that.
-        method: of the planar models. "auto" is "poselib" for a homography (LO-RANSAC; Larsson, "PoseLib", 2020),
-            "ransac" for a similarity, for which OpenCV has no other, and "accurate" for an affine one (USAC_ACCURATE:
-            LO-RANSAC with graph cut; Ivashechkin, Barath and Matas, "USACv20", 2021). There is also "magsac" (Barath
-            et al., "MAGSAC++", CVPR 2020). Fundamental matrices are always PoseLib's.
+        model: "auto" is a homography where it explains what a fundamental matrix does, else that.
+        method: "auto" is "poselib" for a homography (LO-RANSAC; Larsson, "PoseLib", 2020), "ransac" for a similarity,
+            for which OpenCV has no other, "accurate" for an affine one (USAC_ACCURATE: LO-RANSAC with graph cut;
+            Ivashechkin, Barath and Matas, "USACv20", 2021). "magsac" is of Barath et al., "MAGSAC++", CVPR 2020.
+            Fundamental matrices are always PoseLib's.
         threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0; from an
             epipolar line it is two thirds of that.
         min_inliers, min_share: verified takes min_inliers + min_share * n inliers, where n counts the correspondences,
@@ -261,15 +260,13 @@ def _methods(model: str) -> tuple[str, ...]:
 
 
 def _distinct(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The rows that are the first, and so the strongest, at their place in A and in B: a keypoint of several directions
-    is no further witness."""
+    """The rows that are the strongest at their place in A and in B: a keypoint of several directions counts once."""
     firsts = (np.unique(np.round(xy, 1), axis=0, return_index=True)[1] for xy in (a, b))
     return np.intersect1d(*firsts)
 
 
 def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of these rows lie at the same pixels of both photographs, if that covers only a small part of
-    where there is anything to see."""
+    """Which of these rows stand still, if that is only a small part of where there is anything to see."""
     a, b = points.a[rows], points.b[rows]
     still = np.linalg.norm(a - b, axis=1) <= STILL
     if points.size_a != points.size_b or still.sum() <= FEWEST:
@@ -285,8 +282,7 @@ def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
 
 
 def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
-    """Why inliers are no view of one scene ("" if they are): parallax moves them, but does not rotate them all round.
-    A mirror image does, and chance: they have epipolar lines, too."""
+    """Why inliers are no view of one scene ("" if they are): a mirror image and chance rotate them all round."""
     ratios = vector_ratios(a, b)
     agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
     return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"

@@ -218,7 +218,7 @@ class Retrieved:
 
     @cached_property
     def unmatched(self) -> list[PairRow]:
-        """Rows of pairs.jsonl for queries without a hit: nothing else is there, or nothing was found in them."""
+        """Rows of pairs.jsonl for queries without a hit."""
         shown, found = {*self.gallery.shows}, self._ranking.rows[:, 0] >= 0
         views = {row["id"] for row in self.query.missed if not self._same and row.get("source_sha256") in shown}
         lost = (row for row, any_hit in zip(self._judged, found, strict=True) if not any_hit)
@@ -227,7 +227,7 @@ class Retrieved:
 
 class Listed:
     """Pairs from a list: "all", "ordered", "one", or a CSV. Nothing is retrieved, so nothing of that is judged: a pair
-    that shows the same photograph is right, of others nobody knows. All else is as of `Retrieved`."""
+    that shows the same photograph is right, of others nobody knows. See `Retrieved`."""
 
     def __init__(self, query: Path, gallery: Path, kind: str, one: str | None, file: Path | None) -> None:
         self.query, self.gallery = open_finished(query), open_finished(gallery)

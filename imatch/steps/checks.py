@@ -1,10 +1,4 @@
-"""Is everything there, and will it fit? Looked at before a run starts.
-
-    imatch weights
-
-prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
-memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
-that cannot fit."""
+"""Is everything there, and will it fit? `imatch weights` asks for all of a registry, 01_embed for its own run."""
 
 from __future__ import annotations
 
@@ -221,7 +215,8 @@ def _model(
     processes = max(Counter(used).values())  # each has a model of its own
     needed = processes * (weights + batch_size * one.working)
     free = min(free_memory(device) for device in used)
-    path, (h, w), stride = find(options["filename"]), size, stride_of(parameters["variant"])
+    path, stride = find(options["filename"]), stride_of(parameters["variant"])
+    h, w = size
     kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
     print(
         f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}\n"
@@ -244,8 +239,7 @@ def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
 
 
 def _time(photographs: int, network: float, decoding: float, used: Sequence[str]) -> str:
-    """Hours in all, here and by several such workers, of seconds a photograph: a GPU leaves the cores to the decoding,
-    without one both are done by them."""
+    """Hours here, and by several such workers; a GPU leaves the cores to the decoding."""
     cores = settings.cores()
     each = max(network, decoding / cores) if {*used} != {"cpu"} else network + decoding / cores
     here, *others = (f"{figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
@@ -280,7 +274,7 @@ def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[t
 
 
 def _heaviest(sizes: Sequence[tuple[int, int]], count: int, batch_size: int) -> tuple[tuple[int, int], int]:
-    """The batch that takes most memory: the (h, w) of its photographs and how many there are, for a batch has one size.
+    """The batch that takes most memory: the (h, w) of its photographs, and how many.
 
     >>> _heaviest([(64, 64)] * 9 + [(128, 128)], count=10, batch_size=8)
     ((64, 64), 8)

@@ -287,8 +287,7 @@ def _check_memory(source: Source) -> None:
 
 
 def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
-    """Say how many pairs there are. Of many, match some, evenly spread, to see what one takes, and refuse what cannot
-    fit onto the disk."""
+    """Say how many pairs there are; of many, match some to see what they take, and refuse what cannot fit."""
     pairs, folder = sum(block.end - block.first for block in todo), job.step.folder
     print("\n".join([*job.source.said, f"{pairs} pairs to match"]))
     if pairs < MANY:

@@ -22,7 +22,7 @@ from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher, Sizes
 from imatch.matching.two_view import FEWEST, PLANE, Estimator
-from imatch.matching.two_view import GeometryOptions as GeometryOptions  # of a pair, as are those of matching below
+from imatch.matching.two_view import GeometryOptions as GeometryOptions  # beside those of matching
 
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
@@ -139,7 +139,7 @@ class Aligner:
         return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, *views))
 
     def _depth(self, coarse: Alignment, views: Views) -> Alignment | None:
-        """The alignment of keypoints in a scene of depth, where no matrix brings A onto B to compare pixels."""
+        """The alignment of keypoints in a scene of depth, where pixels cannot be compared."""
         found = self.estimator(coarse.xy_a, coarse.xy_b, *views) if self.estimator.model == "auto" else None
         if not found or found.kind != "general":
             return None
@@ -288,7 +288,7 @@ class Tried:
     def by(
         cls, looked: Looked, seen: Sequence[tuple[Pose, Tokens]], b: Tokens, sizes: Sizes, paths: tuple[Path, Path]
     ) -> Tried:
-        """Align a pair by one look; where pixels are gone or broken by now, it is not verified, and the run goes on."""
+        """Align a pair by one look; where pixels cannot be read by now, it is not verified."""
         align, focal = aligner(looked.settings, b, sizes[1]), exif.focal_lengths(*paths)
         try:
             found = align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)

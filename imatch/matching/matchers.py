@@ -74,8 +74,7 @@ def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
 
 
 TILE, ROWS = 2**20, 256
-"""How many cosines are in memory at once: 4 MB, which stay in the processor's cache; and how many rows of them are
-copied at once to look along the columns."""
+"""Cosines in memory at once, 4 MB, which stay in the processor's cache; rows that are copied to look along columns."""
 SAME = 0.95
 """Cosine from which on two descriptors show the same: where a rival comes near to that, too, what they show repeats."""
 _BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
@@ -141,7 +140,7 @@ def _largest(scores: np.ndarray, k: int) -> _Nearest:
 
 
 def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
-    """The k largest scores of each row and of each column of tiles that lie one below the other, overwriting them."""
+    """The k largest scores of each row and of each column of tiles, one below the other; they are overwritten."""
     of_rows: list[_Nearest] = []
     of_columns, first = _Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
     for part in (tile[n : n + ROWS] for tile in tiles for n in range(0, max(1, len(tile)), ROWS)):

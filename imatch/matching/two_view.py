@@ -260,13 +260,13 @@ def _methods(model: str) -> tuple[str, ...]:
 
 
 def _distinct(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The rows that are the strongest at their place in A and in B: a keypoint of several directions counts once."""
+    """Rows that are the first at their place in A and in B: keypoints of several directions count once."""
     firsts = (np.unique(np.round(xy, 1), axis=0, return_index=True)[1] for xy in (a, b))
     return np.intersect1d(*firsts)
 
 
 def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
-    """Which of these rows stand still, if that is only a small part of where there is anything to see."""
+    """Which of these rows stand still, if that is a small part of where there is anything."""
     a, b = points.a[rows], points.b[rows]
     still = np.linalg.norm(a - b, axis=1) <= STILL
     if points.size_a != points.size_b or still.sum() <= FEWEST:
@@ -282,7 +282,7 @@ def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
 
 
 def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
-    """Why inliers are no view of one scene ("" if they are): a mirror image and chance rotate them all round."""
+    """Why inliers are no view of one scene ("" if they are): chance and mirrors rotate them all round."""
     ratios = vector_ratios(a, b)
     agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
     return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"

@@ -239,7 +239,7 @@ def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
 
 
 def _time(photographs: int, network: float, decoding: float, used: Sequence[str]) -> str:
-    """Hours here, and by several such workers; a GPU leaves the cores to the decoding."""
+    """Hours here and by several workers; a GPU leaves the cores to the decoding."""
     cores = settings.cores()
     each = max(network, decoding / cores) if {*used} != {"cpu"} else network + decoding / cores
     here, *others = (f"{figure(photographs * each / workers / 3600)} h" for workers in WORKERS)

@@ -195,7 +195,7 @@ def _looks(step: Step) -> list[Look]:
 
 
 def _open_looks(step: Step) -> list[Looked]:
-    """How a 04_match looks at its pairs, with the tokens: the next one where none before has verified a pair."""
+    """How a 04_match looks at its pairs, one after the other, with the tokens."""
     found = []
     for look in _looks(step):
         query, gallery = open_embeddings(step, look.weight)
@@ -316,7 +316,7 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
 
 @dataclass(frozen=True)
 class _Match:
-    """Matches a query with a block of its candidates; every process opens for itself who is matched, and how."""
+    """Matches a query with a block of its candidates; every process opens the stores for itself."""
 
     step: Step
 

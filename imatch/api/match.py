@@ -331,7 +331,7 @@ def describe(
         weight: what the backbone is called.
 
     Returns:
-        Those that can be read, the backbone finding something or not; and id -> why for others.
+        Those that can be read, something found in them or not; and id -> why for others.
 
     Raises:
         ImatchError: more than fit into memory.

@@ -114,9 +114,9 @@ def _side(tokens: Tokens, min_norm: float) -> _Side:
 
 
 def _products(a: _Side, b: _Side) -> Iterator[np.ndarray]:
-    """Cosines of some rows of A at a time, (t, n_b), in the memory of those before; of none when A is empty.
+    """Cosines of some rows of A at a time, in the memory of those before; of none when A is empty.
 
-    On one thread, for OpenBLAS rounds otherwise by another number, and the engines differ in that.
+    On one thread: OpenBLAS rounds otherwise by another number, in which engines differ.
     """
     n = max(1, min(len(a.rows), TILE // max(1, len(b.rows))))
     tile = np.empty((n, len(b.rows)), np.float32)
@@ -173,7 +173,7 @@ def _strongest(a: _Side, b: _Side, i: np.ndarray, j: np.ndarray, max_matches: in
 
 
 def _cosines(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Of pairs of rows, once more, in float64: equal pairs are equally strong, wherever they stood in the tiles.
+    """Of pairs of rows, once more, in float64: equal pairs are equally strong, wherever they stood.
 
     Their order counts, for robust estimators draw by it.
     """

@@ -39,10 +39,6 @@ def noisy(seed: int, h: int = 4, w: int = 6, d: int = 8) -> np.ndarray:
     return kinds * random.uniform(1, 5, (h, w, 1)) + random.normal(0, 0.01, (h, w, d))
 
 
-def same(a: denseft.Basis, b: denseft.Basis) -> bool:
-    return all(np.allclose(getattr(a, name), getattr(b, name), atol=1e-9) for name in denseft.Basis.__annotations__)
-
-
 def test_equal_tokens_have_equal_colours_in_all_photographs(tmp_path):
     left = np.where(np.arange(6)[None, :, None] < 3, RED, BLUE) * np.ones((4, 1, 1))
     embeddings = stored(tmp_path, [left, left[:, ::-1], left[:2, 1:5]])
@@ -77,13 +73,6 @@ def test_basis_of_a_sample_is_that_of_all_tokens(tmp_path):
     assert (np.abs((whole.axes * sampled.axes).sum(axis=1)) > 0.99).all()
     assert np.allclose(whole.low, sampled.low, atol=0.1)
     assert np.allclose(whole.high, sampled.high, atol=0.1)
-
-
-def test_blocks_do_not_change_the_basis(tmp_path, monkeypatch):
-    embeddings = stored(tmp_path, [noisy(seed) for seed in range(5)])
-    whole = denseft.fit_embeddings(embeddings)
-    monkeypatch.setattr(denseft, "BLOCK", 10)
-    assert same(whole, denseft.fit_embeddings(embeddings))
 
 
 def test_basis_is_that_of_a_plain_singular_value_decomposition(tmp_path):

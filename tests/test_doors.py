@@ -98,7 +98,7 @@ def test_a_stored_gallery_is_asked_like_one_in_memory(few_photographs, tmp_path)
     lines = imatch.query(given, stored).save(tmp_path / "answers.csv").read_text().splitlines()
     assert lines[0].startswith("query,candidate,verified,inliers")
     assert lines[1].startswith(f"{given[0]},a.png,True,")
-    assert lines[2].startswith(f"{given[1]},,False,0,0,,,,,False,nothing to describe")
+    assert lines[2].startswith(f"{given[1]},,False,,,,,,,,nothing to describe")
     assert len(lines) == 3
     with pytest.raises(ImatchError, match=r"answers\.txt ends in '\.txt'"):
         answers.save(tmp_path / "answers.txt")

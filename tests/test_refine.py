@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from imatch.core.types import ImatchError, Matches, Tokens, grid_xy
+from imatch.core.types import Matches, Tokens, grid_xy
 from imatch.matching import geometry, refine
 from tools.vocabulary import dead_leaves
 
@@ -56,13 +56,6 @@ def test_what_has_no_neighbours_stays(grid):
     assert refine.by_patch(b, b, nearest(b, b)).tolist() == [[7.5, 7.5]]
     none = np.zeros(0, np.int64)
     assert refine.by_patch(b, b, Matches(none, none, np.zeros(0, "f4"))).shape == (0, 2)
-
-
-@pytest.mark.parametrize("wrong", [{"radius": -1}, {"temperature": 0.0}], ids=str)
-def test_wrong_numbers_are_refused(wrong):
-    b = smooth([[7.5, 7.5]], (1, 1))
-    with pytest.raises(ImatchError):
-        refine.by_patch(b, b, nearest(b, b), **wrong)
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0])

@@ -467,7 +467,7 @@ def test_pairs_of_two_references_know_their_truth(house):
         ({"candidates": 0}, "at least 1"),
         ({"matcher": "mutal"}, "did you mean 'mutual'"),
         ({"matcher_options": {"max_ratios": 0.5}}, "did you mean 'max_ratio'"),
-        ({"model": "rigid"}, "is not known"),
+        ({"model": "rigid"}, "unknown model 'rigid'"),
         ({"outputs": ["jpg"]}, "unknown output"),
         ({"confidence": 2.0}, "confidence must be less than 1"),
         ({"tag": "a/b"}, "part of a folder's name"),

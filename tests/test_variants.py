@@ -342,7 +342,13 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
     step = dinov3()
     imatch.steps.preflight(step, resources=by(batch_size=8))
     said = capsys.readouterr().out
-    for part in ("photographs  4 in", "SHA-256", "21.6 million parameters, normalises as LVD", "photographs/s", "disk"):
+    for part in (
+        "photographs  4 in",
+        "SHA-256",
+        "21.6 million parameters, normalises as LVD",
+        "GFLOP a photograph",
+        "disk",
+    ):
         assert part in said
     one = checks.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -31,6 +32,7 @@ Sources = Mapping[str, Path | np.ndarray]
 """Photographs by id: files, or pixels (h, w, 3) uint8 RGB."""
 ENOUGH = 64
 """Photographs that tell how large the others will be."""
+EMBEDDINGS = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk"
 REFERENCES = "use imatch.steps (or imatch run notebooks/02_references.ipynb), which keep them on disk"
 
 
@@ -157,7 +159,7 @@ def make_tokens(
     *,
     beside: int = 0,
     copies: int = 1,
-    instead: str = "use imatch.steps (or imatch run notebooks/01_embed.ipynb), which keep them on disk",
+    instead: str = EMBEDDINGS,
 ) -> Made:
     """Pass photographs through a backbone, with a progress bar on a terminal, on standard error.
 
@@ -178,7 +180,7 @@ def make_tokens(
         raise ImatchError(f"batch_size is {batch_size}: give at least 1")
     made, held, done, total = Made(), 0, 0, len(sources)
     backbone.load()
-    read, workers = _Read(backbone, Resize(**parameters["resize"]), views or {}), settings.cores()
+    read, workers = partial(_read, backbone, Resize(**parameters["resize"]), views or {}), settings.cores()
     decoded = compute.ahead(read, sources.items(), workers, batch_size + 2 * workers)
     with closing(decoded), ThreadPoolExecutor(1) as pool:
         coming = batches(made.photographs(tqdm(decoded, "embed", total, disable=None, delay=1)), batch_size)
@@ -207,22 +209,16 @@ def _embeddings(made: Made, sources: Sources, parameters: Parameters, views: Map
     return Embeddings(rows, vectors, parameters, skipped, views, tokens, sources)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """Reads a photograph as a backbone sees it; a broken one is given back as its error."""
-
-    backbone: Backbone
-    resize: Resize
-    views: Mapping[str, ReferenceRow]
-
-    def __call__(self, photograph: tuple[str, Path | np.ndarray]) -> tuple[str, About, Decoded | PhotographError]:
-        id, source = photograph
-        if (view := self.views.get(id)) is None:
-            return id, {}, decoded_for(source, self.resize, self.backbone, 0)
-        # a part of a photograph is seen at the scale of all of it
-        resize = self.resize.like(view["source_size"]) if self.resize.limit else self.resize
-        about: About = {"source": view["source"], "source_sha256": view["source_sha256"]}
-        return id, about, decoded_for(source, resize, self.backbone, 0)
+def _read(
+    backbone: Backbone, resize: Resize, views: Mapping[str, ReferenceRow], photograph: tuple[str, Path | np.ndarray]
+) -> tuple[str, About, Decoded | PhotographError]:
+    id, source = photograph
+    if (view := views.get(id)) is None:
+        return id, {}, decoded_for(source, resize, backbone, 0)
+    # a part of a photograph is seen at the scale of all of it
+    resize = resize.like(view["source_size"]) if resize.limit else resize
+    about: About = {"source": view["source"], "source_sha256": view["source_sha256"]}
+    return id, about, decoded_for(source, resize, backbone, 0)
 
 
 def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 from tqdm import tqdm
 
-from imatch.api.embed import make_tokens, seen_by
-from imatch.api.match import TURNS, Seen, device_of, matched, weights_of, write_table
+from imatch.api.match import TURNS, Described, describe, device_of, matched, weights_of, write_table
+from imatch.api.query import exact
 from imatch.core import compute, files, settings
 from imatch.core.rows import Json, MatchRow
 from imatch.core.types import ImatchError
 from imatch.data import images
-from imatch.data.images import Resize
-from imatch.features.base import Backbone, create_backbone
+from imatch.features.base import create_backbone
 
-T = TypeVar("T")
-R = TypeVar("R")
 RETRIEVED, NEAREST = 200, 20
 """In a folder of more photographs than the first, each is matched with so many nearest ones by global vector."""
 
@@ -116,62 +112,46 @@ def match_folder(
     folder = settings.from_workspace(folder)
     weights, lacking = weights_of(weight)
     first, *others = (create_backbone(w, data_key=data_key, device=device_of(w, weight, device)) for w in weights)
-    skipped: dict[str, str] = {}
-    seen = _all_seen(first, weights[0], folder, images.list_photographs(folder), skipped)
-    names = [one.name for one in seen]
+    instead = f"use imatch run params/pairs.yaml -p dataset {folder}, which keeps them on disk"
+    sources: dict[str, Path | np.ndarray] = {name: folder / name for name in images.list_photographs(folder)}
+    copies = {"xfeat": 1 + len(TURNS)}
+    found, skipped = describe(sources, first, weights[0], copies=copies.get(weights[0], 1), instead=instead)
+    names = [one.name for one in found]
     if len(names) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
         raise ImatchError(f"two photographs are needed, and {folder} holds {len(names)} that can be read{left_out}")
-    pairs = _nearest(seen) if len(names) > RETRIEVED else list(itertools.combinations(seen, 2))
+    pairs = _nearest(found) if len(names) > RETRIEVED else list(itertools.combinations(found, 2))
     rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
     for backbone, other in zip(others, weights[1:], strict=True):
-        seen = _all_seen(backbone, other, folder, names, {})
-        pairs = [(a, b) for a, b in _nearest(seen) if not ((row := rows.get((a.name, b.name))) and row["verified"])]
+        kept = {name: sources[name] for name in names}
+        found, _ = describe(kept, backbone, other, copies=copies.get(other, 1), instead=instead)
+        pairs = [(a, b) for a, b in _nearest(found) if not ((row := rows.get((a.name, b.name))) and row["verified"])]
         for row in _rows(pairs, other, 1):  # its network has threads of its own
             before = rows.get(pair := (row["query"], row["candidate"]))
             both = f"{weights[0]}: {before['reason']}; {other}: {row['reason']}" if before else row["reason"]
             rows[pair] = row if row["verified"] or not before else {**before, "reason": both}
-    found = [rows[pair] for pair in sorted(rows)]
-    together = [(row["query"], row["candidate"]) for row in found if row["verified"]]
-    return FolderMatches(names, found, groups(together), skipped, len(names) > RETRIEVED, lacking)
+    told = [rows[pair] for pair in sorted(rows)]
+    together = [(row["query"], row["candidate"]) for row in told if row["verified"]]
+    return FolderMatches(names, told, groups(together), skipped, len(names) > RETRIEVED, lacking)
 
 
-def _rows(pairs: Sequence[tuple[Seen, Seen]], weight: str, workers: int) -> Iterator[MatchRow]:
-    look = partial(matched, rotate=weight == "xfeat")
-    return _each(lambda pair: look(*pair).row, pairs, f"match by {weight}", workers)
+def _rows(pairs: Sequence[tuple[Described, Described]], weight: str, workers: int) -> Iterator[MatchRow]:
+    """The rows of pairs in order, by threads; with a bar on a terminal alone."""
+
+    def row(pair: tuple[Described, Described]) -> MatchRow:
+        return matched(*pair, rotate=weight == "xfeat").row
+
+    rows = compute.ahead(row, pairs, workers, 2 * workers)
+    return iter(tqdm(rows, f"match by {weight}", len(pairs), disable=None, delay=1))
 
 
-def _all_seen(
-    backbone: Backbone, weight: str, folder: Path, names: Sequence[str], skipped: dict[str, str]
-) -> list[Seen]:
-    """The photographs of a folder through a backbone, those in which it finds nothing, too; those that cannot be read
-    are added to `skipped`."""
-    parameters = seen_by(weight, backbone, Resize())
-    instead = f"use imatch run params/pairs.yaml -p dataset {folder}, which keeps them on disk"
-    sources, copies = {name: folder / name for name in names}, 1 + len(TURNS) if weight == "xfeat" else 1
-    made = make_tokens(sources, backbone, parameters, copies=copies, instead=instead)
-    tokens = {**made.tokens, **made.empty}
-    skipped.update({id: row["skipped"] for id, row in made.rows.items() if id not in tokens})
-    resize = Resize(**parameters["resize"])
-    found = ((row["id"], row["size"]) for row in made.rows.values() if row["id"] in tokens)
-    return [Seen(id, sources[id], size, tokens[id], weight, backbone, resize) for id, size in found]
-
-
-def _each(function: Callable[[T], R], items: Sequence[T], what: str, workers: int) -> Iterator[R]:
-    """The answers in order, by threads, with a progress bar on a terminal: what is printed may be read by a program."""
-    return iter(tqdm(compute.ahead(function, items, workers, 2 * workers), what, len(items), disable=None, delay=1))
-
-
-def _nearest(seen: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
+def _nearest(photographs: Sequence[Described]) -> list[tuple[Described, Described]]:
     """Each photograph with its `NEAREST` by cosine, each pair once, in order."""
-    vectors = np.array([one.tokens.vector for one in seen])
-    pairs: set[tuple[int, int]] = set()
-    for q, vector in enumerate(vectors):
-        cosine = vectors @ vector
-        cosine[q] = -np.inf
-        order = (int(i) for i in np.argsort(-cosine, kind="stable")[:NEAREST] if i != q)
-        pairs |= {(min(q, i), max(q, i)) for i in order}
-    return [(seen[i], seen[j]) for i, j in sorted(pairs)]
+    vectors = np.array([one.tokens.vector for one in photographs])
+    found = exact(vectors, vectors, NEAREST + 1).rows.tolist()
+    others = ((q, [i for i in rows if i not in (q, -1)][:NEAREST]) for q, rows in enumerate(found))
+    pairs = {(min(q, i), max(q, i)) for q, nearest in others for i in nearest}
+    return [(photographs[i], photographs[j]) for i, j in sorted(pairs)]
 
 
 def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:

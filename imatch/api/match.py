@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from imatch.api.embed import source_of
-from imatch.core import compute, files, learned, settings
+from imatch.api.embed import EMBEDDINGS, make_tokens, seen_by, source_of
+from imatch.core import files, learned, settings
 from imatch.core.rows import Json, MatchRow, PairRow, Parameters
 from imatch.core.types import Geometry, ImatchError, Matches, Pair, PhotographError, Tokens
 from imatch.data import exif, images
@@ -24,7 +23,7 @@ from imatch.data.embeddings import Embeddings
 from imatch.data.images import Resize
 from imatch.data.rotations import UPRIGHT, Pose, turned
 from imatch.features.base import CLASSICAL, Backbone, create_backbone, embed_decoded, matcher_for
-from imatch.features.sift import PIXELS, Sift
+from imatch.features.sift import Sift
 from imatch.features.xfeat import XFeat
 from imatch.matching.align import aligner
 from imatch.matching.geometry import rotation_scale
@@ -32,7 +31,7 @@ from imatch.matching.geometry import rotation_scale
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from imatch.api.embed import Photograph
+    from imatch.api.embed import Photograph, Sources
 
 SETTINGS: Parameters = {"refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
 """What 04_match does by default, too."""
@@ -102,7 +101,7 @@ class Match:
     weight: str
     refined: bool
     _photographs: tuple[Path | np.ndarray, Path | np.ndarray] = field(repr=False)
-    _error: float = field(repr=False)
+    _geometry: Geometry = field(repr=False)
 
     def __bool__(self) -> bool:
         return self.verified
@@ -147,7 +146,7 @@ class Match:
     def record(self) -> dict[str, Json]:
         """Give all of it as plain JSON: positions in pixels to a hundredth, scores to four digits."""
         found = self.correspondences
-        numbers = cast("dict[str, Json]", self.row | self._geometry.record())
+        numbers = cast("dict[str, Json]", self._geometry.record() | self.row)
         return {
             **numbers,
             "sizes": [list(size) for size in self.sizes],
@@ -176,12 +175,6 @@ class Match:
         row = cast("PairRow", self.row)  # of whose other keys a picture reads only those that are there
         pair = Pair(row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, self._geometry)
         return pictures.lines(pair, pictures.Style(side=side))
-
-    @property
-    def _geometry(self) -> Geometry:
-        inlier = self.correspondences.inlier
-        found = (self.verified, self.reason, self.kind, self.fundamental, self.pose)
-        return Geometry(self.matrix, inlier, self._error, *found)
 
     def show(self) -> Figure:
         """The picture as a matplotlib figure, which a notebook shows."""
@@ -234,14 +227,18 @@ def match(
     >>> found.verified, round(found.rotation), round(found.scale, 2), found.sizes
     (True, 90, 1.0, ((160, 240), (240, 160)))
     """
-    sources = [source_of(a, "a"), source_of(b, "b")]
-    names = [source.name if isinstance(source, Path) else name for source, name in zip(sources, "ab", strict=True)]
+    sources = {"a": source_of(a, "a"), "b": source_of(b, "b")}
     weights, lacking = weights_of(weight)
     tried: list[Match] = []
     for one in weights:
         options = {"max_keypoints": CLOSER} if one == "sift" else {}
         backbone = create_backbone(one, options, data_key=data_key, device=device_of(one, weight, device))
-        tried.append(look_twice(*_both(backbone, one, list(zip(sources, names, strict=True)))))
+        both, unread = describe(sources, backbone, one)
+        for id, why in unread.items():
+            name = str(sources[id]) if isinstance(sources[id], Path) else id
+            raise PhotographError(f"{files.printable(name)}: {why}")
+        named = (dataclasses.replace(of, name=of.source.name) if isinstance(of.source, Path) else of for of in both)
+        tried.append(look_twice(*named))
         if tried[-1].verified:
             return tried[-1]
     return _none_of(tried, lacking)
@@ -270,26 +267,8 @@ def _none_of(tried: Sequence[Match], lacking: str) -> Match:
     return dataclasses.replace(tried[0], reason="; ".join([*reasons, *([lacking] if lacking else [])]))
 
 
-def _both(backbone: Backbone, weight: str, photographs: Sequence[tuple[Path | np.ndarray, str]]) -> list[Seen]:
-    """Two photographs through a backbone; PhotographError names the one that cannot be read."""
-    backbone.load()
-    at_once = _at_once(weight, [source for source, _ in photographs])
-    look = partial(_named, backbone, weight)
-    with compute.without_opencv_threads() if at_once > 1 else contextlib.nullcontext():
-        return list(compute.ahead(look, photographs, at_once, 2))
-
-
-def _named(backbone: Backbone, weight: str, photograph: tuple[Path | np.ndarray, str]) -> Seen:
-    source, name = photograph
-    try:
-        return _seen(source, backbone, name, weight)
-    except PhotographError as error:
-        named = files.printable(str(source) if isinstance(source, Path) else name)
-        raise PhotographError(f"{named}: {error}") from error
-
-
-def look_twice(a: Seen, b: Seen) -> Match:
-    """Match two photographs that went through a backbone, and look again where they do not match."""
+def look_twice(a: Described, b: Described) -> Match:
+    """Match two photographs, and look again where they do not match."""
     if isinstance(a.backbone, Sift):
         first = matched(a.first(FIRST), b.first(FIRST))
         if first.verified or max(len(a.tokens.xy), len(b.tokens.xy)) <= FIRST:
@@ -306,7 +285,7 @@ def look_twice(a: Seen, b: Seen) -> Match:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Described:
     """A photograph and its tokens by a backbone.
 
     Attributes:
@@ -315,8 +294,8 @@ class Seen:
         size: (h, w) in pixels.
         tokens: of the upright photograph.
         weight: what the backbone is called.
-        backbone: that saw it.
-        resize: how large.
+        backbone: that made the tokens.
+        resize: how large it saw the photograph.
     """
 
     name: str
@@ -330,9 +309,11 @@ class Seen:
     @cached_property
     def rotated(self) -> list[tuple[Pose, Tokens]]:
         """Its tokens rotated, made when they are first asked for."""
-        return [(Pose(turn), _tokens(self.source, self.backbone, self.resize, turn)[1]) for turn in TURNS]
+        patch = self.backbone.patch
+        upright = images.decode(self.source, self.resize, patch, self.backbone.resampling)
+        return [(Pose(turn), embed_decoded(turned(upright, turn, patch), self.backbone)) for turn in TURNS]
 
-    def first(self, n: int) -> Seen:
+    def first(self, n: int) -> Described:
         """Take the n strongest keypoints; a grid stays whole."""
         whole = self.tokens
         if whole.grid is not None:
@@ -340,58 +321,50 @@ class Seen:
         return dataclasses.replace(self, tokens=Tokens(whole.vector, whole.descriptors[:n], whole.xy[:n]))
 
 
-def _seen(source: Path | np.ndarray, backbone: Backbone, name: str, weight: str) -> Seen:
-    """A photograph through a backbone."""
-    resize = Resize(limit=backbone.side)
-    size, tokens = _tokens(source, backbone, resize)
-    return Seen(name, source, size, tokens, weight, backbone, resize)
-
-
-def _tokens(
-    source: Path | np.ndarray, backbone: Backbone, resize: Resize, turn: float = 0
-) -> tuple[tuple[int, int], Tokens]:
-    """(h, w) of a photograph, and its tokens, rotated by `turn` degrees."""
-    decoded = images.decode(source, resize, backbone.patch, backbone.resampling)
-    decoded = turned(decoded, turn, backbone.patch) if turn else decoded
-    return decoded.size, embed_decoded(decoded, backbone)
-
-
-def seen_of(embeddings: Embeddings, row: int, backbone: Backbone) -> Seen:
-    """A photograph of a set, as `look_twice` takes it.
+def describe(
+    sources: Sources, backbone: Backbone, weight: str, *, copies: int = 1, instead: str = EMBEDDINGS
+) -> tuple[list[Described], dict[str, str]]:
+    """Pass photographs through a backbone.
 
     Args:
-        embeddings: the set.
-        row: of the photograph.
-        backbone: that it was embedded by.
+        sources, backbone, copies, instead: as of `embed.make_tokens`.
+        weight: what the backbone is called.
+
+    Returns:
+        Those that can be read, something found in them or not; and id -> why for others.
+
+    Raises:
+        ImatchError: more than fit into memory.
     """
+    parameters = seen_by(weight, backbone, Resize())
+    made = make_tokens(sources, backbone, parameters, copies=copies, instead=instead)
+    tokens, resize = {**made.tokens, **made.empty}, Resize(**parameters["resize"])
+    found = [
+        Described(id, sources[id], row["size"], tokens[id], weight, backbone, resize)
+        for id, row in made.rows.items()
+        if id in tokens
+    ]
+    return found, {id: row["skipped"] for id, row in made.rows.items() if id not in tokens}
+
+
+def described(embeddings: Embeddings, row: int, backbone: Backbone) -> Described:
+    """A photograph of a set that was embedded by this backbone."""
     id, (h, w), resize = embeddings.ids[row], embeddings.rows[row]["size"], Resize(**embeddings.parameters["resize"])
     weight = str(embeddings.parameters["weight"])
     source, tokens = embeddings.photograph(row), embeddings.tokens(row)
-    return Seen(id, source, (h, w), tokens, weight, backbone, resize)
+    return Described(id, source, (h, w), tokens, weight, backbone, resize)
 
 
-def _at_once(weight: str, sources: Sequence[Path | np.ndarray]) -> int:
-    """How many photographs may go through a backbone side by side: a network takes one, `sift` what memory allows."""
-    pixels = 1
-    for source in sources:
-        with contextlib.suppress(PhotographError):
-            h, w = source.shape[:2] if isinstance(source, np.ndarray) else images.check_header(source)
-            pixels = max(pixels, h * w)
-    return max(1, min(settings.cores(), PIXELS // pixels)) if weight in CLASSICAL else 1
-
-
-def matched(a: Seen, b: Seen, rotate: bool = False) -> Match:
-    """Match two photographs that went through a backbone, A also rotated if asked."""
+def matched(a: Described, b: Described, rotate: bool = False) -> Match:
+    """Match two photographs, A also rotated if asked."""
     matcher, options = matcher_for(a.weight), {"device": a.backbone.device} if a.weight == "xfeat" else {}
     align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
     poses, focal = [(UPRIGHT, a.tokens), *(a.rotated if rotate else ())], exif.focal_lengths(a.source, b.source)
     found = align(poses, b.tokens, a.size, b.size, lambda: (_pixels(a), _pixels(b)), focal)
     explained = found.geometry
-    angle, scaled = (
-        rotation_scale(explained.matrix, a.size)
-        if explained.verified and explained.matrix is not None
-        else (None, None)
-    )
+    angle, scaled = (None, None)
+    if explained.verified and explained.matrix is not None:
+        angle, scaled = rotation_scale(explained.matrix, a.size)
     return Match(
         explained.verified,
         explained.reason,
@@ -409,12 +382,12 @@ def matched(a: Seen, b: Seen, rotate: bool = False) -> Match:
         a.weight,
         found.compared,
         (a.source, b.source),
-        explained.error,
+        explained,
     )
 
 
-def _pixels(seen: Seen) -> np.ndarray:
-    return images.decode(seen.source).pixels if isinstance(seen.source, Path) else seen.source
+def _pixels(of: Described) -> np.ndarray:
+    return images.decode(of.source).pixels if isinstance(of.source, Path) else of.source
 
 
 def check_ending(path: Path, endings: Sequence[str]) -> None:
@@ -436,8 +409,8 @@ def write(path: Path, data: bytes) -> None:
         raise ImatchError(f"{path} cannot be written: {error.strerror}: give another path") from error
 
 
-def write_table(path: str | Path, rows: Sequence[MatchRow]) -> Path:
-    """Write rows as a CSV.
+def write_table(path: str | Path, rows: Sequence[MatchRow], unasked: Sequence[Mapping[str, Json]] = ()) -> Path:
+    """Write rows as a CSV, last those of what was not matched, which have some of the columns.
 
     Returns:
         The path.
@@ -448,8 +421,8 @@ def write_table(path: str | Path, rows: Sequence[MatchRow]) -> Path:
     path = settings.from_workspace(path)
     check_ending(path, (".csv",))
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows([*rows, *unasked])
     write(path, text.getvalue().encode(errors="surrogateescape"))
     return path

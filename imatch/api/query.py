@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imatch.api.embed import embed_sources, sources_of
-from imatch.api.match import Match, look_twice, seen_of, write_table
+from imatch.api.match import Match, described, look_twice, write_table
 from imatch.core import files
-from imatch.core.rows import MatchRow, Options
+from imatch.core.rows import Json, Options
 from imatch.core.types import Hits, ImatchError
 from imatch.data.embeddings import Embeddings, comparable
 from imatch.features.base import backbone_of
@@ -77,14 +77,14 @@ def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Sear
     if k < 1:
         raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
     if index is None:
-        return _nearest(queries.vectors, gallery.vectors, k)
+        return exact(queries.vectors, gallery.vectors, k)
     if index.plan["gallery"] != gallery.digest:
         raise ImatchError("the index is of another gallery: index this one")
     return index.search(queries.vectors, k)
 
 
-def _nearest(queries: np.ndarray, vectors: np.ndarray, k: int) -> Hits:
-    """The k nearest by comparing with all."""
+def exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> Hits:
+    """Compare (Q, D) queries with all of (N, D) vectors: the k nearest of each by cosine, ties by the smaller row."""
     most, pad = min(k, len(vectors)), ((0, 0), (0, max(0, k - len(vectors))))
     rows, scores = np.empty((len(queries), most), np.int64), np.empty((len(queries), most), np.float32)
     for first in range(0, len(queries), BLOCK):
@@ -159,24 +159,10 @@ class Answers:
         Raises:
             ImatchError: another ending than .csv, or a place that cannot be written to.
         """
-        left_out = [_not_asked(id, why) for id, why in self.skipped.items()]
-        return write_table(path, [*(answer.best.row for answer in self.answers), *left_out])
-
-
-def _not_asked(query: str, reason: str) -> MatchRow:
-    return {
-        "query": query,
-        "candidate": "",
-        "verified": False,
-        "inliers": 0,
-        "matches": 0,
-        "rotation": None,
-        "scale": None,
-        "kind": "",
-        "weight": "",
-        "refined": False,
-        "reason": reason,
-    }
+        left_out: list[dict[str, Json]] = [
+            {"query": id, "verified": False, "reason": why} for id, why in self.skipped.items()
+        ]
+        return write_table(path, [answer.best.row for answer in self.answers], left_out)
 
 
 def query(
@@ -208,10 +194,10 @@ def query(
     hits = search(asked, gallery, min(k, len(gallery)))
     answers = []
     for q, id in enumerate(asked.ids):
-        a, matches = seen_of(asked, q, backbone), list[Match]()
+        a, matches = described(asked, q, backbone), list[Match]()
         rows = hits.rows[q].tolist()
         for row in rows:
-            matches.append(look_twice(a, seen_of(gallery, row, backbone)))
+            matches.append(look_twice(a, described(gallery, row, backbone)))
             if matches[-1].verified:
                 break
         answers.append(Answer(id, [gallery.ids[row] for row in rows], hits.scores[q].tolist(), matches))

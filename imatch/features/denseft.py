@@ -7,7 +7,6 @@ Source of the idea: Oquab et al., "DINOv2: Learning Robust Visual Features witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,38 +76,29 @@ class Basis:
         return colours.reshape(*tokens.grid, 3).astype(np.float32)
 
 
-def fit(blocks: Callable[[str], Iterable[np.ndarray]]) -> Basis:
-    """The basis of tokens that come in blocks, twice: once for the axes, once for their range.
+def fit(tokens: np.ndarray) -> Basis:
+    """The basis of some tokens.
 
     Args:
-        blocks: from what the pass is for ("basis" or "range") to blocks (n, d) of tokens, the same in both passes;
-            4 tokens or more of 3 numbers or more.
+        tokens: (n, d) float, n at least 4 and d at least 3.
 
     Raises:
         ImatchError: there are too few tokens, or they have too few numbers.
 
-    >>> tokens = np.random.default_rng(0).normal(size=(6, 4))
-    >>> fit(lambda _: [tokens[:2], tokens[2:]]).axes.shape
+    >>> fit(np.random.default_rng(0).normal(size=(6, 4))).axes.shape
     (3, 4)
     """
-    count, first, second = 0, np.zeros(1), np.zeros((1, 1))
-    for block in blocks("basis"):
-        directions = normalise(block.astype(np.float64))
-        count += len(block)
-        first = first + directions.sum(axis=0)
-        second = second + directions.T @ directions
-    if count < 4 or len(first) < 3:
-        raise ImatchError(f"three components need at least 4 tokens of 3 numbers, not {count} of {len(first)}")
-    mean = first / count
-    axes = np.linalg.eigh(second / count - np.outer(mean, mean))[1][:, :-4:-1].T
+    n, d = tokens.shape
+    if n < 4 or d < 3:
+        raise ImatchError(f"three components need at least 4 tokens of 3 numbers, not {n} of {d}")
+    directions = normalise(tokens.astype(np.float32))
+    mean = directions.mean(axis=0, dtype=np.float64)
+    directions -= mean.astype(np.float32)
+    axes = np.linalg.eigh((directions.T @ directions).astype(np.float64))[1][:, :-4:-1].T
     axes *= np.sign(axes[np.arange(3), np.abs(axes).argmax(axis=1)])[:, None]
-    projected, norms = [], []
-    for block in blocks("range"):
-        values = block.astype(np.float64)
-        projected.append((normalise(values) - mean) @ axes.T)
-        norms.append(np.linalg.norm(values, axis=1))
-    low, high = np.percentile(np.concatenate(projected), (1, 99), axis=0)
-    return Basis(mean, axes, low, high, float(np.percentile(np.concatenate(norms), 99)))
+    low, high = np.percentile(directions @ axes.T, (1, 99), axis=0)
+    norms = np.linalg.norm(tokens.astype(np.float32), axis=1)
+    return Basis(mean, axes, low, high, float(np.percentile(norms, 99)))
 
 
 def gridless(what: str) -> str:
@@ -119,15 +109,11 @@ def gridless(what: str) -> str:
     )
 
 
-BLOCK = 4096
-"""Tokens a matrix product."""
-
-
-def fit_embeddings(embeddings: Embeddings, sample: int = 100_000) -> Basis:
+def fit_embeddings(embeddings: Embeddings, sample: int = 50_000) -> Basis:
     """The basis of a data set, from tokens spread evenly over all of its photographs.
 
     Every photograph gives the share of the sample that it has of the tokens, drawn with a seed of its own: one seed
-    for all would look at the same places of every photograph. Memory: two (d, d) matrices and a block of tokens.
+    for all would look at the same places of every photograph. Memory: the sample three times, 12 bytes a number.
 
     Args:
         embeddings: tokens on grids, of 3 dimensions or more.
@@ -159,25 +145,16 @@ def fit_embeddings(embeddings: Embeddings, sample: int = 100_000) -> Basis:
             f"DenseFT's three components need at least 4 tokens of 3 numbers; these photographs have {total} of {d} "
             f"and the sample is {sample}: use larger photographs, more of them, or a larger sample"
         )
-    return fit(lambda what: _blocks(embeddings, sample, f"DenseFT {what}"))
-
-
-def _blocks(embeddings: Embeddings, sample: int, what: str) -> Iterator[np.ndarray]:
-    """The sample's tokens as (BLOCK or so, d) float64, the same ones on every call."""
     shown = np.unique(np.linspace(0, len(embeddings) - 1, min(len(embeddings), sample)).astype(int))
     share = min(1.0, sample / sum(embeddings.rows[row]["n"] for row in shown))
-    held: list[np.ndarray] = []
-    for row in compute.progress(shown.tolist(), what):
+    found = []
+    for row in compute.progress(shown.tolist(), "DenseFT"):
         descriptors = embeddings.tokens(row).descriptors
         n = len(descriptors)
         # drawn, for even steps could fall on the same column of every grid
         drawn = np.random.default_rng(row).choice(n, min(n, max(1, round(n * share))), replace=False) if n else []
-        held.append(descriptors[np.sort(drawn).astype(int)].astype(np.float64))
-        if sum(map(len, held)) >= BLOCK:
-            yield np.concatenate(held)
-            held.clear()
-    if held:
-        yield np.concatenate(held)
+        found.append(descriptors[np.sort(drawn).astype(int)])
+    return fit(np.concatenate(found))
 
 
 def covered(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float]:

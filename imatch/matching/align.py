@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeFloat
 
 from imatch.core import config
 from imatch.core.rows import PairRow, Parameters
@@ -23,6 +22,7 @@ from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher, Sizes
 from imatch.matching.two_view import FEWEST, PLANE, Estimator
+from imatch.matching.two_view import GeometryOptions as GeometryOptions  # beside those of matching
 
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
@@ -70,12 +70,9 @@ class Aligner:
             do not confirm it: light and season may differ.
 
     Raises:
-        ImatchError: unknown refinement, or a search that is off.
+        ImatchError: refinement "pixel" without a geometry to start from.
 
-    >>> from imatch.core.types import Tokens
     >>> from imatch.data.rotations import UPRIGHT
-    >>> from imatch.matching import matchers
-    >>> from imatch.matching.two_view import Estimator
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2)).astype(np.float32)
     >>> tokens = Tokens(np.ones(1), np.eye(40, dtype=np.float32), xy)
     >>> align = Aligner(matchers.create_matcher("mutual"), Estimator("similarity"), Estimator("affine"))
@@ -90,10 +87,6 @@ class Aligner:
     refinement: str = "off"
 
     def __post_init__(self) -> None:
-        if self.refinement not in REFINEMENTS:
-            raise ImatchError(config.unknown("refinement", self.refinement, REFINEMENTS))
-        if self.search.model == "off":
-            raise ImatchError("the first geometry cannot be off, it chooses the pose: use auto")
         if self.refinement == "pixel" and self.estimator.model == "off":
             raise ImatchError("refinement pixel starts from a geometry: use model auto or homography")
 
@@ -109,20 +102,13 @@ class Aligner:
         """Align one pair.
 
         Args:
-            poses: A's tokens in one pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
+            poses: A's tokens in a pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
             b: B's tokens.
             size_a, size_b: (h, w) of the upright photographs.
             photographs: gives the pixels of A and of B, both upright and (h, w, 3) uint8 RGB, in their full size.
-                Called at most once, and only where pixels are compared.
+                Called at most once, and only where pixels are compared; refinement "pixel" needs them.
             focal: their focal lengths in pixels, where known.
-
-        Raises:
-            ImatchError: no pose at all, or no photographs for refinement "pixel".
         """
-        if not poses:
-            raise ImatchError("there is no pose of A to align: give at least the upright one")
-        if self.refinement == "pixel" and photographs is None:
-            raise ImatchError("refinement pixel compares photographs: give them, or use refinement patch")
         if len(poses) > 1 and (quick := self.matcher.quick):
             poses = [max(poses, key=lambda pose: len(quick(pose[1], b)))]
         first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
@@ -153,8 +139,7 @@ class Aligner:
         return Alignment(pose, matches, xy_a, xy_b, estimator(xy_a, xy_b, *views))
 
     def _depth(self, coarse: Alignment, views: Views) -> Alignment | None:
-        """The alignment of keypoints in a scene of depth. No matrix brings one photograph onto the other there, so
-        pixels are not compared."""
+        """The alignment of keypoints in a scene of depth, where pixels cannot be compared."""
         found = self.estimator(coarse.xy_a, coarse.xy_b, *views) if self.estimator.model == "auto" else None
         if not found or found.kind != "general":
             return None
@@ -162,8 +147,10 @@ class Aligner:
         return replace(coarse, geometry=replace(found, reason=reason))
 
     def _finer(self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray) -> Alignment:
-        """The alignment by pixels where they confirm most of it, else as it was. Coarse points of something flat may
-        look like a scene of depth, so that is compared, too."""
+        """The alignment by pixels where they confirm most of it, else as it was.
+
+        Coarse points of something flat may look like a scene of depth, so that is compared, too.
+        """
         model = "homography" if self.estimator.model == "auto" else self.estimator.model
         if coarse.geometry.matrix is None or model == "fundamental":
             return coarse
@@ -248,38 +235,6 @@ class MatchingOptions:
         poses(self.rotations or 1, self.zooms)
 
 
-@dataclass(frozen=True)
-class GeometryOptions:
-    """What two photographs must agree on (`two_view.Estimator`).
-
-    Attributes:
-        model: "auto" is a homography or, of a scene with depth, a fundamental matrix; or "similarity", "affine",
-            "homography", "fundamental", "off".
-        method: robust estimator: "auto", "poselib", "accurate", "magsac" or "ransac".
-        threshold: reprojection error of an inlier in pixels; 0 is half a patch on a grid, else 3.
-        confidence: wanted probability that the best sample was found.
-        iterations: at most so many samples.
-        min_inliers: a pair is verified by so many inliers; 0 is 10 on a plane, 15 where there is depth, 20 of grids;
-        min_share: and by this share of its matches more; 0 is 0.01 by ratio or lighterglue, else 0.1, 0.3 on a grid.
-
-    Raises:
-        ImatchError: an unknown name, or a number out of its range.
-    """
-
-    model: str = "auto"
-    method: str = "auto"
-    threshold: NonNegativeFloat = 0.0
-    confidence: float = 0.9999
-    iterations: int = 10_000
-    min_inliers: int = 0
-    min_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        config.check(self, "geometry")
-        given = dataclasses.asdict(self)
-        Estimator(**{**given, "threshold": self.threshold or 1.0})  # its ranges
-
-
 def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:
     """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for the matcher,
     and for keypoints or a grid.
@@ -333,8 +288,7 @@ class Tried:
     def by(
         cls, looked: Looked, seen: Sequence[tuple[Pose, Tokens]], b: Tokens, sizes: Sizes, paths: tuple[Path, Path]
     ) -> Tried:
-        """Align a pair by one look. A photograph that is gone or broken by now must not end a run: its pixels are not
-        compared, and the pair is not verified."""
+        """Align a pair by one look; where pixels cannot be read by now, it is not verified."""
         align, focal = aligner(looked.settings, b, sizes[1]), exif.focal_lengths(*paths)
         try:
             found = align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
@@ -363,8 +317,7 @@ class Tried:
 
 
 def first_verified(tries: Iterable[Tried]) -> Tried:
-    """Make one try after the other up to the first that verifies the pair; if none does, give the first back, with the
-    reasons of all."""
+    """Give back the first try that verifies the pair; if none does, the first, with the reasons of all."""
     tried: list[Tried] = []
     for one in tries:
         if one.found.geometry.verified:

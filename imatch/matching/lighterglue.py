@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from imatch.core import config, learned
+from imatch.core import compute, config, learned
 from imatch.core.types import ImatchError, Matches, Tokens
-from imatch.matching.matchers import Checked, Matcher, Mutual, Sizes
+from imatch.matching.matchers import Matcher, Mutual, Sizes
 
 if TYPE_CHECKING:
     from kornia.feature import LightGlue
@@ -24,7 +24,7 @@ CONSTANTS = "confidence_thresholds"
 
 
 @dataclass(frozen=True)
-class LighterGlue(Checked):
+class LighterGlue(Matcher):
     """Attention within and between the two photographs, then a probability for each pair of keypoints.
 
     What it pairs agrees with some geometry by itself, so agreement says less: it takes more inliers (`caution`).
@@ -54,6 +54,7 @@ class LighterGlue(Checked):
     def __post_init__(self) -> None:
         learned.check()
         super().__post_init__()
+        object.__setattr__(self, "device", compute.resolved(self.device))
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """See `Matcher`; the scores are probabilities.

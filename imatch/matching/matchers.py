@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, Union
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from threadpoolctl import ThreadpoolController
 
-from imatch.core import compute, config
+from imatch.core import config
 from imatch.core.rows import Json, Options
 from imatch.core.types import ImatchError, Matches, Tokens
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Array = Union[np.ndarray, "Tensor"]
-"""Of numpy or of torch, as the descriptors are."""
 MATCHERS = {
     "mutual": "imatch.matching.matchers:Mutual",
     "ratio": "imatch.matching.matchers:Ratio",
@@ -32,35 +26,29 @@ Sizes = tuple[tuple[int, int], tuple[int, int]]
 """(h, w) of A and of B."""
 
 
-class Matcher(Protocol):
-    """What imatch asks of a matcher. Its options are the fields of its frozen dataclass; those with compare=False say
-    where it is worked out."""
+class Matcher:
+    """What imatch asks of a matcher: a frozen dataclass of options; those with compare=False say where it works.
 
-    @property
-    def device(self) -> str:
-        """Where it works: "cpu", "cuda" or "cuda:1"."""
+    Attributes:
+        share: what share of its correspondences must agree; 0 for what is usual (`align.aligner`).
+        caution: of `two_view.Estimator`, where its correspondences agree by themselves.
+        coarse: reprojection error of an inlier as a share of a photograph's longer side, if that is more than 3 pixels.
+        quick: what chooses the pose beforehand, by its number of correspondences, for a matcher that is slow.
+    """
 
-    @property
-    def share(self) -> float:
-        """What share of its correspondences must agree; 0 for what is usual (`align.aligner`)."""
+    share: ClassVar[float] = 0.0
+    caution: ClassVar[float] = 1.0
+    coarse: ClassVar[float] = 0.0
+    quick: ClassVar[Matcher | None] = None
 
-    @property
-    def caution(self) -> float:
-        """Of `two_view.Estimator`, where its correspondences agree by themselves."""
-
-    @property
-    def coarse(self) -> float:
-        """Reprojection error of an inlier as a share of a photograph's longer side, if that is more than 3 pixels."""
-
-    @property
-    def quick(self) -> Matcher | None:
-        """What chooses the pose beforehand, by its number of correspondences, for a matcher that is slow."""
+    def __post_init__(self) -> None:
+        config.check(self)
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
 
-        Any local descriptors with positions will do, on a grid or not; those of norm 0 are never matched. The roles
-        are equal: exchanging A and B exchanges the two sides of the answer, but where pairs are equally strong.
+        Any local descriptors with positions will do; those of norm 0 are never matched. Exchanging A and B exchanges
+        the sides of the answer, but where pairs are equally strong.
 
         Args:
             a, b: their tokens, xy in pixels of the photographs as the backbone saw them.
@@ -72,6 +60,7 @@ class Matcher(Protocol):
         Raises:
             ImatchError: the two sides' descriptors are not of one kind.
         """
+        raise NotImplementedError
 
 
 def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
@@ -85,55 +74,28 @@ def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
 
 
 TILE, ROWS = 2**20, 256
-"""How many cosines are in memory at once: 4 MB, which stay in the processor's cache; and how many rows of them are
-copied at once to look along the columns."""
+"""Cosines in memory at once, 4 MB, which stay in the processor's cache; rows that are copied to look along columns."""
 SAME = 0.95
 """Cosine from which on two descriptors show the same: where a rival comes near to that, too, what they show repeats."""
 _BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
 
 
-@dataclass(frozen=True)
-class Side:
-    """The descriptors of a photograph that take part in matching.
-
-    Attributes:
-        rows: (n,) int64, which rows of the Tokens they are, rising.
-        directions: (n, d) float32 of norm 1.
-        xy: (n, 2) float32, their positions in pixels.
-    """
+class _Side(NamedTuple):
+    """Descriptors that can be compared: their rows in the tokens, rising, directions of norm 1, and positions."""
 
     rows: np.ndarray
     directions: np.ndarray
     xy: np.ndarray
 
 
-class Nearest(NamedTuple):
-    """The k best partners of each of n rows, best first; of equally good ones the one with the smaller index.
-
-    Attributes:
-        score: (n, k) float32.
-        index: (n, k) int64.
-    """
+class _Nearest(NamedTuple):
+    """The k best partners of each of n rows, best first, of equally good ones the smaller index first: (n, k) each."""
 
     score: np.ndarray
     index: np.ndarray
 
 
-def sides(a: Tokens, b: Tokens, min_norm: float = 0.0) -> tuple[Side, Side]:
-    """Make both photographs ready to be compared. Descriptors of norm 0 point nowhere and are left out.
-
-    Args:
-        a, b: their tokens.
-        min_norm: the share of its photograph's largest norm, 0 to 1, below which a descriptor is left out.
-
-    Raises:
-        ImatchError: the two sides' descriptors are not of one kind.
-
-    >>> xy = np.zeros((3, 2), np.float32)
-    >>> tokens = Tokens(np.ones(1), np.array([[3.0, 4], [0, 0], [0.5, 0]]), xy)
-    >>> [side.rows.tolist() for side in (*sides(tokens, tokens), *sides(tokens, tokens, 0.2))]
-    [[0, 2], [0, 2], [0], [0]]
-    """
+def _sides(a: Tokens, b: Tokens, min_norm: float = 0.0) -> tuple[_Side, _Side]:
     if a.descriptors.shape[1] != b.descriptors.shape[1]:
         raise ImatchError(
             f"descriptors of {a.descriptors.shape[1]} and {b.descriptors.shape[1]} numbers cannot be compared: "
@@ -142,156 +104,79 @@ def sides(a: Tokens, b: Tokens, min_norm: float = 0.0) -> tuple[Side, Side]:
     return _side(a, min_norm), _side(b, min_norm)
 
 
-def _side(tokens: Tokens, min_norm: float) -> Side:
+def _side(tokens: Tokens, min_norm: float) -> _Side:
     directions = tokens.descriptors.astype(np.float32, copy=False)
     norms = np.sqrt(np.einsum("ij,ij->i", directions, directions))
     rows = np.flatnonzero((norms > 0) & (norms >= min_norm * norms.max(initial=0)))
     if len(rows) < len(norms):
         directions, norms = directions[rows], norms[rows]
-    return Side(rows, directions / norms[:, None], tokens.xy[rows])
+    return _Side(rows, directions / norms[:, None], tokens.xy[rows])
 
 
-def on_cpu(array: Array) -> np.ndarray:
-    """An array of either library as numpy's.
+def _products(a: _Side, b: _Side) -> Iterator[np.ndarray]:
+    """Cosines of some rows of A at a time, in the memory of those before; of none when A is empty.
 
-    >>> on_cpu(np.ones(1)).tolist()
-    [1.0]
+    On one thread: OpenBLAS rounds otherwise by another number, in which engines differ.
     """
-    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
-
-
-def products(a: Side, b: Side, device: str) -> Iterator[Array]:
-    """The cosines of A's and B's directions, some rows of A at a time: `TILE` numbers, or one row.
-
-    Args:
-        a, b: n_a and n_b descriptors.
-        device: "cpu", for numpy's arrays, or what torch knows, for torch's.
-
-    Yields:
-        (t, n_b) float32, in the memory of the one before; one of (0, n_b) when A is empty.
-
-    >>> eye = np.eye(3, dtype=np.float32)
-    >>> a, b = (Side(np.arange(3), directions, eye[:, :2]) for directions in (eye, eye[::-1]))
-    >>> next(products(a, b, "cpu")).tolist()
-    [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
-    """
-    library: Any = np
-    of_a, of_b = a.directions, b.directions
-    if device != "cpu":
-        import torch
-
-        library = torch
-        of_a, of_b = (torch.from_numpy(directions).to(device) for directions in (of_a, of_b))
-    n = max(1, min(len(of_a), TILE // max(1, len(of_b))))
-    tile = library.empty((n, len(of_b)), dtype=of_a.dtype, device=of_a.device)
-    for first in range(0, max(1, len(of_a)), n):
-        rows = of_a[first : first + n]
-        with _one_thread() if device == "cpu" else nullcontext():
-            library.matmul(rows, of_b.T, out=tile[: len(rows)])
+    n = max(1, min(len(a.rows), TILE // max(1, len(b.rows))))
+    tile = np.empty((n, len(b.rows)), np.float32)
+    for first in range(0, max(1, len(a.rows)), n):
+        rows = a.directions[first : first + n]
+        with _BLAS_LOCK, _BLAS.limit(limits=1):
+            np.matmul(rows, b.directions.T, out=tile[: len(rows)])
         yield tile[: len(rows)]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """OpenBLAS on one thread: it rounds differently with another number, and the engines differ in that. The lock is
-    there because the limit is the whole process's."""
-    with _BLAS_LOCK, _BLAS.limit(limits=1):
-        yield
-
-
-def largest(scores: Array, k: int) -> Nearest:
-    """The k largest of each row of (n, m) scores; of equal ones the first. With k > 1 they are overwritten.
-
-    >>> largest(np.array([[0.1, 0.9, 0.3]]), 2).index.tolist()
-    [[1, 2]]
-    """
+def _largest(scores: np.ndarray, k: int) -> _Nearest:
+    """The k largest of each row of (n, m) scores; of equal ones the first. With k > 1 they are overwritten."""
     n, k = len(scores), min(k, scores.shape[1])
-    found, rows = Nearest(np.empty((n, k), np.float32), np.empty((n, k), np.int64)), np.arange(n)
+    found, rows = _Nearest(np.empty((n, k), np.float32), np.empty((n, k), np.int64)), np.arange(n)
     for place in range(k):
-        index = found.index[:, place] = on_cpu(scores.argmax(1))
-        found.score[:, place] = on_cpu(scores[rows, index])
+        index = found.index[:, place] = scores.argmax(1)
+        found.score[:, place] = scores[rows, index]
         if place + 1 < k:
             scores[rows, index] = -np.inf
     return found
 
 
-def nearest(tiles: Iterable[Array], k: int) -> tuple[Nearest, Nearest]:
-    """The k largest scores of each row, and of each column, from one pass.
-
-    Args:
-        tiles: (t, n_b) float32 scores that follow each other downwards, at least one; they are overwritten.
-        k: how many; where there are fewer, all.
-
-    Returns:
-        for A's rows (n_a, min(k, n_b)), and for B's columns (n_b, min(k, n_a)).
-
-    >>> of_a, of_b = nearest([np.array([[0.1, 0.9], [0.3, 0.9]], np.float32)], 1)
-    >>> of_a.index.tolist(), of_b.index.tolist()
-    ([[1], [1]], [[1], [0]])
-    """
-    of_rows: list[Nearest] = []
-    of_columns, first = Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
+def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
+    """The k largest scores of each row and of each column of tiles, one below the other; they are overwritten."""
+    of_rows: list[_Nearest] = []
+    of_columns, first = _Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
     for part in (tile[n : n + ROWS] for tile in tiles for n in range(0, max(1, len(tile)), ROWS)):
-        below = largest(part.T.copy() if isinstance(part, np.ndarray) else part.T.contiguous(), k)  # rows read faster
+        below = _largest(part.T.copy(), k)  # rows read faster
         below.index[:] += first
         if first:  # those of earlier tiles stand first, so that the smaller index wins
-            both = Nearest(*(np.concatenate(pair, axis=1) for pair in zip(of_columns, below, strict=True)))
-            best = largest(both.score, k)
-            below = Nearest(best.score, np.take_along_axis(both.index, best.index, axis=1))
+            score, index = (np.concatenate(pair, axis=1) for pair in zip(of_columns, below, strict=True))
+            best = _largest(score, k)
+            below = _Nearest(best.score, np.take_along_axis(index, best.index, axis=1))
         of_columns, first = below, first + len(part)
-        of_rows.append(largest(part, k))
-    return Nearest(*map(np.concatenate, zip(*of_rows, strict=True))), of_columns
+        of_rows.append(_largest(part, k))
+    return _Nearest(*map(np.concatenate, zip(*of_rows, strict=True))), of_columns
 
 
-def mutual(of_a: Nearest, of_b: Nearest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs in which each is among the other's nearest.
-
-    Args:
-        of_a: for n_a rows, indices below n_b.
-        of_b: for n_b rows, indices below n_a.
-
-    Returns:
-        (m,) int64 rows of A, (m,) int64 rows of B and (m,) float32 scores, by the rows of A.
-
-    >>> a, b = np.array([[0.9, 0.8], [0.7, 0.6]]), np.array([[0.9, 0.7], [0.8, 0.6]])
-    >>> of_a, of_b = (Nearest(score, np.array([[0, 1], [0, 1]])) for score in (a, b))
-    >>> [found.tolist() for found in mutual(of_a, of_b)[:2]]
-    [[0, 0, 1, 1], [0, 1, 0, 1]]
-    """
+def _mutual(of_a: _Nearest, of_b: _Nearest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs in which each is among the other's nearest: rows of A, rising, rows of B, and scores, (m,) each."""
     i = np.arange(len(of_a.index))[:, None]
     chosen = (of_b.index[of_a.index] == i[..., None]).any(axis=2)
     return np.nonzero(chosen)[0], of_a.index[chosen], of_a.score[chosen]
 
 
-def correspondences(
-    a: Side, b: Side, index_a: np.ndarray, index_b: np.ndarray, max_matches: int, one_to_one: bool = False
-) -> Matches:
-    """The answer of a matcher from the pairs that it found: strongest first, equally strong ones by the rows of A.
-
-    Args:
-        a, b: the two sides.
-        index_a, index_b: (m,) int64, their rows.
-        max_matches: how many of the strongest are kept; 0 keeps all.
-        one_to_one: keep a pair only if neither of its two is in a stronger pair that was kept; needless where each
-            descriptor has chosen one.
-
-    >>> directions = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8]], np.float32)
-    >>> side = Side(np.arange(3), directions, np.zeros((3, 2), np.float32))
-    >>> found = correspondences(side, side, np.array([0, 0, 2]), np.array([2, 1, 1]), 0, one_to_one=True)
-    >>> found.index_a.tolist(), found.index_b.tolist()
-    ([2, 0], [1, 2])
-    """
-    similarity = _cosines(a.directions, b.directions, index_a, index_b)
-    order = np.lexsort((index_b, index_a, -similarity))
+def _strongest(a: _Side, b: _Side, i: np.ndarray, j: np.ndarray, max_matches: int, one_to_one: bool = False) -> Matches:
+    """Pairs of rows, strongest first; `one_to_one` keeps of those that share a descriptor the strongest."""
+    similarity = _cosines(a.directions, b.directions, i, j)
+    order = np.lexsort((j, i, -similarity))
     if one_to_one:
-        order = order[_greedy(index_a[order], index_b[order])]
+        order = order[_free(i[order], j[order])]
     order = order[: max_matches or None]
-    return Matches(a.rows[index_a[order]], b.rows[index_b[order]], similarity[order])
+    return Matches(a.rows[i[order]], b.rows[j[order]], similarity[order])
 
 
 def _cosines(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """(m,) float32, of pairs of rows, once more and in float64: equal pairs are equally strong, wherever they stood in
-    the tiles, and 1 is 1. Their order counts, for robust estimators draw by it."""
+    """Of pairs of rows, once more, in float64: equal pairs are equally strong, wherever they stood.
+
+    Their order counts, for robust estimators draw by it.
+    """
     found = np.empty(len(i), np.float32)
     for part in (slice(first, first + ROWS) for first in range(0, len(i), ROWS)):
         x, y = a[i[part]], b[j[part]]
@@ -300,37 +185,19 @@ def _cosines(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.n
     return found
 
 
-def _greedy(i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Which of the pairs, strongest first, are kept one after the other where neither side is taken: (m,) bool.
-
-    A pair that is the first of both its sides is kept whatever happens to the others, so that all such go at once.
-    """
-    kept = np.zeros(len(i), bool)
-    left = np.arange(len(i))
-    while len(left):
-        firsts = np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (i, j)))
-        taken = left[firsts]
-        kept[taken] = True
-        left = left[~(np.isin(i[left], i[taken]) | np.isin(j[left], j[taken]))]
+def _free(i: np.ndarray, j: np.ndarray) -> list[int]:
+    """Places of the pairs, strongest first, neither of whose two is in a pair before that was kept."""
+    kept, of_a, of_b = [], set[int](), set[int]()
+    for place, (row, other) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
+        if row not in of_a and other not in of_b:
+            kept.append(place)
+            of_a.add(row)
+            of_b.add(other)
     return kept
 
 
-class Checked:
-    """A matcher whose fields are what their type hints say, on a device that is there."""
-
-    share: ClassVar[float] = 0.0
-    caution: ClassVar[float] = 1.0
-    coarse: ClassVar[float] = 0.0
-    quick: ClassVar[Matcher | None] = None
-    device: str
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        object.__setattr__(self, "device", compute.resolved(self.device))
-
-
 @dataclass(frozen=True)
-class Mutual(Checked):
+class Mutual(Matcher):
     """Pairs in which each side is among the other's nearest neighbours by cosine.
 
     Attributes:
@@ -342,11 +209,9 @@ class Mutual(Checked):
             of DINOv3's tokens differ, SIFT's are 1.
         one_to_one: whether a descriptor takes part in one pair only, the strongest whose other side is free.
         max_matches: how many of the strongest pairs are kept; 0 keeps all.
-        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one), where numbers are rounded
-            otherwise.
 
     Raises:
-        ImatchError: a number out of its range, or a missing device.
+        ImatchError: a number out of its range.
 
     >>> import numpy as np
     >>> eye = np.eye(3, dtype=np.float32)
@@ -362,21 +227,19 @@ class Mutual(Checked):
     min_norm: config.Share = 0.0
     one_to_one: bool = True
     max_matches: NonNegativeInt = 2000
-    device: str = field(default="cpu", compare=False)
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:  # noqa: ARG002
         """See `Matcher`."""
-        of_a, of_b = sides(a, b, self.min_norm)
-        tiles = products(of_a, of_b, self.device)
-        i, j, similarity = mutual(*nearest(tiles, self.k))
+        of_a, of_b = _sides(a, b, self.min_norm)
+        i, j, similarity = _mutual(*_nearest(_products(of_a, of_b), self.k))
         kept = similarity >= self.min_similarity
-        if self.min_relative and len(similarity):
-            kept &= similarity >= self.min_relative * similarity.max()
-        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches, self.one_to_one and self.k > 1)
+        if self.min_relative:
+            kept &= similarity >= self.min_relative * similarity.max(initial=0)
+        return _strongest(of_a, of_b, i[kept], j[kept], self.max_matches, self.one_to_one and self.k > 1)
 
 
 @dataclass(frozen=True)
-class Ratio(Checked):
+class Ratio(Matcher):
     """Mutual nearest neighbours that are clearly nearer than anything elsewhere, seen from either photograph.
 
     A pair is kept when its angle is below `max_ratio` times the angle to its rival, the second most similar descriptor
@@ -394,10 +257,9 @@ class Ratio(Checked):
             about as many as Lowe's 0.8 asked of one.
         apart: on grids, in spacings, at least 0; 1.5 excludes the eight neighbours of a cell.
         max_matches: how many of the strongest pairs are kept; 0 keeps all.
-        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
 
     Raises:
-        ImatchError: a number out of its range, or a missing device.
+        ImatchError: a number out of its range.
 
     >>> xy = np.array([[0.0, 0], [9, 0], [18, 0]], np.float32)
     >>> a = Tokens(np.ones(1), np.eye(3), xy, grid=(1, 3))
@@ -410,32 +272,29 @@ class Ratio(Checked):
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.85
     apart: NonNegativeFloat = 1.5
     max_matches: NonNegativeInt = 2000
-    device: str = field(default="cpu", compare=False)
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:  # noqa: ARG002
         """See `Matcher`."""
-        of_a, of_b = sides(a, b)
+        of_a, of_b = _sides(a, b)
         if a.grid is None and b.grid is None:
-            found = nearest(products(of_a, of_b, self.device), 2)
-            (in_b, rival_in_b), (in_a, rival_in_a) = map(_first_two, found)
+            (in_b, rival_in_b), (in_a, rival_in_a) = map(_first_two, _nearest(_products(of_a, of_b), 2))
         else:
-            there, back = products(of_a, of_b, self.device), products(of_b, of_a, self.device)
+            there, back = _products(of_a, of_b), _products(of_b, of_a)
             if len(of_a.rows) * len(of_b.rows) <= TILE:  # one product serves both directions
                 whole = next(there)
-                other = whole.T.copy() if isinstance(whole, np.ndarray) else whole.T.clone()
-                there, back = iter([whole]), iter([other])
+                there, back = iter([whole]), iter([whole.T.copy()])
             in_b, rival_in_b = _with_rivals(there, of_b, self.apart * spacing(b.xy))
             in_a, rival_in_a = _with_rivals(back, of_a, self.apart * spacing(a.xy))
-        i, j, similarity = mutual(in_b, in_a)
+        i, j, similarity = _mutual(in_b, in_a)
         kept = _angle(similarity) < self.max_ratio * _angle(np.maximum(rival_in_b[i], rival_in_a[j]))
-        matches = correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
+        matches = _strongest(of_a, of_b, i[kept], j[kept], self.max_matches)
         return dataclasses.replace(matches, repeated=int((~kept & (similarity >= SAME)).sum()))
 
 
-def _first_two(found: Nearest) -> tuple[Nearest, np.ndarray]:
+def _first_two(found: _Nearest) -> tuple[_Nearest, np.ndarray]:
     """The best of each, and the cosine of the second best, at least 0."""
     rival = found.score[:, 1] if found.score.shape[1] > 1 else np.zeros(len(found.score), np.float32)
-    return Nearest(found.score[:, :1], found.index[:, :1]), rival.clip(0)
+    return _Nearest(found.score[:, :1], found.index[:, :1]), rival.clip(0)
 
 
 def spacing(xy: np.ndarray) -> float:
@@ -453,19 +312,18 @@ def spacing(xy: np.ndarray) -> float:
     return float(np.median(KDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else 0.0
 
 
-def _with_rivals(tiles: Iterable[Array], b: Side, radius: float) -> tuple[Nearest, np.ndarray]:
-    """The most similar of B for each of A's n rows of cosines, which are overwritten, and (n,) float32 the best cosine
-    outside the circle around it, or 0."""
+def _with_rivals(tiles: Iterable[np.ndarray], b: _Side, radius: float) -> tuple[_Nearest, np.ndarray]:
+    """The most similar of B for each of A, and the best cosine outside the circle around it, or 0."""
     from scipy.spatial import KDTree  # a third of a second, and no other matcher needs it
 
     found, rivals, places = [], [], KDTree(b.xy)
     for tile in tiles:
-        best = largest(tile, 1)
+        best = _largest(tile, 1)
         around = KDTree(b.xy[best.index.ravel()]).sparse_distance_matrix(places, radius, output_type="ndarray")
         tile[around["i"], around["j"]] = 0.0
         found.append(best)
-        rivals.append(largest(tile, 1).score.ravel())
-    return Nearest(*map(np.concatenate, zip(*found, strict=True))), np.concatenate(rivals)
+        rivals.append(_largest(tile, 1).score.ravel())
+    return _Nearest(*map(np.concatenate, zip(*found, strict=True))), np.concatenate(rivals)
 
 
 def _angle(cosine: np.ndarray) -> np.ndarray:
@@ -474,7 +332,7 @@ def _angle(cosine: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DualSoftmax(Checked):
+class DualSoftmax(Matcher):
     """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
 
     The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor
@@ -487,10 +345,9 @@ class DualSoftmax(Checked):
             for features of its own, which are not of norm 1; among 1,000 SIFT 0.02 finds what the ratio test does.
         min_probability: 0 to 1; a pair below it is dropped. 0.2 is LoFTR's.
         max_matches: how many of the strongest (by cosine) are kept; 0 keeps all.
-        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto" (the GPU, if there is one).
 
     Raises:
-        ImatchError: a number out of its range, or a missing device.
+        ImatchError: a number out of its range.
 
     >>> tokens = Tokens(np.ones(1), np.eye(3)[[0, 1, 2, 2]], np.zeros((4, 2), np.float32))
     >>> DualSoftmax(min_probability=0.5)(tokens, tokens).index_a.tolist()
@@ -500,44 +357,35 @@ class DualSoftmax(Checked):
     temperature: Annotated[float, Field(ge=0.001)] = 0.02
     min_probability: config.Share = 0.2
     max_matches: NonNegativeInt = 2000
-    device: str = field(default="cpu", compare=False)
 
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:  # noqa: ARG002
         """See `Matcher`."""
-        of_a, of_b = sides(a, b)
-        scores = _log_probabilities(of_a, of_b, self.temperature, self.device)
-        i, j, score = mutual(*nearest(scores, 1))
+        of_a, of_b = _sides(a, b)
+        i, j, score = _mutual(*_nearest(_log_probabilities(of_a, of_b, self.temperature), 1))
         kept = np.exp(score) >= self.min_probability
-        return correspondences(of_a, of_b, i[kept], j[kept], self.max_matches)
+        return _strongest(of_a, of_b, i[kept], j[kept], self.max_matches)
 
 
-def _log_probabilities(a: Side, b: Side, temperature: float, device: str) -> Iterator[Array]:
+def _log_probabilities(a: _Side, b: _Side, temperature: float) -> Iterator[np.ndarray]:
     """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one."""
     if not (len(a.rows) and len(b.rows)):
-        yield from products(a, b, device)  # the empty tile, of which there is no sum
+        yield from _products(a, b)  # the empty tile, of which there is no sum
         return
-    of_rows, of_columns = [], None
-    for tile in products(a, b, device):
+    of_rows, of_columns = [], np.full(len(b.rows), -np.inf, np.float32)
+    for tile in _products(a, b):
         tile /= temperature
         of_rows.append(_log_sum_exp(tile, 1))
-        below = _log_sum_exp(tile, 0)
-        of_columns = below if of_columns is None else _log_add_exp(of_columns, below)
-    for tile, of_these in zip(products(a, b, device), of_rows, strict=True):
+        of_columns = np.logaddexp(of_columns, _log_sum_exp(tile, 0))
+    for tile, of_these in zip(_products(a, b), of_rows, strict=True):
         tile *= 2 / temperature
         tile -= of_these[:, None]
         tile -= of_columns
         yield tile
 
 
-def _log_sum_exp(x: Array, axis: int) -> Array:
-    if not isinstance(x, np.ndarray):
-        return x.logsumexp(axis)
+def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
     top = x.max(axis=axis, keepdims=True)
-    return np.log(np.exp(x - top).sum(axis=axis)) + top.squeeze(axis)
-
-
-def _log_add_exp(x: Array, y: Array) -> Array:
-    return np.logaddexp(x, y) if isinstance(x, np.ndarray) else x.logaddexp(y)
+    return np.asarray(np.log(np.exp(x - top).sum(axis=axis)) + top.squeeze(axis))
 
 
 def options_of(matcher: Matcher) -> dict[str, Json]:

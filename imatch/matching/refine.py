@@ -7,12 +7,22 @@ import math
 import cv2
 import numpy as np
 
-from imatch.core.types import ImatchError, Matches, Tokens, normalise
+from imatch.core.types import Matches, Tokens, normalise
 from imatch.matching.geometry import rotation_scale, transform
 
+TEMPERATURE = 0.05
+"""Of the softmax over the tokens around a partner; the smaller, the nearer to the most similar one."""
+WINDOW, LEVELS = 15, 2
+"""Side of the square that the flow compares, in pixels of the coarser photograph; how often its pyramid halves: it
+reaches about 30 pixels."""
+RETURNS = 1.0
+"""By how many pixels of the coarser photograph a point may miss its beginning on the way back."""
 
-def by_patch(a: Tokens, b: Tokens, matches: Matches, *, radius: int = 1, temperature: float = 0.05) -> np.ndarray:
-    """Where between the tokens of B's grid each correspondence lies: a local soft-argmax of the cosine.
+
+def by_patch(a: Tokens, b: Tokens, matches: Matches) -> np.ndarray:
+    """Where between the tokens of B's grid each correspondence lies: a soft-argmax of the cosine over the partner and
+    its eight neighbours. At the border of the grid the window reaches no further inwards than outwards: a lopsided one
+    would pull inwards.
 
     Source: Luvizon, Tabia and Picard, "Human pose regression by combining indirect part detection and contextual
     information", 2019 (soft-argmax); around a coarse match: Sun et al., "LoFTR", CVPR 2021.
@@ -21,15 +31,9 @@ def by_patch(a: Tokens, b: Tokens, matches: Matches, *, radius: int = 1, tempera
         a: A's tokens, on a grid or not.
         b: B's tokens. Keypoints lie where they lie: without a grid their positions are the answer.
         matches: between the two.
-        radius: how many tokens the window reaches to each side of the partner, at least 0. At the border of the grid
-            it reaches no further inwards than outwards: a lopsided window would pull inwards.
-        temperature: of the softmax over the window, above 0; the smaller, the nearer to the most similar token.
 
     Returns:
         (m, 2) float32 pixels of B.
-
-    Raises:
-        ImatchError: radius or temperature out of its range.
 
     >>> xy = np.array([[8, 8], [24, 8], [40, 8]], np.float32)
     >>> b = Tokens(np.ones(1), np.array([[0.0, 1], [1, 1], [1, 0]]), xy, grid=(1, 3))
@@ -37,20 +41,18 @@ def by_patch(a: Tokens, b: Tokens, matches: Matches, *, radius: int = 1, tempera
     >>> by_patch(a, b, Matches(np.array([0]), np.array([1]), np.ones(1))).astype(int).tolist()
     [[24, 8]]
     """
-    if radius < 0 or temperature <= 0:
-        raise ImatchError(f"radius {radius} must be at least 0 and temperature {temperature} above 0")
     if b.grid is None or not len(matches):
         return b.xy[matches.index_b].astype(np.float32)
     h, w = b.grid
     row, column = (place[:, None, None] for place in np.divmod(matches.index_b, w))
-    right = np.arange(-radius, radius + 1)
+    right = np.arange(-1, 2)
     down = right[:, None]
     inside = (abs(down) <= np.minimum(row, h - 1 - row)) & (abs(right) <= np.minimum(column, w - 1 - column))
     window = np.where(inside, (row + down) * w + column + right, 0).reshape(len(matches), -1)
     of_a = normalise(a.descriptors[matches.index_a].astype(np.float32))
     of_b = normalise(b.descriptors.astype(np.float32))
     cosine = np.einsum("md,mwd->mw", of_a, of_b[window])
-    score = np.where(inside.reshape(window.shape), cosine / temperature, -np.inf)
+    score = np.where(inside.reshape(window.shape), cosine / TEMPERATURE, -np.inf)
     weight = np.exp(score - score.max(axis=1, keepdims=True))
     weight /= weight.sum(axis=1, keepdims=True)
     return np.einsum("mw,mwc->mc", weight, b.xy[window]).astype(np.float32)
@@ -62,10 +64,6 @@ def by_pixels(
     xy_a: np.ndarray,
     xy_b: np.ndarray,
     matrix: np.ndarray,
-    *,
-    window: int = 15,
-    levels: int = 2,
-    agree: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where in B each point of A lies, by optical flow on the photographs, starting where a first geometry puts it.
 
@@ -78,9 +76,6 @@ def by_pixels(
         xy_a: (m, 2) pixels of A.
         xy_b: (m, 2) pixels of B: the answer for points that are not found.
         matrix: (3, 3) A -> B; from it the flow starts.
-        window: side of the square that is compared, in pixels of the coarser photograph.
-        levels: how often the pyramid halves; the flow reaches about window / 2 * 2 ** levels pixels.
-        agree: by how many pixels of the coarser photograph a point may miss its beginning on the way back.
 
     Returns:
         xy_b (m, 2) float32, and found (m,) bool. Points are not found outside B or where there is no texture.
@@ -99,7 +94,7 @@ def by_pixels(
         return refined, found
     _, scale = rotation_scale(matrix, photograph_a.shape[:2])
     factor = min(1.0, 1 / scale)
-    margin = window * 2**levels
+    margin = WINDOW * 2**LEVELS
     low = start[found].min(axis=0) * factor - margin
     width, height = np.ceil(start[found].max(axis=0) * factor + margin - low).astype(int) + 1
     frame = np.array([[factor, 0, -low[0]], [0, factor, -low[1]], [0, 0, 1]])  # B -> what is compared
@@ -111,11 +106,12 @@ def by_pixels(
         )
     )
     rows, here = np.flatnonzero(found), transform(frame, start[found]).astype(np.float32)
-    there, seen, _ = cv2.calcOpticalFlowPyrLK(of_a, of_b, here, None, winSize=(window, window), maxLevel=levels)
-    back, again, _ = cv2.calcOpticalFlowPyrLK(of_b, of_a, there, None, winSize=(window, window), maxLevel=levels)
+    flow = {"winSize": (WINDOW, WINDOW), "maxLevel": LEVELS}
+    there, seen, _ = cv2.calcOpticalFlowPyrLK(of_a, of_b, here, None, **flow)
+    back, again, _ = cv2.calcOpticalFlowPyrLK(of_b, of_a, there, None, **flow)
     moved = transform(np.linalg.inv(frame), there)
     good = (seen & again).ravel() > 0
-    good &= np.linalg.norm(back - here, axis=1) <= agree
+    good &= np.linalg.norm(back - here, axis=1) <= RETURNS
     good &= ((moved >= 0) & (moved <= (w - 1, h - 1))).all(axis=1)
     found[rows] = good
     refined[rows[good]] = moved[good]

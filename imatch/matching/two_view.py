@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, TypedDict
+from typing import Annotated
 
 import cv2
 import numpy as np
 import poselib
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imatch.core import config
 from imatch.core.types import Geometry, ImatchError
@@ -43,6 +43,41 @@ TURNED = 0.03
 
 
 @dataclass(frozen=True)
+class GeometryOptions:
+    """What two photographs must agree on.
+
+    Attributes:
+        model: "auto" is a homography or, of a scene with depth, a fundamental matrix; or "similarity", "affine",
+            "homography", "fundamental", "off".
+        method: robust estimator of planar models: "auto", "poselib", "accurate", "magsac" or "ransac".
+        threshold: reprojection error of an inlier in pixels; 0 is half a patch on a grid, else 3.
+        confidence: wanted probability that the best sample was found.
+        iterations: at most so many samples.
+        min_inliers: a pair is verified by so many inliers; 0 is 10 on a plane, 15 where there is depth, 20 of grids;
+        min_share: and by this share of its matches more; 0 is 0.01 by ratio or lighterglue, else 0.1, 0.3 on a grid.
+
+    Raises:
+        ImatchError: unknown model or method, a method that the model does not have, or a number out of its range.
+    """
+
+    model: str = "auto"
+    method: str = "auto"
+    threshold: NonNegativeFloat = 0.0
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    iterations: PositiveInt = 10_000
+    min_inliers: NonNegativeInt = 0
+    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        config.check(self, "geometry")
+        if self.model not in MODELS:
+            raise ImatchError(config.unknown("model", self.model, MODELS))
+        if self.method != "auto" and self.method not in _methods(self.model):
+            known = ", ".join(_methods(self.model))
+            raise ImatchError(f"{self.model} is estimated by {known}, not by {self.method!r}: use method auto")
+
+
+@dataclass(frozen=True)
 class _Points:
     """Correspondences (m, 2) float64, the strongest first, the photographs' (h, w), and what `Estimator` is told."""
 
@@ -55,30 +90,24 @@ class _Points:
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(GeometryOptions):
     """Robust estimation by PoseLib and OpenCV. Every method has a seed of its own, so equal input gives equal bytes.
 
     Source of the classification: Schönberger and Frahm, "Structure-from-motion revisited", CVPR 2016, section 4.1.
 
     Attributes:
-        model: "similarity" (4 degrees of freedom), "affine" (6), "homography" (8), "fundamental" (7), "off"; or "auto",
-            a homography where it explains what a fundamental matrix does, else that.
-        method: of the planar models. "auto" is "poselib" for a homography (LO-RANSAC; Larsson, "PoseLib", 2020),
-            "ransac" for a similarity, for which OpenCV has no other, and "accurate" for an affine one (USAC_ACCURATE:
-            LO-RANSAC with graph cut; Ivashechkin, Barath and Matas, "USACv20", 2021). There is also "magsac" (Barath
-            et al., "MAGSAC++", CVPR 2020). Fundamental matrices are always PoseLib's.
+        model: "auto" is a homography where it explains what a fundamental matrix does, else that.
+        method: "auto" is "poselib" for a homography (LO-RANSAC; Larsson, "PoseLib", 2020), "ransac" for a similarity,
+            for which OpenCV has no other, "accurate" for an affine one (USAC_ACCURATE: LO-RANSAC with graph cut;
+            Ivashechkin, Barath and Matas, "USACv20", 2021). "magsac" is of Barath et al., "MAGSAC++", CVPR 2020.
+            Fundamental matrices are always PoseLib's.
         threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0; from an
             epipolar line it is two thirds of that.
-        confidence: wanted probability that the best sample was found, in (0, 1).
-        iterations: at most so many samples.
         min_inliers, min_share: verified takes min_inliers + min_share * n inliers, where n counts the correspondences,
             of a planar model those that it puts inside B. The form is Brown and Lowe's ("Automatic panoramic image
             stitching using invariant features", IJCV 2007; they use 8 and 0.3). min_inliers 0 is 10 for planar models
             and 15 for the fundamental one, both times `caution`. Fewer than 4 inliers are never enough.
         caution: how many times as many inliers the correspondences have by chance as those of the ratio test.
-
-    Raises:
-        ImatchError: unknown model or method, a method that the model does not have, or a number out of its range.
 
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
     >>> found = Estimator()(xy, 2 * xy + 5, (100, 100), (210, 210))
@@ -86,24 +115,9 @@ class Estimator:
     (True, 'planar', [[2.0, 0.0, 5.0], [0.0, 2.0, 5.0], [0.0, 0.0, 1.0]])
     """
 
-    model: str = "auto"
     threshold: PositiveFloat = 3.0
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9999
-    iterations: PositiveInt = 10_000
-    min_inliers: NonNegativeInt = 0
     min_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    method: str = "auto"
     caution: PositiveFloat = 1.0
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        if self.model not in MODELS:
-            raise ImatchError(f"geometry {self.model!r} is not known: use {', '.join(MODELS)}")
-        if self.method not in ("auto", "poselib", *METHODS):
-            raise ImatchError(f"method {self.method!r} is not known: use auto, poselib, {', '.join(METHODS)}")
-        if self.method != "auto" and self.method not in _methods(self.model):
-            known = ", ".join(_methods(self.model))
-            raise ImatchError(f"{self.model} is estimated by {known}, not by {self.method}: use method auto")
 
     def __call__(
         self,
@@ -169,7 +183,7 @@ class Estimator:
         found = replace(found, error=float(np.linalg.norm(mapped - points.b, axis=1)[inliers].mean()))
         if found.verified and (flaw := degenerate(matrix, points.a[inliers]) or self._narrow(points, inliers)):
             return replace(found, verified=False, kind="degenerate", reason=flaw)
-        return replace(found, **_rotation(matrix, points)) if found.verified and points.focal else found
+        return _rotation(found, matrix, points) if found.verified and points.focal else found
 
     def _general(self, points: _Points) -> Geometry:
         """What a scene of depth explains."""
@@ -225,15 +239,9 @@ class Estimator:
             "affine": cv2.estimateAffine2D,
             "homography": cv2.findHomography,
         }[model]
+        limits = {"maxIters": self.iterations, "confidence": self.confidence}
         try:
-            found, mask = estimate(
-                a,
-                b,
-                method=METHODS[method],
-                ransacReprojThreshold=self.threshold,
-                maxIters=self.iterations,
-                confidence=self.confidence,
-            )
+            found, mask = estimate(a, b, method=METHODS[method], ransacReprojThreshold=self.threshold, **limits)
         except cv2.error:  # an assertion of OpenCV's USAC, where points fix no matrix
             found, mask = None, None
         inliers = np.zeros(len(a), bool) if mask is None else mask.ravel().astype(bool)
@@ -252,15 +260,13 @@ def _methods(model: str) -> tuple[str, ...]:
 
 
 def _distinct(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The rows that are the first, and so the strongest, at their place in A and in B: a keypoint of several directions
-    is no further witness."""
+    """Rows that are the first at their place in A and in B: keypoints of several directions count once."""
     firsts = (np.unique(np.round(xy, 1), axis=0, return_index=True)[1] for xy in (a, b))
     return np.intersect1d(*firsts)
 
 
 def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of these rows lie at the same pixels of both photographs, if that covers only a small part of
-    where there is anything to see."""
+    """Which of these rows stand still, if that is a small part of where there is anything."""
     a, b = points.a[rows], points.b[rows]
     still = np.linalg.norm(a - b, axis=1) <= STILL
     if points.size_a != points.size_b or still.sum() <= FEWEST:
@@ -276,8 +282,7 @@ def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
 
 
 def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
-    """Why inliers are no view of one scene ("" if they are): parallax moves them, but does not rotate them all round.
-    A mirror image does, and chance: they have epipolar lines, too."""
+    """Why inliers are no view of one scene ("" if they are): chance and mirrors rotate them all round."""
     ratios = vector_ratios(a, b)
     agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
     return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
@@ -291,23 +296,16 @@ def _cameras(points: _Points) -> list[np.ndarray]:
     ]
 
 
-class _Turned(TypedDict, total=False):
-    """What changes of a planar geometry."""
-
-    kind: str
-    pose: tuple[np.ndarray, np.ndarray]
-
-
-def _rotation(matrix: np.ndarray, points: _Points) -> _Turned:
-    """What changes of a planar geometry if a camera that only rotates, about another axis than its own, sees it so."""
+def _rotation(planar: Geometry, matrix: np.ndarray, points: _Points) -> Geometry:
+    """A planar geometry, of kind "rotation" if a camera that only rotates, about another axis than its own, sees it."""
     of_a, of_b = _cameras(points)
     rays = np.linalg.inv(of_b) @ matrix @ of_a
     rays /= np.cbrt(np.linalg.det(rays))
     u, _, v = np.linalg.svd(rays)
     aside = math.degrees(math.acos(np.clip((u @ v)[2, 2], -1, 1)))
     if np.abs(rays - u @ v).max() > TURNED or aside < 1:
-        return {}
-    return {"kind": "rotation", "pose": (u @ v, np.zeros(3))}
+        return planar
+    return replace(planar, kind="rotation", pose=(u @ v, np.zeros(3)))
 
 
 def _pose(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -48,34 +48,6 @@ class Candidate:
     rank: int | None
     right: bool | None
     accepted: bool | None
-
-
-class Source(Protocol):
-    """What 04_match asks of where its pairs come from.
-
-    Attributes:
-        query, gallery: the two sides; may be the same photographs.
-        unit: what a cluster of queries is, for messages.
-        skipped: how many photographs of the query's side could not be decoded.
-        said: what people should know before it starts, a line each.
-        unmatched: rows of pairs.jsonl for queries that have no vector, and so no pair.
-    """
-
-    query: Stored
-    gallery: Stored
-    unit: str
-    skipped: int
-    said: list[str]
-    unmatched: list[PairRow]
-
-    def count(self, q: int) -> int:
-        """How many candidates query q has."""
-
-    def candidates(self, q: int) -> list[Candidate]:
-        """The candidates of query q, best first."""
-
-    def about(self, q: int) -> QueryAbout:
-        """Of query q: answerable (it has a right answer that could be found), cluster, angle and crop."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +98,12 @@ def plan_pairs(index_step: str, candidates: int, pairs: str, embed_step: str, ga
     return Plan(query, gallery, query.run, about, parameters, upstream, links)
 
 
-def opener(step: Step) -> Callable[[], Source]:
-    """Say how to open what a started 04_match matches, here or in another process."""
+def open_source(step: Step) -> Source:
+    """Open what a started 04_match matches."""
     if "index" in step.links:
-        return partial(Retrieved, step.linked("index"), step.parameters["candidates"])
+        return Retrieved(step.linked("index"), step.parameters["candidates"])
     file = step.linked("pairs") if "pairs" in step.links else None
-    return partial(Listed, *side_folders(step), step.parameters["pairs"], step.parameters.get("one"), file)
+    return Listed(*side_folders(step), step.parameters["pairs"], step.parameters.get("one"), file)
 
 
 def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict[int, list[int]], list[str]]:
@@ -194,6 +166,12 @@ class Retrieved:
 
     A query is matched with its own source, too, where that was not found, so that the error of the geometry is known
     apart from the retrieval.
+
+    Attributes:
+        query, gallery: the two sides; may be the same photographs.
+        unit: what a cluster of queries is, for messages.
+        skipped: how many photographs of the query's side could not be decoded.
+        said: what people should know before it starts, a line each.
     """
 
     def __init__(self, folder: Path, most: int) -> None:
@@ -210,11 +188,11 @@ class Retrieved:
         self._row_that_shows = {shown: row for row, shown in reversed(list(enumerate(self.gallery.shows)))}
 
     def count(self, q: int) -> int:
-        """See `Source`."""
+        """How many candidates query q has."""
         return int((self._ranking.rows[q, : self._most] >= 0).sum()) + (self._source(q) is not None)
 
     def candidates(self, q: int) -> list[Candidate]:
-        """See `Source`."""
+        """The candidates of query q, best first."""
         ranking = self._ranking
         found = [
             Candidate(int(row), float(score), rank, bool(ranking.right[q, rank]), bool(score >= self._believed))
@@ -235,12 +213,12 @@ class Retrieved:
         return None if self._same or self.query.shows[q] in found else own
 
     def about(self, q: int) -> QueryAbout:
-        """See `Source`."""
+        """Of query q: answerable (it has a right answer that could be found), cluster, angle and crop."""
         return _about(self._judged[q])
 
     @cached_property
     def unmatched(self) -> list[PairRow]:
-        """Rows of the queries that have no hit: nothing else is there, or the backbone found nothing in them."""
+        """Rows of pairs.jsonl for queries without a hit."""
         shown, found = {*self.gallery.shows}, self._ranking.rows[:, 0] >= 0
         views = {row["id"] for row in self.query.missed if not self._same and row.get("source_sha256") in shown}
         lost = (row for row, any_hit in zip(self._judged, found, strict=True) if not any_hit)
@@ -249,7 +227,7 @@ class Retrieved:
 
 class Listed:
     """Pairs from a list: "all", "ordered", "one", or a CSV. Nothing is retrieved, so nothing of that is judged: a pair
-    that shows the same photograph is right, of others nobody knows."""
+    that shows the same photograph is right, of others nobody knows. See `Retrieved`."""
 
     def __init__(self, query: Path, gallery: Path, kind: str, one: str | None, file: Path | None) -> None:
         self.query, self.gallery = open_finished(query), open_finished(gallery)
@@ -267,7 +245,7 @@ class Listed:
             self.said = [f"{len(left_out)} pairs are left out, for a photograph was skipped: {few}"] if left_out else []
 
     def count(self, q: int) -> int:
-        """See `Source`."""
+        """See `Retrieved`."""
         return len(self._rows(q))
 
     def _rows(self, q: int) -> Sequence[int] | np.ndarray:
@@ -283,7 +261,7 @@ class Listed:
         return np.delete(np.arange(len(self.gallery)), q)
 
     def candidates(self, q: int) -> list[Candidate]:
-        """See `Source`."""
+        """See `Retrieved`."""
         if self._last[0] != q:  # the blocks of a query follow each other
             self._last = q, self._scored(q)
         return self._last[1]
@@ -300,11 +278,15 @@ class Listed:
         ]
 
     def about(self, q: int) -> QueryAbout:
-        """See `Source`."""
+        """See `Retrieved`."""
         row = self.query.rows[q]
         view = self.query.views.get(row["id"], {})
         cluster = row.get("source_sha256", row["sha256"])
         return _about({"answers": 0, "cluster": cluster, "angle": view.get("angle"), "crop": view.get("crop")})
+
+
+Source = Retrieved | Listed
+"""Where the pairs of a 04_match come from."""
 
 
 def _about(judged: QueryRow) -> QueryAbout:

@@ -1,10 +1,4 @@
-"""Is everything there, and will it fit? Looked at before a run starts.
-
-    imatch weights
-
-prints a table of every data set and every weight of params/data_key.json: found or not, size, checksum, parameters,
-memory on this device, photographs a second to expect. 01_embed looks at its own run in the same way, and refuses one
-that cannot fit."""
+"""Is everything there, and will it fit? `imatch weights` asks for all of a registry, 01_embed for its own run."""
 
 from __future__ import annotations
 
@@ -172,42 +166,45 @@ def preflight(step: Step, resources: ComputeOptions = ComputeOptions()) -> None:
     ids = sorted(chosen(step))
     root = step.linked("photographs")
     megabytes = sum((root / id).stat().st_size for id in ids if (root / id).is_file()) / 2**20
-    lines = [f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB"]
+    print(f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB")
     if step.finished:
-        print("\n".join([*lines, "all of it    is there already"]))
+        print("all of it    is there already")
         return
-    parameters = step.parameters
-    problems: list[str] = []
-    if "hub_entry" in parameters["backbone"]:
-        used = devices_of(step.parameters, resources.devices)
-        patch = patch_side(parameters["backbone"]["hub_entry"])
-        sizes = _sizes(root, ids, Resize(**parameters["resize"]), patch)
-        size, together = _heaviest(sizes, len(ids), resources.batch_size)
-        said, problems, one, network = _model(parameters, size, used, together)
-        share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
-        stored = _stored(parameters, round(one.tokens * share), one.dimension)
-        free, wanted = _disk(step, stored * len(ids))
-        to_decode = decoding([root / id for id in ids[:: -(-len(ids) // 3)]], Resize(**parameters["resize"]), patch)
-        lines += [
-            *said,
-            f"time         {_time(len(ids), network * share, to_decode, used)}",
-            f"disk         {stored / 2**20:#.2g} MB a photograph, {_gb(wanted)} of {_gb(free)} free; stored is "
-            f"{store.KEEPS[store.keep_of(parameters)]}",
-        ]
-        if wanted > free:
-            problems.append(
-                f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk for "
-                "exports, a smaller size, a storage.variant such as sub2, or storage.keep int8, aggregated or global"
-            )
-    print("\n".join(lines))
+    problems = _network(step, ids, resources) if "hub_entry" in step.parameters["backbone"] else []
     if problems:
         raise ImatchError("this run cannot fit:\n  " + "\n  ".join(problems))
 
 
+def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[str]:
+    """Print what a network's run takes, and say what does not fit."""
+    parameters, root = step.parameters, step.linked("photographs")
+    options, resize = parameters["backbone"], Resize(**parameters["resize"])
+    used, patch = devices_of(parameters, resources.devices), patch_side(options["hub_entry"])
+    sizes = _sizes(root, ids, resize, patch)
+    size, together = _heaviest(sizes, len(ids), resources.batch_size)
+    one, problems = _model(parameters, size, used, together)
+    pace = sum(rate(device, options["precision"]) for device in {*used})  # several processes of a CPU share it
+    share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
+    network = 3600 * hours(1, one.flop, pace, options["precision"]) * share
+    to_decode = decoding([root / id for id in ids[:: -(-len(ids) // 3)]], resize, patch)
+    print(f"time         {_time(len(ids), network, to_decode, used)}")
+    stored = _stored(parameters, round(one.tokens * share), one.dimension)
+    written = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
+    free, wanted = shutil.disk_usage(step.folder).free, max(0, stored * len(ids) - written)
+    kept = store.KEEPS[store.keep_of(parameters)]
+    print(f"disk         {stored / 2**20:#.2g} MB a photograph, {_gb(wanted)} of {_gb(free)} free; stored is {kept}")
+    if wanted > free:
+        problems.append(
+            f"the result takes {_gb(wanted)} and {step.folder} has {_gb(free)} free: choose another disk for "
+            "exports, a smaller size, a storage.variant such as sub2, or storage.keep int8, aggregated or global"
+        )
+    return problems
+
+
 def _model(
     parameters: Parameters, size: tuple[int, int], used: Sequence[str], batch_size: int
-) -> tuple[list[str], list[str], Cost, float]:
-    """Lines about the model, what does not fit, what a photograph costs, and the seconds that it takes."""
+) -> tuple[Cost, list[str]]:
+    """Print what the model is and what memory it takes: what a photograph costs, and what does not fit."""
     from imatch.features import openvino
 
     options = parameters["backbone"]
@@ -217,27 +214,22 @@ def _model(
     weights = openvino.HELD * 4 * one.parameters if by_openvino else one.weights
     processes = max(Counter(used).values())  # each has a model of its own
     needed = processes * (weights + batch_size * one.working)
-    path = find(options["filename"])
-    pace = sum(rate(device, precision) for device in {*used})  # several processes of a CPU share it
-    seconds = 3600 * hours(1, one.flop, pace, precision)
     free = min(free_memory(device) for device in used)
+    path, stride = find(options["filename"]), stride_of(parameters["variant"])
     h, w = size
-    stride = stride_of(parameters["variant"])
     kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
-    lines = [
-        f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}",
-        f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}",
-        f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens{kept}",
-        f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})",
-        f"speed        about {1 / seconds:.1g} photographs/s ({pace / 1e9:.0f} GFLOP/s of matrix products measured)",
-    ]
-    problems = []
-    if needed > free:
-        fitting = int((free / processes - weights) // one.working)
-        less = "engine_forward torch" if by_openvino else "precision bf16"
-        remedy = f"compute.batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
-        problems.append(f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}")
-    return lines, problems, one, seconds
+    print(
+        f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}\n"
+        f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}\n"
+        f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens{kept}\n"
+        f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})"
+    )
+    if needed <= free:
+        return one, []
+    fitting = int((free / processes - weights) // one.working)
+    less = "engine_forward torch" if by_openvino else "precision bf16"
+    remedy = f"compute.batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
+    return one, [f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}"]
 
 
 def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
@@ -247,8 +239,7 @@ def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
 
 
 def _time(photographs: int, network: float, decoding: float, used: Sequence[str]) -> str:
-    """Hours in all, here and by several such workers, of seconds a photograph: a GPU leaves the cores to the decoding,
-    without one both are done by them."""
+    """Hours here and by several workers; a GPU leaves the cores to the decoding."""
     cores = settings.cores()
     each = max(network, decoding / cores) if {*used} != {"cpu"} else network + decoding / cores
     here, *others = (f"{figure(photographs * each / workers / 3600)} h" for workers in WORKERS)
@@ -283,19 +274,13 @@ def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[t
 
 
 def _heaviest(sizes: Sequence[tuple[int, int]], count: int, batch_size: int) -> tuple[tuple[int, int], int]:
-    """The batch that takes most memory: the (h, w) of its photographs and how many there are, for a batch has one size.
+    """The batch that takes most memory: the (h, w) of its photographs, and how many.
 
     >>> _heaviest([(64, 64)] * 9 + [(128, 128)], count=10, batch_size=8)
     ((64, 64), 8)
     """
     batches = {size: min(batch_size, -(-n * count // len(sizes))) for size, n in Counter(sizes).items()}
     return max(batches.items(), key=lambda batch: (batch[0][0] * batch[0][1] * batch[1], batch))
-
-
-def _disk(step: Step, whole: int) -> tuple[int, int]:
-    """Bytes free where the step writes, and bytes that it still has to write."""
-    written = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
-    return shutil.disk_usage(step.folder).free, max(0, whole - written)
 
 
 def _gb(amount: float) -> str:

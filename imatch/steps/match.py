@@ -9,8 +9,9 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ import psutil
 from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import ComputeOptions, PartDoneError
 from imatch.core.files import flat_name
-from imatch.core.rows import MatchFigures, Measured, Options, PairRow, Parameters, ReferenceRow
+from imatch.core.rows import MatchFigures, Measured, Options, PairRow, ReferenceRow
 from imatch.core.step import Step, open_step, side_folders, sides, start_step, tagged
 from imatch.core.types import ImatchError, Pair, StepError
 from imatch.data import store
@@ -31,10 +32,9 @@ from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
 from imatch.features.base import INVARIANT, create_backbone, matcher_for
-from imatch.matching import geometry, matchers
+from imatch.matching import geometry
 from imatch.matching.align import Alignment, GeometryOptions, MatchingOptions, Tried, aligner, first_verified, refused
-from imatch.steps import candidates as sources
-from imatch.steps.candidates import Candidate, Source
+from imatch.steps.candidates import Candidate, Plan, Source, open_source, plan_pairs
 from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.embedding import embed_by, embed_poses, step_by, worth_trying
 
@@ -84,13 +84,12 @@ def start_match(
         StepError: a side kept no local descriptors, or no positions of them.
         ImatchError: an unknown name or photograph; see also `step.start_step`.
     """
-    planned = sources.plan_pairs(index_step, candidates, pairs, embed_step, gallery_step)
+    planned = plan_pairs(index_step, candidates, pairs, embed_step, gallery_step)
     for side in (planned.query, planned.gallery):
         store.check_keeps(side.folder, side.parameters, "04_match")
     own = planned.query.parameters["weight"]
     weights, lacking = _weights(matching.weight, planned)
-    matcher = matcher_for(weights[0], matching.matcher)
-    _check_matcher(matcher, matching.options)
+    matcher, matcher_options = matcher_for(weights[0], matching.matcher), _on_cpu(matching.options)
     if lacking:
         print(lacking)
     for output in outputs:
@@ -102,13 +101,12 @@ def start_match(
         "geometry": dataclasses.asdict(geometry),
         "outputs": sorted(outputs),
     }
-    chosen_options = {name: value for name, value in matching.options.items() if name != "device"}
     fixed = weights[0] not in INVARIANT and not planned.query.parameters.get("imported")
     tries = poses(matching.rotations or (4 if fixed else 1), matching.zooms)
-    looks = [Look(weights[0], matcher, chosen_options, worth_trying(planned.query, tries, weights[0]))]
+    looks = [Look(weights[0], matcher, matcher_options, worth_trying(planned.query, tries, weights[0]))]
     looks += [Look(weight, matcher_for(weight), {}, poses(4)) for weight in weights[1:]]
     parameters["looks"] = [look.record for look in looks]
-    aligner({**parameters, "matcher": matcher, "matcher_options": matching.options}, None)  # refuses bad values now
+    aligner({**parameters, "matcher": matcher, "matcher_options": matcher_options}, None)  # refuses bad values now
     links, upstream = dict(planned.links), dict(planned.upstream)
     for weight in {*weights} - {own}:
         data_key = planned.query.linked("data_key") if "data_key" in planned.query.links else settings.DATA_KEY
@@ -122,16 +120,16 @@ def start_match(
     return start_step(planned.run, "04_match", about, parameters, upstream, links, on_change)
 
 
-def _check_matcher(matcher: str, options: Options) -> None:
-    """Refuse options that the matcher does not have, and a device that it would not be given."""
-    matchers.create_matcher(matcher, options)
+def _on_cpu(options: Options) -> Options:
+    """The options of a matcher without its device, which has to be the CPU."""
     if (device := options.get("device", "cpu")) != "cpu":
         raise ImatchError(
             f"matching.options.device is {device}, but lists of pairs are matched on the CPU: leave it out"
         )
+    return {name: value for name, value in options.items() if name != "device"}
 
 
-def _weights(weight: str, planned: sources.Plan) -> tuple[list[str], str]:
+def _weights(weight: str, planned: Plan) -> tuple[list[str], str]:
     """The backbones that pairs are matched by, and what "auto" lacks ("" if nothing)."""
     own = planned.query.parameters["weight"]
     weights = {"": [own], "auto": [own, *({"xfeat"} - {own})]}.get(weight, [weight])
@@ -166,26 +164,24 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
         PartDoneError: see `compute.do`.
     """
     if not step.finished:
-        task = _Task(step.folder, sources.opener(step), _looks(step), step.parameters["outputs"])
-        source = task.open_source()
-        _check_memory(source)
-        _embed_looks(task.looks, source, resources, step.on_change)
-        job = _Match(task, source)
-        blocks = list(_blocks(source))
+        job = _Match(step)
+        _check_memory(job.source)
+        _embed_looks(step, job.source, resources)
+        blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
         each, cores = compute.each(job, resources.workers, "match"), ["cpu"] * settings.cores()
         for _ in compute.do(resources.machines, each, blocks, "match", cores, job.is_done):
             pass
-        files.write_rows(task.folder / "pairs.jsonl", _ranked(job, blocks))
-        for name, sink in zip(task.outputs, job.sinks, strict=True):
-            rows = (row for row in files.read_rows(task.folder / "pairs.jsonl") if row["candidate"] is not None)
-            sink.gather(task.folder / name, ((pair_path(task.folder, row), row) for row in rows))
+        files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
+        for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
+            rows = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
+            sink.gather(step.folder / name, ((pair_path(step.folder, row), row) for row in rows))
     return files.read_rows(step.folder / "pairs.jsonl")
 
 
 def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
     """The figures of 04_match (`metrics.match_metrics`); counted apart: photographs that could not be decoded."""
-    source = sources.opener(step)()
+    source = open_source(step)
     return {
         "pairs": sum(row["candidate"] is not None for row in pairs),
         "pairs_verified": sum(row["verified"] for row in pairs),
@@ -194,40 +190,33 @@ def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
     }
 
 
-class _LookFolders(NamedTuple):
-    """A look, what it aligns a pair with, and the folders of both sides' embeddings, there already or not."""
-
-    look: Look
-    settings: Parameters
-    query: Path
-    gallery: Path
-
-    def open(self) -> Looked:
-        posed = open_poses(open_finished(self.query), self.look.poses)
-        return Looked(self.look, self.settings, posed, open_finished(self.gallery))
+def _looks(step: Step) -> list[Look]:
+    return [Look.of(record) for record in step.parameters["looks"]]
 
 
-def _looks(step: Step) -> list[_LookFolders]:
-    """Say how a 04_match looks at its pairs: the next one where none before has verified a pair."""
+def _open_looks(step: Step) -> list[Looked]:
+    """How a 04_match looks at its pairs, one after the other, with the tokens."""
     found = []
-    for look in map(Look.of, step.parameters["looks"]):
+    for look in _looks(step):
+        query, gallery = open_embeddings(step, look.weight)
         settings = {**step.parameters, "matcher": look.matcher, "matcher_options": look.matcher_options}
-        found.append(_LookFolders(look, settings, *side_folders(step, look.weight)))
+        found.append(Looked(look, settings, open_poses(query, look.poses), gallery))
     return found
 
 
-def _embed_looks(looks: Sequence[_LookFolders], source: Source, resources: ComputeOptions, on_change: str) -> None:
+def _embed_looks(step: Step, source: Source, resources: ComputeOptions) -> None:
     """Embed what is missing of the tokens of each look, in each pose."""
     late: PartDoneError | None = None
-    for one in looks:
-        for side, folder in ((source.query, one.query), (source.gallery, one.gallery)):
+    for look in _looks(step):
+        folders = side_folders(step, look.weight)
+        for side, folder in zip((source.query, source.gallery), folders, strict=True):
             if folder != side.folder:
                 try:
-                    embed_by(side, folder, one.look.weight, resources, on_change=on_change)
+                    embed_by(side, folder, look.weight, resources, on_change=step.on_change)
                 except PartDoneError as part:  # this part of the others can be done all the same
                     late = part
         if not late:
-            embed_poses(open_finished(one.query), one.look.poses, resources, on_change=on_change)
+            embed_poses(open_finished(folders[0]), look.poses, resources, on_change=step.on_change)
     if late:
         raise late
 
@@ -241,7 +230,7 @@ def labels_path(step: Step) -> Path:
 
 def open_match(step: Step) -> Matched:
     """Open a 04_match: its pairs, the tokens that they were matched by, and where people's labels of them lie."""
-    looked = {one.look.weight: one.open() for one in _looks(step)}
+    looked = {one.look.weight: one for one in _open_looks(step)}
     pages = Path(step.run, "pages", *step.about.values())
     return Matched(step.folder, *open_embeddings(step), looked, labels_path(step), pages)
 
@@ -298,9 +287,8 @@ def _check_memory(source: Source) -> None:
 
 
 def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
-    """Say how many pairs there are. Of many, match some, evenly spread, to see what one takes, and refuse what cannot
-    fit onto the disk."""
-    pairs, folder = sum(block.end - block.first for block in todo), job.task.folder
+    """Say how many pairs there are; of many, match some to see what they take, and refuse what cannot fit."""
+    pairs, folder = sum(block.end - block.first for block in todo), job.step.folder
     print("\n".join([*job.source.said, f"{pairs} pairs to match"]))
     if pairs < MANY:
         return
@@ -326,30 +314,31 @@ def _check_fits(job: _Match, todo: Sequence[_Block]) -> None:
         )
 
 
-class _Task(NamedTuple):
-    """What a started 04_match does: small, for every process opens for itself who is matched with whom, and how."""
-
-    folder: Path
-    open_source: Callable[[], Source]
-    looks: Sequence[_LookFolders]
-    outputs: Sequence[str]
-
-
+@dataclass(frozen=True)
 class _Match:
-    """Matches a query with a block of its candidates; every worker process opens the stores for itself."""
+    """Matches a query with a block of its candidates; every process opens the stores for itself."""
 
-    def __init__(self, task: _Task, source: Source | None = None) -> None:
-        self.task, self.source = task, source or task.open_source()
-        self.looked = [one.open() for one in task.looks]
-        self.sinks = [create_output(name) for name in task.outputs]
+    step: Step
 
-    def __reduce__(self) -> tuple[type[_Match], tuple[_Task]]:
-        return _Match, (self.task,)
+    def __reduce__(self) -> tuple[type[_Match], tuple[Step]]:
+        return _Match, (self.step,)
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.step)
+
+    @cached_property
+    def looked(self) -> list[Looked]:
+        return _open_looks(self.step)
+
+    @cached_property
+    def sinks(self) -> list[Sink]:
+        return [create_output(name) for name in self.step.parameters["outputs"]]
 
     def done(self, block: _Block) -> Path:
         """The file that is there when a block is matched."""
         query = self.source.query.ids[block.query]
-        return self.task.folder / "pairs" / flat_name(query) / f"{block.first:05d}.jsonl"
+        return self.step.folder / "pairs" / flat_name(query) / f"{block.first:05d}.jsonl"
 
     def is_done(self, block: _Block) -> bool:
         return self.done(block).is_file()
@@ -361,7 +350,7 @@ class _Match:
         rows = []
         for candidate in self.candidates(block):
             pair = self.pair(block.query, candidate)
-            self.write(pair_path(self.task.folder, pair.row), pair)
+            self.write(pair_path(self.step.folder, pair.row), pair)
             rows.append(pair.row)
         files.write_rows(self.done(block), rows)
         return {"pairs": len(rows)}

@@ -296,7 +296,7 @@ def principal(a: Tokens, b: Tokens, sizes: tuple[tuple[int, int], tuple[int, int
     >>> principal(tokens, tokens, ((10, 10), (10, 10))).shape
     (10, 28, 3)
     """
-    basis = denseft.fit(lambda _: [a.descriptors, b.descriptors])
+    basis = denseft.fit(np.concatenate([a.descriptors, b.descriptors]))
     parts = []
     for tokens, size in zip((a, b), sizes, strict=True):
         shape = images.Resize("long_side", long_side=min(style.side, max(size))).target(size, 1)

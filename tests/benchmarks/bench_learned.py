@@ -44,7 +44,7 @@ def main() -> None:
             tokens = embed_decoded(decoded, backbone)
             moved = images.decode(decoded.pixels[:, SIDE // 8 :], None, backbone.patch)
             other = embed_decoded(images.decode(moved.pixels, images.Resize(), backbone.patch), backbone)
-            matcher = create_matcher(matcher_for(weight), {"device": "cpu"})
+            matcher = create_matcher(matcher_for(weight))
             sizes = (decoded.size, moved.size)
             work[f"{weight}: {len(tokens.xy)} keypoints of a photograph"] = partial(embed_decoded, decoded, backbone)
             work[f"{matcher_for(weight)}: a pair"] = partial(matcher, tokens, other, sizes)

@@ -43,7 +43,7 @@ ANGLES, CROPS = range(0, 360, 15), (1.0, 0.75, 0.5)
 
 
 @dataclass(frozen=True)
-class Remembered(matchers.Checked):
+class Remembered(matchers.Matcher):
     """A matcher that answers the same question once: refinements share it."""
 
     matcher: matchers.Matcher

@@ -228,10 +228,10 @@ def judged(job: Job, ways: Sequence[tuple[str, str]]) -> list[Told]:
 
 
 @lru_cache(maxsize=64)
-def seen(path: Path, weight: str) -> api._Seen:
-    """A photograph as `imatch.match` sees it, by xfeat in each rotation."""
-    whole = api._seen(path, backbone(weight), path.name, weight)
-    return api._rotated(whole, backbone(weight)) if weight == "xfeat" else whole
+def seen(path: Path, weight: str) -> api.Described:
+    """A photograph as `imatch.match` sees it."""
+    (found,), _ = api.describe({path.name: path}, backbone(weight), weight)
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -246,7 +246,7 @@ def imatch(job: Job, weight: str) -> Told:
     for one in api.weights_of(weight)[0]:
         a, b = seen(job.a, one), seen(job.b, one)
         started = time.process_time()
-        found = api._look_twice(backbone(one), a, b)
+        found = api.look_twice(a, b)
         ms += 1000 * (time.process_time() - started)
         if found.verified:
             break

@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backend_bases import MouseButton, MouseEvent, RendererBase
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgba_array
+from matplotlib.colors import to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
@@ -33,22 +33,19 @@ from imatch.data.rotations import UPRIGHT, Pose
 from imatch.evaluation import verdicts
 from imatch.features import base
 from imatch.features.base import Backbone, Embedded, embed_one
-from imatch.features.denseft import covered
 from imatch.matching import geometry, two_view
 from imatch.matching.align import Tried, aligner, first_verified
 from imatch.matching.two_view import Estimator
 from imatch.viz import pictures
+from imatch.viz.pictures import BAD, CHOSEN, GOOD
 
 if TYPE_CHECKING:
     from ipympl.backend_nbagg import Canvas
     from matplotlib.axes import Axes
 
 
-BEST, SECOND, CHOSEN = "#7fff00", "#ff9f1c", "#00e5ff"
-"""Colours of the best match, the second best, and the patch that was clicked."""
-FOUND, NOT_FOUND = "#5adc5a", "#eb5a50"
-"""Colours of the outline of a verified geometry and of one that is not."""
-OUTLIER = (0.92, 0.35, 0.31, 0.6)
+BEST, SECOND = "#7fff00", "#ff9f1c"
+"""Colours of the best match of a patch that was clicked, and of the second best."""
 
 
 class PairCanvas:
@@ -101,7 +98,7 @@ class PairCanvas:
         for side in self.sides:
             side.forget()
         colours = matplotlib.colormaps["viridis"]((similarity - 0.7) / 0.3)
-        colours[~inliers] = OUTLIER
+        colours[~inliers] = to_rgba(BAD, 0.6)
         self._lines.join(xy_a, xy_b, colours)
         self.widget.draw_idle()
 
@@ -110,7 +107,7 @@ class PairCanvas:
         where it is approximate. None draws none."""
         closed = np.zeros((0, 2)) if corners is None else np.vstack([corners, corners[:1]])
         self.sides[1].outline.set_data(*closed.T)
-        self.sides[1].outline.set_color(FOUND if found.verified else NOT_FOUND)
+        self.sides[1].outline.set_color(GOOD if found.verified else BAD)
         self.sides[1].outline.set_linestyle("--" if found.kind == "general" else "-")
         self.widget.draw_idle()
 
@@ -188,11 +185,8 @@ class _Side:
             self.dots.set_offsets(tokens.xy[order])
             self.dots.set(array=similarity[order], clim=span, visible=True)
             return
-        h, w = covered(tokens, self.size)
-        (rows, columns), (x, y) = tokens.grid, tokens.xy[0]
-        left, top = x - w / columns / 2, y - h / rows / 2
         self.cells.set(data=similarity.reshape(tokens.grid), clim=span, visible=True)
-        self.cells.set_extent((left, left + w, top + h, top))
+        self.cells.set_extent(pictures.extent(tokens, self.size))
 
     def mark(self, xy: np.ndarray, colours: Sequence[str]) -> None:
         self.marks.set_offsets(xy)
@@ -510,8 +504,7 @@ class Explorer(widgets.VBox):
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
         lines = alike[shown]
         self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
-        corners = None if found.matrix is None else geometry.transform(found.matrix, geometry.corners(pair.sizes[0]))
-        self.canvas.outline(corners if corners is not None and np.isfinite(corners).all() else None, found)
+        self.canvas.outline(pictures.outline(found, pair.sizes[0]), found)
         self._geometry = found
         self._say(_found(pair, found, len(alike), len(lines)))
 
@@ -649,7 +642,7 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     if found.matrix is not None and row.get("true_matrix") is not None:
         error = geometry.corner_error(found.matrix, np.array(row["true_matrix"]), pair.sizes[0])
         told.append(f"corners {error:.2f} px from where they truly are")
-    colour = FOUND if found.verified else NOT_FOUND
+    colour = GOOD if found.verified else BAD
     return (
         f"{names[0]} → {names[1]}, cosine of the global vectors {row['score']:.3f}<br>"
         f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{"; ".join(told)}</span><br>'

@@ -179,23 +179,15 @@ def test_what_cannot_be_warped_is_refused_with_the_reason(tmp_path, matrix, reas
             draw(pair)
 
 
-def test_style_is_what_is_drawn(tmp_path):
+def test_the_most_similar_are_drawn_and_no_photograph_is_enlarged(tmp_path):
     pair = planted(tmp_path, TURN)
-    empty = pictures.lines(pair, shown=np.zeros(20, bool)).astype(int)
-
-    def drawn(**given):
-        return np.abs(pictures.lines(pair, pictures.Style(**given)) - empty).max(axis=2)
-
-    assert (drawn(max_lines=0) == 0).all()
-    assert (drawn(max_lines=1) > 0).sum() < (drawn() > 0).sum() / 5
-    assert (drawn(width=3) > 0).sum() > 1.2 * (drawn() > 0).sum()
-    assert (drawn(radius=6) > 0).sum() > (drawn() > 0).sum()
-    assert 0 < drawn(alpha=0.25).max() < 0.3 * 255
-    assert (drawn(low=0.0) != drawn()).any()
-    assert pictures.lines(pair, pictures.Style(side=100)).shape == (80 + pictures.BAR, 208, 3)
-    for wrong in ({"side": 0}, {"width": 0}, {"radius": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"low": 1.0}):
-        with pytest.raises(ImatchError, match="must be"):
-            pictures.Style(**wrong)
+    empty = pictures.lines(pair, shown=np.zeros(20, bool))
+    changed = [(pictures.lines(pair, shown=np.arange(20) < n) != empty).any(axis=2) for n in (1, 20)]
+    assert 0 < changed[0].sum() < changed[1].sum() / 5
+    yellow = (pictures.lines(pair, shown=np.arange(20) < 1) == pictures.COLOURS[255]).all(axis=2)
+    assert yellow.any()  # of similarity 1
+    assert pictures.lines(pair, 100).shape == (80 + pictures.BAR, 208, 3)
+    assert pictures.lines(pair, 10_000).shape == empty.shape
 
 
 def test_the_most_similar_is_the_true_patch_and_its_rival_no_neighbour():

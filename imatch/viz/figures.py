@@ -277,7 +277,7 @@ def pair_views(matched: Matched, pairs: Sequence[PairRow]) -> Figure | str:
         pair, (a, b) = matched.pair(row), matched.tokens(row)
     except StepError as error:
         return str(error)
-    flaw, style = pictures.flaw(pair), pictures.Style(side=480, alpha=0.8)
+    flaw = pictures.flaw(pair)
     views = [["lines"], *([] if flaw else [["checkerboard", "blend"]])]
     views += [["patch", "similarity"]] if len(pair.matches) else []
     components = _principal((matched.upright(row), b), pair.sizes)
@@ -287,11 +287,11 @@ def pair_views(matched: Matched, pairs: Sequence[PairRow]) -> Figure | str:
     axes = figure.subplot_mosaic([row if len(row) == 2 else row * 2 for row in views])
     for axis in axes.values():
         axis.axis("off")
-    axes["lines"].imshow(pictures.lines(pair, style))
+    axes["lines"].imshow(pictures.lines(pair, 480))
     axes["lines"].set_title(f"A cannot be warped onto B: {flaw}" if flaw else "A, and where it lies in B")
     if not flaw:
-        axes["checkerboard"].imshow(pictures.checkerboard(pair, style))
-        axes["blend"].imshow(pictures.blend(pair, style))
+        axes["checkerboard"].imshow(pictures.checkerboard(pair, 480))
+        axes["blend"].imshow(pictures.blend(pair, 480))
         axes["checkerboard"].set_title("A warped onto B, in every other square")
         axes["blend"].set_title("A warped onto B, half transparent")
     if len(pair.matches):

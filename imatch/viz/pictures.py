@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated
 
 import cv2
 import numpy as np
 from PIL import Image, ImageColor
-from pydantic import Field, NonNegativeInt, PositiveInt
 
-from imatch.core import config, files
+from imatch.core import files
 from imatch.core.rows import PairRow
 from imatch.core.types import Geometry, ImatchError, Pair, Tokens, normalise
 from imatch.data import images
@@ -50,43 +48,10 @@ KINDS = {
 """What explains two photographs (`Geometry.kind`), in plain words."""
 WAYS = (("to the left", "to the right"), ("up", "down"), ("back", "ahead"))
 """Against and along a camera's axes."""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How pairs are drawn.
-
-    Attributes:
-        side: pixels of a photograph's longer side at most; none is enlarged.
-        max_lines: at most so many correspondences, the most similar ones.
-        width: pixels of a line.
-        alpha: how opaque lines and points are, above 0 and up to 1.
-        radius: pixels of a point.
-        low, high: the similarities that are dark blue and yellow; those beyond look like them.
-
-    Raises:
-        ImatchError: a number out of its range.
-
-    >>> Style(alpha=0.5).side
-    360
-    """
-
-    side: PositiveInt = 360
-    max_lines: NonNegativeInt = 120
-    width: PositiveInt = 1
-    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
-    radius: NonNegativeInt = 2
-    low: float = 0.7
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        if self.low >= self.high:
-            raise ImatchError(f"Style: option low {self.low} must be less than high {self.high}")
-
-
-PLAIN = Style()
-"""What pairs look like where nobody asks for anything else."""
+SIDE, MOST, RADIUS = 360, 120, 2
+"""Of a pair's picture: pixels of a photograph's longer side, correspondences and pixels around their ends at most."""
+LOW, HIGH = 0.7, 1.0
+"""Similarities that are dark blue and yellow; those beyond look like them."""
 
 
 def encode(picture: np.ndarray) -> bytes:
@@ -101,22 +66,13 @@ def encode(picture: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def colours(similarity: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Similarities (...) as colours (..., 3) uint8 RGB: dark blue up to `low`, yellow from `high` on.
-
-    >>> colours(np.array([0.7, 1.0]), 0.7, 1.0).tolist()
-    [[68, 1, 84], [253, 231, 37]]
-    """
-    return COLOURS[np.clip((similarity - low) / (high - low) * 255, 0, 255).astype(np.uint8)]
-
-
-def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> np.ndarray:
+def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.ndarray:
     """Both photographs side by side, correspondences as lines, the outline of A where it was found in B (dashed where
     that is only roughly known), and in words what was found.
 
     Args:
         pair: what to draw.
-        style: how.
+        side: pixels of a photograph's longer side at most; none is enlarged.
         shown: (m,) bool, which correspondences may be drawn; by default the inliers.
 
     >>> from imatch.core.types import Pair
@@ -128,36 +84,33 @@ def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> 
     >>> lines(pair).shape
     (84, 98, 3)
     """
-    left, right = (_thumbnail(path, size, style.side) for path, size in zip(pair.paths, pair.sizes, strict=True))
+    left, right = (_thumbnail(path, size, side) for path, size in zip(pair.paths, pair.sizes, strict=True))
     corner = np.array([left.shape[1] + GAP, BAR])
     canvas = np.full((max(len(left), len(right)) + BAR, corner[0] + right.shape[1], 3), DARK, np.uint8)
     canvas[BAR : BAR + len(left), : left.shape[1]] = left
     canvas[BAR : BAR + len(right), corner[0] :] = right
-    here, there = _Onto.of(pair.sizes[0], left), _Onto.of(pair.sizes[1], right)
-
-    chosen = np.flatnonzero(pair.geometry.inliers if shown is None else shown)[: style.max_lines]
-    drawn = canvas.copy()
-    inks = colours(pair.matches.similarity[chosen], style.low, style.high).tolist()
-    for i, ink in reversed(list(zip(chosen, inks, strict=True))):  # the most similar on top
-        a, b = here(pair.xy_a[i]) + np.array([0, BAR]), there(pair.xy_b[i]) + corner
-        _line(drawn, a, b, ink, style.width)
-        for end in (a, b):
-            cv2.circle(drawn, _fixed(end), style.radius * 16, ink, -1, cv2.LINE_AA, 4)
-    canvas = cv2.addWeighted(drawn, style.alpha, canvas, 1 - style.alpha, 0)
-
-    _outline(canvas[BAR:, corner[0] :], pair, there)
+    chosen = np.flatnonzero(pair.geometry.inliers if shown is None else shown)[:MOST]
+    a = geometry.transform(_onto(pair.sizes[0], left), pair.xy_a[chosen]) + np.array([0, BAR])
+    b = geometry.transform(_onto(pair.sizes[1], right), pair.xy_b[chosen]) + corner
+    bright = (pair.matches.similarity[chosen] - LOW) / (HIGH - LOW)
+    inks = COLOURS[np.clip(255 * bright, 0, 255).astype(np.uint8)].tolist()
+    for start, end, ink in reversed(list(zip(a, b, inks, strict=True))):  # the most similar on top
+        _line(canvas, start, end, ink, 1)
+        for place in (start, end):
+            cv2.circle(canvas, _fixed(place), RADIUS * 16, ink, -1, cv2.LINE_AA, 4)
+    _outlined(canvas[BAR:, corner[0] :][: len(right)], pair)
     _say(canvas, pair)
     return canvas
 
 
-def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
+def checkerboard(pair: Pair, side: int = SIDE) -> np.ndarray:
     """B, with A warped onto it in every other square: what is at one place runs on over the edges of the squares.
 
     Where A does not reach, B is shown.
 
     Args:
         pair: what to draw.
-        style: how; its `side` counts.
+        side: pixels of B's longer side at most.
 
     Raises:
         ImatchError: A cannot be warped onto B (`flaw`).
@@ -170,21 +123,16 @@ def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
     >>> checkerboard(pair).shape
     (40, 60, 3)
     """
-    warped, covered, below = _warped(pair, style)
+    warped, covered, below = _warped(pair, side)
     y, x = np.indices(covered.shape) * SQUARES // max(covered.shape)
     shown = covered & ((x + y) % 2 == 0)
     return _outlined(np.where(shown[..., None], warped, below), pair)
 
 
-def blend(pair: Pair, style: Style = PLAIN) -> np.ndarray:
+def blend(pair: Pair, side: int = SIDE) -> np.ndarray:
     """B, and half transparent on it A, warped: what does not fit is seen twice. Otherwise as `checkerboard`."""
-    warped, covered, below = _warped(pair, style)
+    warped, covered, below = _warped(pair, side)
     return _outlined(np.where(covered[..., None], cv2.addWeighted(warped, 0.5, below, 0.5, 0), below), pair)
-
-
-def _outlined(picture: np.ndarray, pair: Pair) -> np.ndarray:
-    _outline(picture, pair, _Onto.of(pair.sizes[1], picture), 1)
-    return picture
 
 
 def outline(found: Geometry, size: tuple[int, int]) -> np.ndarray | None:
@@ -262,23 +210,10 @@ def extent(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float, float, 
     return left, left + w, top + h, top
 
 
-@dataclass(frozen=True)
-class _Onto:
-    """From pixels of a photograph to pixels of its picture, `factor` (x, y) times as large."""
-
-    factor: np.ndarray
-
-    @classmethod
-    def of(cls, size: tuple[int, int], picture: np.ndarray) -> _Onto:
-        return cls(np.array([picture.shape[1] / size[1], picture.shape[0] / size[0]]))
-
-    def __call__(self, xy: np.ndarray) -> np.ndarray:
-        return (np.asarray(xy) + 0.5) * self.factor - 0.5
-
-    @property
-    def matrix(self) -> np.ndarray:
-        x, y = self.factor
-        return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
+def _onto(size: tuple[int, int], picture: np.ndarray) -> np.ndarray:
+    """From pixels of a photograph to pixels of its picture: (3, 3)."""
+    y, x = np.array(picture.shape[:2]) / size
+    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
 def _thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -301,17 +236,17 @@ def flaw(pair: Pair) -> str:
     )
 
 
-def _warped(pair: Pair, style: Style) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _warped(pair: Pair, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A on B's picture (h, w, 3), where it lies (h, w) bool, and B's picture."""
     if why := flaw(pair):
         raise ImatchError(f"A cannot be warped onto B: {why}")
     (size_a, size_b), matrix = pair.sizes, pair.geometry.matrix
-    below = _thumbnail(pair.paths[1], size_b, style.side)
-    there = _Onto.of(size_b, below)
+    below = _thumbnail(pair.paths[1], size_b, side)
+    into = _onto(size_b, below) @ matrix
     # A as large as it is shown, so that warping neither blurs it nor leaves pixels out
-    scale = geometry.rotation_scale(there.matrix @ matrix, size_a)[1]
+    scale = geometry.rotation_scale(into, size_a)[1]
     above = _thumbnail(pair.paths[0], size_a, max(1, round(min(scale, 1) * max(size_a))))
-    into = there.matrix @ matrix @ np.linalg.inv(_Onto.of(size_a, above).matrix)
+    into = into @ np.linalg.inv(_onto(size_a, above))
     shape = below.shape[1::-1]
     covered = cv2.warpPerspective(np.full(above.shape[:2], 255, np.uint8), into, shape) == 255
     return cv2.warpPerspective(above, into, shape), covered, below
@@ -327,17 +262,18 @@ def _line(canvas: np.ndarray, a: np.ndarray, b: np.ndarray, colour: Sequence[int
     cv2.line(canvas, _fixed(a), _fixed(b), colour, width, cv2.LINE_AA, 4)
 
 
-def _outline(picture: np.ndarray, pair: Pair, there: _Onto, width: int = 2) -> None:
-    """A's outline on B's picture, green where the geometry is verified, else red; dashed in a scene with depth."""
+def _outlined(picture: np.ndarray, pair: Pair) -> np.ndarray:
+    """B's picture with A's outline, green where the geometry is verified, else red; dashed in a scene with depth."""
     found = outline(pair.geometry, pair.sizes[0])
     if found is None:
-        return
-    corners = there(found)
+        return picture
+    corners = geometry.transform(_onto(pair.sizes[1], picture), found)
     for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         dashes = min(100, int(np.linalg.norm(end - start) / DASH / 2)) if pair.geometry.kind == "general" else 0
         stops = np.linspace(start, end, 2 * dashes + 2)
         for one, other in zip(stops[::2], stops[1::2], strict=True):
-            _line(picture, one, other, GREEN if pair.geometry.verified else RED, width)
+            _line(picture, one, other, GREEN if pair.geometry.verified else RED, 2)
+    return picture
 
 
 def _say(canvas: np.ndarray, pair: Pair) -> None:

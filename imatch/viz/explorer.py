@@ -76,28 +76,18 @@ class PairCanvas:
         self.widget.mpl_connect("button_press_event", self._pressed)
 
     def show(self, photographs: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
-        """Show two photographs and nothing over them.
-
-        Args:
-            photographs: two (h, w, 3) uint8 RGB of any resolution.
-            sizes: (h, w) of the originals, in whose pixels everything is drawn.
-        """
+        """Show two photographs, (h, w, 3) uint8 RGB of any resolution, and nothing over them; everything is drawn in
+        pixels of the originals, whose sizes (h, w) these are."""
         for side, pixels, size in zip(self.sides, photographs, sizes, strict=True):
             side.show(pixels, size)
         none = np.zeros((0, 2))
         self.lines(none, none, np.zeros(0), np.zeros(0, bool))
 
     def lines(self, xy_a: np.ndarray, xy_b: np.ndarray, similarity: np.ndarray, inliers: np.ndarray) -> None:
-        """Join correspondences by lines, inliers from dark blue (similarity 0.7) to yellow (1.0), others red.
-
-        Args:
-            xy_a, xy_b: (m, 2) pixels of A and of B.
-            similarity: (m,) cosine.
-            inliers: (m,) bool.
-        """
+        """Join correspondences, (m, 2) pixels of A and of B: inliers in the colours of `pictures.lines`, others red."""
         for side in self.sides:
             side.forget()
-        colours = matplotlib.colormaps["viridis"]((similarity - 0.7) / 0.3)
+        colours = matplotlib.colormaps["viridis"]((similarity - pictures.LOW) / (pictures.HIGH - pictures.LOW))
         colours[~inliers] = to_rgba(BAD, 0.6)
         self._lines.join(xy_a, xy_b, colours)
         self.widget.draw_idle()
@@ -111,15 +101,7 @@ class PairCanvas:
         self.sides[1].outline.set_linestyle("--" if found.kind == "general" else "-")
         self.widget.draw_idle()
 
-    def similar(
-        self,
-        side: int,
-        xy: np.ndarray,
-        other: Tokens,
-        similarity: np.ndarray,
-        best: Sequence[int],
-        line: np.ndarray | None,
-    ) -> None:
+    def similar(self, side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> None:
         """Show how similar a token of one side is to every token of the other one, in place of the lines.
 
         Args:
@@ -128,7 +110,6 @@ class PairCanvas:
             other: the tokens of the other side; cells when they lie on a grid, else dots.
             similarity: (n,) cosine with each of them.
             best: which of them is the most similar and, if there is one, the second best (`pictures.best_two`).
-            line: (2, 2) ends of its epipolar line in pixels of the other side; None draws none.
         """
         ends, colours = other.xy[list(best)], [BEST, SECOND][: len(best)]
         here, there = self.sides[side], self.sides[1 - side]
@@ -136,7 +117,6 @@ class PairCanvas:
         here.mark(xy[None], [CHOSEN])
         there.colour(other, similarity)
         there.mark(ends, colours)
-        there.epipolar.set_data(*(np.zeros((0, 2)) if line is None else line).T)
         starts = np.repeat(xy[None], len(ends), axis=0)
         a, b = (starts, ends) if side == 0 else (ends, starts)
         self._lines.join(a, b, to_rgba_array(colours))
@@ -392,20 +372,17 @@ class Explorer(widgets.VBox):
                 own,
             ]
         )
-        for control, reaction in (
-            (self.weight, self._choose_weight),
-            (self.query, self._choose_query),
-            (self.crop, self._choose_view),
-            (self.angle, self._choose_view),
-            (self.rank, self._choose_rank),
-            (self.similarity, self._draw),
-            (self.most, self._draw),
-            (self.inliers, self._draw),
-            (self.model, self._draw),
-            (self.threshold, self._draw),
-            (self.label, self._label),
+        drawing = (self.similarity, self.most, self.inliers, self.model, self.threshold)
+        for controls, reaction in (
+            ((self.weight,), self._choose_weight),
+            ((self.query,), self._choose_query),
+            ((self.crop, self.angle), self._choose_view),
+            ((self.rank,), self._choose_rank),
+            (drawing, self._draw),
+            ((self.label,), self._label),
         ):
-            control.observe(self._reacting(reaction), names="value")
+            for control in controls:
+                control.observe(self._reacting(reaction), names="value")
         self.match.on_click(self._reacting(self._match))
         self.back.on_click(self._reacting(self._choose_rank))
         self.export.on_click(self._reacting(self._export))
@@ -525,9 +502,11 @@ class Explorer(widgets.VBox):
         best = [row for row in pictures.best_two(similarity, other) if row is not None]
         f, size = self._geometry.fundamental, self._opened.pair.sizes[1 - side]
         line = None if f is None else geometry.epipolar_line(f if side == 0 else f.T, tokens.xy[nearest], size)
-        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best, line)
-        on_line = "" if line is None else " By the geometry it lies on the line."
-        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best) + on_line
+        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best)
+        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best)
+        if line is not None:
+            self.canvas.sides[1 - side].epipolar.set_data(*line.T)
+            self.patch.value += " By the geometry it lies on the line."
 
     def _say(self, said: str) -> None:
         self.said.value, self.patch.value = said, "Click a patch to see what it resembles in the other photograph."

@@ -62,7 +62,7 @@ def denseft(embeddings: Embeddings, photographs: Path, n: int = 6, weighted: boo
         basis = fit_embeddings(embeddings)
     except ImatchError as error:
         return f"No DenseFT: {embeddings.unplaced or error}."
-    shown = np.unique(np.linspace(0, len(embeddings) - 1, max(1, min(n, len(embeddings)))).astype(int)).tolist()
+    shown = _spread(len(embeddings), n)
     columns = min(3, len(shown))
     figure, axes = _sheet(-(-len(shown) // columns), 2 * columns)
     pairs = axes.reshape(-1, 2)  # row by row, so a pair stays in its row
@@ -170,7 +170,6 @@ def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int,
             "metres": None if np.isnan(metres) else metres,
         }
 
-    shown = np.unique(np.linspace(0, len(query) - 1, min(n, len(query))).astype(int)).tolist()
     return [
         {
             "id": id,
@@ -179,7 +178,7 @@ def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int,
             "angle": query.views.get(id, {}).get("angle"),
             "hits": [hit(q, rank) for rank in range(int((ranking.rows[q, :k] >= 0).sum()))],
         }
-        for q, id in ((q, query.ids[q]) for q in shown)
+        for q, id in ((q, query.ids[q]) for q in _spread(len(query), n))
     ]
 
 
@@ -248,8 +247,8 @@ def match_summary(pairs: Sequence[PairRow], metrics: MatchFigures) -> Figure | s
 def pair_sheet(folder: Path, pairs: Sequence[PairRow], n: int = 4) -> Figure | str:
     """The saved pictures of n pairs of the 04_match in a folder, evenly spread over the queries' best candidates."""
     best = best_pairs(row for row in pairs if row["candidate"] is not None)
-    shown = [best[i] for i in np.unique(np.linspace(0, max(0, len(best) - 1), min(n, len(best))).astype(int))]
-    paths = [path for row in shown if (path := pair_path(folder, row).with_suffix(".png")).is_file()]
+    shown = [pair_path(folder, best[i]).with_suffix(".png") for i in _spread(len(best), n)]
+    paths = [path for path in shown if path.is_file()]
     if not paths:
         return "No pictures of pairs: nothing was matched, or outputs is without 'png'."
     figure, axes = _sheet(len(paths), 1, side=8, aspect=0.5)
@@ -356,6 +355,11 @@ def _sheet(rows: int, columns: int, side: float = 2.2, aspect: float = 1.15) -> 
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Places of n that are evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist()
 
 
 def _short(id: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -119,15 +118,8 @@ def sheet_page(
         said=f"{many} and their best hits, by the cosine of global vectors.",
         most=max((len(row["hits"]) for row in queries), default=1) or 1,
         photographs=[_photograph(file, size) for file, size in shown.items()],
-        queries=[
-            {
-                "name": files.printable(row["id"]),
-                "photograph": number[row["path"]],
-                "turned": "" if row["angle"] is None else f", turned by {row['angle']:g}\N{DEGREE SIGN}",
-                "hits": [_hit(hit, number) for hit in row["hits"]],
-            }
-            for row in queries
-        ],
+        queries=queries,
+        number=number,
     )
 
 
@@ -140,6 +132,7 @@ def render(template: str, **shown: object) -> str:
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("imatch.viz", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    templates.filters.update(printable=files.printable, metres=pictures.metres_said)
     templates.globals.update(good=pictures.GOOD, bad=pictures.BAD, chosen=pictures.CHOSEN)
     return templates.get_template(f"{template}.html.jinja").render(**shown)
 
@@ -247,14 +240,3 @@ def _facts(pair: Pair) -> list[str]:
 def _photograph(file: Path, size: tuple[int, int]) -> dict[str, str | int]:
     picture = images.thumbnail(file, size, min(SMALL, max(size)))
     return {"uri": _uri(picture), "width": picture.shape[1], "height": picture.shape[0]}
-
-
-def _hit(hit: dict[str, object], number: Mapping[Path, int]) -> dict[str, str | int]:
-    return {
-        "name": files.printable(hit["id"]),
-        "photograph": number[hit["path"]],
-        "rank": hit["rank"],
-        "right": hit["right"],
-        "score": f"{hit['score']:.3f}",
-        "metres": "" if hit["metres"] is None else f", {pictures.metres_said(hit['metres'])}",
-    }

@@ -325,16 +325,14 @@ def gather(step: Step, rows: Sequence[ReportRow]) -> Found:
         step: a started 05_report.
         rows: of `tabulate`.
     """
-    behind = {row["label"]: chain(open_step(step.linked(row["name"]))) for row in rows}
+    found = {row["label"]: open_step(step.linked(row["name"])) for row in rows}
+    index = {name: chain(one)["03_index"].metrics for name, one in found.items()}
+    pairs = {name: one.folder / "pairs.jsonl" for name, one in found.items() if one.name == "04_match"}
     return Found(
-        (metrics := {name: steps["03_index"].metrics for name, steps in behind.items()}),
-        {name: Threshold(**figures["threshold"]) for name, figures in metrics.items()},
-        {name: files.read_rows(steps["03_index"].folder / "queries.jsonl") for name, steps in behind.items()},
-        {
-            name: [row for row in files.read_rows(steps["04_match"].folder / "pairs.jsonl") if row["has_truth"]]
-            for name, steps in behind.items()
-            if "04_match" in steps
-        },
+        index,
+        {name: Threshold(**figures["threshold"]) for name, figures in index.items()},
+        {row["label"]: [*row["queried"].values()] for row in rows},
+        {name: [row for row in files.read_rows(path) if row["has_truth"]] for name, path in pairs.items()},
         min(row["k"] for row in rows),
     )
 
@@ -358,11 +356,6 @@ def _labels(rows: Sequence[ReportRow]) -> list[str]:
     return labels if len({*labels}) == len(labels) else [row["name"] for row in rows]
 
 
-def public(rows: Sequence[ReportRow]) -> list[ReportRow]:
-    """The rows without what they were compared by."""
-    return [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
-
-
 def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     """Write table.csv, table.json and report.html, which holds all pictures in itself.
 
@@ -376,22 +369,17 @@ def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     page = step.folder / "report.html"
     if step.finished:
         return page
-    files.write_json(step.folder / "table.json", public(rows))
+    shown = [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
+    files.write_json(step.folder / "table.json", shown)
+    prints = [{f"{of} fingerprint": value for of, value in row["fingerprints"].items()} for row in rows]
+    columns = ["question", *COLUMNS, "k", "device", "name", *sorted({name for of in prints for name in of})]
     text = io.StringIO()
-    table = csv.DictWriter(
-        text, ["question", *COLUMNS, "k", "device", "name", *_fingerprints(rows)], extrasaction="ignore"
-    )
+    table = csv.DictWriter(text, columns, extrasaction="ignore")
     table.writeheader()
-    table.writerows(
-        {**row, **{f"{of} fingerprint": value for of, value in row["fingerprints"].items()}} for row in rows
-    )
+    table.writerows(row | of for row, of in zip(rows, prints, strict=True))
     files.write_bytes(step.folder / "table.csv", text.getvalue().encode(errors="surrogateescape"))
     files.write_bytes(page, html(rows, step.folder).encode(errors="surrogateescape"))
     return page
-
-
-def _fingerprints(rows: Sequence[ReportRow]) -> list[str]:
-    return sorted({f"{of} fingerprint" for row in rows for of in row["fingerprints"]})
 
 
 def html(rows: Sequence[ReportRow], folder: Path | None = None) -> str:

@@ -46,7 +46,7 @@ STYLE = {
 """Of matplotlib, while a figure is made."""
 DASHES = ("-", "--", ":", "-.")
 """One a crop, the largest first."""
-MARKS = cycler(marker=["o", "s", "^", "D", "v"]) * cycler(color=COLOURS)
+MARKS = [{"marker": marker, "color": colour} for marker in "os^Dv" for colour in COLOURS]
 """One a configuration, where each is a point."""
 MEANS = {"ms": "milliseconds a photograph", "megabytes": "megabytes a photograph", "hit_at_1": "Hit@1"}
 """What columns of a table of configurations are called on an axis."""
@@ -304,7 +304,7 @@ def pareto(table: Sequence[ReportRow], x: str, y: str) -> Figure | str:
         best = [row for row in rows if not any(_beats(other, row, x, y) for other in rows)]
         axis.plot(*zip(*sorted((row[x], row[y]) for row in best), strict=True), color=UNKNOWN, zorder=1)
         ranked = sorted(rows, key=lambda row: (-row[y], row[x], _named(row)))
-        for row, look in zip(ranked, MARKS(), strict=False):
+        for row, look in zip(ranked, cycle(MARKS), strict=False):
             spread = [[row[y] - number(row["low"])], [number(row["high"]) - row[y]]]
             label = f"{_named(row)} ({row[x]:.4g}, {row[y]:.2f})"
             fill = look["color"] if row in best else "white"

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -326,8 +326,7 @@ class Explorer(widgets.VBox):
     """
 
     def __init__(self, names: Sequence[str], matched: Callable[[str], Matched]) -> None:
-        self._matched = matched
-        self._read: dict[str, Saved] = {}
+        self._saved = cache(lambda name: Saved(matched(name)))
         self._opened: Opened | None = None
         self._clicked: tuple[int, int] | None = None
         self._filling = False
@@ -393,10 +392,7 @@ class Explorer(widgets.VBox):
     @property
     def saved(self) -> Saved:
         """The 04_match that is shown."""
-        name = self.weight.value
-        if name not in self._read:
-            self._read[name] = Saved(self._matched(name))
-        return self._read[name]
+        return self._saved(self.weight.value)
 
     @property
     def row(self) -> PairRow | None:

@@ -190,15 +190,20 @@ def test_errors_are_cumulated_and_failures_never_reached():
     others = [pair(0.1, 0.1, 0.1, right=False, has_truth=False), pair(0.1, 0.1, 0.1, has_truth=False)]
     figure = curves.errors({"sift": rows + others})
     corner, rotation, scale = (reached(axis.lines[0]) for axis in figure.axes[:3])
-    assert corner == [(2, 0), (2, 0.25), (7, 0.5), (400, 0.75)]
-    assert rotation == [(0.1, 0), (0.1, 0.25), (0.2, 0.5)]
-    assert scale == [(0.01, 0), (0.01, 0.25), (0.02, 0.5)]
+    assert corner == {2: 0.25, 7: 0.5, 400: 0.75}
+    assert rotation == {0.1: 0.25, 0.2: 0.5}
+    assert scale == {0.01: 0.25, 0.02: 0.5}
     assert "sift, crop 0.5: 4 pairs, 50.0% not verified" in words(figure)
 
 
 def reached(line):
-    """The finite steps of a line."""
-    return [(x, y) for x, y in line.get_xydata().tolist() if math.isfinite(x)]
+    """What share of values lies up to each; it begins at 0 and goes on over the edge of its panel."""
+    assert line.get_drawstyle() == "steps-post"
+    (first, *steps, (end, last)) = line.get_xydata().tolist()
+    assert first == [0, 0]
+    assert end > line.axes.get_xlim()[1]
+    assert last == (steps[-1][1] if steps else 0)
+    return dict(steps)
 
 
 def test_medians_by_angle_count_failures_as_infinitely_wrong():
@@ -253,8 +258,8 @@ def test_metres_are_those_of_the_figures():
 def test_far_metres_are_in_sight():
     first, least = curves.metres({"sift": [{"metres": None, "least_metres": 5000.0}]}).axes
     assert first.get_xlim() == least.get_xlim() == (1, 5000)
-    assert reached(least.lines[0]) == [(5000, 0), (5000, 1)]
-    assert reached(first.lines[0]) == []
+    assert reached(least.lines[0]) == {5000: 1}
+    assert reached(first.lines[0]) == {}
 
 
 def test_unknown_metres_are_said():

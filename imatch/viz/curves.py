@@ -109,7 +109,7 @@ def trust(rows: Mapping[str, Sequence[QueryRow]], thresholds: Mapping[str, Thres
     rows = {name: of for name, of in rows.items() if any(row["answers"] for row in of)}
     if not rows:
         return "Nothing to trust or to doubt: no query has an answer in the gallery."
-    figure = Figure(figsize=(14.0, max(4.0, 1.7 * len(rows))))
+    figure = Figure(figsize=(14.0, max(4.0, 1.4 * len(rows))))
     grid = figure.add_gridspec(len(rows), 3)
     found, believed = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 2])
     for line, (name, look) in enumerate(_looks(rows).items()):
@@ -206,18 +206,18 @@ def errors(pairs: Mapping[str, Sequence[PairRow]]) -> Figure | str:
                 label += f"{len(part)} pairs, {failed:.1%} not verified"
                 parts.append((part, {**look, "linestyle": dashes, "label": label}))
     turned = any(row["angle"] is not None for row in every)
-    figure = Figure(figsize=(14.0, 6.4 if turned else 3.4))
+    figure = Figure(figsize=(16.0, 6.4 if turned else 3.4))
     above, *below = figure.subplots(1 + turned, 3, squeeze=False)
     for axis, (key, (name, ends)) in zip(above, ERRORS.items(), strict=True):
         for part, look in parts:
             values, at = np.array([number(row[key], math.inf) for row in part]), np.geomspace(*ends, 13)
-            axis.ecdf(values, **look)
+            _cumulated(axis, values, **look)
             _band(axis, at, [values <= error for error in at], [row["cluster"] for row in part], look["color"])
         _log(axis.xaxis)
         axis.set(xlabel=name, ylabel="share of pairs below" if axis is above[0] else "", xlim=ends, ylim=(-0.02, 1.03))
     for row in below:
         _errors_by_angle(row, parts)
-    _legend(figure, above[:1], "outside lower center")
+    _legend(figure, above[:1])
     return figure
 
 
@@ -261,7 +261,7 @@ def metres(rows: Mapping[str, Sequence[QueryRow]]) -> Figure | str:
         for name, look in _looks(known).items():
             of, lost = known[name], len(rows[name]) - len(known[name])
             label = f"{files.printable(name)}: {len(of)} queries{f', {lost} more of unknown place' if lost else ''}"
-            axis.ecdf([number(row[key], math.inf) for row in of], label=label, **look)
+            _cumulated(axis, np.array([number(row[key], math.inf) for row in of]), label=label, **look)
         _log(axis.xaxis)
         axis.set(title=hit, xlabel="metres", xlim=(1, max(1e3, *every)), ylim=(-0.02, 1.03))
         for limit in truth.METRES:
@@ -381,13 +381,20 @@ def _looks(names: Collection[str]) -> dict[str, dict[str, str | float]]:
     return {name: {"color": colour, "linewidth": width, "markersize": 3 + width} for name, colour, width in drawn}
 
 
-def _legend(figure: Figure, axes: Sequence[Axes] | None = None, place: str = "outside right upper") -> None:
+def _legend(figure: Figure, axes: Sequence[Axes] | None = None) -> None:
     """One beside the panels, of all that has a name in them."""
     named = {}
     for axis in figure.axes if axes is None else axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc=place)
+    figure.legend(named.values(), named.keys(), loc="outside right upper")
+
+
+def _cumulated(axis: Axes, values: np.ndarray, **look: str | float) -> None:
+    """The share of values up to each, from 0 to far beyond the panel; infinite ones are never reached."""
+    ranked = np.sort(values[np.isfinite(values)])
+    shares = np.arange(len(ranked) + 1) / len(values)
+    axis.step([0, *ranked, 1e9], [*shares, shares[-1]], where="post", **look)
 
 
 def _log(ruler: Axis, steps: Sequence[float] = (1,)) -> None:

@@ -143,8 +143,7 @@ def reference_outlines(photographs: Path, rows: Sequence[ReferenceRow]) -> Figur
     for row in rows:
         outline = geometry.transform(np.linalg.inv(row["matrix"]), geometry.corners(row["size"]))
         axis.plot(*np.vstack([outline, outline[:1]]).T, linewidth=1)
-    told = "\ncrop 1 is the largest square that fits at every angle" if rows[0]["kind"] == "isometric" else ""
-    axis.set_title(f"{_short(rows[0]['source'])}: where its {len(rows)} references lie{told}")
+    axis.set_title(f"{_short(rows[0]['source'])}: where its {len(rows)} references lie")
     return figure
 
 

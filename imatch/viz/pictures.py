@@ -98,7 +98,7 @@ def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.n
         _line(canvas, start, end, ink, 1)
         for place in (start, end):
             cv2.circle(canvas, _fixed(place), RADIUS * 16, ink, -1, cv2.LINE_AA, 4)
-    _outlined(canvas[BAR:, corner[0] :][: len(right)], pair)
+    _outlined(canvas[BAR:, corner[0] :][: len(right)], pair, 2)
     _say(canvas, pair)
     return canvas
 
@@ -262,7 +262,7 @@ def _line(canvas: np.ndarray, a: np.ndarray, b: np.ndarray, colour: Sequence[int
     cv2.line(canvas, _fixed(a), _fixed(b), colour, width, cv2.LINE_AA, 4)
 
 
-def _outlined(picture: np.ndarray, pair: Pair) -> np.ndarray:
+def _outlined(picture: np.ndarray, pair: Pair, width: int = 1) -> np.ndarray:
     """B's picture with A's outline, green where the geometry is verified, else red; dashed in a scene with depth."""
     found = outline(pair.geometry, pair.sizes[0])
     if found is None:
@@ -272,7 +272,7 @@ def _outlined(picture: np.ndarray, pair: Pair) -> np.ndarray:
         dashes = min(100, int(np.linalg.norm(end - start) / DASH / 2)) if pair.geometry.kind == "general" else 0
         stops = np.linspace(start, end, 2 * dashes + 2)
         for one, other in zip(stops[::2], stops[1::2], strict=True):
-            _line(picture, one, other, GREEN if pair.geometry.verified else RED, 2)
+            _line(picture, one, other, GREEN if pair.geometry.verified else RED, width)
     return picture
 
 

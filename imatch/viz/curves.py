@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from imatch.core import files
-from imatch.core.rows import IndexFigures, PairRow, QueryRow, ReportRow, RetrievalFigures, ViewFigures
+from imatch.core.rows import IndexFigures, PairRow, QueryRow, ReportRow, RetrievalFigures
 from imatch.core.types import ImatchError
 from imatch.evaluation import calibration, intervals
 from imatch.evaluation.calibration import Threshold
@@ -70,27 +70,23 @@ def hit_by_angle(metrics: Mapping[str, RetrievalFigures]) -> Figure | str:
     >>> hit_by_angle({"sift": {"by_view": [view]}}).axes[0].get_title()
     'crop 0.5'
     """
-    crops = sorted({view["crop"] for of in metrics.values() for view in of["by_view"]}, reverse=True)
+    shown = {name: of["by_view"] for name, of in metrics.items() if of["by_view"]}
+    crops = sorted({view["crop"] for views in shown.values() for view in views}, reverse=True)
     if not crops:
         return "No Hit@1 by angle: no query that has an answer is a reference with an angle and a crop."
     figure = Figure(figsize=(3.0 + 4.0 * len(crops), 3.6))
     panels = figure.subplots(1, len(crops), sharex=True, sharey=True, squeeze=False).flat
     for axis, crop in zip(panels, crops, strict=True):
-        for name, look in _looks(metrics).items():
-            views = [view for view in metrics[name]["by_view"] if view["crop"] == crop]
-            _views(axis, sorted(views, key=lambda view: view["angle"]), label=files.printable(name), **look)
+        for name, look in _looks(shown).items():
+            views = sorted((view for view in shown[name] if view["crop"] == crop), key=lambda view: view["angle"])
+            value, low, high = (np.array([number(view[key]) for view in views]) for key in ("value", "low", "high"))
+            turns, around = [view["angle"] for view in views], [value - low, high - value]
+            label = files.printable(name)
+            axis.errorbar(turns, value, around, fmt="o-", elinewidth=1, capsize=2, label=label, **look)
         axis.set(title=f"crop {crop:g}", ylim=(-0.03, 1.03), ylabel="Hit@1" if crop == crops[0] else "")
         angles(axis)
     _legend(figure)
     return figure
-
-
-def _views(axis: Axes, views: Sequence[ViewFigures], **look: str | float) -> None:
-    """One configuration at one crop, with intervals as bars."""
-    value, low, high = (np.array([number(view[key]) for view in views]) for key in ("value", "low", "high"))
-    axis.errorbar(
-        [view["angle"] for view in views], value, [value - low, high - value], fmt="o-", elinewidth=1, capsize=2, **look
-    )
 
 
 @rc_context(STYLE)
@@ -211,7 +207,7 @@ def errors(pairs: Mapping[str, Sequence[PairRow]]) -> Figure | str:
     for axis, (key, (name, ends)) in zip(above, ERRORS.items(), strict=True):
         for part, look in parts:
             values, at = np.array([number(row[key], math.inf) for row in part]), np.geomspace(*ends, 13)
-            _cumulated(axis, values, **look)
+            _cumulated(axis, values, look)
             _band(axis, at, [values <= error for error in at], [row["cluster"] for row in part], look["color"])
         _log(axis.xaxis)
         axis.set(xlabel=name, ylabel="share of pairs below" if axis is above[0] else "", xlim=ends, ylim=(-0.02, 1.03))
@@ -261,7 +257,8 @@ def metres(rows: Mapping[str, Sequence[QueryRow]]) -> Figure | str:
         for name, look in _looks(known).items():
             of, lost = known[name], len(rows[name]) - len(known[name])
             label = f"{files.printable(name)}: {len(of)} queries{f', {lost} more of unknown place' if lost else ''}"
-            _cumulated(axis, np.array([number(row[key], math.inf) for row in of]), label=label, **look)
+            values = np.array([number(row[key], math.inf) for row in of])
+            _cumulated(axis, values, {**look, "label": label})
         _log(axis.xaxis)
         axis.set(title=hit, xlabel="metres", xlim=(1, max(1e3, *every)), ylim=(-0.02, 1.03))
         for limit in truth.METRES:
@@ -390,7 +387,7 @@ def _legend(figure: Figure, axes: Sequence[Axes] | None = None) -> None:
     figure.legend(named.values(), named.keys(), loc="outside right upper")
 
 
-def _cumulated(axis: Axes, values: np.ndarray, **look: str | float) -> None:
+def _cumulated(axis: Axes, values: np.ndarray, look: Mapping[str, str | float]) -> None:
     """The share of values up to each, from 0 to far beyond the panel; infinite ones are never reached."""
     ranked = np.sort(values[np.isfinite(values)])
     shares = np.arange(len(ranked) + 1) / len(values)

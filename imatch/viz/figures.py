@@ -183,8 +183,8 @@ def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int,
 
 @rc_context(curves.STYLE)
 def hit_sheet(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int = 6, k: int = 5) -> Figure:
-    """The contact sheet: n queries, evenly spread, down, and across their best k hits: framed green where right, red
-    where wrong, with the cosine and, where it is known, the distance in metres."""
+    """The contact sheet: n queries, evenly spread, down, and across their best k hits: framed green where right,
+    orange where wrong, with the cosine and, where it is known, the distance in metres."""
     shown, k = hits_shown(query, gallery, ranking, n, k), min(k, ranking.rows.shape[1])
     wide, side = 1.5, 1.6  # a query is so much wider than a hit, which is so many inches wide
     sizes = [[row["size"], *(hit["size"] for hit in row["hits"])] for row in shown]

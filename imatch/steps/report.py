@@ -393,13 +393,14 @@ def html(rows: Sequence[ReportRow], folder: Path | None = None) -> str:
 
     table = {"columns": COLUMNS, "rows": rows, "cell": _cell}
     if folder is None:
-        return render("table", **table)
+        return render("table", table)
     shown = []
     for name, (caption, steps) in PICTURES.items():
         if (folder / name).is_file():
             data = base64.b64encode((folder / name).read_bytes()).decode()
             shown.append((name, caption, data, [_prints(row, steps) for row in rows]))
-    return render("report", title="What was found, and how far to trust it", pictures=shown, steps=STEPS, **table)
+    title = "What was found, and how far to trust it"
+    return render("report", {**table, "title": title, "pictures": shown, "steps": STEPS})
 
 
 def _prints(row: ReportRow, steps: Sequence[str]) -> str:

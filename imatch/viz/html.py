@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -123,10 +124,10 @@ def sheet_page(
     )
 
 
-def render(template: str, **shown: object) -> str:
-    """Fill in one of the templates beside this file; what is shown is escaped.
+def render(template: str, shown: Mapping[str, object]) -> str:
+    """Fill in one of the templates beside this file, by name; what is shown is escaped.
 
-    >>> "&lt;b&gt;" in render("report", title="<b>", columns={}, rows=[], pictures=[], steps=[])
+    >>> "&lt;b&gt;" in render("report", {"title": "<b>", "columns": {}, "rows": [], "pictures": [], "steps": []})
     True
     """
     templates = jinja2.Environment(
@@ -134,11 +135,11 @@ def render(template: str, **shown: object) -> str:
     )
     templates.filters.update(printable=files.printable, metres=pictures.metres_said)
     templates.globals.update(good=pictures.GOOD, bad=pictures.BAD, chosen=pictures.CHOSEN)
-    return templates.get_template(f"{template}.html.jinja").render(**shown)
+    return templates.get_template(f"{template}.html.jinja").render(shown)
 
 
 def _write(path: Path, template: str, **shown: object) -> Path:
-    files.write_bytes(path, render(template, **shown).encode())
+    files.write_bytes(path, render(template, shown).encode())
     return path
 
 

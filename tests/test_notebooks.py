@@ -82,7 +82,7 @@ def arrays(exports):
     """Every file that a step made, but for the report and the file about the run itself."""
     kept = (path for path in sorted(exports.rglob("*")) if path.is_file() and ".running" not in path.parts)
     own = {"notebook.ipynb", "step.json", "seen.jsonl"}  # hold times and places
-    own |= {"table.csv", "table.json", "report.html", "time.png", "recall.png", "stages.png"}  # show times
+    own |= {"table.csv", "table.json", "report.html", "time.png", "recall.png"}  # show times
     return {path.relative_to(exports).as_posix(): without_times(path) for path in kept if path.name not in own}
 
 

@@ -137,7 +137,7 @@ def test_what_nobody_knows_is_none_and_tables_and_figures_cope(data):
     for name in ("hit_at_1", "reranked_hit_at_1", "wrong_verified", "verified_right", "true_within_8px"):
         assert metrics[name] is None, name
     figure = figures.match_summary(rows, metrics)
-    assert "nobody knows whether right (6)" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert "nobody knows whether right (6)" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert figures.pair_sheet(step.folder, rows).axes[0].images
     loaded = imatch.steps.open_match(step).pair(rows[0])
     assert len(loaded.matches) == rows[0]["matches"]

@@ -318,13 +318,6 @@ def test_both_kinds_are_shown_whichever_was_made(embedded, reference_kind):
     assert magenta[3:] == [0, 0, 0]
 
 
-def test_outlines_say_what_crop_1_is(embedded):
-    for kind, said in (("isometric", True), ("legacy", False)):
-        views, rows = made(embedded, "shown", kind)
-        title = figures.reference_outlines(views.linked("photographs"), rows).axes[0].get_title()
-        assert ("largest square that fits at every angle" in title) == said
-
-
 def test_a_reference_is_seen_at_the_scale_of_its_photograph(few_photographs, tmp_path):
     """By itself it would fit below the limit at full size."""
     data = test_steps.embedded(few_photographs, tmp_path, weight="dsift", resize=imatch.Resize(limit=80))

@@ -26,3 +26,17 @@ def test_a_photograph_that_is_gone_is_grey_and_of_the_right_aspect(tmp_path):
     assert len(np.unique(grey)) == 1
     Image.new("RGB", (160, 90), "red").save(tmp_path / "there.png")
     assert images.thumbnail(tmp_path / "there.png", (90, 160), 80)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_sentence_is_printed_and_takes_an_earlier_picture_away(tmp_path, capsys):
+    path = tmp_path / "metres.png"
+    path.write_bytes(b"of an earlier run")
+    assert figures.show("No metres.", path) is None
+    assert capsys.readouterr().out == "No metres.\n"
+    assert not path.exists()
+
+
+def test_without_a_saved_picture_there_is_no_sheet_of_pairs(tmp_path):
+    row = {"query": "a.jpg", "candidate": "b.jpg", "rank": 0, "reranked": 0, "retrieved": True, "verified": False}
+    assert figures.pair_sheet(tmp_path, [row]).startswith("No pictures of pairs")
+    assert figures.pair_sheet(tmp_path, []).startswith("No pictures of pairs")

@@ -174,7 +174,7 @@ class Match:
         matches = Matches(index, index, found.score)
         row = cast("PairRow", self.row)  # of whose other keys a picture reads only those that are there
         pair = Pair(row, self._photographs, self.sizes, found.xy_a, found.xy_b, matches, self._geometry)
-        return pictures.lines(pair, pictures.Style(side=side))
+        return pictures.lines(pair, side)
 
     def show(self) -> Figure:
         """The picture as a matplotlib figure, which a notebook shows."""

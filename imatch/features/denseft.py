@@ -1,7 +1,7 @@
 """Principal components of tokens as colours: the first three become red, green, blue.
 
 Tokens enter by their direction alone (L2-normalised), as matching compares them; their norm only weights the
-brightness, if asked. Whatever shares a basis shares its colours: a data set (`denseft`) or a pair (`pictures`).
+brightness, if asked. Whatever shares a basis shares its colours: a data set (here) or a pair (`viz.figures`).
 Source of the idea: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, figure 1.
 """
 

@@ -7,11 +7,8 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from imatch.core import files, settings
 from imatch.core.rows import Json, PairRow, QueryRow, ReportRow
@@ -23,70 +20,74 @@ from imatch.evaluation.calibration import Threshold
 from imatch.steps.match import labels_path
 
 COLUMNS = {
-    "weight": "weight",
-    "size": "size",
-    "pooling": "pooling",
-    "variant": "variant",
-    "queries": "queries",
-    "hit_at_1": "Hit@1",
-    "low": "from",
-    "high": "to",
-    "place": "place",
-    "apart": "against the best",
-    "apart_low": "from",
-    "apart_high": "to",
-    "recall": "Recall@K",
-    "map": "mAP",
-    "reranked_hit_at_1": "re-ranked Hit@1",
-    "pixels": "median px",
-    "auc_5": "AUC@5 px",
-    "rotation": "rotation off by",
-    "metres": "median m",
-    "coverage": "believed",
-    "held_out_precision": "right of them",
-    "ms": "ms",
-    "megabytes": "MB",
-    "labelled": "labelled",
-    "label_precision": "accepted of verified",
-    "label_recall": "verified of accepted",
-    "alarms": "alarms",
+    "weight": ("weight", ""),
+    "size": ("size", ""),
+    "pooling": ("pooling", ""),
+    "variant": ("variant", ""),
+    "queries": ("queries", ""),
+    "hit_at_1": ("Hit@1", "how often the first hit is right; a query that a backbone could not embed counts as missed"),
+    "low": ("from", "and to: 95 % interval, by resampling whole photographs (or captures)"),
+    "high": ("to", ""),
+    "place": ("place", "best; as good: its paired interval to the best holds 0; worse"),
+    "apart": (
+        "against the best",
+        "Hit@1 minus that of the best, paired on the same queries; of the best, minus that of the next",
+    ),
+    "apart_low": ("from", ""),
+    "apart_high": ("to", ""),
+    "recall": ("Recall@K", "share of all right answers among the first K hits"),
+    "map": ("mAP", ""),
+    "reranked_hit_at_1": ("re-ranked Hit@1", "after 1:1 matching, verified candidates first"),
+    "pixels": ("median px", "corner error of references against their own photograph, failures included"),
+    "auc_5": ("AUC@5 px", "area under the curve of corner errors up to 5 px"),
+    "rotation": ("rotation off by", "median error of the estimated rotation in degrees"),
+    "metres": ("median m", "metres from the query to its first hit"),
+    "coverage": ("believed", "share of answerable queries whose first hit passes the threshold of 'no match'"),
+    "held_out_precision": ("right of them", "precision on photographs that the threshold was not calibrated on"),
+    "ms": ("ms", "milliseconds a photograph from file to stored tokens, on the device named below"),
+    "megabytes": ("MB", "megabytes a photograph on disk"),
+    "labelled": ("labelled", "pairs that people accepted or rejected in the explorer"),
+    "label_precision": (
+        "accepted of verified",
+        "share of labelled pairs that geometry verifies which people accept",
+    ),
+    "label_recall": ("verified of accepted", "share of pairs that people accept which geometry verifies"),
+    "alarms": ("alarms", ""),
 }
-"""Columns of the table and what they are called."""
+"""Columns of the table, what they are called and, where that does not say it, what they mean."""
+STEPS = ("01_embed", "02_references", "queries", "03_index", "04_match")
+"""Where the numbers of a row come from, as `chain` names it."""
 COSTS = ("ms", "megabytes", "rotation", "pixels", "metres")
 """Columns of any magnitude, shown to three digits."""
 COMPARED = ("values", "clusters", "parts", "queried", "unit")
 """What rows hold to be compared by, and no file needs."""
-HELP = {
-    "Hit@1": "how often the first hit is right; a query that a backbone could not embed counts as missed",
-    "from ... to": "95 % interval, by resampling whole photographs (or captures)",
-    "place": "best; as good: its paired interval to the best holds 0; worse",
-    "against the best": "Hit@1 minus that of the best, paired on the same queries; of the best, minus that of the next",
-    "Recall@K": "share of all right answers among the first K hits",
-    "re-ranked Hit@1": "after 1:1 matching, verified candidates first",
-    "median px": "corner error of references against their own photograph, failures included",
-    "AUC@5 px": "area under the curve of corner errors up to 5 px",
-    "rotation off by": "median error of the estimated rotation in degrees",
-    "median m": "metres from the query to its first hit",
-    "believed": "share of answerable queries whose first hit passes the threshold of 'no match'",
-    "right of them": "precision on photographs that the threshold was not calibrated on",
-    "ms": "milliseconds a photograph from file to stored tokens, on the device named below",
-    "MB": "megabytes a photograph on disk",
-    "labelled": "pairs that people accepted or rejected in the explorer",
-    "accepted of verified": "share of labelled pairs that geometry verifies which people accept",
-    "verified of accepted": "share of pairs that people accept which geometry verifies",
-}
 PICTURES = {
     "time.png": (
-        "Hit@1 against milliseconds a photograph: nobody is better and cheaper than those on the line.",
+        "Hit@1 against milliseconds a photograph, in brackets both; bars are 95 % intervals. Nobody is better and "
+        "cheaper than those that are filled and joined.",
         ("01_embed", "03_index"),
     ),
-    "disk.png": ("Hit@1 against megabytes a photograph.", ("01_embed", "03_index")),
-    "angles.png": ("Hit@1 by the angle and the crop of the reference.", ("03_index",)),
-    "trust.png": ("How much is found among the first K hits, and what it costs to refuse weak ones.", ("03_index",)),
-    "metres.png": ("Metres from a query to what it finds.", ("03_index",)),
-    "errors.png": ("Errors of the estimated geometry against the true matrices.", ("04_match",)),
+    "disk.png": ("Hit@1 against megabytes a photograph, likewise.", ("01_embed", "03_index")),
+    "angles.png": ("Hit@1 by the rotation and the crop of the reference; bars are 95 % intervals.", ("03_index",)),
+    "trust.png": (
+        "Left: how much is found among the first K hits; shaded are 95 % intervals. Middle and right: each query is "
+        "asked as it is and once more with its answers left out of the gallery, when nothing that it finds is right. "
+        "First hits are believed from some score on: a lower one believes more right hits and more wrong ones.",
+        ("03_index",),
+    ),
+    "metres.png": (
+        "Share of queries whose hit was taken within so many metres; hits of unknown position are within none.",
+        ("03_index",),
+    ),
+    "errors.png": (
+        "Errors of the estimated geometry where the true matrix is known. Above: share of pairs below an error; a "
+        "curve ends below 1 by the share of pairs without a geometry (rotation and scale: without a verified one); "
+        "shaded are 95 % intervals. Below: medians by the rotation of the reference; a line breaks where more than "
+        "half failed.",
+        ("04_match",),
+    ),
 }
-"""The pictures of the page in its order: what each shows, and which steps it is drawn from."""
+"""The pictures of the page in its order: how to read each, and which steps it is drawn from."""
 
 
 def start_report(steps: Sequence[str], *, run: str, tag: str = "", on_change: str = "recompute") -> Step:
@@ -324,16 +325,14 @@ def gather(step: Step, rows: Sequence[ReportRow]) -> Found:
         step: a started 05_report.
         rows: of `tabulate`.
     """
-    behind = {row["label"]: chain(open_step(step.linked(row["name"]))) for row in rows}
+    found = {row["label"]: open_step(step.linked(row["name"])) for row in rows}
+    index = {name: chain(one)["03_index"].metrics for name, one in found.items()}
+    pairs = {name: one.folder / "pairs.jsonl" for name, one in found.items() if one.name == "04_match"}
     return Found(
-        (metrics := {name: steps["03_index"].metrics for name, steps in behind.items()}),
-        {name: Threshold(**figures["threshold"]) for name, figures in metrics.items()},
-        {name: files.read_rows(steps["03_index"].folder / "queries.jsonl") for name, steps in behind.items()},
-        {
-            name: [row for row in files.read_rows(steps["04_match"].folder / "pairs.jsonl") if row["has_truth"]]
-            for name, steps in behind.items()
-            if "04_match" in steps
-        },
+        index,
+        {name: Threshold(**figures["threshold"]) for name, figures in index.items()},
+        {row["label"]: [*row["queried"].values()] for row in rows},
+        {name: [row for row in files.read_rows(path) if row["has_truth"]] for name, path in pairs.items()},
         min(row["k"] for row in rows),
     )
 
@@ -357,17 +356,12 @@ def _labels(rows: Sequence[ReportRow]) -> list[str]:
     return labels if len({*labels}) == len(labels) else [row["name"] for row in rows]
 
 
-def public(rows: Sequence[ReportRow]) -> list[ReportRow]:
-    """The rows without what they were compared by."""
-    return [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
-
-
 def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     """Write table.csv, table.json and report.html, which holds all pictures in itself.
 
     Args:
         step: a started 05_report.
-        rows: of `tabulate`. The pictures of `PICTURES` lie in the step's folder.
+        rows: of `tabulate`. Those of `PICTURES` that could be drawn lie in the step's folder.
 
     Returns:
         The path of report.html.
@@ -375,43 +369,42 @@ def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     page = step.folder / "report.html"
     if step.finished:
         return page
-    files.write_json(step.folder / "table.json", public(rows))
+    shown = [{key: value for key, value in row.items() if key not in COMPARED} for row in rows]
+    files.write_json(step.folder / "table.json", shown)
+    prints = [{f"{of} fingerprint": value for of, value in row["fingerprints"].items()} for row in rows]
+    columns = ["question", *COLUMNS, "k", "device", "name", *sorted({name for of in prints for name in of})]
     text = io.StringIO()
-    table = csv.DictWriter(
-        text, ["question", *COLUMNS, "k", "device", "name", *_fingerprints(rows)], extrasaction="ignore"
-    )
+    table = csv.DictWriter(text, columns, extrasaction="ignore")
     table.writeheader()
-    table.writerows(
-        {**row, **{f"{of} fingerprint": value for of, value in row["fingerprints"].items()}} for row in rows
-    )
+    table.writerows(row | of for row, of in zip(rows, prints, strict=True))
     files.write_bytes(step.folder / "table.csv", text.getvalue().encode(errors="surrogateescape"))
-    pictures = {name: base64.b64encode((step.folder / name).read_bytes()).decode() for name in PICTURES}
-    files.write_bytes(page, html(rows, pictures).encode(errors="surrogateescape"))
+    files.write_bytes(page, html(rows, step.folder).encode(errors="surrogateescape"))
     return page
+
+
+def html(rows: Sequence[ReportRow], folder: Path | None = None) -> str:
+    """The page or, without a folder, the tables alone, as a notebook shows them.
+
+    Args:
+        rows: of `tabulate`.
+        folder: where those of `PICTURES` lie that could be drawn.
+    """
+    from imatch.viz.html import render
+
+    table = {"columns": COLUMNS, "rows": rows, "cell": _cell}
+    if folder is None:
+        return render("table", table)
+    shown = []
+    for name, (caption, steps) in PICTURES.items():
+        if (folder / name).is_file():
+            data = base64.b64encode((folder / name).read_bytes()).decode()
+            shown.append((name, caption, data, [_prints(row, steps) for row in rows]))
+    title = "What was found, and how far to trust it"
+    return render("report", {**table, "title": title, "pictures": shown, "steps": STEPS})
 
 
 def _prints(row: ReportRow, steps: Sequence[str]) -> str:
     return ", ".join(f"{of} {row['fingerprints'][of][:12]}" for of in steps if of in row["fingerprints"])
-
-
-def _fingerprints(rows: Sequence[ReportRow]) -> list[str]:
-    return sorted({f"{of} fingerprint" for row in rows for of in row["fingerprints"]})
-
-
-def html(rows: Sequence[ReportRow], pictures: Mapping[str, str] | None = None) -> str:
-    """The page, or with no pictures the tables alone, as a notebook shows them.
-
-    Args:
-        rows: of `tabulate`.
-        pictures: name of `PICTURES` -> base64 of the PNG.
-    """
-    text = resources.files("imatch.viz").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    shown = pictures and [
-        (name, PICTURES[name][0], data, [_prints(row, PICTURES[name][1]) for row in rows])
-        for name, data in pictures.items()
-    ]
-    return template.render(columns=COLUMNS, help=HELP, pictures=shown, rows=rows, cell=_cell)
 
 
 def _cell(key: str, value: str | float | None) -> str:

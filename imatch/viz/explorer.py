@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backend_bases import MouseButton, MouseEvent, RendererBase
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgba_array
+from matplotlib.colors import to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.transforms import IdentityTransform
 
@@ -33,22 +33,19 @@ from imatch.data.rotations import UPRIGHT, Pose
 from imatch.evaluation import verdicts
 from imatch.features import base
 from imatch.features.base import Backbone, Embedded, embed_one
-from imatch.features.denseft import covered
 from imatch.matching import geometry, two_view
 from imatch.matching.align import Tried, aligner, first_verified
 from imatch.matching.two_view import Estimator
 from imatch.viz import pictures
+from imatch.viz.pictures import BAD, CHOSEN, GOOD
 
 if TYPE_CHECKING:
     from ipympl.backend_nbagg import Canvas
     from matplotlib.axes import Axes
 
 
-BEST, SECOND, CHOSEN = "#7fff00", "#ff9f1c", "#00e5ff"
-"""Colours of the best match, the second best, and the patch that was clicked."""
-FOUND, NOT_FOUND = "#5adc5a", "#eb5a50"
-"""Colours of the outline of a verified geometry and of one that is not."""
-OUTLIER = (0.92, 0.35, 0.31, 0.6)
+BEST, SECOND = "#7fff00", "#ff9f1c"
+"""Colours of the best match of a patch that was clicked, and of the second best."""
 
 
 class PairCanvas:
@@ -79,29 +76,19 @@ class PairCanvas:
         self.widget.mpl_connect("button_press_event", self._pressed)
 
     def show(self, photographs: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
-        """Show two photographs and nothing over them.
-
-        Args:
-            photographs: two (h, w, 3) uint8 RGB of any resolution.
-            sizes: (h, w) of the originals, in whose pixels everything is drawn.
-        """
+        """Show two photographs, (h, w, 3) uint8 RGB of any resolution, and nothing over them; everything is drawn in
+        pixels of the originals, whose sizes (h, w) these are."""
         for side, pixels, size in zip(self.sides, photographs, sizes, strict=True):
             side.show(pixels, size)
         none = np.zeros((0, 2))
         self.lines(none, none, np.zeros(0), np.zeros(0, bool))
 
     def lines(self, xy_a: np.ndarray, xy_b: np.ndarray, similarity: np.ndarray, inliers: np.ndarray) -> None:
-        """Join correspondences by lines, inliers from dark blue (similarity 0.7) to yellow (1.0), others red.
-
-        Args:
-            xy_a, xy_b: (m, 2) pixels of A and of B.
-            similarity: (m,) cosine.
-            inliers: (m,) bool.
-        """
+        """Join correspondences, (m, 2) pixels of A and of B: inliers in the colours of `pictures.lines`, others red."""
         for side in self.sides:
             side.forget()
-        colours = matplotlib.colormaps["viridis"]((similarity - 0.7) / 0.3)
-        colours[~inliers] = OUTLIER
+        colours = matplotlib.colormaps["viridis"]((similarity - pictures.LOW) / (pictures.HIGH - pictures.LOW))
+        colours[~inliers] = to_rgba(BAD, 0.6)
         self._lines.join(xy_a, xy_b, colours)
         self.widget.draw_idle()
 
@@ -110,19 +97,11 @@ class PairCanvas:
         where it is approximate. None draws none."""
         closed = np.zeros((0, 2)) if corners is None else np.vstack([corners, corners[:1]])
         self.sides[1].outline.set_data(*closed.T)
-        self.sides[1].outline.set_color(FOUND if found.verified else NOT_FOUND)
+        self.sides[1].outline.set_color(GOOD if found.verified else BAD)
         self.sides[1].outline.set_linestyle("--" if found.kind == "general" else "-")
         self.widget.draw_idle()
 
-    def similar(
-        self,
-        side: int,
-        xy: np.ndarray,
-        other: Tokens,
-        similarity: np.ndarray,
-        best: Sequence[int],
-        line: np.ndarray | None,
-    ) -> None:
+    def similar(self, side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> None:
         """Show how similar a token of one side is to every token of the other one, in place of the lines.
 
         Args:
@@ -131,7 +110,6 @@ class PairCanvas:
             other: the tokens of the other side; cells when they lie on a grid, else dots.
             similarity: (n,) cosine with each of them.
             best: which of them is the most similar and, if there is one, the second best (`pictures.best_two`).
-            line: (2, 2) ends of its epipolar line in pixels of the other side; None draws none.
         """
         ends, colours = other.xy[list(best)], [BEST, SECOND][: len(best)]
         here, there = self.sides[side], self.sides[1 - side]
@@ -139,7 +117,6 @@ class PairCanvas:
         here.mark(xy[None], [CHOSEN])
         there.colour(other, similarity)
         there.mark(ends, colours)
-        there.epipolar.set_data(*(np.zeros((0, 2)) if line is None else line).T)
         starts = np.repeat(xy[None], len(ends), axis=0)
         a, b = (starts, ends) if side == 0 else (ends, starts)
         self._lines.join(a, b, to_rgba_array(colours))
@@ -188,11 +165,8 @@ class _Side:
             self.dots.set_offsets(tokens.xy[order])
             self.dots.set(array=similarity[order], clim=span, visible=True)
             return
-        h, w = covered(tokens, self.size)
-        (rows, columns), (x, y) = tokens.grid, tokens.xy[0]
-        left, top = x - w / columns / 2, y - h / rows / 2
         self.cells.set(data=similarity.reshape(tokens.grid), clim=span, visible=True)
-        self.cells.set_extent((left, left + w, top + h, top))
+        self.cells.set_extent(pictures.extent(tokens, self.size))
 
     def mark(self, xy: np.ndarray, colours: Sequence[str]) -> None:
         self.marks.set_offsets(xy)
@@ -352,8 +326,7 @@ class Explorer(widgets.VBox):
     """
 
     def __init__(self, names: Sequence[str], matched: Callable[[str], Matched]) -> None:
-        self._matched = matched
-        self._read: dict[str, Saved] = {}
+        self._saved = cache(lambda name: Saved(matched(name)))
         self._opened: Opened | None = None
         self._clicked: tuple[int, int] | None = None
         self._filling = False
@@ -398,20 +371,17 @@ class Explorer(widgets.VBox):
                 own,
             ]
         )
-        for control, reaction in (
-            (self.weight, self._choose_weight),
-            (self.query, self._choose_query),
-            (self.crop, self._choose_view),
-            (self.angle, self._choose_view),
-            (self.rank, self._choose_rank),
-            (self.similarity, self._draw),
-            (self.most, self._draw),
-            (self.inliers, self._draw),
-            (self.model, self._draw),
-            (self.threshold, self._draw),
-            (self.label, self._label),
+        drawing = (self.similarity, self.most, self.inliers, self.model, self.threshold)
+        for controls, reaction in (
+            ((self.weight,), self._choose_weight),
+            ((self.query,), self._choose_query),
+            ((self.crop, self.angle), self._choose_view),
+            ((self.rank,), self._choose_rank),
+            (drawing, self._draw),
+            ((self.label,), self._label),
         ):
-            control.observe(self._reacting(reaction), names="value")
+            for control in controls:
+                control.observe(self._reacting(reaction), names="value")
         self.match.on_click(self._reacting(self._match))
         self.back.on_click(self._reacting(self._choose_rank))
         self.export.on_click(self._reacting(self._export))
@@ -422,10 +392,7 @@ class Explorer(widgets.VBox):
     @property
     def saved(self) -> Saved:
         """The 04_match that is shown."""
-        name = self.weight.value
-        if name not in self._read:
-            self._read[name] = Saved(self._matched(name))
-        return self._read[name]
+        return self._saved(self.weight.value)
 
     @property
     def row(self) -> PairRow | None:
@@ -510,8 +477,7 @@ class Explorer(widgets.VBox):
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
         lines = alike[shown]
         self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
-        corners = None if found.matrix is None else geometry.transform(found.matrix, geometry.corners(pair.sizes[0]))
-        self.canvas.outline(corners if corners is not None and np.isfinite(corners).all() else None, found)
+        self.canvas.outline(pictures.outline(found, pair.sizes[0]), found)
         self._geometry = found
         self._say(_found(pair, found, len(alike), len(lines)))
 
@@ -532,9 +498,11 @@ class Explorer(widgets.VBox):
         best = [row for row in pictures.best_two(similarity, other) if row is not None]
         f, size = self._geometry.fundamental, self._opened.pair.sizes[1 - side]
         line = None if f is None else geometry.epipolar_line(f if side == 0 else f.T, tokens.xy[nearest], size)
-        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best, line)
-        on_line = "" if line is None else " By the geometry it lies on the line."
-        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best) + on_line
+        self.canvas.similar(side, tokens.xy[nearest], other, similarity, best)
+        self.patch.value = _similar(side, tokens.xy[nearest], other, similarity, best)
+        if line is not None:
+            self.canvas.sides[1 - side].epipolar.set_data(*line.T)
+            self.patch.value += " By the geometry it lies on the line."
 
     def _say(self, said: str) -> None:
         self.said.value, self.patch.value = said, "Click a patch to see what it resembles in the other photograph."
@@ -649,7 +617,7 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     if found.matrix is not None and row.get("true_matrix") is not None:
         error = geometry.corner_error(found.matrix, np.array(row["true_matrix"]), pair.sizes[0])
         told.append(f"corners {error:.2f} px from where they truly are")
-    colour = FOUND if found.verified else NOT_FOUND
+    colour = GOOD if found.verified else BAD
     return (
         f"{names[0]} → {names[1]}, cosine of the global vectors {row['score']:.3f}<br>"
         f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{"; ".join(told)}</span><br>'

@@ -18,7 +18,6 @@ from imatch.core.rows import Json
 from imatch.core.types import ImatchError, Pair, Ranking, Tokens
 from imatch.data import images
 from imatch.data.embeddings import Embeddings
-from imatch.matching import geometry
 from imatch.viz import figures, pictures
 
 MOST = 1024
@@ -59,7 +58,8 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
     side_a = _side(pair.row["query"], pair.paths[0], pair.sizes[0], left=0)
     side_b = _side(pair.row["candidate"], pair.paths[1], pair.sizes[1], left=side_a["width"] + GAP)
     few_a, few_b = _thinned(a, pair.matches.index_a), _thinned(b, pair.matches.index_b)
-    outline, similarity = (_outline(pair) + 0.5) * side_b["factor"], pair.matches.similarity
+    outline, similarity = pictures.outline(pair.geometry, pair.sizes[0]), pair.matches.similarity
+    corners = [] if outline is None else (outline + 0.5) * side_b["factor"]
     known = ("size", "factor", "left")
     return _write(
         path,
@@ -69,7 +69,7 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
         b=side_b,
         width=side_b["left"] + side_b["width"],
         height=max(side_a["height"], side_b["height"]),
-        outline=" ".join(f"{side_b['left'] + x:.1f},{y:.1f}" for x, y in outline),
+        outline=" ".join(f"{side_b['left'] + x:.1f},{y:.1f}" for x, y in corners),
         approximate=pair.geometry.kind == "general",
         verified=pair.geometry.verified,
         reason=pair.geometry.reason,
@@ -119,23 +119,27 @@ def sheet_page(
         said=f"{many} and their best hits, by the cosine of global vectors.",
         most=max((len(row["hits"]) for row in queries), default=1) or 1,
         photographs=[_photograph(file, size) for file, size in shown.items()],
-        queries=[
-            {
-                "name": files.printable(row["id"]),
-                "photograph": number[row["path"]],
-                "turned": "" if row["angle"] is None else f", turned by {row['angle']:g}\N{DEGREE SIGN}",
-                "hits": [_hit(hit, number) for hit in row["hits"]],
-            }
-            for row in queries
-        ],
+        queries=queries,
+        number=number,
     )
 
 
-def _write(path: Path, template: str, **shown: object) -> Path:
+def render(template: str, shown: Mapping[str, object]) -> str:
+    """Fill in one of the templates beside this file, by name; what is shown is escaped.
+
+    >>> "&lt;b&gt;" in render("report", {"title": "<b>", "columns": {}, "rows": [], "pictures": [], "steps": []})
+    True
+    """
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("imatch.viz", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    files.write_bytes(path, templates.get_template(f"{template}.html.jinja").render(**shown).encode())
+    templates.filters.update(printable=files.printable, metres=pictures.metres_said)
+    templates.globals.update(good=pictures.GOOD, bad=pictures.BAD, chosen=pictures.CHOSEN)
+    return templates.get_template(f"{template}.html.jinja").render(shown)
+
+
+def _write(path: Path, template: str, **shown: object) -> Path:
+    files.write_bytes(path, render(template, shown).encode())
     return path
 
 
@@ -219,15 +223,6 @@ def _cell(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float] | None:
     return x or size[1], y or size[0]
 
 
-def _outline(pair: Pair) -> np.ndarray:
-    """(4, 2) pixels of B; (0, 2) where there is none to draw."""
-    nothing = np.zeros((0, 2))
-    if pair.geometry.matrix is None:
-        return nothing
-    outline = geometry.transform(pair.geometry.matrix, geometry.corners(pair.sizes[0]))
-    return outline if np.isfinite(outline).all() else nothing
-
-
 def _facts(pair: Pair) -> list[str]:
     """What else was found, where it was."""
     row = pair.row
@@ -246,14 +241,3 @@ def _facts(pair: Pair) -> list[str]:
 def _photograph(file: Path, size: tuple[int, int]) -> dict[str, str | int]:
     picture = images.thumbnail(file, size, min(SMALL, max(size)))
     return {"uri": _uri(picture), "width": picture.shape[1], "height": picture.shape[0]}
-
-
-def _hit(hit: dict[str, object], number: Mapping[Path, int]) -> dict[str, str | int]:
-    return {
-        "name": files.printable(hit["id"]),
-        "photograph": number[hit["path"]],
-        "rank": hit["rank"],
-        "right": hit["right"],
-        "score": f"{hit['score']:.3f}",
-        "metres": "" if hit["metres"] is None else f", {pictures.metres_said(hit['metres'])}",
-    }

@@ -7,20 +7,17 @@ of their pixels.
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated
 
 import cv2
 import numpy as np
-from PIL import Image
-from pydantic import Field, NonNegativeInt, PositiveInt
+from PIL import Image, ImageColor
 
-from imatch.core import config, files
+from imatch.core import files
 from imatch.core.rows import PairRow
 from imatch.core.types import Geometry, ImatchError, Pair, Tokens, normalise
 from imatch.data import images
@@ -33,7 +30,10 @@ SQUARES = 10
 """Squares of a checkerboard along the longer side."""
 NEAR = 0.02
 """Keypoints within this share of the photograph's extent see much the same."""
-GREEN, RED, WHITE, BLACK, DARK = (90, 220, 90), (235, 90, 80), (255, 255, 255), (0, 0, 0), (24, 24, 24)
+GOOD, BAD, CHOSEN = "#5adc5a", "#eb5a50", "#00e5ff"
+"""On photographs: what is verified, what is not, and what was pointed at."""
+GREEN, RED = (ImageColor.getrgb(colour) for colour in (GOOD, BAD))
+WHITE, DARK = (255, 255, 255), (24, 24, 24)
 COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
 """(256, 3) uint8 RGB, from dark blue over green to yellow (viridis)."""
 DASH = 8
@@ -48,43 +48,10 @@ KINDS = {
 """What explains two photographs (`Geometry.kind`), in plain words."""
 WAYS = (("to the left", "to the right"), ("up", "down"), ("back", "ahead"))
 """Against and along a camera's axes."""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How pairs are drawn.
-
-    Attributes:
-        side: pixels of a photograph's longer side at most; none is enlarged.
-        max_lines: at most so many correspondences, the most similar ones.
-        width: pixels of a line.
-        alpha: how opaque lines and points are, above 0 and up to 1.
-        radius: pixels of a point.
-        low, high: the similarities that are dark blue and yellow; those beyond look like them.
-
-    Raises:
-        ImatchError: a number out of its range.
-
-    >>> Style(alpha=0.5).side
-    360
-    """
-
-    side: PositiveInt = 360
-    max_lines: NonNegativeInt = 120
-    width: PositiveInt = 1
-    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
-    radius: NonNegativeInt = 2
-    low: float = 0.7
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        config.check(self)
-        if self.low >= self.high:
-            raise ImatchError(f"Style: option low {self.low} must be less than high {self.high}")
-
-
-PLAIN = Style()
-"""What pairs look like where nobody asks for anything else."""
+SIDE, MOST, RADIUS = 360, 120, 2
+"""Of a pair's picture: pixels of a photograph's longer side, correspondences and pixels around their ends at most."""
+LOW, HIGH = 0.7, 1.0
+"""Similarities that are dark blue and yellow; those beyond look like them."""
 
 
 def encode(picture: np.ndarray) -> bytes:
@@ -99,22 +66,13 @@ def encode(picture: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def colours(similarity: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Similarities (...) as colours (..., 3) uint8 RGB: dark blue up to `low`, yellow from `high` on.
-
-    >>> colours(np.array([0.7, 1.0]), 0.7, 1.0).tolist()
-    [[68, 1, 84], [253, 231, 37]]
-    """
-    return COLOURS[np.clip((similarity - low) / (high - low) * 255, 0, 255).astype(np.uint8)]
-
-
-def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> np.ndarray:
+def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.ndarray:
     """Both photographs side by side, correspondences as lines, the outline of A where it was found in B (dashed where
     that is only roughly known), and in words what was found.
 
     Args:
         pair: what to draw.
-        style: how.
+        side: pixels of a photograph's longer side at most; none is enlarged.
         shown: (m,) bool, which correspondences may be drawn; by default the inliers.
 
     >>> from imatch.core.types import Pair
@@ -126,34 +84,36 @@ def lines(pair: Pair, style: Style = PLAIN, shown: np.ndarray | None = None) -> 
     >>> lines(pair).shape
     (84, 98, 3)
     """
-    left, right = (_thumbnail(path, size, style.side) for path, size in zip(pair.paths, pair.sizes, strict=True))
-    canvas = _beside(left, right, BAR)
-    here, there = _Onto.of(pair.sizes[0], left), _Onto.of(pair.sizes[1], right)
+    left, right = (_thumbnail(path, size, side) for path, size in zip(pair.paths, pair.sizes, strict=True))
     corner = np.array([left.shape[1] + GAP, BAR])
-
-    chosen = np.flatnonzero(pair.geometry.inliers if shown is None else shown)[: style.max_lines]
-    drawn = canvas.copy()
-    inks = colours(pair.matches.similarity[chosen], style.low, style.high).tolist()
-    for i, ink in reversed(list(zip(chosen, inks, strict=True))):  # the most similar on top
-        a, b = here(pair.xy_a[i]) + np.array([0, BAR]), there(pair.xy_b[i]) + corner
-        _line(drawn, a, b, ink, style.width)
-        for end in (a, b):
-            cv2.circle(drawn, _fixed(end), style.radius * 16, ink, -1, cv2.LINE_AA, 4)
-    canvas = cv2.addWeighted(drawn, style.alpha, canvas, 1 - style.alpha, 0)
-
-    _outline(canvas[BAR:, corner[0] :], pair, there)
+    canvas = np.full((max(len(left), len(right)) + BAR, corner[0] + right.shape[1], 3), DARK, np.uint8)
+    canvas[BAR : BAR + len(left), : left.shape[1]] = left
+    canvas[BAR : BAR + len(right), corner[0] :] = right
+    chosen = np.flatnonzero(pair.geometry.inliers if shown is None else shown)[:MOST]
+    a = geometry.transform(_onto(pair.sizes[0], left), pair.xy_a[chosen]) + np.array([0, BAR])
+    b = geometry.transform(_onto(pair.sizes[1], right), pair.xy_b[chosen]) + corner
+    bright = (pair.matches.similarity[chosen] - LOW) / (HIGH - LOW)
+    inks = COLOURS[np.clip(255 * bright, 0, 255).astype(np.uint8)].tolist()
+    for start, end, ink in reversed(list(zip(a, b, inks, strict=True))):  # the most similar on top
+        _line(canvas, start, end, ink, 1)
+        for place in (start, end):
+            cv2.circle(canvas, _fixed(place), RADIUS * 16, ink, -1, cv2.LINE_AA, 4)
+    _outlined(canvas[BAR:, corner[0] :][: len(right)], pair, 2)
     _say(canvas, pair)
     return canvas
 
 
-def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
+def checkerboard(pair: Pair, side: int = SIDE) -> np.ndarray:
     """B, with A warped onto it in every other square: what is at one place runs on over the edges of the squares.
 
-    Where A does not reach, B is shown; where no matrix can warp it, words say so.
+    Where A does not reach, B is shown.
 
     Args:
         pair: what to draw.
-        style: how; its `side` counts.
+        side: pixels of B's longer side at most.
+
+    Raises:
+        ImatchError: A cannot be warped onto B (`flaw`).
 
     >>> from imatch.core.types import Pair
     >>> from imatch.core.types import Geometry, Matches
@@ -163,31 +123,35 @@ def checkerboard(pair: Pair, style: Style = PLAIN) -> np.ndarray:
     >>> checkerboard(pair).shape
     (40, 60, 3)
     """
-
-    def squares(warped: np.ndarray, covered: np.ndarray, below: np.ndarray) -> np.ndarray:
-        y, x = np.indices(covered.shape) * SQUARES // max(covered.shape)
-        return np.where((covered & ((x + y) % 2 == 0))[..., None], warped, below)
-
-    return _laid_onto(pair, style, squares)
+    warped, covered, below = _warped(pair, side)
+    y, x = np.indices(covered.shape) * SQUARES // max(covered.shape)
+    shown = covered & ((x + y) % 2 == 0)
+    return _outlined(np.where(shown[..., None], warped, below), pair)
 
 
-def blend(pair: Pair, style: Style = PLAIN) -> np.ndarray:
+def blend(pair: Pair, side: int = SIDE) -> np.ndarray:
     """B, and half transparent on it A, warped: what does not fit is seen twice. Otherwise as `checkerboard`."""
-
-    def halves(warped: np.ndarray, covered: np.ndarray, below: np.ndarray) -> np.ndarray:
-        return np.where(covered[..., None], cv2.addWeighted(warped, 0.5, below, 0.5, 0), below)
-
-    return _laid_onto(pair, style, halves)
+    warped, covered, below = _warped(pair, side)
+    return _outlined(np.where(covered[..., None], cv2.addWeighted(warped, 0.5, below, 0.5, 0), below), pair)
 
 
-def _laid_onto(pair: Pair, style: Style, mix: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """A picture mixed from A warped onto B, where it covers B, and B; with A's outline, or words why there is none."""
-    if flaw := _flaw(pair):
-        return _words(flaw, pair, style)
-    warped, covered, below = _warped(pair, style)
-    picture = mix(warped, covered, below)
-    _outline(picture, pair, _Onto.of(pair.sizes[1], below), 1)
-    return picture
+def outline(found: Geometry, size: tuple[int, int]) -> np.ndarray | None:
+    """Where A's corners lie in B by what was found.
+
+    Args:
+        found: from A to B.
+        size: (h, w) of A.
+
+    Returns:
+        (4, 2) pixels of B; None without a matrix, and where one of them lies nowhere.
+
+    >>> outline(Geometry(np.eye(3), np.ones(20, bool), 0.5, True, ""), (30, 40))[2].tolist()
+    [39.0, 29.0]
+    """
+    if found.matrix is None:
+        return None
+    corners = geometry.transform(found.matrix, geometry.corners(size))
+    return corners if np.isfinite(corners).all() else None
 
 
 def similarities(a: Tokens, b: Tokens, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -231,98 +195,25 @@ def best_two(similarity: np.ndarray, b: Tokens) -> tuple[int, int | None]:
     return best, int(others[similarity[others].argmax()]) if len(others) else None
 
 
-def heat(a: Tokens, b: Tokens, patch: int, path: Path, size: tuple[int, int], style: Style = PLAIN) -> np.ndarray:
-    """How similar one descriptor of A is to every one of B, as colours on B's photograph in grey.
-
-    Colours run from the median similarity to the greatest, so that the lower half is dark. Rings mark the best (1) and
-    its rival (2, `best_two`). The cells of a grid are filled, keypoints are dots.
+def extent(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Where the cells of a grid lie on a photograph, as `Axes.imshow` takes it: left, right, bottom, top.
 
     Args:
-        a, b: tokens of one backbone; B has some.
-        patch: which descriptor of A.
-        path, size: B's file and (h, w) in pixels.
-        style: how; its `side` and `radius` count.
+        tokens: on a grid.
+        size: (h, w) of the photograph in pixels.
 
-    >>> tokens = Tokens(np.ones(1), np.eye(4), np.array([[2.0, 2], [7, 2], [2, 7], [7, 7]]), grid=(2, 2))
-    >>> heat(tokens, tokens, 3, Path("gone.jpg"), (10, 10)).shape
-    (10, 10, 3)
+    >>> extent(Tokens(np.ones(1), np.ones((2, 1)), np.array([[4.5, 4.5], [14.5, 4.5]]), grid=(1, 2)), (10, 20))
+    (-0.5, 19.5, 9.5, -0.5)
     """
-    similarity = similarities(a, b, [patch])[0]
-    picture = _thumbnail(path, size, style.side)
-    grey = np.repeat(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
-    there = _Onto.of(size, picture)
-    low = float(np.median(similarity))
-    inks = colours(similarity, low, max(float(similarity.max()), low + 1e-6))
-    if b.grid is None:
-        for i in similarity.argsort(kind="stable"):  # the most similar on top
-            cv2.circle(grey, _fixed(there(b.xy[i])), (style.radius + 1) * 16, inks[i].tolist(), -1, cv2.LINE_AA, 4)
-    else:
-        cells, inside = _cells(b, inks, there, grey.shape[:2])
-        grey = np.where(inside[..., None], cv2.addWeighted(cells, 0.6, grey, 0.4, 0), grey)
-    for name, place in zip("12", best_two(similarity, b), strict=True):
-        if place is not None:
-            _ring(grey, there(b.xy[place]), name)
-    return grey
+    (h, w), (rows, columns), (x, y) = denseft.covered(tokens, size), tokens.grid, tokens.xy[0].tolist()
+    left, top = x - w / columns / 2, y - h / rows / 2
+    return left, left + w, top + h, top
 
 
-def marked(xy: np.ndarray, path: Path, size: tuple[int, int], style: Style = PLAIN) -> np.ndarray:
-    """A photograph with a ring around one place.
-
-    Args:
-        xy: (2,) pixels of the photograph.
-        path, size: its file and (h, w) in pixels.
-        style: how; its `side` counts.
-
-    >>> marked(np.array([5, 5]), Path("gone.jpg"), (10, 20)).shape
-    (10, 20, 3)
-    """
-    picture = _thumbnail(path, size, style.side).copy()
-    _ring(picture, _Onto.of(size, picture)(xy))
-    return picture
-
-
-def principal(a: Tokens, b: Tokens, sizes: tuple[tuple[int, int], tuple[int, int]], style: Style = PLAIN) -> np.ndarray:
-    """The grids of A and B side by side, coloured by the principal components of both: equal colours are equal tokens.
-
-    Args:
-        a, b: on grids, of one backbone.
-        sizes: (h, w) of the photographs in pixels.
-        style: how; its `side` counts.
-
-    Raises:
-        ImatchError: one of them lies on no grid, or there are too few tokens (`denseft.fit`).
-
-    >>> tokens = Tokens(np.ones(1), np.eye(4), np.array([[2.0, 2], [7, 2], [2, 7], [7, 7]]), grid=(2, 2))
-    >>> principal(tokens, tokens, ((10, 10), (10, 10))).shape
-    (10, 28, 3)
-    """
-    basis = denseft.fit(np.concatenate([a.descriptors, b.descriptors]))
-    parts = []
-    for tokens, size in zip((a, b), sizes, strict=True):
-        shape = images.Resize("long_side", long_side=min(style.side, max(size))).target(size, 1)
-        inks = np.round(basis(tokens).reshape(-1, 3) * 255).astype(np.uint8)
-        cells, inside = _cells(tokens, inks, _Onto.of(size, np.empty(shape)), shape)
-        parts.append(np.where(inside[..., None], cells, np.uint8(DARK)))
-    return _beside(*parts)
-
-
-@dataclass(frozen=True)
-class _Onto:
-    """From pixels of a photograph to pixels of its picture, `factor` (x, y) times as large."""
-
-    factor: np.ndarray
-
-    @classmethod
-    def of(cls, size: tuple[int, int], picture: np.ndarray) -> _Onto:
-        return cls(np.array([picture.shape[1] / size[1], picture.shape[0] / size[0]]))
-
-    def __call__(self, xy: np.ndarray) -> np.ndarray:
-        return (np.asarray(xy) + 0.5) * self.factor - 0.5
-
-    @property
-    def matrix(self) -> np.ndarray:
-        x, y = self.factor
-        return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
+def _onto(size: tuple[int, int], picture: np.ndarray) -> np.ndarray:
+    """From pixels of a photograph to pixels of its picture: (3, 3)."""
+    y, x = np.array(picture.shape[:2]) / size
+    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
 def _thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -333,15 +224,8 @@ def _thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) 
 _from_disk = lru_cache(maxsize=64)(images.thumbnail)
 
 
-def _beside(left: np.ndarray, right: np.ndarray, bar: int = 0) -> np.ndarray:
-    canvas = np.full((max(len(left), len(right)) + bar, left.shape[1] + GAP + right.shape[1], 3), DARK, np.uint8)
-    canvas[bar : bar + len(left), : left.shape[1]] = left
-    canvas[bar : bar + len(right), left.shape[1] + GAP :] = right
-    return canvas
-
-
-def _flaw(pair: Pair) -> str:
-    """Why A cannot be warped onto B; "" if it can."""
+def flaw(pair: Pair) -> str:
+    """Say why A cannot be warped onto B; "" if it can."""
     found = pair.geometry
     if found.matrix is None:
         return found.reason
@@ -352,31 +236,20 @@ def _flaw(pair: Pair) -> str:
     )
 
 
-def _warped(pair: Pair, style: Style) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _warped(pair: Pair, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A on B's picture (h, w, 3), where it lies (h, w) bool, and B's picture."""
+    if why := flaw(pair):
+        raise ImatchError(f"A cannot be warped onto B: {why}")
     (size_a, size_b), matrix = pair.sizes, pair.geometry.matrix
-    below = _thumbnail(pair.paths[1], size_b, style.side)
-    there = _Onto.of(size_b, below)
+    below = _thumbnail(pair.paths[1], size_b, side)
+    into = _onto(size_b, below) @ matrix
     # A as large as it is shown, so that warping neither blurs it nor leaves pixels out
-    scale = geometry.rotation_scale(there.matrix @ matrix, size_a)[1]
+    scale = geometry.rotation_scale(into, size_a)[1]
     above = _thumbnail(pair.paths[0], size_a, max(1, round(min(scale, 1) * max(size_a))))
-    into = there.matrix @ matrix @ np.linalg.inv(_Onto.of(size_a, above).matrix)
+    into = into @ np.linalg.inv(_onto(size_a, above))
     shape = below.shape[1::-1]
     covered = cv2.warpPerspective(np.full(above.shape[:2], 255, np.uint8), into, shape) == 255
     return cv2.warpPerspective(above, into, shape), covered, below
-
-
-def _cells(tokens: Tokens, inks: np.ndarray, onto: _Onto, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel in the colour of the cell that it lies in: (h, w, 3), and (h, w) bool, whether it lies in one."""
-    cells, first = inks.reshape(*tokens.grid, 3), onto(tokens.xy[0])
-    step = np.array(tokens.spacing) * onto.factor
-    x, y = (
-        np.floor((np.arange(n) - at) / (apart or 2 * n) + 0.5).astype(int)  # a single cell is the whole side
-        for n, at, apart in zip(shape[::-1], first, step, strict=True)
-    )
-    h, w = tokens.grid
-    inside = np.outer((y >= 0) & (y < h), (x >= 0) & (x < w))
-    return cells[np.ix_(y.clip(0, h - 1), x.clip(0, w - 1))], inside
 
 
 def _fixed(xy: np.ndarray) -> tuple[int, int]:
@@ -389,25 +262,18 @@ def _line(canvas: np.ndarray, a: np.ndarray, b: np.ndarray, colour: Sequence[int
     cv2.line(canvas, _fixed(a), _fixed(b), colour, width, cv2.LINE_AA, 4)
 
 
-def _outline(picture: np.ndarray, pair: Pair, there: _Onto, width: int = 2) -> None:
-    """A's outline on B's picture, green where the geometry is verified, else red; dashed in a scene with depth."""
-    matrix = pair.geometry.matrix
-    if matrix is None or not np.isfinite(outline := geometry.transform(matrix, geometry.corners(pair.sizes[0]))).all():
-        return
-    corners = there(outline)
+def _outlined(picture: np.ndarray, pair: Pair, width: int = 1) -> np.ndarray:
+    """B's picture with A's outline, green where the geometry is verified, else red; dashed in a scene with depth."""
+    found = outline(pair.geometry, pair.sizes[0])
+    if found is None:
+        return picture
+    corners = geometry.transform(_onto(pair.sizes[1], picture), found)
     for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         dashes = min(100, int(np.linalg.norm(end - start) / DASH / 2)) if pair.geometry.kind == "general" else 0
         stops = np.linspace(start, end, 2 * dashes + 2)
         for one, other in zip(stops[::2], stops[1::2], strict=True):
             _line(picture, one, other, GREEN if pair.geometry.verified else RED, width)
-
-
-def _ring(picture: np.ndarray, xy: np.ndarray, name: str = "") -> None:
-    aside = 11 if xy[0] + 24 < picture.shape[1] else -21  # the name stands on the right where there is room
-    x, y = int(xy[0]) + aside, int(np.clip(xy[1] + 5, 12, len(picture) - 2))
-    for colour, width in ((BLACK, 4), (WHITE, 2)):
-        cv2.circle(picture, _fixed(xy), 8 * 16, colour, width, cv2.LINE_AA, 4)
-        cv2.putText(picture, name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, width, cv2.LINE_AA)
+    return picture
 
 
 def _say(canvas: np.ndarray, pair: Pair) -> None:
@@ -421,14 +287,6 @@ def _say(canvas: np.ndarray, pair: Pair) -> None:
     error = row.get("corner_error")
     exact = [] if error is None else [f"corner error {error:.2f} px"]
     _text(canvas, 36, ", ".join([said, *found, *exact]), GREEN if row["verified"] else RED)
-
-
-def _words(said: str, pair: Pair, style: Style) -> np.ndarray:
-    """Words where a picture of B's aspect would be."""
-    canvas = np.full_like(_thumbnail(pair.paths[1], pair.sizes[1], style.side), DARK)
-    for i, line in enumerate(textwrap.wrap(f"A cannot be warped onto B: {said}", max(8, canvas.shape[1] // 8))):
-        _text(canvas, 24 + 20 * i, line, WHITE)
-    return canvas
 
 
 def _text(canvas: np.ndarray, y: int, text: str, colour: tuple[int, int, int]) -> None:

@@ -88,8 +88,8 @@ def start(recipe: Path, exports: Path) -> subprocess.Popen[bytes]:
 
 
 def found(exports: Path) -> dict[str, Any]:
-    """All that a run left, but for what tells milliseconds: executed notebooks, two figures and the report."""
-    timed = re.compile(r".*(\.ipynb|\.lock|/recall\.png|/stages\.png)|run/05_report/.*")
+    """All that a run left, but for what tells milliseconds: executed notebooks, a figure and the report."""
+    timed = re.compile(r".*(\.ipynb|\.lock|/recall\.png)|run/05_report/.*")
     return {name: held for name, held in content(exports).items() if not timed.fullmatch(name)}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,23 +79,6 @@ class _Manifest(Said):
     models: list[_Model]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A manifest, expanded.
-
-    Attributes:
-        role: "dataset", "query" or "reference".
-        notebooks: what it runs, in order.
-        parameters: of all its points.
-        points: what each point is called by, its weight, size and variant -> its parameters.
-    """
-
-    role: str
-    notebooks: list[str]
-    parameters: dict[str, Any]
-    points: dict[str, dict[str, Any]]
-
-
 def is_manifest(content: Json) -> bool:
     """Whether what a file holds is a manifest, and no recipe of notebooks.
 
@@ -124,7 +106,7 @@ def role(path: str | Path) -> str:
 
 def read(
     path: str | Path, data_key: str | Path = settings.DATA_KEY, given: Mapping[str, Json] | None = None
-) -> Manifest:
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Read a manifest, JSON or YAML, check all of it against the registry, and expand it.
 
     Models that are switched off are said in a printed line and left out.
@@ -134,17 +116,20 @@ def read(
         data_key: the registry that has its data set and its weights.
         given: parameters that win over what it says, as from the command line.
 
+    Returns:
+        The parameters of all its points, and what each point is called by, its weight, size and variant -> its own.
+
     Raises:
         ImatchError: an unknown field, key or folder, with the nearest known one; a value of the wrong type; a size
             that does not fit the weight; two points that would write different things to the same folder; nothing
             left to run.
 
     >>> home = Path(__file__).parents[2]
-    >>> found = read(home / "params/manifestQuery.json", home / settings.DATA_KEY)
-    >>> found.role, found.notebooks, list(found.points)
-    ('query', ['01_embed'], ['weight=vits16 cfg=res256 variant=raw'])
+    >>> parameters, points = read(home / "params/manifestQuery.json", home / settings.DATA_KEY)
+    >>> parameters["tag"], list(points)
+    ('query', ['weight=vits16 cfg=res256 variant=raw'])
     """
-    of, top = role(path), f"{Path(path).name}: "
+    of, top, given = role(path), f"{Path(path).name}: ", given or {}
     content = config.checked(_Manifest, config.read_file(path), top)
     variants = _variants(content.experiment.variant, f"{top}experiment.variant")
     known = registry.load(data_key)
@@ -156,15 +141,13 @@ def read(
         "tag": "" if of == "dataset" else of,
         "run": "manifest",
         **({"crops": [1.0]} if of == "reference" else {}),  # whole views, turned
-        **(given or {}),
+        **given,
     }
     points: dict[str, dict[str, Any]] = {}
     for i, model in enumerate(content.models):
         where = f"{top}models[{i}]"
-        made = [
-            _called(point, parameters, given or {}, known, where)
-            for point in _points(model, variants, of, dataset, where, content.weight_set)
-        ]
+        expanded = _points(model, variants, of, dataset, where, content.weight_set)
+        made = [_called(point, parameters, given, known, where) for point in expanded]
         if not (model.run.test_embedding or model.run.generate_denseft):
             print(f"{where} is skipped: its run switches off both test_embedding and generate_denseft", flush=True)
             continue
@@ -179,7 +162,7 @@ def read(
                 views.append(view)
             if number := views.index(view):
                 point["tag"] = f"{parameters['tag']}{number + 1}"
-    return Manifest(of, ROLES[of], parameters, points)
+    return parameters, points
 
 
 def _called(

@@ -159,9 +159,10 @@ def test_a_recipe_reads_no_other_run_s_steps(tmp_path, content, said, capsys):
 
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])
 def test_parameters_are_literals(tmp_path, line):
-    cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
-    with pytest.raises(ImatchError, match=r"is no literal|is no parameter"):
+    notebook = nbformat.read(NOTEBOOKS / "01_embed.ipynb", 4)
+    notebook.cells = [nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})]
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    with pytest.raises(ImatchError, match=r"is no literal|has no parameters"):
         batch.schema(tmp_path / "n.ipynb")
 
 

@@ -547,8 +547,9 @@ def test_values_are_checked_against_the_notebooks(tmp_path):
     schema = batch.schema(NOTEBOOKS / "01_embed.ipynb")
     cell = "\n".join(f"{name} = {p.default!r}" for name, p in schema.items() if "." not in name)
     cell = cell.replace("image_groups = []", 'image_groups = ""')
-    cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_embed.ipynb")
+    notebook = nbformat.read(NOTEBOOKS / "01_embed.ipynb", 4)
+    notebook.cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
+    nbformat.write(notebook, tmp_path / "01_embed.ipynb")
     with pytest.raises(ImatchError, match="image_groups wants str"):
         batch.load(write(tmp_path, SMALL), [("data_key", str(SHIPPED))], tmp_path)
 

@@ -19,15 +19,16 @@ import logging
 import math
 import sys
 import time
-import tokenize
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-import nbformat
+import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 from pydantic import Field
 
 from imatch.cli import manifest
@@ -79,64 +80,23 @@ class _File(config.Said):
 
 
 def schema(notebook: Path) -> dict[str, Option]:
-    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help. The fields of a
-    group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
+    """Read the cell tagged `parameters` as papermill does: literals only, one a line, the trailing comment is the help.
+    The fields of a group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
 
     Raises:
         ImatchError: there is no such cell, or something in it is no literal.
     """
-    cells = [c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ImatchError(f"{notebook} has {len(cells)} cells tagged `parameters`, not one")
-    source = cells[0].source
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    helps = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found = {}
-    for statement in ast.parse(source).body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                try:
-                    found[name] = Option(ast.literal_eval(value), helps.get(statement.lineno, ""))
-                except ValueError as error:
-                    raise ImatchError(f"{notebook}: parameter {name} is no literal: {error}") from error
-                if name in groups.GROUPS:
-                    found |= {f"{name}.{field}": option for field, option in groups.fields(name).items()}
-            case _:
-                raise ImatchError(f"{notebook}: `{ast.unparse(statement)}` is no parameter: write name = literal")
+    for name, said in papermill.inspect_notebook(notebook).items():
+        try:
+            found[name] = Option(ast.literal_eval(said["default"]), said["help"])
+        except (ValueError, SyntaxError) as error:
+            raise ImatchError(f"{notebook}: parameter {name} is no literal: {said['default']}") from error
+        if name in groups.GROUPS:
+            found |= {f"{name}.{field}": option for field, option in groups.fields(name).items()}
+    if not found:
+        raise ImatchError(f"{notebook} has no parameters: tag a cell `parameters`, and write name = literal in it")
     return found
-
-
-def check(name: str, value: Json, wanted: Option) -> Json:
-    """`value` if it may stand where the parameter's default does.
-
-    Raises:
-        ImatchError: another type; the message has the parameter's help.
-
-    >>> check("long_side", 512, Option(640, "pixels"))
-    512
-    """
-    default = wanted.default
-    if name in groups.GROUPS and not isinstance(value, Mapping):
-        fields = ", ".join(f"{name}.{field}" for field in groups.fields(name))
-        raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
-    if not config.fits(value, type(default)):
-        said = f"wants {type(default).__name__}, such as {default!r} ({wanted.help})"
-        raise ImatchError(f"parameter {name} {said}; got {value!r}")
-    return value
-
-
-def from_text(name: str, text: str, wanted: Option) -> Json:
-    """A value from the command line: text stays text where text is wanted, else it is read as YAML.
-
-    >>> from_text("angles", "[0, 90]", Option([0], "")), from_text("dataset", "2024", Option("", ""))
-    ([0, 90], '2024')
-    """
-    if isinstance(wanted.default, str):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
 
 
 def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> Recipe:
@@ -162,7 +122,7 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
             raise ImatchError(f"{path}: {config.unknown('notebook', name, there)}")
     schemas = {name: schema(there[name]) for name in said.notebooks}
     known = {name: option for schema in schemas.values() for name, option in schema.items()}
-    given = _checked({name: from_text(name, text, _known(name, known)) for name, text in overrides}, known)
+    given = _checked({name: _read(name, text, _known(name, known)) for name, text in overrides}, known)
     parameters, points, swept = said.parameters, _points(said, given, known), said.sweep.keys() - given.keys()
     if of_manifest:
         parameters, points = manifest.read(path, given.get("data_key", settings.DATA_KEY), given)
@@ -194,15 +154,31 @@ def _known(name: str, known: Mapping[str, Option]) -> Option:
 
 
 def _checked(values: Mapping[str, Json], known: Mapping[str, Option]) -> dict[str, Json]:
-    """Values, checked one by one, with the fields of groups by their whole names."""
+    """Values, of the types that the defaults have, with the fields of groups by their whole names."""
     found: dict[str, Json] = {}
     for name, value in values.items():
-        check(name, value, _known(name, known))
-        if name in groups.GROUPS and isinstance(value, Mapping):
+        wanted = _known(name, known)
+        if name in groups.GROUPS:
+            if not isinstance(value, Mapping):
+                fields = ", ".join(one for one in known if one.startswith(f"{name}."))
+                raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
             found |= _checked({f"{name}.{field}": one for field, one in value.items()}, known)
-        else:
+        elif config.fits(value, type(wanted.default)):
             found[name] = value
+        else:
+            said = f"wants {type(wanted.default).__name__}, such as {wanted.default!r} ({wanted.help})"
+            raise ImatchError(f"parameter {name} {said}; got {value!r}")
     return found
+
+
+def _read(name: str, text: str, wanted: Option) -> Json:
+    """A value from the command line: text stays text where text is wanted, else it is read as YAML."""
+    if isinstance(wanted.default, str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
 
 
 def _folded(values: Mapping[str, Json]) -> dict[str, Json]:
@@ -311,10 +287,6 @@ def execute(notebook: Path, values: Mapping[str, Json], exports: Path) -> Path |
     Returns:
         The step's folder; what went wrong; or None when it did its part (`compute.do`), and others are to do theirs.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
     report = exports / ".running" / f"{notebook.stem}_{files.digest(dict(values))[:12]}.ipynb"
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

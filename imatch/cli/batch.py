@@ -42,8 +42,19 @@ from imatch.evaluation import tables
 from imatch.steps import groups
 from imatch.steps.groups import Option
 
-NAMED = {"dataset", "run", "weight", "resize", "storage.cfg", "storage.variant", "storage.keep", "kind", "direction"}
-NAMED |= {"pairs", "tag"}
+NAMED = {
+    "dataset",
+    "run",
+    "weight",
+    "resize",
+    "storage.cfg",
+    "storage.variant",
+    "storage.keep",
+    "kind",
+    "direction",
+    "pairs",
+    "tag",
+}
 """Parameters that a step's folder is named by; a sweep over any other one gives its points a tag."""
 MOVED = {
     "exports": "--exports DIR, or the variable EXPORT_ROOT,",
@@ -80,7 +91,8 @@ class _File(config.Said):
 
 
 def schema(notebook: Path) -> dict[str, Option]:
-    """Read the cell tagged `parameters` as papermill does: literals only, one a line, the trailing comment is the help.
+    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help.
+
     The fields of a group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
 
     Raises:
@@ -122,12 +134,15 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
             raise ImatchError(f"{path}: {config.unknown('notebook', name, there)}")
     schemas = {name: schema(there[name]) for name in said.notebooks}
     known = {name: option for schema in schemas.values() for name, option in schema.items()}
-    given = _checked({name: _read(name, text, _known(name, known)) for name, text in overrides}, known)
-    parameters, points, swept = said.parameters, _points(said, given, known), said.sweep.keys() - given.keys()
+    told = {name: _read(name, text, _known(name, known)) for name, text in overrides}
+    given = _checked(told, known)
     if of_manifest:
         parameters, points = manifest.read(path, given.get("data_key", settings.DATA_KEY), given)
+    else:
+        parameters, points = said.parameters, _points(said, given, known)
+    parameters = {**_checked(parameters, known), **given}
     points = {label: _checked(point, known) for label, point in points.items()}
-    recipe = Recipe(schemas, {**_checked(parameters, known), **given}, points, sorted(swept))
+    recipe = Recipe(schemas, parameters, points, sorted(said.sweep.keys() - given.keys()))
     for point in points.values():
         together = _folded({**recipe.parameters, **point})
         for name in together.keys() & groups.GROUPS.keys():
@@ -138,18 +153,25 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
 def _points(said: _File, given: Mapping[str, Json], known: Mapping[str, Option]) -> dict[str, dict[str, Json]]:
     """The combinations of a sweep and the single points beside it; one empty point without either."""
     sweep = {name: values for name, values in said.sweep.items() if name not in given}
-    found = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    combined = itertools.product(*sweep.values())
+    found = [dict(zip(sweep, values, strict=True)) for values in combined]
     also = [point for point in said.also if not _checked(point, known).keys() & given.keys()]
     if any(point.get("weight") == "xfeat" for point in also) and (lacking := learned.lacking()):
         print(f"left out: weight xfeat; {lacking}")
         also = [point for point in also if point.get("weight") != "xfeat"]
-    return {" ".join(f"{n}={point[n]}" for n in sweep if n in point) or "run": point for point in [*found, *also]}
+    points = {}
+    for point in [*found, *also]:
+        label = " ".join(f"{name}={point[name]}" for name in sweep if name in point)
+        points[label or "run"] = point
+    return points
 
 
 def _known(name: str, known: Mapping[str, Option]) -> Option:
     if name not in known:
         now = MOVED.get(name) or " or ".join(one for one in known if one.endswith(f".{name}"))
-        raise ImatchError(f"parameter {name} is {now} now" if now else config.unknown("parameter", name, known))
+        if now:
+            raise ImatchError(f"parameter {name} is {now} now")
+        raise ImatchError(config.unknown("parameter", name, known))
     return known[name]
 
 
@@ -166,7 +188,8 @@ def _checked(values: Mapping[str, Json], known: Mapping[str, Option]) -> dict[st
         elif config.fits(value, type(wanted.default)):
             found[name] = value
         else:
-            said = f"wants {type(wanted.default).__name__}, such as {wanted.default!r} ({wanted.help})"
+            kind = type(wanted.default).__name__
+            said = f"wants {kind}, such as {wanted.default!r} ({wanted.help})"
             raise ImatchError(f"parameter {name} {said}; got {value!r}")
     return found
 
@@ -272,9 +295,12 @@ def _values(recipe: Recipe, notebook: str, given: Mapping[str, Json], steps: Map
     schema = recipe.notebooks[notebook]
     before = {f"{name[3:]}_step": str(folder) for name, folder in steps.items()}
     values = {name: value for name, value in {**before, **given}.items() if name in schema}
-    differ = [name for name in recipe.swept if name in values and not {name, name.partition(".")[0]} & NAMED]
+    others = [name for name in recipe.swept if not {name, name.partition(".")[0]} & NAMED]
+    differ = [name for name in others if name in values]
     if differ and "tag" in schema:
-        parts = [*filter(None, [values.get("tag")]), *(f"{name.rpartition('.')[2]}{values[name]}" for name in differ)]
+        parts = [f"{name.rpartition('.')[2]}{values[name]}" for name in differ]
+        if values.get("tag"):
+            parts.insert(0, values["tag"])
         values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in "_".join(parts))
     return _folded(values)
 
@@ -348,13 +374,15 @@ class _Lines(io.TextIOBase):
 def report(finished: Mapping[str, Mapping[str, Path]]) -> str:
     """The summary table of the points whose last step is 04_match, and where reports and pictures lie."""
     last = {label: [*steps.values()][-1] for label, steps in finished.items()}
-    matched = {label: folder for label, folder in last.items() if (folder / "pairs.jsonl").is_file()}
-    lines = []
-    if matched:
-        metrics = {label: files.read_json(folder / "metrics.json") for label, folder in matched.items()}
-        lines = [tables.summary_table(metrics), ""]
+    metrics = {
+        label: files.read_json(folder / "metrics.json")
+        for label, folder in last.items()
+        if (folder / "pairs.jsonl").is_file()
+    }
+    lines = [tables.summary_table(metrics), ""] if metrics else []
     for label, steps in finished.items():
-        lines += [f"{label}:", *(f"  {name}: {folder / 'notebook.ipynb'}" for name, folder in steps.items())]
+        lines.append(f"{label}:")
+        lines += [f"  {name}: {folder / 'notebook.ipynb'}" for name, folder in steps.items()]
         lines += [f"  open in a browser: {page}" for page in last[label].glob("report.html")]
         lines += [f"  picture: {picture}" for picture in sorted(last[label].glob("*.png"))]
         lines += [f"  pictures of the pairs: {folder}" for folder in last[label].glob("pairs")]
@@ -386,7 +414,8 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     if shard:
         read.parameters["compute.shard"] = shard
     compute.check_parts(read.parameters.get("compute.shard", ""), read.parameters.get("on_change", "refuse"))
-    if {"dataset", "data_key"} <= read.parameters.keys():  # all points need it: one message in place of one each
+    if {"dataset", "data_key"} <= read.parameters.keys():
+        # all points need it: one message in place of one each
         registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
     finished, failures = run(read, folder)
     print()

@@ -106,7 +106,7 @@ def role(path: str | Path) -> str:
 
 def read(
     path: str | Path, data_key: str | Path = settings.DATA_KEY, given: Mapping[str, Json] | None = None
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
     """Read a manifest, JSON or YAML, check all of it against the registry, and expand it.
 
     Models that are switched off are said in a printed line and left out.
@@ -201,15 +201,16 @@ def _points(
     parameters: Mapping[str, Json],
 ) -> Iterator[tuple[str, dict[str, Json]]]:
     """The points of a model, and what each is called by: as its folder, which no other point may have."""
+    mode, scale = parameters["resize.mode"], parameters.get("resize.scale", 1.0)
     for key, side, variant in itertools.product(model.weights, model.target_res, variants):
         weight = known.weight(key, weight_set)
         asked = f"{weight_set}/{key}" if weight_set else key
         point = {"weight": asked, "resize.long_side": side, "storage.variant": variant, **told}
-        size = images.Resize(parameters["resize.mode"], point["resize.long_side"], parameters.get("resize.scale", 1.0))
+        size = images.Resize(mode, point["resize.long_side"], scale)
         if point["weight"] == asked:
             size.check(weights.patch_side(weight.hub_entry))
-        key = point["weight"].rpartition("/")[2]
-        yield f"weight={key} cfg={point.get('storage.cfg') or size} variant={point['storage.variant']}", point
+        key, cfg = point["weight"].rpartition("/")[2], point.get("storage.cfg") or size
+        yield f"weight={key} cfg={cfg} variant={point['storage.variant']}", point
 
 
 def _image_groups(

@@ -292,8 +292,9 @@ def _converted(backbone: Network) -> Model:
 
 
 def _keep(model: Model, folder: Path) -> None:
-    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO. A home that cannot
-    be written to is done without, and so is what another process was first to write."""
+    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO.
+
+    A home that cannot be written to is done without; what another process was first to write stays."""
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -125,7 +125,7 @@ def remembered(memory: Path, key: str, measure: Callable[[], T]) -> T:
     [42, True]
     """
     known: dict[str, T] = {}
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or torn by something else: measured once more
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or torn: measured once more
         known = files.read_json(memory)
     if key not in known:
         known[key] = measure()
@@ -157,7 +157,12 @@ def check_name(path: Path) -> str:
         ImatchError: it does not: the download broke off, or the file is another one.
     """
     if path.suffix == ".pth" and not zipfile.is_zipfile(path):
-        _refuse_no_archive(path)
+        with path.open("rb") as file:
+            truncated = file.read(2) == b"PK"
+        size = f"{path.stat().st_size / 2**20:.1f} MB"
+        if truncated:
+            raise ImatchError(f"{path} is truncated ({size}): its end is missing. Download it again")
+        raise ImatchError(f"{path} ({size}) is no weight file of PyTorch: Download it again, from Meta's own link")
     digest = weight_digest(path)
     named = HASH.search(path.name)
     if named and not digest.startswith(named[1]):
@@ -166,15 +171,6 @@ def check_name(path: Path) -> str:
             "Download it again; if it was saved under another file's name, rename it"
         )
     return digest
-
-
-def _refuse_no_archive(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(2)
-    size = f"{path.stat().st_size / 2**20:.1f} MB"
-    if start == b"PK":
-        raise ImatchError(f"{path} is truncated ({size}): its end is missing. Download it again")
-    raise ImatchError(f"{path} ({size}) is no weight file of PyTorch: Download it again, from Meta's own link")
 
 
 def read(path: Path) -> State:

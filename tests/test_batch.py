@@ -82,28 +82,30 @@ def test_files_that_are_no_recipe(tmp_path, content):
 def test_single_points_stand_beside_a_sweep(tmp_path):
     also = [{"weight": "xfeat", "resize.scale": 0.5}]
     path = recipe(tmp_path, sweep={"weight": ["sift", "dsift"]}, also=also)
-    assert batch.load(path, [], NOTEBOOKS)[0].also == also
-    assert batch.load(path, [("resize.long_side", "64")], NOTEBOOKS)[0].also == also
-    assert batch.load(path, [("weight", "sift")], NOTEBOOKS)[0].also == []
+    swept = {f"weight={weight}": {"weight": weight} for weight in ("sift", "dsift")}
+    both = {**swept, "weight=xfeat": also[0]}
+    assert batch.load(path, [], NOTEBOOKS).points == both
+    assert batch.load(path, [("resize.long_side", "64")], NOTEBOOKS).points == both
+    assert batch.load(path, [("weight", "sift")], NOTEBOOKS).points == {"run": {}}
 
 
 def test_without_the_extra_xfeat_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(batch, "run", lambda read, *_: asked.append(read) or ({}, []))
+    monkeypatch.setattr(batch, "run", lambda read, _: asked.append(read) or ({}, []))
     path = recipe(tmp_path, also=[{"weight": "xfeat"}])
     assert batch.main(path, [], "", "") == 0
     assert "left out" not in capsys.readouterr().out
     monkeypatch.setattr(learned, "lacking", lambda: "xfeat is not installed: so and so")
     assert batch.main(path, [], "", "") == 0
     assert "left out: weight xfeat; xfeat is not installed: so and so" in capsys.readouterr().out
-    assert [read.also for read in asked] == [[{"weight": "xfeat"}], []]
+    assert [read.points for read in asked] == [{"run": {"weight": "xfeat"}}, {"run": {}}]
 
 
 def test_command_line_wins_over_file_and_sweep(tmp_path):
     path = recipe(tmp_path, parameters={"resize": {"scale": 2}}, sweep={"weight": ["sift", "dsift"]})
-    read, _ = batch.load(path, [("weight", "dsift"), ("resize.scale", "0.5"), ("dataset", "007")], NOTEBOOKS)
+    read = batch.load(path, [("weight", "dsift"), ("resize.scale", "0.5"), ("dataset", "007")], NOTEBOOKS)
     assert read.parameters == {"resize.scale": 0.5, "weight": "dsift", "dataset": "007"}
-    assert read.sweep == {}
+    assert read.points == {"run": {}}
 
 
 SHIPPED = sorted([*(ROOT / "params").glob("*.yaml"), *(ROOT / "params").glob("manifest*.json")])
@@ -112,9 +114,9 @@ SHIPPED = sorted([*(ROOT / "params").glob("*.yaml"), *(ROOT / "params").glob("ma
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_recipes_and_manifests_are_right(monkeypatch, path):
     monkeypatch.chdir(ROOT)
-    read, schemas = batch.load(path, [], NOTEBOOKS)
-    assert set(schemas) == set(read.notebooks)
-    assert (read.points is not None) == path.name.startswith("manifest")
+    read = batch.load(path, [], NOTEBOOKS)
+    assert read.notebooks
+    assert read.points
 
 
 @pytest.fixture
@@ -157,16 +159,20 @@ def test_a_recipe_reads_no_other_run_s_steps(tmp_path, content, said, capsys):
 
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])
 def test_parameters_are_literals(tmp_path, line):
-    cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
-    with pytest.raises(ImatchError, match=r"is no literal|is no parameter"):
+    notebook = nbformat.read(NOTEBOOKS / "01_embed.ipynb", 4)
+    notebook.cells = [nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})]
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    with pytest.raises(ImatchError, match=r"is no literal|has no parameters"):
         batch.schema(tmp_path / "n.ipynb")
 
 
-def test_swept_parameters_that_name_no_folder_become_its_tag():
-    schema = {"tag": batch.Parameter("", ""), "k": batch.Parameter(1, ""), "weight": batch.Parameter("", "")}
-    sweep = {"k": [5, 10], "weight": ["sift"]}
-    assert batch._values(schema, {"k": 5, "weight": "sift"}, {}, sweep)["tag"] == "k5"
+def test_swept_parameters_that_name_no_folder_become_its_tag(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(batch, "execute", lambda notebook, values, _: given.append(values) or tmp_path / notebook.stem)
+    sweep = {"k": [5, 10], "weight": ["sift"], "resize.scale": [0.5]}
+    read = batch.load(recipe(tmp_path, notebooks=["01_embed", "03_index"], sweep=sweep), [], NOTEBOOKS)
+    batch.run(read, NOTEBOOKS)
+    assert [values.get("tag") for values in given] == [None, "k5", "k10"]
 
 
 def test_a_request_that_is_wrong_exits_with_2_and_makes_nothing(tmp_path):

@@ -91,12 +91,12 @@ def test_a_check_of_the_doctor_that_breaks_is_a_finding():
 
 def test_an_extra_that_is_missing_is_named():
     code = (
-        "import sys; sys.modules['papermill'] = sys.modules['nbformat'] = None\n"
+        "import sys; sys.modules['papermill'] = None\n"
         "from imatch.cli.main import main; main(['run', 'params/demo.yaml'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "nbformat is not installed: pip install 'imatch[notebooks]'" in done.stderr
+    assert "papermill is not installed: pip install 'imatch[notebooks]'" in done.stderr
 
 
 def test_json_of_a_folder_is_all_that_is_printed(few_photographs):

@@ -287,6 +287,9 @@ def test_a_port_that_another_program_has(monkeypatch):
         finally:
             other.shutdown()
     assert doctor.port() == f"{other.server_port} is free"
+    with socket.create_server(("127.0.0.1", other.server_port)) as silent:  # which speaks no HTTP
+        threading.Thread(target=lambda: silent.accept()[0].close()).start()
+        assert "is taken by another program" in fault(doctor.port)
 
 
 def test_a_port_that_is_none(monkeypatch):
@@ -324,14 +327,3 @@ def test_the_command_is_ready_without_a_gpu_and_says_so_with_one(weights, tmp_pa
     code, states, said = table(PATH=str(tmp_path))
     assert (code, states["driver"], states["torch"]) == (3, "FIX", "FIX")
     assert "to fix: driver, CUDA, torch, FAISS, GPU memory" in said
-
-
-def test_a_port_is_left_as_it_was(monkeypatch):
-    """Looking at the port does not keep it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
-    monkeypatch.setenv("JUPYTER_PORT", str(number))
-    doctor.port()
-    with socket.socket() as again:
-        again.bind(("127.0.0.1", number))

@@ -548,7 +548,7 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
         assert command("run", *given, "-p", "index.kind", "flat", "--shard", shard) == 0
         assert f"index: part {shard} is done" in capsys.readouterr().out
     assert command("run", *given, "-p", "index.kind", "flat") == 0
-    assert run(Recipe(["01_embed"], {"compute.shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
+    assert run(Recipe({"01_embed": {}}, {"compute.shard": "0/2"}, {"run": {}}), ROOT / "notebooks") == ({}, [])
     assert "01_embed has no parts, run it without --shard" in capsys.readouterr().out
     assert command("run", *given, "--shard", "2/2") == 2
     assert "shard '2/2' is no i/n" in capsys.readouterr().err

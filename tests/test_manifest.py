@@ -14,6 +14,7 @@ from tests.command import command
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / settings.DATA_KEY
+NOTEBOOKS = ROOT / "notebooks"
 SMALL = {"dataset_key": "survey", "models": [{"weights": "vits16", "target_res": 256}]}
 
 
@@ -28,7 +29,7 @@ def read(tmp_path, content, name="manifest.json"):
 
 
 def points(*arguments):
-    return list(read(*arguments).points.values())
+    return list(read(*arguments)[1].values())
 
 
 def model(**fields):
@@ -55,11 +56,10 @@ def test_the_shipped_manifest():
         "image_groups": [{"folder": "flight01", "indices": {"from": 1, "to": 132}}, {"folder": "flight02"}],
         "files": ["global.npy", "global.json", "patch.npy", "grid.npy", "denseft.png", "denseft.npy"],
     }
-    assert found == manifest.Manifest(
-        role="dataset",
-        notebooks=["01_embed"],
-        parameters=shared(""),
-        points={
+    assert manifest.ROLES["dataset"] == ["01_embed"]
+    assert found == (
+        shared(""),
+        {
             f"weight={weight} cfg=res256 variant={variant}": {
                 "weight": f"dinov3/{weight}",
                 "resize.long_side": 256,
@@ -74,11 +74,10 @@ def test_the_shipped_manifest():
 
 def test_the_shipped_query_manifest():
     found = manifest.read(ROOT / "params" / "manifestQuery.json", SHIPPED)
-    assert found == manifest.Manifest(
-        role="query",
-        notebooks=["01_embed"],
-        parameters=shared("query"),
-        points={
+    assert manifest.ROLES["query"] == ["01_embed"]
+    assert found == (
+        shared("query"),
+        {
             "weight=vits16 cfg=res256 variant=raw": {
                 "weight": "dinov3/vits16",
                 "resize.long_side": 256,
@@ -92,11 +91,10 @@ def test_the_shipped_query_manifest():
 
 def test_the_shipped_reference_manifest():
     found = manifest.read(ROOT / "params" / "manifestReference.json", SHIPPED)
-    assert found == manifest.Manifest(
-        role="reference",
-        notebooks=["01_embed", "02_references"],
-        parameters=shared("reference"),
-        points={
+    assert manifest.ROLES["reference"] == ["01_embed", "02_references"]
+    assert found == (
+        shared("reference"),
+        {
             "weight=vits16 cfg=res256 variant=raw": {
                 "weight": "dinov3/vits16",
                 "resize.long_side": 256,
@@ -110,10 +108,10 @@ def test_the_shipped_reference_manifest():
 
 
 def test_the_least_a_manifest_says(tmp_path):
-    found = read(tmp_path, SMALL)
-    assert found.parameters == shared("")
+    parameters, found = read(tmp_path, SMALL)
+    assert parameters == shared("")
     point = {"weight": "vits16", "resize.long_side": 256, "storage.variant": "raw", "image_groups": [], "files": []}
-    assert found.points == {"weight=vits16 cfg=res256 variant=raw": point}
+    assert found == {"weight=vits16 cfg=res256 variant=raw": point}
 
 
 def test_every_weight_size_and_variant(tmp_path):
@@ -126,7 +124,7 @@ def test_every_weight_size_and_variant(tmp_path):
             {"weight_key": " vitb16, vitl16 ", "target_res": 224, "embedding_cfg": "small"},
         ],
     }
-    found = read(tmp_path, content).points
+    _, found = read(tmp_path, content)
     assert [(label, point["resize.long_side"], point.get("storage.cfg", "")) for label, point in found.items()] == [
         (f"weight={weight} cfg={cfg} variant={variant}", size, cfg.removeprefix(f"res{size}"))
         for weight, size, cfg in [
@@ -189,10 +187,12 @@ def test_outputs(tmp_path, fields, wanted):
     ],
 )
 def test_the_name_of_the_file_says_the_role(tmp_path, name, role):
-    found = read(tmp_path, SMALL, name)
-    assert found.role == role
-    assert found.notebooks == (["01_embed", "02_references"] if role == "reference" else ["01_embed"])
-    assert found.parameters["tag"] == {"dataset": ""}.get(role, role)
+    parameters, _ = read(tmp_path, SMALL, name)
+    assert manifest.role(name) == role
+    assert list(batch.load(write(tmp_path, SMALL, name), [("data_key", str(SHIPPED))], NOTEBOOKS).notebooks) == (
+        ["01_embed", "02_references"] if role == "reference" else ["01_embed"]
+    )
+    assert parameters["tag"] == {"dataset": ""}.get(role, role)
 
 
 def test_a_name_that_says_two_things(tmp_path):
@@ -307,8 +307,8 @@ def test_other_views_have_a_folder_of_their_own(tmp_path):
         {"weights": weights, "target_res": 256, "image_groups": group}
         for weights, group in [("vits16, vitb16", groups[0]), ("vitl16", groups[1]), ("cxTiny", groups[0])]
     ]
-    found = read(tmp_path, {**SMALL, "models": models}, "manifestReference.json")
-    tags = [{**found.parameters, **point}["tag"] for point in found.points.values()]
+    parameters, found = read(tmp_path, {**SMALL, "models": models}, "manifestReference.json")
+    tags = [{**parameters, **point}["tag"] for point in found.values()]
     assert tags == ["reference", "reference", "reference2", "reference"]
 
 
@@ -384,10 +384,10 @@ def test_wrong_manifests_are_refused(tmp_path, change, message):
         ({"image_groups": {}}, r"models\[0\]\.image_groups must be a valid list"),
         (
             {"image_groups": [{}, {"indicse": [1]}]},
-            r"models\[0\]\.image_groups\[1\]\.indicse: .*did you mean 'indices'",
+            r"models\[0\]: image_groups\[1\]\.indicse: .*did you mean 'indices'",
         ),
         ({"image_groups": [{"indices": [5, 2]}]}, r"image_groups\[0\]\.indices: the range ends at 2"),
-        ({"image_groups": [{"folder": "flight1"}]}, r"models\[0\]\.image_groups: .*'flight1': did you mean 'flight01'"),
+        ({"image_groups": [{"folder": "flight1"}]}, r"models\[0\]: .*'flight1': did you mean 'flight01'"),
         ({"outputs": ["global"]}, r"models\[0\]\.outputs must be a valid dictionary"),
         ({"outputs": {"globl": {}}}, r"models\[0\]\.outputs\.globl: .*did you mean 'global'"),
         ({"outputs": {"global": True}}, r"models\[0\]\.outputs\.global must be a valid dictionary"),
@@ -412,8 +412,6 @@ def test_the_second_model_is_named(tmp_path):
 
 # --- by batch ---------------------------------------------------------------------------------------------
 
-NOTEBOOKS = ROOT / "notebooks"
-
 
 @pytest.fixture
 def executed(monkeypatch):
@@ -435,24 +433,26 @@ def executed(monkeypatch):
 def test_a_manifest_runs_point_by_point_past_one_that_fails(monkeypatch, tmp_path, executed):
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "results"))
     overrides = [("data_key", str(SHIPPED)), ("run", "mine")]
-    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
-    finished, failures = batch.run(recipe, schemas, NOTEBOOKS)
+    recipe = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
+    finished, failures = batch.run(recipe, NOTEBOOKS)
     assert list(finished) == ["weight=vits16 cfg=res256 variant=raw", "weight=vits16 cfg=res256 variant=sub2"]
     assert failures == [
         f"weight=cxTiny cfg=res256 variant={variant}: 01_embed: it broke" for variant in ("raw", "sub2")
     ]
-    made = manifest.read(ROOT / "params" / "manifest.json", SHIPPED).points.values()
-    assert [values for _, values, _ in executed] == [
-        batch._folded({**shared(""), **point, "run": "mine"}) for point in made
-    ]
+    _, made = manifest.read(ROOT / "params" / "manifest.json", SHIPPED)
+    for (_, values, _), point in zip(executed, made.values(), strict=True):
+        assert (values["run"], values["dataset"]) == ("mine", "survey")
+        assert values["resize"] == {"mode": "stretch", "long_side": point["resize.long_side"]}
+        assert values["storage"] == {"variant": point["storage.variant"]}
+        assert all(values[name] == point[name] for name in ("weight", "image_groups", "files"))
     assert {exports for _, _, exports in executed} == {tmp_path / "results"}
 
 
 def test_references_read_the_step_before_them(tmp_path, executed, monkeypatch):
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
     path = ROOT / "params" / "manifestReference.json"
-    recipe, schemas = batch.load(path, [("data_key", str(SHIPPED))], NOTEBOOKS)
-    batch.run(recipe, schemas, NOTEBOOKS)
+    recipe = batch.load(path, [("data_key", str(SHIPPED))], NOTEBOOKS)
+    batch.run(recipe, NOTEBOOKS)
     (first, embed, exports), (second, references, _) = executed
     assert (first, second, exports) == ("01_embed", "02_references", tmp_path)
     assert "angles" not in embed
@@ -462,8 +462,8 @@ def test_references_read_the_step_before_them(tmp_path, executed, monkeypatch):
 
 def test_the_command_line_wins_over_a_manifest(executed):
     overrides = [("data_key", str(SHIPPED)), ("weight", "vitb16"), ("storage.variant", "raw"), ("tag", "x")]
-    recipe, schemas = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
-    finished, failures = batch.run(recipe, schemas, NOTEBOOKS)
+    recipe = batch.load(ROOT / "params" / "manifest.json", overrides, NOTEBOOKS)
+    finished, failures = batch.run(recipe, NOTEBOOKS)
     assert [(values["weight"], values["storage"]["variant"], values["tag"]) for _, values, _ in executed] == [
         ("vitb16", "raw", "x")
     ]
@@ -472,7 +472,7 @@ def test_the_command_line_wins_over_a_manifest(executed):
 
 
 def loaded(path, *overrides):
-    recipe, _ = batch.load(path, [("data_key", str(SHIPPED)), *overrides], NOTEBOOKS)
+    recipe = batch.load(path, [("data_key", str(SHIPPED)), *overrides], NOTEBOOKS)
     return {label: {**recipe.parameters, **point} for label, point in recipe.points.items()}
 
 
@@ -547,8 +547,9 @@ def test_values_are_checked_against_the_notebooks(tmp_path):
     schema = batch.schema(NOTEBOOKS / "01_embed.ipynb")
     cell = "\n".join(f"{name} = {p.default!r}" for name, p in schema.items() if "." not in name)
     cell = cell.replace("image_groups = []", 'image_groups = ""')
-    cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_embed.ipynb")
+    notebook = nbformat.read(NOTEBOOKS / "01_embed.ipynb", 4)
+    notebook.cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
+    nbformat.write(notebook, tmp_path / "01_embed.ipynb")
     with pytest.raises(ImatchError, match="image_groups wants str"):
         batch.load(write(tmp_path, SMALL), [("data_key", str(SHIPPED))], tmp_path)
 

@@ -285,7 +285,7 @@ def test_a_missing_package_names_the_extra(create, monkeypatch):
     [
         ({"source": "hub"}, "wants source timm, got hub: change it, or use engine_forward torch"),
         ({"compile": True}, "wants compile False, got True"),
-        ({"engine_forward": "opnvino"}, "unknown engine_forward 'opnvino': did you mean 'openvino'"),
+        ({"engine_forward": "opnvino"}, "engine_forward must be 'auto', 'torch' or 'openvino', got 'opnvino'"),
     ],
 )
 def test_what_it_cannot_do_is_refused(create, options, message):

@@ -104,10 +104,9 @@ def test_roots_are_the_same_from_the_notebooks(monkeypatch, bare):
 
 
 def test_exports_and_cache(monkeypatch, tmp_path, bare):
-    assert settings.exports_folder("") == bare / "exports"
-    assert settings.exports_folder("here") == bare / "here"
+    assert settings.root("EXPORT_ROOT") == bare / "exports"
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "e"))
-    assert settings.exports_folder("") == tmp_path / "e"
+    assert settings.root("EXPORT_ROOT") == tmp_path / "e"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
     assert settings.cache_folder() == tmp_path / "c" / "imatch"
     monkeypatch.setenv("XDG_CACHE_HOME", "")

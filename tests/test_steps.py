@@ -470,7 +470,7 @@ def test_pairs_of_two_references_know_their_truth(house):
         ({"model": "rigid"}, "unknown model 'rigid'"),
         ({"outputs": ["jpg"]}, "unknown output"),
         ({"confidence": 2.0}, "confidence must be less than 1"),
-        ({"tag": "a/b"}, "part of a folder's name"),
+        ({"tag": "a/b"}, "the name of a folder"),
     ],
     ids=str,
 )
@@ -502,7 +502,7 @@ def test_an_index_goes_to_another_run_and_what_follows_it_too(house):
     step, *_ = searched(data, references, "reference-data", run="later")
     assert (data.folder.parts[-5], step.folder.parts[-6]) == ("r", "later")
     assert matched(step)[0].folder.parts[-6] == "later"
-    with pytest.raises(ImatchError, match=r"run '\.\./up' becomes part of a folder's name"):
+    with pytest.raises(ImatchError, match=r"run '\.\./up': it becomes the name of a folder"):
         indexed(data, references, "reference-data", run="../up")
 
 

@@ -19,15 +19,16 @@ import logging
 import math
 import sys
 import time
-import tokenize
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-import nbformat
+import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 from pydantic import Field
 
 from imatch.cli import manifest
@@ -39,59 +40,47 @@ from imatch.core.types import ImatchError
 from imatch.data import registry
 from imatch.evaluation import tables
 from imatch.steps import groups
+from imatch.steps.groups import Option
 
-NAMED = frozenset(
-    {
-        "dataset",
-        "run",
-        "weight",
-        "resize.mode",
-        "resize.long_side",
-        "resize.scale",
-        "storage.cfg",
-        "storage.variant",
-        "storage.keep",
-        "kind",
-        "direction",
-        "pairs",
-        "tag",
-    }
-)
+NAMED = {
+    "dataset",
+    "run",
+    "weight",
+    "resize",
+    "storage.cfg",
+    "storage.variant",
+    "storage.keep",
+    "kind",
+    "direction",
+    "pairs",
+    "tag",
+}
 """Parameters that a step's folder is named by; a sweep over any other one gives its points a tag."""
 MOVED = {
-    "cfg": "storage.cfg",
     "exports": "--exports DIR, or the variable EXPORT_ROOT,",
-    "index_options": "index.options",
     "match_weight": "matching.weight",
     "matcher_options": "matching.options",
     "one": "a part of pairs, such as pairs one:ID,",
     "weight_set": "a part of weight, such as weight dinov3/vits16,",
 }
 """Parameters that were -> what they are now; of fields of a group that have their old name the group says it."""
-UPSTREAM = ("index", "query", "gallery", "embed")
-"""Links of a step to the steps it was made from."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A line of a parameters cell: its default, whose type is the wanted one, and its help."""
-
-    default: Any
-    help: str
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file asks for: notebooks in order, parameters for all of them, lists to sweep over, single points besides.
+    """What a file asks for. Fields of groups have their whole names, such as ranking.whiten.
 
-    A manifest has `points` in place of a sweep: what each is called by -> its parameters.
+    Attributes:
+        notebooks: in order, each with its parameters, of `schema`.
+        parameters: of all of them.
+        points: what each point is called by -> its own parameters, which win over those of all.
+        swept: parameters that the points differ in.
     """
 
-    notebooks: list[str]
-    parameters: dict[str, Any] = field(default_factory=dict)
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
-    also: list[dict[str, Any]] = field(default_factory=list)
-    points: dict[str, dict[str, Any]] | None = None
+    notebooks: Mapping[str, Mapping[str, Option]]
+    parameters: dict[str, Any]
+    points: dict[str, dict[str, Any]]
+    swept: Sequence[str] = ()
 
 
 class _File(config.Said):
@@ -101,70 +90,28 @@ class _File(config.Said):
     also: list[dict[str, Any]] = Field([])
 
 
-def schema(notebook: Path) -> dict[str, Parameter]:
-    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help. The fields of a
-    group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
+def schema(notebook: Path) -> dict[str, Option]:
+    """Read the cell tagged `parameters`: literals only, one a line, the trailing comment is the help.
+
+    The fields of a group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
 
     Raises:
         ImatchError: there is no such cell, or something in it is no literal.
     """
-    cells = [c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ImatchError(f"{notebook} has {len(cells)} cells tagged `parameters`, not one")
-    source = cells[0].source
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    helps = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found = {}
-    for statement in ast.parse(source).body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                try:
-                    found[name] = Parameter(ast.literal_eval(value), helps.get(statement.lineno, ""))
-                except ValueError as error:
-                    raise ImatchError(f"{notebook}: parameter {name} is no literal: {error}") from error
-                for field, option in groups.fields(name).items() if name in groups.GROUPS else ():
-                    found[f"{name}.{field}"] = Parameter(option.default, option.help)
-            case _:
-                raise ImatchError(f"{notebook}: `{ast.unparse(statement)}` is no parameter: write name = literal")
+    for name, said in papermill.inspect_notebook(notebook).items():
+        try:
+            found[name] = Option(ast.literal_eval(said["default"]), said["help"])
+        except (ValueError, SyntaxError) as error:
+            raise ImatchError(f"{notebook}: parameter {name} is no literal: {said['default']}") from error
+        if name in groups.GROUPS:
+            found |= {f"{name}.{field}": option for field, option in groups.fields(name).items()}
+    if not found:
+        raise ImatchError(f"{notebook} has no parameters: tag a cell `parameters`, and write name = literal in it")
     return found
 
 
-def check(name: str, value: Json, wanted: Parameter) -> Json:
-    """`value` if it may stand where the parameter's default does.
-
-    Raises:
-        ImatchError: another type; the message has the parameter's help.
-
-    >>> check("long_side", 512, Parameter(640, "pixels"))
-    512
-    """
-    default = wanted.default
-    if name in groups.GROUPS and not isinstance(value, Mapping):
-        fields = ", ".join(f"{name}.{field}" for field in groups.fields(name))
-        raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
-    if not config.fits(value, type(default)):
-        said = f"wants {type(default).__name__}, such as {default!r} ({wanted.help})"
-        raise ImatchError(f"parameter {name} {said}; got {value!r}")
-    return value
-
-
-def from_text(name: str, text: str, wanted: Parameter) -> Json:
-    """A value from the command line: text stays text where text is wanted, else it is read as YAML.
-
-    >>> from_text("angles", "[0, 90]", Parameter([0], "")), from_text("dataset", "2024", Parameter("", ""))
-    ([0, 90], '2024')
-    """
-    if isinstance(wanted.default, str):
-        return text
-    try:
-        return check(name, yaml.safe_load(text), wanted)
-    except yaml.YAMLError as error:
-        raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
-
-
-def load(
-    path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path
-) -> tuple[Recipe, dict[str, dict[str, Parameter]]]:
+def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> Recipe:
     """Read a YAML file or a manifest and check every name and type in it against the notebooks, before anything runs.
 
     Args:
@@ -173,89 +120,88 @@ def load(
             manifest says of it, and the single points that name it.
         notebooks: the folder of notebooks.
 
-    Returns:
-        The recipe and the schema of each of its notebooks.
-
     Raises:
         ImatchError: an unknown or mistyped name, with the nearest known one.
     """
-    if not path.is_file():
-        raise ImatchError(f"no file {path}: give a YAML file or a manifest, such as params/demo.yaml")
     content = config.read_file(path)
-    points = manifest.is_manifest(content)
-    if points:
-        recipe = Recipe(manifest.ROLES[manifest.role(path)])
+    if of_manifest := manifest.is_manifest(content):
+        said = _File(notebooks=manifest.ROLES[manifest.role(path)])
     else:
-        recipe = Recipe(**dict(config.checked(_File, content, f"{path}: ")))
-    for name in recipe.notebooks:
-        if not (notebooks / f"{name}.ipynb").is_file():
-            known = [p.stem for p in notebooks.glob("*.ipynb")]
-            raise ImatchError(f"{path}: {config.unknown('notebook', name, known)}")
-    schemas = {name: schema(notebooks / f"{name}.ipynb") for name in recipe.notebooks}
-    known = {name: parameter for schema in schemas.values() for name, parameter in schema.items()}
-
-    def wanted(name: str) -> Parameter:
-        if name not in known:
-            now = MOVED.get(name) or " or ".join(one for one in known if one.endswith(f".{name}"))
-            raise ImatchError(f"parameter {name} is {now} now" if now else config.unknown("parameter", name, known))
-        return known[name]
-
-    def checked(values: Mapping[str, Json]) -> dict[str, Json]:
-        """Values, checked one by one, with the fields of groups by their whole names."""
-        return {name: check(name, value, wanted(name)) for name, value in _by_field(values, wanted).items()}
-
-    given = checked({name: from_text(name, text, wanted(name)) for name, text in overrides})
-    if points:
-        found = manifest.read(path, given.get("data_key", settings.DATA_KEY), given)
-        recipe = Recipe(found.notebooks, found.parameters, points=found.points)
-    kept = {name: values for name, values in recipe.sweep.items() if name not in given}
-    sweep = {name: [check(name, value, wanted(name)) for value in values] for name, values in kept.items()}
-    also = [point for point in map(checked, recipe.also) if not point.keys() & given.keys()]
-    several = recipe.points and {label: checked(point) for label, point in recipe.points.items()}
-    recipe = Recipe(recipe.notebooks, {**checked(recipe.parameters), **given}, sweep, also, several)
-    for point in _swept(recipe).values():
-        together = _folded({**recipe.parameters, **_by_field(point, wanted)})
+        said = config.checked(_File, content, f"{path}: ")
+    there = {file.stem: file for file in notebooks.glob("*.ipynb")}
+    for name in said.notebooks:
+        if name not in there:
+            raise ImatchError(f"{path}: {config.unknown('notebook', name, there)}")
+    schemas = {name: schema(there[name]) for name in said.notebooks}
+    known = {name: option for schema in schemas.values() for name, option in schema.items()}
+    told = {name: _read(name, text, _known(name, known)) for name, text in overrides}
+    given = _checked(told, known)
+    if of_manifest:
+        parameters, points = manifest.read(path, given.get("data_key", settings.DATA_KEY), given)
+    else:
+        parameters, points = said.parameters, _points(said, given, known)
+    parameters = {**_checked(parameters, known), **given}
+    points = {label: _checked(point, known) for label, point in points.items()}
+    recipe = Recipe(schemas, parameters, points, sorted(said.sweep.keys() - given.keys()))
+    for point in points.values():
+        together = _folded({**recipe.parameters, **point})
         for name in together.keys() & groups.GROUPS.keys():
             groups.create(name, together[name])  # refuses what its fields cannot be
-    return recipe, schemas
+    return recipe
 
 
-def check_chain(recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]]) -> None:
-    """Refuse notebooks that read a step which none before them makes, and nobody gave: they would take the last one of
-    the run, whatever it is.
-
-    Raises:
-        ImatchError: the first such notebook, and what would do.
-    """
-    for point in _swept(recipe).values():
-        for place, name in enumerate(recipe.notebooks):
-            defaults = {key: parameter.default for key, parameter in schemas[name].items()}
-            values = {**defaults, **recipe.parameters, **_by_field(point)}
-            for kind in sorted({*_reads(name, values)} - {*recipe.notebooks[:place]}):
-                parameter = f"{kind[3:]}_step"
-                if not values[parameter]:
-                    said = f"add it to notebooks, or give its folder: -p {parameter} FOLDER"
-                    raise ImatchError(f"{name} reads a {kind}, and none runs before it: {said}")
+def _points(said: _File, given: Mapping[str, Json], known: Mapping[str, Option]) -> dict[str, dict[str, Json]]:
+    """The combinations of a sweep and the single points beside it; one empty point without either."""
+    sweep = {name: values for name, values in said.sweep.items() if name not in given}
+    combined = itertools.product(*sweep.values())
+    found = [dict(zip(sweep, values, strict=True)) for values in combined]
+    also = [point for point in said.also if not _checked(point, known).keys() & given.keys()]
+    if any(point.get("weight") == "xfeat" for point in also) and (lacking := learned.lacking()):
+        print(f"left out: weight xfeat; {lacking}")
+        also = [point for point in also if point.get("weight") != "xfeat"]
+    points = {}
+    for point in [*found, *also]:
+        label = " ".join(f"{name}={point[name]}" for name in sweep if name in point)
+        points[label or "run"] = point
+    return points
 
 
-def _reads(notebook: str, given: Mapping[str, Json]) -> list[str]:
-    """What a notebook reads with such parameters."""
-    if notebook == "04_match":
-        return ["01_embed" if given["pairs"] else "03_index"]
-    references = ["02_references"] if notebook == "03_index" and "reference" in given["direction"] else []
-    return [*references, *(["01_embed"] if notebook in ("02_references", "03_index") else [])]
+def _known(name: str, known: Mapping[str, Option]) -> Option:
+    if name not in known:
+        now = MOVED.get(name) or " or ".join(one for one in known if one.endswith(f".{name}"))
+        if now:
+            raise ImatchError(f"parameter {name} is {now} now")
+        raise ImatchError(config.unknown("parameter", name, known))
+    return known[name]
 
 
-def _by_field(values: Mapping[str, Json], wanted: Callable[[str], Parameter | str] = str) -> dict[str, Json]:
-    """The fields of groups by their whole names, such as ranking.whiten."""
+def _checked(values: Mapping[str, Json], known: Mapping[str, Option]) -> dict[str, Json]:
+    """Values, of the types that the defaults have, with the fields of groups by their whole names."""
     found: dict[str, Json] = {}
     for name, value in values.items():
-        wanted(name)
-        if name in groups.GROUPS and isinstance(value, Mapping):
-            found.update({f"{name}.{field}": one for field, one in value.items()})
-        else:
+        wanted = _known(name, known)
+        if name in groups.GROUPS:
+            if not isinstance(value, Mapping):
+                fields = ", ".join(one for one in known if one.startswith(f"{name}."))
+                raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
+            found |= _checked({f"{name}.{field}": one for field, one in value.items()}, known)
+        elif config.fits(value, type(wanted.default)):
             found[name] = value
+        else:
+            kind = type(wanted.default).__name__
+            said = f"wants {kind}, such as {wanted.default!r} ({wanted.help})"
+            raise ImatchError(f"parameter {name} {said}; got {value!r}")
     return found
+
+
+def _read(name: str, text: str, wanted: Option) -> Json:
+    """A value from the command line: text stays text where text is wanted, else it is read as YAML."""
+    if isinstance(wanted.default, str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ImatchError(f"parameter {name}: {text!r} is not readable: {error}") from error
 
 
 def _folded(values: Mapping[str, Json]) -> dict[str, Json]:
@@ -270,88 +216,92 @@ def _folded(values: Mapping[str, Json]) -> dict[str, Json]:
     return found
 
 
-def points(sweep: Mapping[str, Sequence[Json]]) -> list[dict[str, Json]]:
-    """All combinations of a sweep; one empty point without one.
+def check_chain(recipe: Recipe) -> None:
+    """Refuse notebooks that read a step which none before them makes, and nobody gave: they would take the last one of
+    the run, whatever it is.
 
-    >>> points({"weight": ["sift", "dsift"], "scale": [1.0]})
-    [{'weight': 'sift', 'scale': 1.0}, {'weight': 'dsift', 'scale': 1.0}]
+    Raises:
+        ImatchError: the first such notebook, and what would do.
     """
-    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    names = list(recipe.notebooks)
+    for point in recipe.points.values():
+        for name, schema in recipe.notebooks.items():
+            defaults = {key: option.default for key, option in schema.items()}
+            values = {**defaults, **recipe.parameters, **point}
+            for kind in _reads(name, values):
+                parameter = f"{kind[3:]}_step"
+                if kind not in names[: names.index(name)] and not values[parameter]:
+                    said = f"add it to notebooks, or give its folder: -p {parameter} FOLDER"
+                    raise ImatchError(f"{name} reads a {kind}, and none runs before it: {said}")
 
 
-def run(
-    recipe: Recipe, schemas: Mapping[str, Mapping[str, Parameter]], notebooks: Path
-) -> tuple[dict[str, Path], list[str]]:
+def _reads(notebook: str, given: Mapping[str, Json]) -> list[str]:
+    """What a notebook reads with such parameters."""
+    if notebook == "04_match":
+        return ["01_embed" if given["pairs"] else "03_index"]
+    references = ["02_references"] if notebook == "03_index" and "reference" in given["direction"] else []
+    return [*(["01_embed"] if notebook in ("02_references", "03_index") else []), *references]
+
+
+def run(recipe: Recipe, notebooks: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Execute the notebooks of every point; a point that fails is reported and the others go on.
 
     Returns:
-        name of each point -> folder of its last step, and one message a failure.
+        name of each point -> its notebooks, each with the folder of its step, and one message a failure.
     """
-    finished: dict[str, Path] = {}
+    finished: dict[str, dict[str, Path]] = {}
     failures: list[str] = []
     ran: dict[str, Path | str | None] = {}
-    exports = settings.root("EXPORT_ROOT")
-    together = [name for name in recipe.notebooks if "steps" in schemas[name]]
+    exports, in_parts = settings.root("EXPORT_ROOT"), recipe.parameters.get("compute.shard")
+    together = [name for name, schema in recipe.notebooks.items() if "steps" in schema]
     each = [name for name in recipe.notebooks if name not in together]
-    for label, point in (_swept(recipe) if each else {}).items():
+
+    def done(label: str, name: str, given: Mapping[str, Json], steps: Mapping[str, Path]) -> Path | None:
+        """Where its step is; what other points asked for, too, is done once."""
+        values = _values(recipe, name, given, steps)
+        key = json.dumps([name, values], sort_keys=True)
+        if key not in ran:
+            print(f"== {label}: {name}", flush=True)
+            ran[key] = execute(notebooks / f"{name}.ipynb", values, exports)
+        if not isinstance(result := ran[key], str):
+            return result
+        failures.append(f"{label}: {name}: {result}")
+        print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
+        return None
+
+    for label, point in recipe.points.items() if each else ():
         steps: dict[str, Path] = {}
         for name in each:
-            values = _values(schemas[name], {**recipe.parameters, **point}, steps, recipe.sweep)
-            key = json.dumps([name, values], sort_keys=True)
-            if recipe.parameters.get("compute.shard") and "compute.shard" not in schemas[name]:
+            if in_parts and "compute.shard" not in recipe.notebooks[name]:
                 print(f"== {label}: {name} has no parts, run it without --shard", flush=True)
                 break
-            if key not in ran:
-                print(f"== {label}: {name}", flush=True)
-                ran[key] = execute(notebooks / f"{name}.ipynb", values, exports)
-            result = ran[key]
-            if result is None:
+            if (folder := done(label, name, {**recipe.parameters, **point}, steps)) is None:
                 break
-            if isinstance(result, str):
-                failures.append(f"{label}: {name}: {result}")
-                print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
-                break
-            steps[name] = result
+            steps[name] = folder
         else:
-            finished[label] = result
-    found = [str(folder) for folder in finished.values()]
-    for name in [] if recipe.parameters.get("compute.shard") else together:
-        values = _values(schemas[name], {"steps": found, **recipe.parameters}, {}, {})
-        if not values["steps"]:
+            finished[label] = steps
+    last = [str([*steps.values()][-1]) for steps in finished.values()]
+    for name in () if in_parts else together:
+        given = {"steps": last, **recipe.parameters}
+        if not given["steps"]:
             failures.append(f"{name}: no finished steps to read: mend what failed above, or give some with -p steps")
-            continue
-        print(f"== all: {name}", flush=True)
-        result = execute(notebooks / f"{name}.ipynb", values, exports)
-        if isinstance(result, str):
-            failures.append(f"{name}: {result}")
-            print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
-        else:
-            finished[name] = result
+        elif folder := done("all", name, given, {}):
+            finished[name] = {name: folder}
     return finished, failures
 
 
-def _swept(recipe: Recipe) -> dict[str, dict[str, Json]]:
-    """The points of a recipe: what each is called by -> its parameters."""
-    if recipe.points is not None:
-        return recipe.points
-    found = [*points(recipe.sweep), *recipe.also]
-    return {" ".join(f"{n}={point[n]}" for n in recipe.sweep if n in point) or "run": point for point in found}
-
-
-def _values(
-    schema: Mapping[str, Parameter], given: Mapping[str, Json], steps: Mapping[str, Path], sweep: Mapping[str, Json]
-) -> dict[str, Json]:
-    values = {name: value for name, value in _by_field(given).items() if name in schema}
-    for name, folder in steps.items():
-        parameter = f"{name[3:]}_step"
-        if parameter in schema and parameter not in values:
-            values[parameter] = str(folder)
-    tagged = [
-        f"{name.rpartition('.')[2]}{values[name]}" for name in sorted(sweep) if name in values and name not in NAMED
-    ]
-    if tagged and "tag" in schema:
-        text = "_".join([*([values["tag"]] if values.get("tag") else []), *tagged])
-        values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text)
+def _values(recipe: Recipe, notebook: str, given: Mapping[str, Json], steps: Mapping[str, Path]) -> dict[str, Json]:
+    """What a notebook is given: its own parameters, the steps before it, and a tag where its folder needs one."""
+    schema = recipe.notebooks[notebook]
+    before = {f"{name[3:]}_step": str(folder) for name, folder in steps.items()}
+    values = {name: value for name, value in {**before, **given}.items() if name in schema}
+    others = [name for name in recipe.swept if not {name, name.partition(".")[0]} & NAMED]
+    differ = [name for name in others if name in values]
+    if differ and "tag" in schema:
+        parts = [f"{name.rpartition('.')[2]}{values[name]}" for name in differ]
+        if values.get("tag"):
+            parts.insert(0, values["tag"])
+        values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in "_".join(parts))
     return _folded(values)
 
 
@@ -363,10 +313,6 @@ def execute(notebook: Path, values: Mapping[str, Json], exports: Path) -> Path |
     Returns:
         The step's folder; what went wrong; or None when it did its part (`compute.do`), and others are to do theirs.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
     report = exports / ".running" / f"{notebook.stem}_{files.digest(dict(values))[:12]}.ipynb"
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
@@ -425,35 +371,22 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
-def report(finished: Mapping[str, Path]) -> str:
+def report(finished: Mapping[str, Mapping[str, Path]]) -> str:
     """The summary table of the points whose last step is 04_match, and where reports and pictures lie."""
-    matched = {label: folder for label, folder in finished.items() if (folder / "pairs.jsonl").is_file()}
-    lines = []
-    if matched:
-        metrics = {label: files.read_json(folder / "metrics.json") for label, folder in matched.items()}
-        lines = [tables.summary_table(metrics), ""]
-    for label, folder in finished.items():
+    last = {label: [*steps.values()][-1] for label, steps in finished.items()}
+    metrics = {
+        label: files.read_json(folder / "metrics.json")
+        for label, folder in last.items()
+        if (folder / "pairs.jsonl").is_file()
+    }
+    lines = [tables.summary_table(metrics), ""] if metrics else []
+    for label, steps in finished.items():
         lines.append(f"{label}:")
-        lines += [f"  {what}: {path}" for what, path in _reports(folder)]
+        lines += [f"  {name}: {folder / 'notebook.ipynb'}" for name, folder in steps.items()]
+        lines += [f"  open in a browser: {page}" for page in last[label].glob("report.html")]
+        lines += [f"  picture: {picture}" for picture in sorted(last[label].glob("*.png"))]
+        lines += [f"  pictures of the pairs: {folder}" for folder in last[label].glob("pairs")]
     return "\n".join(lines)
-
-
-def _reports(folder: Path) -> Iterator[tuple[str, Path]]:
-    chain = [folder]
-    while True:
-        links = files.read_json(chain[-1] / "step.json")["links"]
-        above = [settings.from_workspace(chain[-1] / link) for name, link in links.items() if name in UPSTREAM]
-        if not above:
-            break
-        chain.append(max(above, key=lambda step: str(files.read_json(step / "step.json")["step"])))
-    for step in reversed(chain):
-        yield files.read_json(step / "step.json")["step"], step / "notebook.ipynb"
-    for page in folder.glob("report.html"):
-        yield "open in a browser", page
-    for picture in sorted(folder.glob("*.png")):
-        yield "picture", picture
-    if (folder / "pairs").is_dir():
-        yield "pictures of the pairs", folder / "pairs"
 
 
 def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shard: str) -> int:
@@ -474,19 +407,17 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     folder = notebooks()
     if exports:
         settings.use_exports(exports)
-    read, schemas = load(recipe, parameters, folder)
-    if any(point.get("weight") == "xfeat" for point in read.also) and (lacking := learned.lacking()):
-        print(f"left out: weight xfeat; {lacking}")
-        read.also[:] = [point for point in read.also if point.get("weight") != "xfeat"]
-    check_chain(read, schemas)
-    if shard and not any("compute.shard" in known for known in schemas.values()):
+    read = load(recipe, parameters, folder)
+    check_chain(read)
+    if shard and not any("compute.shard" in known for known in read.notebooks.values()):
         raise ImatchError(f"{recipe.name} has no parts: run it without --shard")
     if shard:
         read.parameters["compute.shard"] = shard
     compute.check_parts(read.parameters.get("compute.shard", ""), read.parameters.get("on_change", "refuse"))
-    if read.points:  # all of them need it: one message in place of one each
+    if {"dataset", "data_key"} <= read.parameters.keys():
+        # all points need it: one message in place of one each
         registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
-    finished, failures = run(read, schemas, folder)
+    finished, failures = run(read, folder)
     print()
     if finished:
         print(report(finished))

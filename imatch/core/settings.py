@@ -61,15 +61,6 @@ def root(name: str) -> Path:
     return from_workspace(os.environ.get(name) or (container if Path(container).is_dir() else local))
 
 
-def exports_folder(exports: str) -> Path:
-    """The folder that results go to; "" is EXPORT_ROOT.
-
-    >>> exports_folder("results") == workspace() / "results"
-    True
-    """
-    return from_workspace(exports) if exports else root("EXPORT_ROOT")
-
-
 def use_exports(exports: str) -> None:
     """Make a folder EXPORT_ROOT, for this process and those that it starts (the kernels of `imatch run`).
 

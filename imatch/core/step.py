@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from imatch.core import files, settings
+from imatch.core.config import folder_name
 from imatch.core.files import compare, digest, refuse_or_say
 from imatch.core.rows import Parameters
-from imatch.core.types import ImatchError, StepError
+from imatch.core.types import StepError
 
 ON_CHANGE = ("refuse", "recompute")
 MIME = "application/vnd.imatch.step+json"
@@ -224,14 +225,7 @@ def _publish(step: Step) -> None:
 
 def tagged(tag: str) -> str:
     """What a tag adds to a folder's name."""
-    return f"_{checked_name('tag', tag)}" if tag else ""
-
-
-def checked_name(what: str, name: str) -> str:
-    """`name` if it may be part of a folder's name; ImatchError if it may not."""
-    if not all(c.isalnum() or c in "-_.+" for c in name):
-        raise ImatchError(f"{what} {name!r} becomes part of a folder's name: use letters, digits, '-', '_', '.', '+'")
-    return name
+    return f"_{folder_name(tag, 'tag')}" if tag else ""
 
 
 def sides(step: Step, weight: str = "") -> tuple[Step, Step]:

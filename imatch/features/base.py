@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -170,7 +170,8 @@ def backbone_identity(backbone: Backbone) -> dict[str, Json]:
     return {field.name: getattr(backbone, field.name) for field in fields if field.compare}
 
 
-POOLINGS = ("cls", "mean", "cls+mean", "gem", "legacy_mean")
+Pooling = Literal["cls", "mean", "cls+mean", "gem", "legacy_mean"]
+POOLINGS = get_args(Pooling)
 
 
 def pool(method: str, cls: Tensor, patches: Tensor, before: Tensor, p: float = 3.0) -> Tensor:

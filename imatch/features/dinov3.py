@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imatch.core import compute
-from imatch.core.config import unknown
+from imatch.core import compute, config
 from imatch.core.types import ImatchError, Tokens, grid_xy
 from imatch.features import base, openvino, weights
 
@@ -23,9 +23,6 @@ MEAN_STD = {
 }
 """How Meta normalised the photographs of each family of weights, RGB in 0 to 1: web photographs (LVD-1689M, as
 ImageNet) and satellite tiles (SAT-493M)."""
-SOURCES = ("timm", "hub")
-PRECISIONS = ("auto", "fp32", "bf16")
-ENGINES = ("auto", "torch", "openvino")
 TABLES = 8
 """Shapes of photographs whose rotary angles are kept: some 2 MB each at 1,024 pixels, 24 MB at 12 megapixels."""
 
@@ -73,25 +70,18 @@ class Dinov3:
 
     hub_entry: str
     filename: str
-    family: str
-    source: str = "timm"
-    pooling: str = "cls"
-    precision: str = "auto"
+    family: Literal["LVD", "SAT"]
+    source: Literal["timm", "hub"] = "timm"
+    pooling: base.Pooling = "cls"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    engine_forward: str = "auto"
+    engine_forward: Literal["auto", "torch", "openvino"] = "auto"
     device: str = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
-        for what, name, known in (
-            ("hub entry", self.hub_entry, weights.ARCHITECTURES),
-            ("family of weights", self.family, MEAN_STD),
-            ("source", self.source, SOURCES),
-            ("pooling", self.pooling, base.POOLINGS),
-            ("precision", self.precision, PRECISIONS),
-            ("engine_forward", self.engine_forward, ENGINES),
-        ):
-            if name not in known:
-                raise ImatchError(unknown(what, name, known))
+        config.check(self)
+        if self.hub_entry not in weights.ARCHITECTURES:
+            raise ImatchError(config.unknown("hub entry", self.hub_entry, weights.ARCHITECTURES))
         # "auto" becomes what this machine does, so that the step records what was done
         cpu = self.device == "auto" and self.engine_forward == "openvino"
         object.__setattr__(self, "device", "cpu" if cpu else compute.resolved(self.device))

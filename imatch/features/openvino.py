@@ -7,7 +7,8 @@ side, each on half of the threads, which so wait for one another half as often.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imatch.core import files, settings
+from imatch.core import settings
 from imatch.core.types import ImatchError
-from imatch.features.weights import timm_tokens
+from imatch.features.weights import remembered, timm_tokens
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Core, Model
@@ -208,21 +209,15 @@ def agreement(backbone: Network, made: Forward | None = None) -> float:
         backbone: of timm's model on the CPU, with either engine.
         made: its `forward`, where it is made already.
     """
-    memory, key = _kept(backbone, ".json"), f"{backbone.precision} {_cpu()}"
-    known: dict[str, float] = {}
-    if memory.is_file():
-        try:
-            known = files.read_json(memory)
-        except ValueError:  # torn by something else: it is only measured once more
-            known = {}
-    if key not in known:
+
+    def measure() -> float:
         x = backbone.normalised(torch.from_numpy(texture()))
         _, exact = _exact(backbone).tokens(x)
         _, ours = (made or forward(backbone))(x)
         cosines = nn.functional.cosine_similarity(exact, ours, dim=-1)
-        known[key] = float(cosines.nan_to_num(-1).min())  # broken weights agree with nothing
-        _try_to_keep(lambda: files.write_json(memory, known))
-    return known[key]
+        return float(cosines.nan_to_num(-1).min())  # broken weights agree with nothing
+
+    return remembered(_kept(backbone, ".json"), f"{backbone.precision} {_cpu()}", measure)
 
 
 def forward(backbone: Network) -> Forward:
@@ -292,27 +287,21 @@ def _converted(backbone: Network) -> Model:
         converted.reshape(dict(zip(converted.inputs, ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)]), strict=True)))
     converted.set_rt_info(" ".join(map(repr, [prefix, *periods.tolist()])), ["imatch", "rotary"])
     if backbone.bytes <= KEPT:
-        _try_to_keep(lambda: _keep(converted, _kept(backbone)))
+        _keep(converted, _kept(backbone))
     return converted
 
 
 def _keep(model: Model, folder: Path) -> None:
-    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        _openvino().save_model(model, Path(temporary, "new", "model.xml"), compress_to_fp16=False)
-        for old in folder.parent.glob(f"{folder.name.partition('@')[0]}@*"):
-            if old.is_dir() and old != folder:
+    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO.
+
+    A home that cannot be written to is done without; what another process was first to write stays."""
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            _openvino().save_model(model, Path(temporary, "new", "model.xml"), compress_to_fp16=False)
+            for old in {*folder.parent.glob(f"{folder.name.partition('@')[0]}@*/")} - {folder}:
                 shutil.rmtree(old)
-        if not folder.exists():
             Path(temporary, "new").rename(folder)
-
-
-def _try_to_keep(write: Callable[[], None]) -> None:
-    try:
-        write()
-    except OSError:  # a home that cannot be written to, or another process was first: it is worked out again next time
-        return
 
 
 def _kept(backbone: Network, suffix: str = "") -> Path:

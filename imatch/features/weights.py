@@ -6,14 +6,15 @@ place; the few that have none are named in `NEEDLESS`, with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from imatch.core import compute, files, settings
 from imatch.core.config import unknown
@@ -22,7 +23,7 @@ from imatch.core.types import ImatchError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-
+T = TypeVar("T")
 State = dict[str, "Tensor"]
 ARCHITECTURES = {
     "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",
@@ -45,6 +46,37 @@ NEEDLESS = {
     r"norms\.3\.(weight|bias)": "the last norm of a ConvNeXt under a second name",
 }
 """Tensors of Meta's files that timm's models have no place for, and why that is right."""
+Names = tuple[tuple[str, str], ...]
+_TIMMS: Names = (
+    (r"^reg_token$", "storage_tokens"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+    (r"\.attn\.q_bias$", ".attn.qkv.bias"),
+    (r"^(blocks\.\d+\.mlp)\.fc1_g\.", r"\1.w1."),
+    (r"^(blocks\.\d+\.mlp)\.fc1_x\.", r"\1.w2."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"^(stages.*)\.mlp\.fc", r"\1.pwconv"),
+    (r"^head\.norm\.", "norm."),
+)
+_HUGGING_FACES: Names = (
+    (r"^(model\.)?layer\.", "blocks."),
+    (r"^embeddings\.(cls_token|mask_token)", r"\1"),
+    (r"^embeddings\.register_tokens", "storage_tokens"),
+    (r"^embeddings\.patch_embeddings", "patch_embed.proj"),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+    (r"\.mlp\.up_proj\.", ".mlp.w2."),
+    (r"\.mlp\.down_proj\.", ".mlp.w3."),
+    (r"^(model\.)?stages\.(\d)\.downsample_layers\.", r"downsample_layers.\2."),
+    (r"^(model\.)?stages\.(\d)\.layers\.", r"stages.\2."),
+    (r"depthwise_conv", "dwconv"),
+    (r"pointwise_conv", "pwconv"),
+    (r"layer_norm", "norm"),
+)
+"""What tensors are called by timm, and in Hugging Face's repositories -> in Meta's files."""
 HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|safetensors)$")
 SUFFIXES = (".pth", ".safetensors")
 
@@ -84,30 +116,38 @@ def find(filename: str) -> Path:
     )
 
 
+def remembered(memory: Path, key: str, measure: Callable[[], T]) -> T:
+    """What a JSON file in the cache folder has under a key; what it has not is measured, and written there.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     [remembered(Path(folder, "memory.json"), "answer", lambda: 42), Path(folder, "memory.json").is_file()]
+    [42, True]
+    """
+    known: dict[str, T] = {}
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or torn: measured once more
+        known = files.read_json(memory)
+    if key not in known:
+        known[key] = measure()
+        with contextlib.suppress(OSError):  # a home that cannot be written to: measured again next time
+            files.write_json(memory, known)
+    return known[key]
+
+
 def weight_digest(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal; remembered by size and time of change, for weights are gigabytes."""
-    memory = settings.cache_folder() / "checksums.json"
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    known: dict[str, str] = {}
-    if memory.is_file():
-        try:
-            known = files.read_json(memory)
-        except ValueError:  # torn by something else: the files are only read once more
-            known = {}
-    if key not in known:
+
+    def read_all() -> str:
         digest = hashlib.sha256()
         with path.open("rb") as file:
             blocks = iter(lambda: file.read(2**24), b"")
             for block in compute.progress(blocks, f"check {path.name[:40]}", total=-(-stat.st_size // 2**24), delay=3):
                 digest.update(block)
-        known = {name: value for name, value in known.items() if not name.startswith(f"{path.resolve()}|")}
-        known[key] = digest.hexdigest()
-        try:
-            files.write_json(memory, known)
-        except OSError:  # a home that cannot be written to: it is read again next time
-            return known[key]
-    return known[key]
+        return digest.hexdigest()
+
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return remembered(settings.cache_folder() / "checksums.json", key, read_all)
 
 
 def check_name(path: Path) -> str:
@@ -117,7 +157,12 @@ def check_name(path: Path) -> str:
         ImatchError: it does not: the download broke off, or the file is another one.
     """
     if path.suffix == ".pth" and not zipfile.is_zipfile(path):
-        _refuse_no_archive(path)
+        with path.open("rb") as file:
+            truncated = file.read(2) == b"PK"
+        size = f"{path.stat().st_size / 2**20:.1f} MB"
+        if truncated:
+            raise ImatchError(f"{path} is truncated ({size}): its end is missing. Download it again")
+        raise ImatchError(f"{path} ({size}) is no weight file of PyTorch: Download it again, from Meta's own link")
     digest = weight_digest(path)
     named = HASH.search(path.name)
     if named and not digest.startswith(named[1]):
@@ -126,15 +171,6 @@ def check_name(path: Path) -> str:
             "Download it again; if it was saved under another file's name, rename it"
         )
     return digest
-
-
-def _refuse_no_archive(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(2)
-    size = f"{path.stat().st_size / 2**20:.1f} MB"
-    if start == b"PK":
-        raise ImatchError(f"{path} is truncated ({size}): its end is missing. Download it again")
-    raise ImatchError(f"{path} ({size}) is no weight file of PyTorch: Download it again, from Meta's own link")
 
 
 def read(path: Path) -> State:
@@ -172,33 +208,16 @@ def read(path: Path) -> State:
 
 def _in_metas_names(state: State) -> State:
     """A state dict in Meta's names, from Hugging Face's if it has those."""
-    if "embeddings.patch_embeddings.weight" in state:
-        return _vit_from_transformers(state)
-    if any(name.endswith("stages.0.layers.0.depthwise_conv.weight") for name in state):
-        return _convnext_from_transformers(state)
-    return state
-
-
-def _vit_from_transformers(state: State) -> State:
     import torch
 
-    names = {
-        "embeddings.cls_token": "cls_token",
-        "embeddings.register_tokens": "storage_tokens",
-        "embeddings.mask_token": "mask_token",
-        "embeddings.patch_embeddings": "patch_embed.proj",
-        "attention.o_proj": "attn.proj",
-        "layer_scale1.lambda1": "ls1.gamma",
-        "layer_scale2.lambda1": "ls2.gamma",
-        "mlp.gate_proj": "mlp.w1",
-        "mlp.up_proj": "mlp.w2" if any("gate_proj" in name for name in state) else "mlp.fc1",
-        "mlp.down_proj": "mlp.w3" if any("gate_proj" in name for name in state) else "mlp.fc2",
-    }
+    if not any(re.search(r"patch_embeddings|depthwise_conv", name) for name in state):
+        return state
+    gated = any(".mlp.gate_proj." in name for name in state)
     found: State = {}
     for name, value in state.items():
-        meta = re.sub(r"^(model\.)?layer\.", "blocks.", name)
-        for theirs, ours in names.items():
-            meta = meta.replace(theirs, ours)
+        meta = _renamed(name, _HUGGING_FACES)
+        if not gated:
+            meta = meta.replace(".mlp.w2.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         found[meta] = value[0] if meta == "mask_token" and value.ndim == 3 else value
     for name in [name for name in found if ".attention.q_proj." in name]:
         block, kind = name.split(".attention.q_proj.")
@@ -208,20 +227,10 @@ def _vit_from_transformers(state: State) -> State:
     return found
 
 
-def _convnext_from_transformers(state: State) -> State:
-    renamed = {}
-    for name, value in state.items():
-        meta = re.sub(r"^(model\.)?stages\.(\d)\.downsample_layers\.", r"downsample_layers.\2.", name)
-        meta = re.sub(r"^(model\.)?stages\.(\d)\.layers\.", r"stages.\2.", meta)
-        meta = re.sub(r"^layer_norm\.", "norm.", meta)
-        for theirs, ours in (
-            ("depthwise_conv", "dwconv"),
-            ("layer_norm", "norm"),
-            ("pointwise_conv", "pwconv"),
-        ):
-            meta = meta.replace(theirs, ours)
-        renamed[meta] = value
-    return renamed
+def _renamed(name: str, table: Names) -> str:
+    for theirs, ours in table:
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 def skeleton(hub_entry: str) -> nn.Module:
@@ -254,36 +263,15 @@ def layout(model: nn.Module) -> dict[str, tuple[int, ...]]:
         shape = tuple(value.shape)
         if name.endswith("attn.q_bias"):
             shape = (3 * shape[0],)
-        for timm_name, meta_name in _METAS_NAMES:
-            name = re.sub(timm_name, meta_name, name)
+        name = _renamed(name, _TIMMS)
         if gated:
             name = name.replace(".mlp.fc2.", ".mlp.w3.")
         shapes[name] = shape
     return shapes
 
 
-_METAS_NAMES = (
-    (r"^reg_token$", "storage_tokens"),
-    (r"\.gamma_([12])$", r".ls\1.gamma"),
-    (r"\.attn\.q_bias$", ".attn.qkv.bias"),
-    (r"^(blocks\.\d+\.mlp)\.fc1_g\.", r"\1.w1."),
-    (r"^(blocks\.\d+\.mlp)\.fc1_x\.", r"\1.w2."),
-    (r"^stem\.", "downsample_layers.0."),
-    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
-    (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
-    (r"\.conv_dw\.", ".dwconv."),
-    (r"^(stages.*)\.mlp\.fc", r"\1.pwconv"),
-    (r"^head\.norm\.", "norm."),
-)
-
-
-def problems(state: State, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What keeps a state dict from being exactly the wanted tensors, a line each; empty when nothing does.
-
-    >>> import torch
-    >>> problems({"cls_token": torch.zeros(1, 1, 384)}, {"cls_token": (1, 1, 768)})
-    ['cls_token is (1, 1, 384), not (1, 1, 768)']
-    """
+def _problems(state: State, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps a state dict from being exactly the wanted tensors, a line each."""
     needless = re.compile("|".join(NEEDLESS))
     missing = [f"{name} is missing" for name in sorted(set(shapes) - set(state))]
     extra = [f"{name} has no place" for name in sorted(set(state) - set(shapes)) if not needless.fullmatch(name)]
@@ -309,7 +297,7 @@ def load(hub_entry: str, path: Path) -> nn.Module:
 
     model = skeleton(hub_entry)
     state = read(path)
-    _refuse(problems(state, layout(model)), state, hub_entry, path)
+    _refuse(_problems(state, layout(model)), state, hub_entry, path)
     _mask_biases(state, path)
     needless = re.compile("|".join(NEEDLESS))
     kept = {name: value.float() for name, value in state.items() if not needless.fullmatch(name)}
@@ -335,7 +323,7 @@ def _layout(hub_entry: str) -> dict[str, tuple[int, ...]]:
 def _refuse(found: list[str], state: State, hub_entry: str, path: Path) -> None:
     if not found:
         return
-    other = [name for name in ARCHITECTURES if name != hub_entry and not problems(state, _layout(name))]
+    other = [name for name in ARCHITECTURES if name != hub_entry and not _problems(state, _layout(name))]
     said = f"it is a {other[0]}: correct its hub entry in data_key" if other else "take Meta's own file for it"
     more = f"\n  ... and {len(found) - 10} more" if len(found) > 10 else ""
     raise ImatchError(f"{path} is no {hub_entry}, {said}:\n  " + "\n  ".join(found[:10]) + more)
@@ -390,7 +378,7 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
     kept = {name: value.float() for name, value in state.items() if name not in training_only}
     # by Hugging Face's names a file lacks what never changes; Meta's own model has it from its construction
     constant = {name for name in wanted if re.fullmatch("|".join(NEEDLESS), name)} - set(kept)
-    found = problems(kept, {name: shape for name, shape in wanted.items() if name not in constant})
+    found = _problems(kept, {name: shape for name, shape in wanted.items() if name not in constant})
     _refuse(found, state, hub_entry, path)
     model.load_state_dict({**{name: model.state_dict()[name] for name in constant}, **kept}, strict=True)
     return model.eval()

@@ -17,11 +17,11 @@ from functools import cached_property
 from pathlib import Path
 
 from imatch.api.embed import seen_by
-from imatch.core import compute, files, settings
+from imatch.core import compute, config, files, settings
 from imatch.core.compute import ComputeOptions, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
-from imatch.core.step import Step, checked_name, open_step, start_step, tagged
+from imatch.core.step import Step, open_step, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
@@ -96,7 +96,7 @@ def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOp
     """How photographs go through a backbone, and what is kept: the parameters that are not about the data set."""
     return {
         **seen_by(weight, backbone, resize),
-        "cfg": checked_name("cfg", storage.cfg) or str(resize),
+        "cfg": config.folder_name(storage.cfg, "cfg") if storage.cfg else str(resize),
         "variant": storage.variant,
         **store.keep_parameter(storage.keep, weight),
     }

@@ -513,12 +513,13 @@ def import_all(tree: str, exports: str, run: str, on_change: str) -> int:
         ImatchError: there is nothing to read, or `run` is no name of a folder.
     """
     groups = read_tree(settings.from_workspace(tree))
+    home = settings.from_workspace(exports or settings.root("EXPORT_ROOT"))
     config.folder_name(run, "run")
     failures = 0
     for group in groups:
         print(f"== {group}: {len(group.items)}", flush=True)
         try:
-            import_group(group, groups, settings.exports_folder(exports), run, on_change)
+            import_group(group, groups, home, run, on_change)
         except ImatchError as error:
             failures += 1
             said = str(error).replace("set on_change to recompute", "--on-change recompute")

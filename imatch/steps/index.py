@@ -17,7 +17,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, ComputeOptions
 from imatch.core.files import flat_name
 from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, SearchFigures, StageRow
-from imatch.core.step import Step, checked_name, open_step, start_step, step_folder, tagged
+from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
 from imatch.data.embeddings import comparable
@@ -111,7 +111,7 @@ def start_index(
         links["labels"] = settings.from_workspace(truth.labels)
         read_labels(links["labels"])  # refuses a bad file before anything is written
         upstream["labels"] = images.file_digest(links["labels"])
-    home = data.run.with_name(checked_name("run", run)) if run else data.run
+    home = data.run.with_name(config.folder_name(run, "run")) if run else data.run
     return start_step(home, "03_index", about, parameters, upstream, links, on_change)
 
 

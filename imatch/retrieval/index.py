@@ -9,13 +9,13 @@ Shards are what a build that was killed resumes by; an index of another gallery 
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 import psutil
 from pydantic import Field, NonNegativeFloat
+from threadpoolctl import threadpool_limits
 
 from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
@@ -91,7 +92,7 @@ def choose(n: int, d: int, memory: int) -> tuple[str, str]:
     >>> choose(40_000, 384, 2**30)[0], choose(100_000_000, 384, 2**36)[0]
     ('flat', 'ivf_pq')
     """
-    told = []
+    told: list[str] = []
     for kind in ("flat", "ivf_flat", "ivf_pq", "ivf_rabitq"):
         needed = kinds.create_kind(kind).memory(n, d)
         size = f"{kind} takes {_gb(needed)}"
@@ -168,58 +169,50 @@ def build(
             of an index that is to be built again.
         PartDoneError: see `compute.do`.
     """
-    _check_vectors(vectors)
-    n, d = vectors.shape
+    n, d = _shape(vectors)
     given = {"asked": kind, "given": dict(options or {}), "memory": memory, "shard_rows": shard_rows}
     asked = {**given, "gallery": gallery, "vectors": n, "dimension": d}
+    begun = any(folder.glob("*.faiss"))  # before index.json is looked for, which other parts write before their shards
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
     same = all(plan.get(name) == value for name, value in asked.items())
-    if engine.shard:
-        _check_part(folder, bool(plan), same, kind, memory)
+    if engine.shard and begun and not same:
+        raise ImatchError(
+            f"the index at {folder} is of another gallery or was asked for otherwise: delete it and start the parts "
+            "again, or run it once without a shard"
+        )
+    if engine.shard and kind == "auto" and not memory:
+        raise ImatchError("parts must choose the same index: name one, such as flat, or give index.memory_gb")
     if not same:
         plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "build_ms": 0.0}
         plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
         if not engine.shard and folder.exists():
             shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
         files.write_json(folder / "index.json", plan)
-    started = time.perf_counter()
-    _trained(folder, _kind(plan), vectors)
-    adding = _Adding(folder, plan, vectors)
-    jobs = _shards(plan)
-    was_there = all(adding.done(job) for job in jobs)
+    started, shards = time.perf_counter(), _shards(folder, plan)
+    was_there = all(path.is_file() for path in shards)
+    _trained(folder, plan, vectors)  # once for all of them
+    whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)  # other processes map it themselves
+    work = compute.each(partial(_make, plan, Path(vectors.filename) if whole else vectors), 0, "index")
     fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
     places = ["cpu"] * min(fit, settings.cores())
-    deque(compute.do(engine, compute.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
+    deque(compute.do(engine, work, shards, "index", places, Path.is_file), maxlen=0)
     if not was_there:
         spent = plan["build_ms"] + 1000 * (time.perf_counter() - started)
         files.write_json(folder / "index.json", {**plan, "build_ms": round(spent, 3)})
 
 
-def _check_part(folder: Path, begun: bool, same: bool, kind: str, memory: int) -> None:
-    """Refuse a part of an index that would not be that of the other parts, or would take theirs away."""
-    if begun and not same:
-        raise ImatchError(
-            f"the index at {folder} is of another gallery or was asked for otherwise: delete it and start the parts "
-            "again, or run it once without a shard"
-        )
-    if kind == "auto" and not memory:
-        raise ImatchError("parts must choose the same index: name one, such as flat, or give index.memory_gb")
-    if not same and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
-        raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
-
-
-def _check_vectors(vectors: np.ndarray) -> None:
+def _shape(vectors: np.ndarray) -> tuple[int, int]:
     if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
         raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
+    return vectors.shape
 
 
 def _kind(plan: _Plan) -> kinds.Kind:
     return kinds.create_kind(plan["kind"], plan["options"])
 
 
-def _shards(plan: _Plan) -> list[_Shard]:
-    n, size = plan["vectors"], plan["rows"]
-    return [_Shard(f"{i:05d}", first, min(n, first + size)) for i, first in enumerate(range(0, n, size))]
+def _shards(folder: Path, plan: _Plan) -> list[Path]:
+    return [folder / f"{i:05d}.faiss" for i in range(-(-plan["vectors"] // plan["rows"]))]
 
 
 def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> dict[str, Json]:
@@ -238,38 +231,33 @@ def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> dict[str,
     return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
 
 
-def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows, block by block, looked at for whether they are normalised."""
-    size = max(1, BLOCK // vectors.shape[1])
-    for part in (rows[first : first + size] for first in range(0, len(rows), size)):
-        block = files.take(vectors, part)
-        norms = np.sqrt(np.einsum("nd,nd->n", block, block))
-        wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
-        if len(wrong):
-            norm = norms[wrong[0]]
-            raise ImatchError(f"vector {part[wrong[0]]} has norm {norm:.4g}, not 1: embed the gallery again")
-        yield block
+def _check_norms(vectors: np.ndarray, rows: np.ndarray) -> None:
+    norms = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+    if len(wrong):
+        raise ImatchError(f"vector {rows[wrong[0]]} has norm {norms[wrong[0]]:.4g}, not 1: embed the gallery again")
 
 
-def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray) -> faiss.Index:
+def _trained(folder: Path, plan: _Plan, vectors: np.ndarray) -> faiss.Index:
     """The empty index, trained: what was saved, or learned now."""
     path = folder / "trained.faiss"
-    if path.is_file():
-        return _read(path)
-    index = made.empty(*vectors.shape)
-    if not index.is_trained:
-        _learn(index, made, vectors)
-        if path.is_file():  # another part was first
-            return _read(path)
-        _write(path, index)
-    return index
+    if not path.is_file():
+        index = _learned(plan, vectors)
+        if not path.is_file():  # another part was first
+            _write(path, index)
+    return _read(path)
 
 
-def _learn(index: faiss.Index, made: kinds.Kind, vectors: np.ndarray) -> None:
-    """Train an index on evenly spread vectors."""
-    if not made.learns_from(len(vectors)):
+def _learned(plan: _Plan, vectors: np.ndarray) -> faiss.Index:
+    """The empty index, trained on evenly spread vectors if it learns."""
+    index, many = _kind(plan).empty(*vectors.shape), _kind(plan).learns_from(len(vectors))
+    if index.is_trained:
+        return index
+    if not many:
         raise ImatchError("this index learns from vectors, and option seen is 0: give such as 100000")
-    seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
+    rows = sample(len(vectors), many)
+    seen = files.take(vectors, rows)
+    _check_norms(seen, rows)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
@@ -278,61 +266,26 @@ def _learn(index: faiss.Index, made: kinds.Kind, vectors: np.ndarray) -> None:
     except RuntimeError as error:
         said = str(error).strip().splitlines()[-1]
         raise ImatchError(f"{len(seen)} vectors are too few to learn from ({said}): use flat") from error
+    return index
 
 
-def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, shard: _Shard) -> None:
-    """Add the rows of a shard."""
-    with _threads(1 if kind.in_order else faiss.omp_get_max_threads()):
-        for block in _taken(vectors, np.arange(shard.first, shard.last)):
+def _make(plan: _Plan, source: Path | np.ndarray, path: Path) -> dict[str, str | int]:
+    """Make a shard, in this process or another one."""
+    vectors = np.load(source, mmap_mode="r") if isinstance(source, Path) else source
+    index = _trained(path.parent, plan, vectors)
+    first = int(path.stem) * plan["rows"]
+    _add(index, _kind(plan), vectors, first, min(plan["vectors"], first + plan["rows"]))
+    _write(path, index)
+    return {"shard": path.stem, "vectors": index.ntotal}
+
+
+def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, last: int) -> None:
+    """Add some rows of the gallery."""
+    with threadpool_limits(1 if kind.in_order else None, user_api="openmp"):
+        for block in _blocks(vectors, first, last):
+            _check_norms(block, np.arange(first, last))
             index.add(block)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A job: the rows of the gallery, from the first to before the last, that become one shard."""
-
-    name: str
-    first: int
-    last: int
-
-
-class _Adding:
-    """Makes shards; another process opens what was learned, and the vectors, for itself."""
-
-    def __init__(self, folder: Path, plan: _Plan, vectors: np.ndarray) -> None:
-        self.folder, self.plan, self.vectors = folder, plan, vectors
-
-    def __getstate__(self) -> tuple[Path, _Plan, Path | np.ndarray]:
-        vectors = self.vectors
-        return self.folder, self.plan, Path(vectors.filename) if isinstance(vectors, np.memmap) else vectors
-
-    def __setstate__(self, state: tuple[Path, _Plan, Path | np.ndarray]) -> None:
-        folder, plan, vectors = state
-        self.__init__(folder, plan, np.load(vectors, mmap_mode="r") if isinstance(vectors, Path) else vectors)
-
-    @cached_property
-    def trained(self) -> faiss.Index:
-        return _trained(self.folder, _kind(self.plan), self.vectors)
-
-    def done(self, shard: _Shard) -> bool:
-        """Whether a shard is on disk."""
-        return (self.folder / f"{shard.name}.faiss").is_file()
-
-    def __call__(self, shard: _Shard) -> dict[str, str | int]:
-        index = faiss.clone_index(self.trained)
-        _add(index, _kind(self.plan), self.vectors, shard)
-        _write(self.folder / f"{shard.name}.faiss", index)
-        return {"shard": shard.name, "vectors": index.ntotal}
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(n)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+            first += len(block)
 
 
 def in_memory(
@@ -347,14 +300,11 @@ def in_memory(
     Raises:
         ImatchError: as `build` and `Searcher`.
     """
-    _check_vectors(vectors)
-    n, d = vectors.shape
+    n, d = _shape(vectors)
     chosen = _plan(kind, options or {}, n, d, memory=0)
     plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **chosen}
-    index = _kind(plan).empty(n, d)
-    if not index.is_trained:
-        _learn(index, _kind(plan), vectors)
-    _add(index, _kind(plan), vectors, _Shard("", 0, n))
+    index = _learned(plan, vectors)
+    _add(index, _kind(plan), vectors, 0, n)
     return Searcher(vectors, plan, [index], device=device)
 
 
@@ -389,13 +339,14 @@ def open_index(
             f"vectors of {plan.get('dimension')} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}: "
             "run 03_index again"
         )
-    paths = [folder / f"{shard.name}.faiss" for shard in _shards(plan)]
+    paths = _shards(folder, plan)
     if not all(path.is_file() for path in paths):
         raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
     shards = [_read(path, mapped=True) for path in paths]
-    for index, shard, path in zip(shards, _shards(plan), paths, strict=True):
-        if index.ntotal != shard.last - shard.first:
-            raise StepError(f"{path} holds {index.ntotal} vectors, not {shard.last - shard.first}: delete {folder}")
+    if (held := sum(shard.ntotal for shard in shards)) != len(vectors):
+        raise StepError(
+            f"the index at {folder} holds {held} vectors, not {len(vectors)}: delete it, run 03_index again"
+        )
     return Searcher(vectors, plan, shards, device=device, float16=float16, folder=folder)
 
 
@@ -444,13 +395,16 @@ class Searcher:
         folder: Path | None = None,
     ) -> None:
         self.vectors, self.plan, self.folder, self.device = vectors, plan, folder, device
-        self.kind, self.firsts = _kind(plan), [shard.first for shard in _shards(plan)]
+        self.kind = _kind(plan)
         self.gpus = _gpus(device, plan["kind"], self.kind.gpu)
         if self.gpus:
             options = faiss.GpuMultipleClonerOptions()
             options.useFloat16, options.shard = float16, len(self.gpus) > 1
             shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in shards]
         self.shards = shards
+        self._all = faiss.IndexShards(vectors.shape[1], False, True)  # one after the other, rows counted through
+        for shard in shards:
+            self._all.add_shard(shard)
         self.effort: int | None = plan.get("effort")
 
     @property
@@ -506,29 +460,13 @@ class Searcher:
             space.set_index_parameter(shard, self.kind.effort, effort)
 
     def _nearest(self, queries: np.ndarray, depth: int) -> Hits:
-        found = []
-        for shard, first in zip(self.shards, self.firsts, strict=True):
-            if self.gpus and depth > 2048:
-                raise ImatchError(
-                    f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu"
-                )
-            scores, places = shard.search(queries, min(depth, shard.ntotal))
-            found.append((np.where(places < 0, -1, first + places), scores))
-        rows, scores = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
-        scores = np.where(rows < 0, -np.inf, scores)
-        if len(found) > 1:
-            best = np.argpartition(-scores, min(depth, scores.shape[1]) - 1, axis=1)[:, :depth]
-            rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
+        if self.gpus and depth > 2048:
+            raise ImatchError(f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu")
+        scores, rows = self._all.search(queries, depth)
+        scores[rows < 0] = -np.inf
         if self.kind.refine:
             scores = self._compared(queries, rows)
-        order = np.lexsort([rows, -scores], axis=1)
-        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1).astype(np.float32)
-        rows[np.isneginf(scores)] = -1
-        short = max(0, depth - rows.shape[1])
-        return Hits(
-            np.pad(rows, ((0, 0), (0, short)), constant_values=-1),
-            np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf),
-        )
+        return _sorted(rows, scores)
 
     def _compared(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(Q, m) cosines of candidates by their vectors in the store; -inf where row is -1."""
@@ -585,24 +523,23 @@ class Searcher:
         """The exact k nearest, by comparing with all vectors of the store, block by block; k is at most N."""
         queries = np.ascontiguousarray(queries, np.float32)
         _allow_products(queries.shape[1])
-        rows = np.zeros((len(queries), 0), np.int64)
-        scores = np.zeros((len(queries), 0), np.float32)
-        first = 0
+        heap, first = faiss.ResultHeap(len(queries), k, keep_max=True), 0
         for block in _blocks(self.vectors):
-            new, places = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-            rows, scores = np.hstack([rows, places + first]), np.hstack([scores, new])
-            order = np.lexsort([rows, -scores], axis=1)[:, :k]
-            rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+            scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+            heap.add_result(scores, rows + first)
             first += len(block)
-        return Hits(rows, scores)
+        heap.finalize()
+        return _sorted(heap.I, heap.D)
 
     def stored(self) -> int:
         """Bytes of its shards on disk; 0 of one in memory."""
-        return (
-            0
-            if self.folder is None
-            else sum((self.folder / f"{shard.name}.faiss").stat().st_size for shard in _shards(self.plan))
-        )
+        return sum(path.stat().st_size for path in _shards(self.folder, self.plan)) if self.folder else 0
+
+
+def _sorted(rows: np.ndarray, scores: np.ndarray) -> Hits:
+    """Best first, ties by the smaller row."""
+    order = np.lexsort([rows, -scores], axis=1)
+    return Hits(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
 
 
 def _allow_products(d: int) -> None:
@@ -629,35 +566,15 @@ def _gpus(device: str, kind: str, able: bool) -> list[int]:
     return [int(number)] if number else list(range(there))
 
 
-def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    size = max(1, BLOCK // max(1, vectors.shape[1]))
-    for first in range(0, len(vectors), size):
-        yield files.take(vectors, slice(first, first + size))
+def _blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
+    size, last = max(1, BLOCK // max(1, vectors.shape[1])), len(vectors) if last is None else last
+    for start in range(first, last, size):
+        yield files.take(vectors, slice(start, min(start + size, last)))
 
 
 def _write(path: Path, index: faiss.Index) -> None:
     """Write an index through Python, for faiss.write_index hides a full disk."""
-    with files.atomic(path) as temporary, temporary.open("wb") as file:
-        _through(file.write, index)
-
-
-def _through(write: Callable[[memoryview], int], index: faiss.Index) -> None:
-    failed: list[OSError] = []
-
-    def chunk(data: memoryview) -> int:
-        try:
-            return 0 if failed else write(data)
-        except OSError as error:  # FAISS would say only that it wrote too little
-            failed.append(error)
-            return 0
-
-    try:
-        faiss.write_index(index, faiss.BufferedIOWriter(faiss.PyCallbackIOWriter(chunk), 2**20))
-    except RuntimeError:
-        if not failed:
-            raise
-    if failed:
-        raise failed[0]
+    files.write_bytes(path, faiss.serialize_index(index).data)
 
 
 def _read(path: Path, mapped: bool = False) -> faiss.Index:

@@ -137,7 +137,7 @@ def digest(vectors: np.ndarray) -> str:
     >>> digest(np.eye(2, dtype=np.float32)) == digest(np.eye(2, dtype=np.float32)[::-1])
     False
     """
-    return files.digest([vector_digest(vector) for block in _blocks(vectors) for vector in block])
+    return files.digest([vector_digest(vector) for block in blocks(vectors) for vector in block])
 
 
 def build(
@@ -282,7 +282,7 @@ def _make(plan: _Plan, source: Path | np.ndarray, path: Path) -> dict[str, str |
 def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, last: int) -> None:
     """Add some rows of the gallery."""
     with threadpool_limits(1 if kind.in_order else None, user_api="openmp"):
-        for block in _blocks(vectors, first, last):
+        for block in blocks(vectors, first, last):
             _check_norms(block, np.arange(first, last))
             index.add(block)
             first += len(block)
@@ -524,7 +524,7 @@ class Searcher:
         queries = np.ascontiguousarray(queries, np.float32)
         _allow_products(queries.shape[1])
         heap, first = faiss.ResultHeap(len(queries), k, keep_max=True), 0
-        for block in _blocks(self.vectors):
+        for block in blocks(self.vectors):
             scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
             heap.add_result(scores, rows + first)
             first += len(block)
@@ -566,7 +566,13 @@ def _gpus(device: str, kind: str, able: bool) -> list[int]:
     return [int(number)] if number else list(range(there))
 
 
-def _blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
+def blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
+    """Yield copies of the rows of (N, D) vectors from the first to before the last, `BLOCK` numbers at once.
+
+    >>> [block.tolist() for block in blocks(np.eye(2), 1)]
+    [[[0.0, 1.0]]]
+    """
+    """Yield copies of the rows of (N, D) vectors from the first to before the last, `BLOCK` numbers at once."""
     size, last = max(1, BLOCK // max(1, vectors.shape[1])), len(vectors) if last is None else last
     for start in range(first, last, size):
         yield files.take(vectors, slice(start, min(start + size, last)))

@@ -31,7 +31,7 @@ from imatch.features import base
 from imatch.features.base import Backbone, embed_one
 from imatch.retrieval import index as searcher
 from imatch.retrieval.index import IndexOptions, Searcher
-from imatch.retrieval.ranking import HELD, RankingOptions, Stage, Ways, joined, search_by
+from imatch.retrieval.ranking import HELD, Found, RankingOptions, Stage, Ways, joined, search_by
 from imatch.retrieval.truth import (
     TruthOptions,
     count_equal,
@@ -418,7 +418,7 @@ def search(
     asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
     before, and what each adds is measured on the same queries (`index_stages`).
 
-    Writes ranking.npz and stages.json; for whiten also whitening.npz, whitened.npy and index_whitened/, for rerank
+    Writes ranking.npz and stages.json; for whiten also whitening.npy, whitened.npy and index_whitened/, for rerank
     tokens/, for rotations a step a turn beside that of the queries.
 
     Args:
@@ -442,17 +442,17 @@ def search(
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
     depth = max(k, min(max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"]), len(gallery)))
     turn = partial(embed_poses, resources=resources, on_change=step.on_change)
-    deep = min(len(gallery), depth + int(kin.max()))
-    ways = Ways(step.folder, step.parameters, index, query, gallery, depth, own, deep, turn)
+    ways = Ways(step.folder, step.parameters, index, query, gallery, depth, depth + int(kin.max()), own, turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
     block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
     parts, without = [], []
     for first in compute.progress(range(0, len(query), block), "search"):
         part = slice(first, min(first + block, len(query)))
-        found, alone = search_by(stages, part, truth)
-        parts.append(found.cut(k))
+        found, alone = search_by(stages, part, truth, k)
+        parts.append(found)
         without.append(alone)
-    last = joined(parts, len(lost), k)
+    nothing = np.full((len(lost), k), -np.inf, np.float32)
+    last = joined([*parts, Found(np.full(nothing.shape, -1), nothing, np.full(nothing.shape, np.nan))])
     metres = here.metres(there, last.rows) if here and there and here.system == there.system else None
     ranking = {
         "rows": last.rows,
@@ -460,7 +460,7 @@ def search(
         "right": truth.right(last.rows),
         "answers": truth.count,
         "candidates": len(gallery) - kin,
-        "without": np.concatenate([*without, np.full(len(lost), -np.inf, np.float32)]),
+        "without": np.concatenate([*without, nothing[:, 0]]),
         "metres": metres,
         "turn": last.turn if asked["rotations"] > 1 else None,
     }

@@ -76,11 +76,11 @@ DIRECTIONS = {
 @pytest.mark.parametrize(("query", "gallery", "left_out", "wanted"), DIRECTIONS.values(), ids=DIRECTIONS)
 def test_what_is_right_in_every_direction(query, gallery, left_out, wanted):
     own = {
-        None: (None, None),
+        None: None,
         "self": (np.arange(len(query)), np.arange(len(gallery))),
         "siblings": tuple(np.array([names.index(name) for name in names]) for names in (query, gallery)),
     }[left_out]
-    truth = same_photograph(query, gallery, *own)
+    truth = same_photograph(query, gallery, own)
     assert [rows.tolist() for rows in np.split(truth.rows, truth.first[1:-1])] == wanted
 
 
@@ -89,7 +89,7 @@ def test_same_photograph_against_every_pair(seed):
     rng = np.random.default_rng(seed)
     query, gallery = (rng.choice(list("abcde"), n).tolist() for n in (8, 11))
     own, there = rng.integers(0, 3, 8), rng.integers(0, 3, 11)
-    truth = same_photograph(query, gallery, own, there)
+    truth = same_photograph(query, gallery, (own, there))
     hits = np.tile(np.arange(11), (8, 1))
     wanted = [[query[q] == gallery[g] and own[q] != there[g] for g in range(11)] for q in range(8)]
     assert truth.right(hits).tolist() == wanted

@@ -483,8 +483,8 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     answers = {}
     for name, rows in (("whole", 0), ("local", 300), ("processes", 300)):
         engine = compute.create_engine("local" if name == "whole" else name)
-        searcher.build(tmp_path / name, mapped, gallery, kind=kind, shard_rows=rows, engine=engine)
-        found = searcher.open_index(tmp_path / name, mapped, gallery, device="cpu")
+        given = {"kind": kind, "shard_rows": rows, "engine": engine, "device": "cpu"}
+        found = searcher.build(tmp_path / name, mapped, gallery, **given)
         effort = max(found.kind.efforts(len(vectors)), default=None)
         answers[name] = found.search(vectors[::50], 10, effort=effort)
     for i in (2, 0, 1):
@@ -524,7 +524,7 @@ def test_parts_do_not_mend_an_index(tmp_path):
     with pytest.raises(ImatchError, match="delete it and start the parts again"):
         searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind="hnsw", engine=part)
     kept.rename(tmp_path / "index" / "index.json")
-    assert len(searcher.open_index(tmp_path / "index", few, searcher.digest(few), device="cpu").shards) == 1
+    assert len(searcher.build(tmp_path / "index", few, searcher.digest(few), kind="flat", device="cpu").shards) == 1
 
 
 def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):

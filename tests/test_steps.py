@@ -415,7 +415,7 @@ def test_an_index_that_does_not_belong_is_caught(house, tmp_path):
     data, _, references = house
     _, _, gallery, _ = searched(data, references, "data-data")
     searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest, kind="flat")
-    index = searcher.open_index(tmp_path / "index", gallery.vectors, gallery.digest)
+    index = searcher.build(tmp_path / "index", gallery.vectors, gallery.digest, kind="flat")
     with pytest.raises(StepError, match="the index answers"):
         imatch.steps.check_index(index, gallery)
 

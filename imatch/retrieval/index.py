@@ -150,9 +150,11 @@ def build(
     memory: int = 0,
     shard_rows: int = 0,
     engine: Engine = LOCAL,
-) -> None:
-    """Build the index of a gallery in a folder, unless it is there; one of another gallery, or asked for otherwise, is
-    built again. A killed build resumes where it stopped.
+    device: str = "auto",
+    float16: bool = False,
+) -> Searcher:
+    """Build the index of a gallery in a folder, unless it is there, and open it; one of another gallery, or asked for
+    otherwise, is built again. A killed build resumes where it stopped.
 
     Args:
         folder: of the index alone.
@@ -163,11 +165,19 @@ def build(
         memory: bytes it may take; 0 is half of what is free.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
         engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
+        device, float16: as of `Searcher`.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
-            of an index that is to be built again.
+            of an index that is to be built again; a device that is not there.
+        StepError: a file of it is broken.
         PartDoneError: see `compute.do`.
+
+    >>> import tempfile
+    >>> vectors = np.eye(3, dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     build(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
+    [[1], [2]]
     """
     n, d = _shape(vectors)
     given = {"asked": kind, "given": dict(options or {}), "memory": memory, "shard_rows": shard_rows}
@@ -188,17 +198,19 @@ def build(
         if not engine.shard and folder.exists():
             shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
         files.write_json(folder / "index.json", plan)
-    started, shards = time.perf_counter(), _shards(folder, plan)
-    was_there = all(path.is_file() for path in shards)
-    _trained(folder, plan, vectors)  # once for all of them
-    whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)  # other processes map it themselves
-    work = compute.each(partial(_make, plan, Path(vectors.filename) if whole else vectors), 0, "index")
-    fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
-    places = ["cpu"] * min(fit, settings.cores())
-    deque(compute.do(engine, work, shards, "index", places, Path.is_file), maxlen=0)
-    if not was_there:
-        spent = plan["build_ms"] + 1000 * (time.perf_counter() - started)
-        files.write_json(folder / "index.json", {**plan, "build_ms": round(spent, 3)})
+    shards = _shards(folder, plan)
+    if engine.shard or not all(path.is_file() for path in shards):
+        started = time.perf_counter()
+        _trained(folder, plan, vectors)  # once for all of them
+        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)  # mapped again by each process
+        work = compute.each(partial(_make, plan, Path(vectors.filename) if whole else vectors), 0, "index")
+        fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
+        places = ["cpu"] * min(fit, settings.cores())
+        deque(compute.do(engine, work, shards, "index", places, Path.is_file), maxlen=0)
+        plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
+        files.write_json(folder / "index.json", plan)
+    opened = [_read(path, mapped=True) for path in shards]
+    return Searcher(vectors, plan, opened, device=device, float16=float16, folder=folder)
 
 
 def _shape(vectors: np.ndarray) -> tuple[int, int]:
@@ -308,48 +320,6 @@ def in_memory(
     return Searcher(vectors, plan, [index], device=device)
 
 
-def open_index(
-    folder: Path, vectors: np.ndarray, gallery: str, *, device: str = "auto", float16: bool = False
-) -> Searcher:
-    """Open an index that `build` wrote.
-
-    Args:
-        folder: the index' folder.
-        vectors: (N, D) float32, as they were given to `build`.
-        gallery: their `digest`.
-        device, float16: as of `Searcher`.
-
-    Raises:
-        StepError: there is no index, it is not whole, or older than its gallery.
-        ImatchError: a device that is not there.
-
-    >>> import tempfile
-    >>> vectors = np.eye(3, dtype=np.float32)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     build(Path(folder) / "index", vectors, digest(vectors))
-    ...     open_index(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
-    [[1], [2]]
-    """
-    if not (folder / "index.json").is_file():
-        raise StepError(f"no index at {folder}: run 03_index again")
-    plan = files.read_json(folder / "index.json")
-    if plan.get("gallery") != gallery:
-        raise StepError(
-            f"the index at {folder} is older than its gallery: it holds {plan.get('vectors', 'other')} "
-            f"vectors of {plan.get('dimension')} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}: "
-            "run 03_index again"
-        )
-    paths = _shards(folder, plan)
-    if not all(path.is_file() for path in paths):
-        raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
-    shards = [_read(path, mapped=True) for path in paths]
-    if (held := sum(shard.ntotal for shard in shards)) != len(vectors):
-        raise StepError(
-            f"the index at {folder} holds {held} vectors, not {len(vectors)}: delete it, run 03_index again"
-        )
-    return Searcher(vectors, plan, shards, device=device, float16=float16, folder=folder)
-
-
 @dataclass(frozen=True)
 class Point:
     """What an effort gives.
@@ -366,7 +336,7 @@ class Point:
 
 
 class Searcher:
-    """An index over the vectors that it was made from; of `open_index` or `in_memory`.
+    """An index over the vectors that it was made from; of `build` or `in_memory`.
 
     Args:
         vectors: (N, D) float32, L2-normalised.

@@ -353,11 +353,16 @@ class Ways:
                 for block in searcher.blocks(gallery):
                     file.write(self.whiten(block).astype("<f4").data.cast("B"))
         vectors = np.load(path, mmap_mode="r")
-        digest, memory = searcher.digest(vectors), round(asked["memory_gb"] * 2**30)
-        folder, kind = self.folder / "index_whitened", asked["kind"]
-        searcher.build(folder, vectors, digest, kind=kind, options=asked["options"], memory=memory)
-        device, float16 = self.index.device, asked["float16"]
-        self.index = searcher.open_index(folder, vectors, digest, device=device, float16=float16)
+        self.index = searcher.build(
+            self.folder / "index_whitened",
+            vectors,
+            searcher.digest(vectors),
+            kind=asked["kind"],
+            options=asked["options"],
+            memory=round(asked["memory_gb"] * 2**30),
+            device=self.index.device,
+            float16=asked["float16"],
+        )
         queries = self.whiten(files.take(self.query.vectors, searcher.sample(len(self.query))))
         tuned = self.index.tune(self.index.curve(queries, self.parameters["k"]), asked["recall"])
         if tuned is not None and tuned.recall < asked["recall"]:

@@ -154,22 +154,22 @@ def build_index(
 
     Raises:
         ImatchError: it does not fit into the memory, or a device that is not there.
-        StepError: a finished step's index is not whole, or older than the gallery.
+        StepError: a file of it is broken.
         PartDoneError: see `compute.do`.
     """
-    asked, digest = step.parameters["index"], gallery.digest
+    asked = step.parameters["index"]
     given = files.digest([asked["options"], asked["memory_gb"]])[:8] if asked["options"] or asked["memory_gb"] else ""
-    folder = gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given]))
-    searcher.build(
-        folder,
+    index = searcher.build(
+        gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given])),
         gallery.vectors,
-        digest,
+        gallery.digest,
         kind=asked["kind"],
         options=asked["options"],
         memory=round(asked["memory_gb"] * 2**30),
         engine=LOCAL if step.finished else resources.machines,
+        device=device,
+        float16=asked["float16"],
     )
-    index = searcher.open_index(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index
 

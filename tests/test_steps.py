@@ -756,7 +756,7 @@ def test_labels_stand_before_the_exif(pixels, tmp_path):
     rows = files.read_rows(step.folder / "queries.jsonl")
     assert [row["answers"] for row in rows] == [1, 1, 0]
     assert [row["metres"] for row in rows] == [5.0, 5.0, None]
-    assert [row["metres"] for row in table_of(step)] == ["5.000", "", "5.000", "", "", ""]
+    assert [row["metres"] for row in table_of(step)] == ["5.0", "", "5.0", "", "", ""]
     figures = step.metrics["positions"]
     assert (figures["queries"], figures["unknown"], figures["top1_metres_mean"]) == (2, 1, 5.0)
 

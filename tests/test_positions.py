@@ -25,7 +25,7 @@ def plane(*rows, heading=None):
 
 
 def angles(a, b):
-    """All distances by the angle between 3D unit vectors, atan2(|a x b|, a . b): nothing of haversine in it."""
+    """All distances by the angle between 3D unit vectors, atan2(|a x b|, a . b): no chord in it."""
 
     def vectors(degrees):
         latitude, longitude = np.radians(degrees).T
@@ -63,17 +63,9 @@ def listed(answers):
     ],
     ids=str,
 )
-def test_haversine_by_hand(a, b, metres):
-    assert truth.haversine(np.array(a, float), np.array(b, float)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
-    assert truth.haversine(np.array(b, float), np.array(a, float)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
-
-
-def test_haversine_broadcasts_and_keeps_what_is_unknown():
-    a = np.array([[0.0, 0], [np.nan, 0], [0, np.nan]])
-    found = truth.haversine(a[:, None], np.array([[0.0, 0], [0, 1]]))
-    assert found.shape == (3, 2)
-    assert found[0] == pytest.approx([0, DEGREE], abs=0.01)
-    assert np.isnan(found[1:]).all()
+def test_metres_on_the_globe_by_hand(a, b, metres):
+    for one, other in ((a, b), (b, a)):
+        assert globe(one).metres(globe(other), np.zeros((1, 1), int)) == pytest.approx(metres, rel=1e-7, abs=1e-6)
 
 
 def test_metres_of_hits():
@@ -405,7 +397,7 @@ def test_what_is_just_as_far_is_near():
     query, gallery = plane((0, 0)), plane((3, 4), (0, 5.0000001), (-5, 0), (6, 8))
     assert listed(truth.within(query, gallery, 5.0)) == [[0, 2]]
     frames = globe((0, 179.9995), (0, -179.9995))
-    apart = float(truth.haversine(*frames.coordinates))
+    apart = float(frames.metres(frames, np.array([[1], [0]]))[0, 0])
     assert listed(truth.within(frames, frames, apart)) == [[0, 1], [0, 1]]
     assert listed(truth.within(frames, frames, math.nextafter(apart, 0))) == [[0], [1]]
 

@@ -79,8 +79,7 @@ def calibrate(
         seed: of the split into halves.
 
     Raises:
-        ImatchError: lengths differ, a score is NaN or inf, a hit is right without an answer, or the precision
-            is outside (0, 1).
+        ImatchError: a score is NaN or inf, or the precision is outside (0, 1).
 
     >>> scores = np.r_[np.linspace(0.6, 0.9, 200), np.linspace(0.2, 0.5, 200)]
     >>> found = calibrate(scores, scores > 0.55, scores > 0.55, [i % 10 for i in range(400)])
@@ -90,8 +89,6 @@ def calibrate(
     if not 0 < precision < 1:
         raise ImatchError(f"precision is {precision}: it must lie between 0 and 1, such as 0.95")
     scores, right, has_answer = _checked(scores, right, has_answer)
-    if len(clusters) != len(scores):
-        raise ImatchError(f"{len(scores)} scores but {len(clusters)} clusters: give each instance its own")
     if not has_answer.any():
         return Threshold(None, precision, None, None, None, None, "no query has an answer")
     value, why = _lowest(scores, right, precision)
@@ -134,7 +131,7 @@ def curve(
         coverage: (m,) in [0, 1], share of the queries that have an answer among them; NaN when no query has one.
 
     Raises:
-        ImatchError: lengths differ, a score is NaN or inf, or a hit is right without an answer.
+        ImatchError: a score is NaN or inf.
 
     >>> [x.tolist() for x in curve([0.9, 0.5, 0.5, 0.2], [True, True, False, False], [True, True, False, False])]
     [[0.9, 0.5, 0.2], [1.0, 0.6666666666666666, 0.5], [0.5, 1.0, 1.0]]
@@ -151,18 +148,11 @@ def _checked(
     right: Sequence[bool] | np.ndarray,
     has_answer: Sequence[bool] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores, right, has_answer = np.asarray(scores, np.float64), np.asarray(right, bool), np.asarray(has_answer, bool)
-    if not len(scores) == len(right) == len(has_answer):
-        raise ImatchError(
-            f"{len(scores)} scores, {len(right)} right and {len(has_answer)} has_answer: give one of each an instance"
-        )
+    scores = np.asarray(scores, np.float64)
     wrong = np.flatnonzero(~(scores < math.inf))
     if len(wrong):
         raise ImatchError(f"score {wrong[0]} is {scores[wrong[0]]}: give numbers, and -inf where there is no hit")
-    if (right & ~has_answer).any():
-        first = np.flatnonzero(right & ~has_answer)[0]
-        raise ImatchError(f"instance {first} is right but has no answer in the gallery: look at has_answer")
-    return scores, right, has_answer
+    return scores, np.asarray(right, bool), np.asarray(has_answer, bool)
 
 
 def _counts(scores: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

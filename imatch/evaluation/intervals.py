@@ -127,7 +127,7 @@ def paired_difference(
         unit, resamples, seed: as for `interval`.
 
     Raises:
-        ImatchError: the queries are not the same, one has no cluster, or a value is NaN or outside [0, 1].
+        ImatchError: the queries are not the same, or a value is NaN or outside [0, 1].
 
     >>> always, often = {str(i): 1.0 for i in range(40)}, {str(i): float(i % 5 > 0) for i in range(40)}
     >>> print(paired_difference(always, often, {str(i): i // 4 for i in range(40)}))
@@ -140,9 +140,6 @@ def paired_difference(
             f"in the second, such as {(only[0] or only[1])[0]!r}; compare what both have answered"
         )
     queries = sorted(first)
-    homeless = [query for query in queries if query not in clusters]
-    if homeless:
-        raise ImatchError(f"{len(homeless)} queries have no cluster, such as {homeless[0]!r}: name one for each")
     a, b = (_shares([side[query] for query in queries], "query", queries) for side in (first, second))
     names = [clusters[query] for query in queries]
     return _clustered(a - b, names, -1.0, unit, resamples, seed)

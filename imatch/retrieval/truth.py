@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -98,24 +99,6 @@ EQUAL = 1e-6
 """Metres up to which two distances are the same."""
 
 
-def haversine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Great-circle distances on a sphere (Sinnott, "Virtues of the haversine", Sky and Telescope 68, 1984).
-
-    Args:
-        a, b: (..., 2) latitude and longitude in degrees; they broadcast.
-
-    Returns:
-        (...) metres; NaN where a or b is.
-
-    >>> haversine(np.array([0.0, 0]), np.array([1.0, 0])).round(2).item()
-    111194.93
-    """
-    a, b = np.radians(a), np.radians(b)
-    half = np.sin((b - a) / 2) ** 2
-    share = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
-    return 2 * EARTH * np.arcsin(np.sqrt(np.minimum(share, 1)))  # rounding may pass 1 at the antipode
-
-
 @dataclass(frozen=True)
 class Places:
     """Where N photographs were taken, and which way is up in them.
@@ -138,6 +121,17 @@ class Places:
         """(N,) bool, whether the place is known."""
         return np.isfinite(self.coordinates).all(axis=1)
 
+    @cached_property
+    def points(self) -> np.ndarray:
+        """(N, 2) metres of the plane, or (N, 3) on the unit sphere, which has no edges; straight distances between them
+        order as metres do."""
+        if self.system == "plane":
+            return self.coordinates
+        latitude, longitude = np.radians(self.coordinates).T
+        return np.stack(
+            [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
+        )
+
     def metres(self, other: Places, rows: np.ndarray) -> np.ndarray:
         """How far each photograph is from some of another set.
 
@@ -146,7 +140,7 @@ class Places:
             rows: (N, k) int, rows of `other`, -1 for none.
 
         Returns:
-            (N, k) float64 metres; NaN where a place is unknown or there is none.
+            (N, k) float64 metres, on the globe along great circles; NaN where a place is unknown or there is none.
 
         Raises:
             ImatchError: the systems differ.
@@ -156,12 +150,13 @@ class Places:
         [[5.0, 0.0], [0.0, nan]]
         """
         _same_system(self, other)
-        there = np.vstack([other.coordinates, [[np.nan, np.nan]]])[rows]  # row -1 is the last
-        return _distance(self.system, self.coordinates[:, None], there)
+        there = np.vstack([other.points, np.full(other.points.shape[1], np.nan)])[rows]  # row -1 is the last
+        return _distance(self.system, self.points[:, None], there)
 
 
 def _distance(system: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return haversine(a, b) if system == "globe" else np.hypot(a[..., 0] - b[..., 0], a[..., 1] - b[..., 1])
+    straight = np.linalg.norm(a - b, axis=-1)
+    return straight if system == "plane" else 2 * EARTH * np.arcsin(np.minimum(straight / 2, 1))
 
 
 def _same_system(query: Places, gallery: Places) -> None:
@@ -411,10 +406,10 @@ def within(
     >>> [rows.tolist() for rows in within(row, row, radius=60.0, groups=(np.arange(3), np.arange(3)))]
     [[1], [0, 2], [1]]
     """
-    tree, there, points, answers = _looked_at(query, gallery, max_heading)
+    tree, there, answers = _looked_at(query, gallery, max_heading)
     reach, total = _reach(query.system, radius), 0
     for q in np.flatnonzero(query.known):
-        rows = np.sort(there[np.array(tree.query_ball_point(points[q], reach), int)])
+        rows = np.sort(there[np.array(tree.query_ball_point(query.points[q], reach), int)])
         answers[q] = rows[_metres(query, gallery, q, rows, max_heading, groups) <= radius]
         total += len(answers[q])
         if total > MOST:
@@ -440,10 +435,10 @@ def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: 
     >>> [rows.tolist() for rows in nearest(row, row, groups=(np.arange(3), np.arange(3)))]
     [[1], [0, 2], [1]]
     """
-    tree, there, points, answers = _looked_at(query, gallery, max_heading)
+    tree, there, answers = _looked_at(query, gallery, max_heading)
     for q in np.flatnonzero(query.known) if len(there) else ():
         for k in (16, 1024, len(there)):  # more where the first k may not hold the answer
-            straight, near = tree.query(points[q], k) if k < len(there) else ([np.inf], np.arange(len(there)))
+            straight, near = tree.query(query.points[q], k) if k < len(there) else ([np.inf], np.arange(len(there)))
             metres = _metres(query, gallery, q, there[near], max_heading, groups)
             if straight[-1] > _reach(query.system, metres.min() + EQUAL):
                 break
@@ -451,10 +446,8 @@ def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: 
     return answers
 
 
-def _looked_at(
-    query: Places, gallery: Places, max_heading: float
-) -> tuple[cKDTree, np.ndarray, np.ndarray, list[np.ndarray]]:
-    """A tree of the gallery's known places, their rows, the queries' points, and an empty answer each."""
+def _looked_at(query: Places, gallery: Places, max_heading: float) -> tuple[cKDTree, np.ndarray, list[np.ndarray]]:
+    """A tree of the gallery's known places, their rows, and an empty answer a query."""
     _same_system(query, gallery)
     for side, places in (("queries", query), ("gallery", gallery)):
         if max_heading < 180 and not np.isfinite(places.heading).any():
@@ -463,17 +456,7 @@ def _looked_at(
                 "give yaw in the labels, or max_heading 180"
             )
     there = np.flatnonzero(gallery.known)
-    return cKDTree(_points(gallery)[there]), there, _points(query), [np.empty(0, np.int64)] * len(query.heading)
-
-
-def _points(places: Places) -> np.ndarray:
-    """Where straight distances order as metres do: on the unit sphere, which has no edges; or the plane itself."""
-    if places.system == "plane":
-        return places.coordinates
-    latitude, longitude = np.radians(places.coordinates).T
-    return np.stack(
-        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
-    )
+    return cKDTree(gallery.points[there]), there, [np.empty(0, np.int64)] * len(query.heading)
 
 
 def _reach(system: str, metres: float) -> float:
@@ -485,7 +468,7 @@ def _reach(system: str, metres: float) -> float:
 
 def _metres(query: Places, gallery: Places, q: int, g: np.ndarray, max_heading: float, groups: Own) -> np.ndarray:
     """From a query to gallery rows; infinite where one is no answer."""
-    metres = _distance(query.system, query.coordinates[q], gallery.coordinates[g])
+    metres = _distance(query.system, query.points[q], gallery.points[g])
     if max_heading < 180:
         apart = np.abs((query.heading[q] - gallery.heading[g] + 180) % 360 - 180)
         metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # 359.9 and 0.1 are 0.2 apart but for rounding

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
@@ -114,21 +114,8 @@ def sample(n: int, most: int = SAMPLE) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(most, n)).astype(int))
 
 
-class _Plan(TypedDict):
-    """What index.json holds: what was asked for, and what was chosen."""
-
-    asked: str
-    given: Options
-    memory: int
-    shard_rows: int
-    gallery: str
-    vectors: int
-    dimension: int
-    kind: str
-    options: Options
-    reason: str
-    build_ms: float
-    rows: int
+Plan = dict[str, Json]
+"""What index.json holds: what was asked for, of which gallery, and what was chosen."""
 
 
 def digest(vectors: np.ndarray) -> str:
@@ -219,15 +206,15 @@ def _shape(vectors: np.ndarray) -> tuple[int, int]:
     return vectors.shape
 
 
-def _kind(plan: _Plan) -> kinds.Kind:
+def _kind(plan: Plan) -> kinds.Kind:
     return kinds.create_kind(plan["kind"], plan["options"])
 
 
-def _shards(folder: Path, plan: _Plan) -> list[Path]:
+def _shards(folder: Path, plan: Plan) -> list[Path]:
     return [folder / f"{i:05d}.faiss" for i in range(-(-plan["vectors"] // plan["rows"]))]
 
 
-def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> dict[str, Json]:
+def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> Plan:
     budget = memory or psutil.virtual_memory().available // 2
     if kind == "auto":
         if options:
@@ -250,7 +237,7 @@ def _check_norms(vectors: np.ndarray, rows: np.ndarray) -> None:
         raise ImatchError(f"vector {rows[wrong[0]]} has norm {norms[wrong[0]]:.4g}, not 1: embed the gallery again")
 
 
-def _trained(folder: Path, plan: _Plan, vectors: np.ndarray) -> faiss.Index:
+def _trained(folder: Path, plan: Plan, vectors: np.ndarray) -> faiss.Index:
     """The empty index, trained: what was saved, or learned now."""
     path = folder / "trained.faiss"
     if not path.is_file():
@@ -260,7 +247,7 @@ def _trained(folder: Path, plan: _Plan, vectors: np.ndarray) -> faiss.Index:
     return _read(path)
 
 
-def _learned(plan: _Plan, vectors: np.ndarray) -> faiss.Index:
+def _learned(plan: Plan, vectors: np.ndarray) -> faiss.Index:
     """The empty index, trained on evenly spread vectors if it learns."""
     index, many = _kind(plan).empty(*vectors.shape), _kind(plan).learns_from(len(vectors))
     if index.is_trained:
@@ -281,7 +268,7 @@ def _learned(plan: _Plan, vectors: np.ndarray) -> faiss.Index:
     return index
 
 
-def _make(plan: _Plan, source: Path | np.ndarray, path: Path) -> dict[str, str | int]:
+def _make(plan: Plan, source: Path | np.ndarray, path: Path) -> dict[str, str | int]:
     """Make a shard, in this process or another one."""
     vectors = np.load(source, mmap_mode="r") if isinstance(source, Path) else source
     index = _trained(path.parent, plan, vectors)
@@ -357,7 +344,7 @@ class Searcher:
     def __init__(
         self,
         vectors: np.ndarray,
-        plan: _Plan,
+        plan: Plan,
         shards: Sequence[faiss.Index],
         *,
         device: str = "auto",

@@ -17,6 +17,7 @@ from imatch.matching import matchers
 from imatch.matching.two_view import Estimator
 from imatch.retrieval import index as searcher
 from imatch.retrieval import kinds
+from imatch.retrieval.index import IndexOptions
 from imatch.steps import match
 from tools.vocabulary import dead_leaves
 
@@ -155,9 +156,9 @@ def clustered(n, d=32, seed=0):
     return normalise(centres[rng.integers(0, 40, n)] + 0.4 * rng.normal(size=(n, d))).astype(np.float32)
 
 
-def built(folder, vectors, kind, **given):
-    options = OPTIONS.get(kind, {})
-    return searcher.build(folder, vectors, searcher.digest(vectors), kind=kind, options=options, **given)
+def built(folder, vectors, kind, options=None, shard_rows=0, **given):
+    asked = IndexOptions(kind, OPTIONS.get(kind, {}) if options is None else options, **given)
+    return searcher.build(folder, vectors, searcher.digest(vectors), asked, shard_rows=shard_rows)
 
 
 def files(folder):
@@ -244,9 +245,7 @@ def test_an_update_killed_inside_a_shard_mixes_nothing(kind, tmp_path, monkeypat
 def test_a_graph_by_the_factory_is_the_same_every_time(tmp_path):
     vectors = clustered(3000)
     for name in ("one", "two"):
-        searcher.build(
-            tmp_path / name, vectors, searcher.digest(vectors), kind="factory", options={"key": "HNSW16,Flat"}
-        )
+        built(tmp_path / name, vectors, "factory", {"key": "HNSW16,Flat"})
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -255,15 +254,13 @@ def test_index_memory_is_as_the_formula_says(kind, tmp_path):
     options = {"factory": {"key": "IVF16,Flat"}, "ivf_pq": {"parts": 2, "centroids": 8}}.get(kind, {})
     if kind.startswith("ivf") and "centroids" not in options:
         options = {**options, "centroids": 32}
-    index = searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind=kind, options=options)
-    stored = index.stored()
+    stored = built(tmp_path / "index", vectors, kind, options).stored()
     assert stored == pytest.approx(kinds.create_kind(kind, options).memory(*vectors.shape), rel=0.05)
 
 
 def test_memory_counts_what_a_refinement_keeps(tmp_path):
     vectors, options = unit(5000, d=64), {"key": "IVF16,PQ8,RFlat"}
-    index = searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind="factory", options=options)
-    stored = index.stored()
+    stored = built(tmp_path / "index", vectors, "factory", options).stored()
     assert stored == pytest.approx(kinds.create_kind("factory", options).memory(*vectors.shape), rel=0.07)
 
 
@@ -293,7 +290,7 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
     with pytest.raises(ImatchError, match="vector 1 has norm nan"):
         built(folder, bad, kind)
     with pytest.raises(ImatchError, match=r"more than 0\.00 MB"):
-        built(folder, vectors, kind, memory=1000)
+        built(folder, vectors, kind, memory_gb=1000 / 2**30)
     index = built(folder, vectors, kind)
     with pytest.raises(ImatchError, match="same backbone"):
         index.search(unit(1, d=8), 1)
@@ -331,7 +328,7 @@ def test_index_refuses_what_is_wrong(kind, tmp_path):
 def test_options_of_an_index_that_do_not_fit_are_refused(kind, options, said, tmp_path):
     vectors = clustered(600)
     with pytest.raises(ImatchError, match=said):
-        searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind=kind, options=options)
+        built(tmp_path / "index", vectors, kind, options)
 
 
 def test_too_few_vectors_to_learn_from(tmp_path):
@@ -342,7 +339,7 @@ def test_too_few_vectors_to_learn_from(tmp_path):
     assert files(tmp_path / "index") == before
     few = clustered(40)
     with pytest.raises(ImatchError, match=r"40 vectors are too few to learn from \(.*\): use flat"):
-        searcher.build(tmp_path / "other", few, searcher.digest(few), kind="factory", options={"key": "IVF64,Flat"})
+        built(tmp_path / "other", few, "factory", {"key": "IVF64,Flat"})
 
 
 def test_what_cannot_be_deleted_is_no_shard_of_another_gallery(tmp_path, monkeypatch):
@@ -376,7 +373,7 @@ def test_automatic_choice_explains_itself(tmp_path):
     ):
         searcher.choose(10_000_000, 384, 2**28)
     vectors = clustered(2000)
-    index = built(tmp_path / "index", vectors, "auto", memory=2000 * 4 * 32 // 2)
+    index = built(tmp_path / "index", vectors, "auto", memory_gb=2000 * 4 * 32 / 2 / 2**30)
     assert index.plan["kind"] == "ivf_pq"
     assert "flat takes 0.24 MB, more than 0.12 MB" in index.plan["reason"]
 

@@ -414,8 +414,8 @@ def test_references_of_another_embedding_are_refused(house, tmp_path, few_photog
 def test_an_index_that_does_not_belong_is_caught(house, tmp_path):
     data, _, references = house
     _, _, gallery, _ = searched(data, references, "data-data")
-    searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest, kind="flat")
-    index = searcher.build(tmp_path / "index", gallery.vectors, gallery.digest, kind="flat")
+    searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest)
+    index = searcher.build(tmp_path / "index", gallery.vectors, gallery.digest)
     with pytest.raises(StepError, match="the index answers"):
         imatch.steps.check_index(index, gallery)
 

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
-from imatch.core.rows import Json, Options
+from imatch.core.rows import Json
 from imatch.core.types import Hits, ImatchError, StepError
 from imatch.data.embeddings import vector_digest
 from imatch.retrieval import kinds
@@ -131,14 +131,10 @@ def build(
     folder: Path,
     vectors: np.ndarray,
     gallery: str,
+    asked: IndexOptions = IndexOptions(),
     *,
-    kind: str = "auto",
-    options: Options | None = None,
-    memory: int = 0,
     shard_rows: int = 0,
     engine: Engine = LOCAL,
-    device: str = "auto",
-    float16: bool = False,
 ) -> Searcher:
     """Build the index of a gallery in a folder, unless it is there, and open it; one of another gallery, or asked for
     otherwise, is built again. A killed build resumes where it stopped.
@@ -147,12 +143,9 @@ def build(
         folder: of the index alone.
         vectors: (N, D) float32, L2-normalised; a memory map is read block by block.
         gallery: their `digest`.
-        kind: a name of `kinds.INDEXES`, or "auto" (`choose`).
-        options: fields of that kind.
-        memory: bytes it may take; 0 is half of what is free.
+        asked: what sort of index, and where it is searched.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
         engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
-        device, float16: as of `Searcher`.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
@@ -167,20 +160,20 @@ def build(
     [[1], [2]]
     """
     n, d = _shape(vectors)
-    given = {"asked": kind, "given": dict(options or {}), "memory": memory, "shard_rows": shard_rows}
-    asked = {**given, "gallery": gallery, "vectors": n, "dimension": d}
+    made_by = {name: value for name, value in asdict(asked).items() if name in ("kind", "options", "memory_gb")}
+    wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
     begun = any(folder.glob("*.faiss"))  # before index.json is looked for, which other parts write before their shards
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
-    same = all(plan.get(name) == value for name, value in asked.items())
+    same = all(plan.get(name) == value for name, value in wanted.items())
     if engine.shard and begun and not same:
         raise ImatchError(
             f"the index at {folder} is of another gallery or was asked for otherwise: delete it and start the parts "
             "again, or run it once without a shard"
         )
-    if engine.shard and kind == "auto" and not memory:
+    if engine.shard and asked.kind == "auto" and not asked.memory_gb:
         raise ImatchError("parts must choose the same index: name one, such as flat, or give index.memory_gb")
     if not same:
-        plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "build_ms": 0.0}
+        plan = {**wanted, **_plan(asked, n, d), "build_ms": 0.0}
         plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
         if not engine.shard and folder.exists():
             shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
@@ -197,7 +190,7 @@ def build(
         plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
         files.write_json(folder / "index.json", plan)
     opened = [_read(path, mapped=True) for path in shards]
-    return Searcher(vectors, plan, opened, device=device, float16=float16, folder=folder)
+    return Searcher(vectors, plan, opened, asked, folder)
 
 
 def _shape(vectors: np.ndarray) -> tuple[int, int]:
@@ -214,20 +207,22 @@ def _shards(folder: Path, plan: Plan) -> list[Path]:
     return [folder / f"{i:05d}.faiss" for i in range(-(-plan["vectors"] // plan["rows"]))]
 
 
-def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> Plan:
-    budget = memory or psutil.virtual_memory().available // 2
+def _plan(asked: IndexOptions, n: int, d: int) -> Plan:
+    """The kind, its options, and why."""
+    kind, budget = asked.kind, round(asked.memory_gb * 2**30) or psutil.virtual_memory().available // 2
     if kind == "auto":
-        if options:
-            raise ImatchError(f"index auto takes no options, got {sorted(options)}: name a kind")
+        if asked.options:
+            raise ImatchError(f"index auto takes no options, got {sorted(asked.options)}: name a kind")
         chosen, why = choose(n, d, budget)
         return {"kind": chosen, "options": {}, "reason": why}
-    needed = kinds.create_kind(kind, options).memory(n, d)
+    needed = kinds.create_kind(kind, asked.options).memory(n, d)
     if needed > budget:
         raise ImatchError(
             f"{kind} of {n} vectors of {d} numbers takes {_gb(needed)}, more than {_gb(budget)}: use auto, or give "
             "more as index.memory_gb"
         )
-    return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
+    why = f"asked for; it takes {_gb(needed)} of {_gb(budget)}"
+    return {"kind": kind, "options": dict(asked.options), "reason": why}
 
 
 def _check_norms(vectors: np.ndarray, rows: np.ndarray) -> None:
@@ -287,24 +282,20 @@ def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, 
             first += len(block)
 
 
-def in_memory(
-    vectors: np.ndarray, kind: str = "auto", options: Options | None = None, *, gallery: str = "", device: str = "auto"
-) -> Searcher:
+def in_memory(vectors: np.ndarray, asked: IndexOptions = IndexOptions(), gallery: str = "") -> Searcher:
     """Index vectors in memory; nothing is written.
 
     Args:
-        vectors, kind, options, gallery: as of `build`.
-        device: as of `Searcher`.
+        vectors, asked, gallery: as of `build`.
 
     Raises:
-        ImatchError: as `build` and `Searcher`.
+        ImatchError: as `build`.
     """
     n, d = _shape(vectors)
-    chosen = _plan(kind, options or {}, n, d, memory=0)
-    plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **chosen}
+    plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **_plan(asked, n, d)}
     index = _learned(plan, vectors)
     _add(index, _kind(plan), vectors, 0, n)
-    return Searcher(vectors, plan, [index], device=device)
+    return Searcher(vectors, plan, [index], asked)
 
 
 @dataclass(frozen=True)
@@ -329,8 +320,7 @@ class Searcher:
         vectors: (N, D) float32, L2-normalised.
         plan: what was asked for, and what was chosen.
         shards: FAISS' indexes of successive rows.
-        device: "cpu", "cuda" (all GPUs), "cuda:N", or "auto": all GPUs if FAISS sees some and knows the kind there.
-        float16: whether a GPU keeps numbers in 16 bits.
+        asked: where it searches: all GPUs with "cuda", or with "auto" if FAISS sees some and knows the kind there.
         folder: where it lies on disk, if it does.
 
     Raises:
@@ -346,17 +336,15 @@ class Searcher:
         vectors: np.ndarray,
         plan: Plan,
         shards: Sequence[faiss.Index],
-        *,
-        device: str = "auto",
-        float16: bool = False,
+        asked: IndexOptions,
         folder: Path | None = None,
     ) -> None:
-        self.vectors, self.plan, self.folder, self.device = vectors, plan, folder, device
+        self.vectors, self.plan, self.folder, self.device = vectors, plan, folder, asked.device
         self.kind = _kind(plan)
-        self.gpus = _gpus(device, plan["kind"], self.kind.gpu)
+        self.gpus = _gpus(asked.device, plan["kind"], self.kind.gpu)
         if self.gpus:
             options = faiss.GpuMultipleClonerOptions()
-            options.useFloat16, options.shard = float16, len(self.gpus) > 1
+            options.useFloat16, options.shard = asked.float16, len(self.gpus) > 1
             shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in shards]
         self.shards = shards
         self._all = faiss.IndexShards(vectors.shape[1], False, True)  # one after the other, rows counted through

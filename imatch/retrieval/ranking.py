@@ -21,7 +21,7 @@ from imatch.data.embeddings import Embeddings
 from imatch.data.rotations import Pose
 from imatch.data.store import Posed
 from imatch.retrieval import index as searcher
-from imatch.retrieval.index import Searcher
+from imatch.retrieval.index import IndexOptions, Searcher
 from imatch.retrieval.truth import Own
 
 ALPHA = 3.0
@@ -353,16 +353,8 @@ class Ways:
                 for block in searcher.blocks(gallery):
                     file.write(self.whiten(block).astype("<f4").data.cast("B"))
         vectors = np.load(path, mmap_mode="r")
-        self.index = searcher.build(
-            self.folder / "index_whitened",
-            vectors,
-            searcher.digest(vectors),
-            kind=asked["kind"],
-            options=asked["options"],
-            memory=round(asked["memory_gb"] * 2**30),
-            device=self.index.device,
-            float16=asked["float16"],
-        )
+        options = IndexOptions(**asked, device=self.index.device)
+        self.index = searcher.build(self.folder / "index_whitened", vectors, searcher.digest(vectors), options)
         queries = self.whiten(files.take(self.query.vectors, searcher.sample(len(self.query))))
         tuned = self.index.tune(self.index.curve(queries, self.parameters["k"]), asked["recall"])
         if tuned is not None and tuned.recall < asked["recall"]:

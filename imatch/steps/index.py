@@ -153,17 +153,10 @@ def build_index(
     """
     asked = step.parameters["index"]
     given = files.digest([asked["options"], asked["memory_gb"]])[:8] if asked["options"] or asked["memory_gb"] else ""
-    index = searcher.build(
-        gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given])),
-        gallery.vectors,
-        gallery.digest,
-        kind=asked["kind"],
-        options=asked["options"],
-        memory=round(asked["memory_gb"] * 2**30),
-        engine=LOCAL if step.finished else resources.machines,
-        device=device,
-        float16=asked["float16"],
-    )
+    folder = gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given]))
+    engine = LOCAL if step.finished else resources.machines
+    options = IndexOptions(**asked, device=device)
+    index = searcher.build(folder, gallery.vectors, gallery.digest, options, engine=engine)
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index
 

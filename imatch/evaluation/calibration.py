@@ -57,8 +57,8 @@ def calibrate(
 ) -> Threshold:
     """The lowest score from which best hits are right as often as wanted.
 
-    Every query is asked twice, and the caller concatenates the two: once with its answers in the gallery, once with
-    them left out, a known negative. So half of the instances have no match; where matches are rarer, it is lower.
+    Every query is asked twice (`metrics.asked_twice`): with its answers in the gallery, and with them left out, a known
+    negative. So half of the instances have no match; where matches are rarer, the precision is lower.
 
     The threshold is the lowest score at which the one-sided 95 % Clopper-Pearson bound of the precision (Biometrika 26,
     1934) is at least the wanted one. Two things make this bound too kind. It takes instances as independent, while

@@ -162,7 +162,7 @@ def build(
     n, d = _shape(vectors)
     made_by = {name: value for name, value in asdict(asked).items() if name in ("kind", "options", "memory_gb")}
     wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
-    begun = any(folder.glob("*.faiss"))  # before index.json is looked for, which other parts write before their shards
+    begun = any(folder.glob("*.faiss"))  # looked for first, for other parts write index.json first
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
     same = all(plan.get(name) == value for name, value in wanted.items())
     if engine.shard and begun and not same:
@@ -182,8 +182,9 @@ def build(
     if engine.shard or not all(path.is_file() for path in shards):
         started = time.perf_counter()
         _trained(folder, plan, vectors)  # once for all of them
-        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)  # mapped again by each process
-        work = compute.each(partial(_make, plan, Path(vectors.filename) if whole else vectors), 0, "index")
+        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)
+        source = Path(vectors.filename) if whole else vectors  # which other processes map for themselves
+        work = compute.each(partial(_make, plan, source), 0, "index")
         fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
         places = ["cpu"] * min(fit, settings.cores())
         deque(compute.do(engine, work, shards, "index", places, Path.is_file), maxlen=0)

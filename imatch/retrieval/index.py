@@ -513,7 +513,7 @@ def _gpus(device: str, kind: str, able: bool) -> list[int]:
 
 
 def blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
-    """Yield copies of the rows of (N, D) vectors from the first to before the last, `BLOCK` numbers at once.
+    """Yield copies of (N, D) vectors, from the first to before the last, `BLOCK` numbers at once.
 
     >>> [block.tolist() for block in blocks(np.eye(2), 1)]
     [[[0.0, 1.0]]]

@@ -219,23 +219,21 @@ def _ms(work: Callable[[], Hits], queries: int) -> float:
     return round(1000 * (time.perf_counter() - started) / queries, 4)
 
 
-def check_index(index: Searcher, gallery: Stored, sample: int = 1000) -> tuple[int, int]:
-    """Let vectors of the gallery, evenly spread, search for themselves.
+def check_index(index: Searcher, gallery: Stored) -> tuple[int, int]:
+    """Let up to 1,000 vectors of the gallery, evenly spread, search for themselves.
 
     Args:
         index: of that gallery.
         gallery: whose vectors they are.
-        sample: how many at most.
 
     Returns:
-        How many found an equal-score twin of theirs first (photographs with the same content), and how many an
-        approximate index did not find.
+        How many found a twin first (photographs with the same content), and how many an approximate index missed.
 
     Raises:
         StepError: a vector finds something else better than itself in an exact index, or most do in another: rows and
             index do not belong together.
     """
-    row = searcher.sample(len(gallery), sample)
+    row = searcher.sample(len(gallery), 1000)
     vectors = files.take(gallery.vectors, row)
     hits = index.search(vectors, 1)
     own = np.einsum("nd,nd->n", vectors, vectors)

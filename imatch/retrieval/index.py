@@ -348,9 +348,11 @@ class Searcher:
             options.useFloat16, options.shard = asked.float16, len(self.gpus) > 1
             shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in shards]
         self.shards = shards
-        self._all = faiss.IndexShards(vectors.shape[1], False, True)  # one after the other, rows counted through
-        for shard in shards:
-            self._all.add_shard(shard)
+        self._all = shards[0]
+        if len(shards) > 1:  # one after the other, rows counted through
+            self._all = faiss.IndexShards(vectors.shape[1], False, True)
+            for shard in shards:
+                self._all.add_shard(shard)
         self.effort: int | None = plan.get("effort")
 
     @property

@@ -266,7 +266,7 @@ def test_near_duplicates_are_found_and_what_is_new_is_not(demo, demo_photographs
     queries = embedded(folder, tmp_path / "exports", weight="dsift", resize=Resize("scale", scale=0.5))
     (said,) = [one for one in asked(queries, demo) if "look alike" in one]
     assert said.startswith("6 pairs of photographs look alike")
-    for pair in ("chelsea_brighter.png ~ chelsea.png", "chelsea_half.png ~ chelsea.png", "and 1 more"):
+    for pair in ("chelsea_brighter.png ~ chelsea.png", "chelsea_half.png ~ chelsea.png", "coffee_half.png ~ coffee"):
         assert pair in said
     assert "new.png" not in said
 
@@ -281,7 +281,7 @@ def test_near_duplicates_within_one_set_are_found(few_photographs, tmp_path):
     (said,) = [one for one in among(step) if "look alike" in one]
     wanted = itertools.combinations(["a.png", "a_brighter.png", "a_compressed.jpg", "a_half.png"], 2)
     assert said.startswith("6 pairs")
-    assert [f"{one} ~ {other}" for one, other in wanted][:5] == said.rpartition(": ")[2].split(" and ")[0].split(", ")
+    assert [f"{one} ~ {other}" for one, other in wanted] == said.rpartition(": ")[2].split(", ")
     _, references = referenced(step)  # and so are they behind their references
     (said,) = [one for one in audited(indexed(step, references, "reference-data")) if "look alike" in one]
     assert said.startswith("6 pairs")

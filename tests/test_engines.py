@@ -25,6 +25,7 @@ from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError
 from imatch.data.images import Resize, list_photographs
 from imatch.retrieval import index as searcher
+from imatch.retrieval.index import IndexOptions
 from tests import grouped
 from tests.command import command
 from tests.grouped import by
@@ -480,25 +481,19 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     files.write_array(tmp_path / "vectors.npy", vectors)
     mapped, gallery = np.load(tmp_path / "vectors.npy", mmap_mode="r"), searcher.digest(vectors)
+    asked = IndexOptions(kind, device="cpu")
     answers = {}
     for name, rows in (("whole", 0), ("local", 300), ("processes", 300)):
         engine = compute.create_engine("local" if name == "whole" else name)
-        searcher.build(tmp_path / name, mapped, gallery, kind=kind, shard_rows=rows, engine=engine)
-        found = searcher.open_index(tmp_path / name, mapped, gallery, device="cpu")
+        found = searcher.build(tmp_path / name, mapped, gallery, asked, shard_rows=rows, engine=engine)
         effort = max(found.kind.efforts(len(vectors)), default=None)
         answers[name] = found.search(vectors[::50], 10, effort=effort)
     for i in (2, 0, 1):
+        part = compute.create_engine(shard=f"{i}/3")
         with pytest.raises(PartDoneError, match=f"index: part {i}/3 is done"):
-            searcher.build(
-                tmp_path / "parts",
-                mapped,
-                gallery,
-                kind=kind,
-                shard_rows=300,
-                engine=compute.create_engine(shard=f"{i}/3"),
-            )
+            searcher.build(tmp_path / "parts", mapped, gallery, asked, shard_rows=300, engine=part)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")}
-    searcher.build(tmp_path / "parts", mapped, gallery, kind=kind, shard_rows=300)
+    searcher.build(tmp_path / "parts", mapped, gallery, asked, shard_rows=300)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")} == made
     shards = sorted((tmp_path / "local").glob("0*.faiss"))
     assert len(shards) == 7
@@ -513,18 +508,19 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
 def test_parts_do_not_mend_an_index(tmp_path):
     vectors = np.eye(40, dtype=np.float32)
     few, part = vectors[:30], compute.create_engine(shard="0/2")
+    flat, hnsw = IndexOptions("flat", device="cpu"), IndexOptions("hnsw")
     with pytest.raises(ImatchError, match="parts must choose the same index"):
         searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), engine=part)
-    searcher.build(tmp_path / "index", few, searcher.digest(few), kind="flat")
+    searcher.build(tmp_path / "index", few, searcher.digest(few), flat)
     with pytest.raises(PartDoneError, match="so are all others"):
-        searcher.build(tmp_path / "index", few, searcher.digest(few), kind="flat", engine=part)
+        searcher.build(tmp_path / "index", few, searcher.digest(few), flat, engine=part)
     with pytest.raises(ImatchError, match="delete it and start the parts again, or run it once without a shard"):
-        searcher.build(tmp_path / "index", few, searcher.digest(few), kind="hnsw", engine=part)
+        searcher.build(tmp_path / "index", few, searcher.digest(few), hnsw, engine=part)
     (tmp_path / "index" / "index.json").rename(kept := tmp_path / "index.json")
-    with pytest.raises(ImatchError, match="holds what is left of another index: delete it"):
-        searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), kind="hnsw", engine=part)
+    with pytest.raises(ImatchError, match="delete it and start the parts again"):
+        searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), hnsw, engine=part)
     kept.rename(tmp_path / "index" / "index.json")
-    assert len(searcher.open_index(tmp_path / "index", few, searcher.digest(few), device="cpu").shards) == 1
+    assert len(searcher.build(tmp_path / "index", few, searcher.digest(few), flat).shards) == 1
 
 
 def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):

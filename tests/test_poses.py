@@ -353,7 +353,7 @@ def test_a_better_search_goes_on_where_it_was_killed(drawn, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval_ranking, "reorder", stop)
+        patch.setattr(retrieval_ranking, "token_score", stop)
         with pytest.raises(KeyboardInterrupt):
             imatch.steps.search(killed, index, query, gallery)
     before = (killed.folder / "tokens" / "00000.npy").stat().st_mtime_ns

@@ -414,8 +414,8 @@ def test_references_of_another_embedding_are_refused(house, tmp_path, few_photog
 def test_an_index_that_does_not_belong_is_caught(house, tmp_path):
     data, _, references = house
     _, _, gallery, _ = searched(data, references, "data-data")
-    searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest, kind="flat")
-    index = searcher.open_index(tmp_path / "index", gallery.vectors, gallery.digest)
+    searcher.build(tmp_path / "index", gallery.vectors[::-1], gallery.digest)
+    index = searcher.build(tmp_path / "index", gallery.vectors, gallery.digest)
     with pytest.raises(StepError, match="the index answers"):
         imatch.steps.check_index(index, gallery)
 
@@ -756,7 +756,7 @@ def test_labels_stand_before_the_exif(pixels, tmp_path):
     rows = files.read_rows(step.folder / "queries.jsonl")
     assert [row["answers"] for row in rows] == [1, 1, 0]
     assert [row["metres"] for row in rows] == [5.0, 5.0, None]
-    assert [row["metres"] for row in table_of(step)] == ["5.000", "", "5.000", "", "", ""]
+    assert [row["metres"] for row in table_of(step)] == ["5.0", "", "5.0", "", "", ""]
     figures = step.metrics["positions"]
     assert (figures["queries"], figures["unknown"], figures["top1_metres_mean"]) == (2, 1, 5.0)
 

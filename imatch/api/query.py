@@ -45,10 +45,10 @@ def index(gallery: Embeddings, kind: str = "auto", *, options: Options | None = 
     'flat'
     """
     try:
-        from imatch.retrieval.index import in_memory
+        from imatch.retrieval.index import IndexOptions, in_memory
     except ImportError as error:
         raise ImatchError("an index needs FAISS: pip install 'imatch[cpu]', or 'imatch[gpu]'") from error
-    return in_memory(gallery.vectors, kind, options, gallery=gallery.digest, device=device)
+    return in_memory(gallery.vectors, IndexOptions(kind, options or {}, device=device), gallery.digest)
 
 
 def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Searcher | None = None) -> Hits:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import faiss
 import numpy as np
 
+from imatch.core import config
 from imatch.core.rows import SearchFigures, ThresholdRecord
 from imatch.data.embeddings import Embeddings
 
@@ -17,7 +16,6 @@ LOOK = 25
 """Bits of 256 that the looks of near-duplicates differ by at most: compressed, halved, brighter copies do."""
 NEAREST = 8
 """How many photographs that look alike are looked for beside each: a hovering drone gives thousands."""
-NAMED = 5
 
 
 def copies_of(query: Embeddings, gallery: Embeddings) -> list[str]:
@@ -28,7 +26,7 @@ def copies_of(query: Embeddings, gallery: Embeddings) -> list[str]:
     copies = [row["id"] for row in query.rows if row["sha256"] in held]
     if not copies:
         return []
-    listed = _some(copies, len(copies))
+    listed = config.names(copies)
     return [f"{len(copies)} of {len(query)} queries are files of the gallery and find themselves: {listed}"]
 
 
@@ -50,9 +48,9 @@ def alike(query: Embeddings, gallery: Embeddings, truth: str) -> list[str]:
         pairs = np.unique(np.sort(pairs, axis=0), axis=1)  # each pair once
     if not pairs.shape[1]:
         return []
-    listed = sorted(f"{looks[0][q]['id']} ~ {looks[1][g]['id']}" for q, g in pairs[:, :1000].T)
+    listed = config.names(sorted(f"{looks[0][q]['id']} ~ {looks[1][g]['id']}" for q, g in pairs.T))
     right = ", though only one counts as right" if truth == "photograph" else ""
-    return [f"{pairs.shape[1]} pairs of photographs look alike{right}: {_some(listed, pairs.shape[1])}"]
+    return [f"{pairs.shape[1]} pairs of photographs look alike{right}: {listed}"]
 
 
 def _tells(look: str | None) -> bool:
@@ -80,7 +78,3 @@ def promise_broken(threshold: ThresholdRecord) -> list[str]:
         f"{held:.0%} of the first hits that are believed are right on photographs that the threshold was not "
         f"calibrated on, not {wanted:.0%}: do not rely on `accepted`, but on `verified` of 04_match"
     ]
-
-
-def _some(names: Sequence[str], total: int) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {total - NAMED} more" if total > NAMED else "")

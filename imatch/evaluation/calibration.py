@@ -57,18 +57,16 @@ def calibrate(
 ) -> Threshold:
     """The lowest score from which best hits are right as often as wanted.
 
-    Every query is asked twice, and the caller concatenates the two: once with its answers in the gallery, once with
-    them left out, a known negative. So half of the instances have no match; where matches are rarer, it is lower.
+    Every query is asked twice (`metrics.asked_twice`): with its answers in the gallery, and with them left out, a known
+    negative. So half of the instances have no match; where matches are rarer, the precision is lower.
 
     The threshold is the lowest score at which the one-sided 95 % Clopper-Pearson bound of the precision (Biometrika 26,
     1934) is at least the wanted one. Two things make this bound too kind. It takes instances as independent, while
     those of one photograph are not: the held-out figure, by cluster, is the check. And it is looked at for every score,
-    not for one chosen before: Geifman and El-Yaniv ("Selective Classification for Deep Neural Networks", NeurIPS 2017)
-    divide the risk by the number of looks, which is not done here. Simulated for 0.95 with independent instances and
-    scores that tell right from wrong, the true precision fell short in 2 to 5 % of the data sets, as promised, while a
-    divided risk gave up 7 to 28 points of coverage. Where photographs shift the scores of all their queries it fell
-    short in 6 to 15 %, nine in ten ending at 0.946 or more. Scores that tell nothing, right in 0.948 of all cases, got
-    a threshold in a fifth of the data sets.
+    not for one chosen before (Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017,
+    divide the risk by the number of looks, which costs 7 to 28 points of coverage). Simulated for 0.95, the true
+    precision fell short in 2 to 5 % of the data sets where instances are independent, in 6 to 15 % where photographs
+    shift the scores of all their queries.
 
     Args:
         scores: (n,) of the best hits, higher is better; -inf for an instance without any hit, which is never accepted.
@@ -79,8 +77,7 @@ def calibrate(
         seed: of the split into halves.
 
     Raises:
-        ImatchError: lengths differ, a score is NaN or inf, a hit is right without an answer, or the precision
-            is outside (0, 1).
+        ImatchError: a score is NaN or inf, or the precision is outside (0, 1).
 
     >>> scores = np.r_[np.linspace(0.6, 0.9, 200), np.linspace(0.2, 0.5, 200)]
     >>> found = calibrate(scores, scores > 0.55, scores > 0.55, [i % 10 for i in range(400)])
@@ -90,8 +87,6 @@ def calibrate(
     if not 0 < precision < 1:
         raise ImatchError(f"precision is {precision}: it must lie between 0 and 1, such as 0.95")
     scores, right, has_answer = _checked(scores, right, has_answer)
-    if len(clusters) != len(scores):
-        raise ImatchError(f"{len(scores)} scores but {len(clusters)} clusters: give each instance its own")
     if not has_answer.any():
         return Threshold(None, precision, None, None, None, None, "no query has an answer")
     value, why = _lowest(scores, right, precision)
@@ -134,7 +129,7 @@ def curve(
         coverage: (m,) in [0, 1], share of the queries that have an answer among them; NaN when no query has one.
 
     Raises:
-        ImatchError: lengths differ, a score is NaN or inf, or a hit is right without an answer.
+        ImatchError: a score is NaN or inf.
 
     >>> [x.tolist() for x in curve([0.9, 0.5, 0.5, 0.2], [True, True, False, False], [True, True, False, False])]
     [[0.9, 0.5, 0.2], [1.0, 0.6666666666666666, 0.5], [0.5, 1.0, 1.0]]
@@ -151,18 +146,11 @@ def _checked(
     right: Sequence[bool] | np.ndarray,
     has_answer: Sequence[bool] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores, right, has_answer = np.asarray(scores, np.float64), np.asarray(right, bool), np.asarray(has_answer, bool)
-    if not len(scores) == len(right) == len(has_answer):
-        raise ImatchError(
-            f"{len(scores)} scores, {len(right)} right and {len(has_answer)} has_answer: give one of each an instance"
-        )
+    scores = np.asarray(scores, np.float64)
     wrong = np.flatnonzero(~(scores < math.inf))
     if len(wrong):
         raise ImatchError(f"score {wrong[0]} is {scores[wrong[0]]}: give numbers, and -inf where there is no hit")
-    if (right & ~has_answer).any():
-        first = np.flatnonzero(right & ~has_answer)[0]
-        raise ImatchError(f"instance {first} is right but has no answer in the gallery: look at has_answer")
-    return scores, right, has_answer
+    return scores, np.asarray(right, bool), np.asarray(has_answer, bool)
 
 
 def _counts(scores: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -54,23 +54,6 @@ def recall_at_k(right: np.ndarray, answers: np.ndarray, k: int) -> np.ndarray:
     return _share(right[:, :k].sum(axis=1), answers)
 
 
-def precision_at_k(right: np.ndarray, k: int) -> np.ndarray:
-    """Precision@K: the share of the first k hits that are right; places that the gallery could not fill count as wrong
-    (Manning et al., chapter 8).
-
-    Args:
-        right: (Q, K) bool.
-        k: 1 to K.
-
-    Returns:
-        (Q,) float64 in [0, 1].
-
-    >>> precision_at_k(np.array([[True, False, True]]), 2).tolist()
-    [0.5]
-    """
-    return right[:, :k].mean(axis=1)
-
-
 def average_precision(right: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """Average precision over the first K hits: the mean of Precision@r over the ranks r of right hits, where what was
     not found counts as 0, over at most K answers (mAP@K of Weyand et al., "Google Landmarks Dataset v2", CVPR 2020).
@@ -89,22 +72,6 @@ def average_precision(right: np.ndarray, answers: np.ndarray) -> np.ndarray:
     k = right.shape[1]
     precision = right.cumsum(axis=1) / np.arange(1, k + 1)
     return _share((precision * right).sum(axis=1), np.minimum(answers, k))
-
-
-def reciprocal_rank(right: np.ndarray) -> np.ndarray:
-    """1 / rank of the first right hit, ranks from 1; 0 where none of the K is right. Its mean over queries is MRR
-    (Voorhees, "The TREC-8 Question Answering Track Report", 1999).
-
-    Args:
-        right: (Q, K) bool.
-
-    Returns:
-        (Q,) float64 in [0, 1].
-
-    >>> reciprocal_rank(np.array([[False, True], [False, False]])).tolist()
-    [0.5, 0.0]
-    """
-    return np.where(right.any(axis=1), 1 / (right.argmax(axis=1) + 1), 0.0)
 
 
 def chance(answers: np.ndarray, candidates: np.ndarray) -> float | None:
@@ -168,9 +135,11 @@ def retrieval_metrics(rows: Sequence[QueryRow], k: int, unit: str = "photographs
 
     Returns:
         k, queries, without_answer (counted apart, in nothing else), missed (the backbone found nothing in them, so they
-        find nothing and are wrong everywhere), hit_at_K, recall_at_K and precision_at_K for K of
-        `DEPTHS`, map_at_k and mrr_at_k; `intervals` of hit_at_1, map and mrr, 95 %,
-        by `intervals.interval`; `by_view`: hit_at_1 with its interval for each crop and angle. Figures are None where
+        find nothing and are wrong everywhere), hit_at_K, recall_at_K and precision_at_K for K of `DEPTHS`: the share of
+        the first K hits that are right, places that the gallery could not fill count as wrong (Manning et al.,
+        chapter 8); map_at_k; mrr_at_k, the mean of 1 / rank of the first right hit, 0 without one (Voorhees, "The
+        TREC-8 Question Answering Track Report", 1999); `intervals` of hit_at_1, map and mrr, 95 %, by
+        `intervals.interval`; `by_view`: hit_at_1 with its interval for each crop and angle. Figures are None where
         nothing could be counted.
     """
     counted = [row for row in rows if row["answers"]]
@@ -185,8 +154,9 @@ def retrieval_metrics(rows: Sequence[QueryRow], k: int, unit: str = "photographs
     for depth in sorted({*(n for n in DEPTHS if n < k), k}):
         figures[f"hit_at_{depth}"] = mean(hit_at_k(right, depth))
         figures[f"recall_at_{depth}"] = mean(recall_at_k(right, answers, depth))
-        figures[f"precision_at_{depth}"] = mean(precision_at_k(right, depth))
-    whole = {"map": average_precision(right, answers), "mrr": reciprocal_rank(right)}
+        figures[f"precision_at_{depth}"] = mean(right[:, :depth].mean(axis=1))
+    reciprocal = np.where(right.any(axis=1), 1 / (right.argmax(axis=1) + 1), 0.0)
+    whole = {"map": average_precision(right, answers), "mrr": reciprocal}
     figures |= {f"{name}_at_{k}": mean(values) for name, values in whole.items()}
     each = {"hit_at_1": hit_at_k(right, 1), **whole}
     figures["intervals"] = {
@@ -312,7 +282,7 @@ def _figures(pairs: Sequence[PairRow], best: Sequence[PairRow], unit: str) -> Pa
         if candidate and row["right"] is False and not row["has_truth"]:  # its own photograph matches rightly
             wrong[row["query"]] = wrong.get(row["query"], False) or row["verified"]
     true = [row for row in pairs if row["has_truth"]]
-    errors = corner_errors(true)
+    errors = [_or_inf(row["corner_error"]) for row in true]
     each = {
         "hit_at_1": (first, [row["right"] for row in first]),
         "reranked_hit_at_1": (counted, [row["right"] for row in counted]),
@@ -346,11 +316,6 @@ def _figures(pairs: Sequence[PairRow], best: Sequence[PairRow], unit: str) -> Pa
         "scale_error_median": _median([_or_inf(row["scale_error"]) for row in true]),
         "intervals": {name: interval.record() for name, interval in measured.items()},
     }
-
-
-def corner_errors(pairs: Iterable[PairRow]) -> list[float]:
-    """The corner errors of pairs in pixels, infinite where no geometry was found."""
-    return [_or_inf(row["corner_error"]) for row in pairs]
 
 
 def _or_inf(value: float | None) -> float:

@@ -9,24 +9,25 @@ Shards are what a build that was killed resumes by; an index of another gallery 
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
 import psutil
 from pydantic import Field, NonNegativeFloat
+from threadpoolctl import threadpool_limits
 
 from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, Engine
-from imatch.core.rows import Json, Options
+from imatch.core.rows import Json
 from imatch.core.types import Hits, ImatchError, StepError
 from imatch.data.embeddings import vector_digest
 from imatch.retrieval import kinds
@@ -91,7 +92,7 @@ def choose(n: int, d: int, memory: int) -> tuple[str, str]:
     >>> choose(40_000, 384, 2**30)[0], choose(100_000_000, 384, 2**36)[0]
     ('flat', 'ivf_pq')
     """
-    told = []
+    told: list[str] = []
     for kind in ("flat", "ivf_flat", "ivf_pq", "ivf_rabitq"):
         needed = kinds.create_kind(kind).memory(n, d)
         size = f"{kind} takes {_gb(needed)}"
@@ -113,21 +114,8 @@ def sample(n: int, most: int = SAMPLE) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(most, n)).astype(int))
 
 
-class _Plan(TypedDict):
-    """What index.json holds: what was asked for, and what was chosen."""
-
-    asked: str
-    given: Options
-    memory: int
-    shard_rows: int
-    gallery: str
-    vectors: int
-    dimension: int
-    kind: str
-    options: Options
-    reason: str
-    build_ms: float
-    rows: int
+Plan = dict[str, Json]
+"""What index.json holds: what was asked for, of which gallery, and what was chosen."""
 
 
 def digest(vectors: np.ndarray) -> str:
@@ -136,140 +124,135 @@ def digest(vectors: np.ndarray) -> str:
     >>> digest(np.eye(2, dtype=np.float32)) == digest(np.eye(2, dtype=np.float32)[::-1])
     False
     """
-    return files.digest([vector_digest(vector) for block in _blocks(vectors) for vector in block])
+    return files.digest([vector_digest(vector) for block in blocks(vectors) for vector in block])
 
 
 def build(
     folder: Path,
     vectors: np.ndarray,
     gallery: str,
+    asked: IndexOptions = IndexOptions(),
     *,
-    kind: str = "auto",
-    options: Options | None = None,
-    memory: int = 0,
     shard_rows: int = 0,
     engine: Engine = LOCAL,
-) -> None:
-    """Build the index of a gallery in a folder, unless it is there; one of another gallery, or asked for otherwise, is
-    built again. A killed build resumes where it stopped.
+) -> Searcher:
+    """Build the index of a gallery in a folder, unless it is there, and open it; one of another gallery, or asked for
+    otherwise, is built again. A killed build resumes where it stopped.
 
     Args:
         folder: of the index alone.
         vectors: (N, D) float32, L2-normalised; a memory map is read block by block.
         gallery: their `digest`.
-        kind: a name of `kinds.INDEXES`, or "auto" (`choose`).
-        options: fields of that kind.
-        memory: bytes it may take; 0 is half of what is free.
+        asked: what sort of index, and where it is searched.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
         engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
-            of an index that is to be built again.
+            of an index that is to be built again; a device that is not there.
+        StepError: a file of it is broken.
         PartDoneError: see `compute.do`.
+
+    >>> import tempfile
+    >>> vectors = np.eye(3, dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     build(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
+    [[1], [2]]
     """
-    _check_vectors(vectors)
-    n, d = vectors.shape
-    given = {"asked": kind, "given": dict(options or {}), "memory": memory, "shard_rows": shard_rows}
-    asked = {**given, "gallery": gallery, "vectors": n, "dimension": d}
+    n, d = _shape(vectors)
+    made_by = {name: value for name, value in asdict(asked).items() if name in ("kind", "options", "memory_gb")}
+    wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
+    begun = any(folder.glob("*.faiss"))  # looked for first, for other parts write index.json first
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
-    same = all(plan.get(name) == value for name, value in asked.items())
-    if engine.shard:
-        _check_part(folder, bool(plan), same, kind, memory)
-    if not same:
-        plan = {**asked, **_plan(kind, asked["given"], n, d, memory), "build_ms": 0.0}
-        plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
-        if not engine.shard and folder.exists():
-            shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
-        files.write_json(folder / "index.json", plan)
-    started = time.perf_counter()
-    _trained(folder, _kind(plan), vectors)
-    adding = _Adding(folder, plan, vectors)
-    jobs = _shards(plan)
-    was_there = all(adding.done(job) for job in jobs)
-    fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
-    places = ["cpu"] * min(fit, settings.cores())
-    deque(compute.do(engine, compute.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
-    if not was_there:
-        spent = plan["build_ms"] + 1000 * (time.perf_counter() - started)
-        files.write_json(folder / "index.json", {**plan, "build_ms": round(spent, 3)})
-
-
-def _check_part(folder: Path, begun: bool, same: bool, kind: str, memory: int) -> None:
-    """Refuse a part of an index that would not be that of the other parts, or would take theirs away."""
-    if begun and not same:
+    same = all(plan.get(name) == value for name, value in wanted.items())
+    if engine.shard and begun and not same:
         raise ImatchError(
             f"the index at {folder} is of another gallery or was asked for otherwise: delete it and start the parts "
             "again, or run it once without a shard"
         )
-    if kind == "auto" and not memory:
+    if engine.shard and asked.kind == "auto" and not asked.memory_gb:
         raise ImatchError("parts must choose the same index: name one, such as flat, or give index.memory_gb")
-    if not same and any(folder.glob("*.faiss")) and not (folder / "index.json").is_file():  # else another has begun
-        raise ImatchError(f"{folder} holds what is left of another index: delete it, and start the parts again")
+    if not same:
+        plan = {**wanted, **_plan(asked, n, d), "build_ms": 0.0}
+        plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
+        if not engine.shard and folder.exists():
+            shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
+        files.write_json(folder / "index.json", plan)
+    shards = _shards(folder, plan)
+    if engine.shard or not all(path.is_file() for path in shards):
+        started = time.perf_counter()
+        _trained(folder, plan, vectors)  # once for all of them
+        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)
+        source = Path(vectors.filename) if whole else vectors  # which other processes map for themselves
+        work = compute.each(partial(_make, plan, source), 0, "index")
+        fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
+        places = ["cpu"] * min(fit, settings.cores())
+        deque(compute.do(engine, work, shards, "index", places, Path.is_file), maxlen=0)
+        plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
+        files.write_json(folder / "index.json", plan)
+    opened = [_read(path, mapped=True) for path in shards]
+    return Searcher(vectors, plan, opened, asked, folder)
 
 
-def _check_vectors(vectors: np.ndarray) -> None:
+def _shape(vectors: np.ndarray) -> tuple[int, int]:
     if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] < 1:
         raise ImatchError(f"an index needs (N, D) vectors, at least one; got {vectors.shape}")
+    return vectors.shape
 
 
-def _kind(plan: _Plan) -> kinds.Kind:
+def _kind(plan: Plan) -> kinds.Kind:
     return kinds.create_kind(plan["kind"], plan["options"])
 
 
-def _shards(plan: _Plan) -> list[_Shard]:
-    n, size = plan["vectors"], plan["rows"]
-    return [_Shard(f"{i:05d}", first, min(n, first + size)) for i, first in enumerate(range(0, n, size))]
+def _shards(folder: Path, plan: Plan) -> list[Path]:
+    return [folder / f"{i:05d}.faiss" for i in range(-(-plan["vectors"] // plan["rows"]))]
 
 
-def _plan(kind: str, options: Options, n: int, d: int, memory: int) -> dict[str, Json]:
-    budget = memory or psutil.virtual_memory().available // 2
+def _plan(asked: IndexOptions, n: int, d: int) -> Plan:
+    """The kind, its options, and why."""
+    kind, budget = asked.kind, round(asked.memory_gb * 2**30) or psutil.virtual_memory().available // 2
     if kind == "auto":
-        if options:
-            raise ImatchError(f"index auto takes no options, got {sorted(options)}: name a kind")
+        if asked.options:
+            raise ImatchError(f"index auto takes no options, got {sorted(asked.options)}: name a kind")
         chosen, why = choose(n, d, budget)
         return {"kind": chosen, "options": {}, "reason": why}
-    needed = kinds.create_kind(kind, options).memory(n, d)
+    needed = kinds.create_kind(kind, asked.options).memory(n, d)
     if needed > budget:
         raise ImatchError(
             f"{kind} of {n} vectors of {d} numbers takes {_gb(needed)}, more than {_gb(budget)}: use auto, or give "
             "more as index.memory_gb"
         )
-    return {"kind": kind, "options": dict(options), "reason": f"asked for; it takes {_gb(needed)} of {_gb(budget)}"}
+    why = f"asked for; it takes {_gb(needed)} of {_gb(budget)}"
+    return {"kind": kind, "options": dict(asked.options), "reason": why}
 
 
-def _taken(vectors: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows, block by block, looked at for whether they are normalised."""
-    size = max(1, BLOCK // vectors.shape[1])
-    for part in (rows[first : first + size] for first in range(0, len(rows), size)):
-        block = files.take(vectors, part)
-        norms = np.sqrt(np.einsum("nd,nd->n", block, block))
-        wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
-        if len(wrong):
-            norm = norms[wrong[0]]
-            raise ImatchError(f"vector {part[wrong[0]]} has norm {norm:.4g}, not 1: embed the gallery again")
-        yield block
+def _check_norms(vectors: np.ndarray, rows: np.ndarray) -> None:
+    norms = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+    if len(wrong):
+        raise ImatchError(f"vector {rows[wrong[0]]} has norm {norms[wrong[0]]:.4g}, not 1: embed the gallery again")
 
 
-def _trained(folder: Path, made: kinds.Kind, vectors: np.ndarray) -> faiss.Index:
+def _trained(folder: Path, plan: Plan, vectors: np.ndarray) -> faiss.Index:
     """The empty index, trained: what was saved, or learned now."""
     path = folder / "trained.faiss"
-    if path.is_file():
-        return _read(path)
-    index = made.empty(*vectors.shape)
-    if not index.is_trained:
-        _learn(index, made, vectors)
-        if path.is_file():  # another part was first
-            return _read(path)
-        _write(path, index)
-    return index
+    if not path.is_file():
+        index = _learned(plan, vectors)
+        if not path.is_file():  # another part was first
+            _write(path, index)
+    return _read(path)
 
 
-def _learn(index: faiss.Index, made: kinds.Kind, vectors: np.ndarray) -> None:
-    """Train an index on evenly spread vectors."""
-    if not made.learns_from(len(vectors)):
+def _learned(plan: Plan, vectors: np.ndarray) -> faiss.Index:
+    """The empty index, trained on evenly spread vectors if it learns."""
+    index, many = _kind(plan).empty(*vectors.shape), _kind(plan).learns_from(len(vectors))
+    if index.is_trained:
+        return index
+    if not many:
         raise ImatchError("this index learns from vectors, and option seen is 0: give such as 100000")
-    seen = np.concatenate(list(_taken(vectors, sample(len(vectors), made.learns_from(len(vectors))))))
+    rows = sample(len(vectors), many)
+    seen = files.take(vectors, rows)
+    _check_norms(seen, rows)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf.cp.min_points_per_centroid = 1  # warns on the console otherwise
@@ -278,125 +261,42 @@ def _learn(index: faiss.Index, made: kinds.Kind, vectors: np.ndarray) -> None:
     except RuntimeError as error:
         said = str(error).strip().splitlines()[-1]
         raise ImatchError(f"{len(seen)} vectors are too few to learn from ({said}): use flat") from error
+    return index
 
 
-def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, shard: _Shard) -> None:
-    """Add the rows of a shard."""
-    with _threads(1 if kind.in_order else faiss.omp_get_max_threads()):
-        for block in _taken(vectors, np.arange(shard.first, shard.last)):
+def _make(plan: Plan, source: Path | np.ndarray, path: Path) -> dict[str, str | int]:
+    """Make a shard, in this process or another one."""
+    vectors = np.load(source, mmap_mode="r") if isinstance(source, Path) else source
+    index = _trained(path.parent, plan, vectors)
+    first = int(path.stem) * plan["rows"]
+    _add(index, _kind(plan), vectors, first, min(plan["vectors"], first + plan["rows"]))
+    _write(path, index)
+    return {"shard": path.stem, "vectors": index.ntotal}
+
+
+def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, last: int) -> None:
+    """Add some rows of the gallery."""
+    with threadpool_limits(1 if kind.in_order else None, user_api="openmp"):
+        for block in blocks(vectors, first, last):
+            _check_norms(block, np.arange(first, last))
             index.add(block)
+            first += len(block)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A job: the rows of the gallery, from the first to before the last, that become one shard."""
-
-    name: str
-    first: int
-    last: int
-
-
-class _Adding:
-    """Makes shards; another process opens what was learned, and the vectors, for itself."""
-
-    def __init__(self, folder: Path, plan: _Plan, vectors: np.ndarray) -> None:
-        self.folder, self.plan, self.vectors = folder, plan, vectors
-
-    def __getstate__(self) -> tuple[Path, _Plan, Path | np.ndarray]:
-        vectors = self.vectors
-        return self.folder, self.plan, Path(vectors.filename) if isinstance(vectors, np.memmap) else vectors
-
-    def __setstate__(self, state: tuple[Path, _Plan, Path | np.ndarray]) -> None:
-        folder, plan, vectors = state
-        self.__init__(folder, plan, np.load(vectors, mmap_mode="r") if isinstance(vectors, Path) else vectors)
-
-    @cached_property
-    def trained(self) -> faiss.Index:
-        return _trained(self.folder, _kind(self.plan), self.vectors)
-
-    def done(self, shard: _Shard) -> bool:
-        """Whether a shard is on disk."""
-        return (self.folder / f"{shard.name}.faiss").is_file()
-
-    def __call__(self, shard: _Shard) -> dict[str, str | int]:
-        index = faiss.clone_index(self.trained)
-        _add(index, _kind(self.plan), self.vectors, shard)
-        _write(self.folder / f"{shard.name}.faiss", index)
-        return {"shard": shard.name, "vectors": index.ntotal}
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(n)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
-def in_memory(
-    vectors: np.ndarray, kind: str = "auto", options: Options | None = None, *, gallery: str = "", device: str = "auto"
-) -> Searcher:
+def in_memory(vectors: np.ndarray, asked: IndexOptions = IndexOptions(), gallery: str = "") -> Searcher:
     """Index vectors in memory; nothing is written.
 
     Args:
-        vectors, kind, options, gallery: as of `build`.
-        device: as of `Searcher`.
+        vectors, asked, gallery: as of `build`.
 
     Raises:
-        ImatchError: as `build` and `Searcher`.
+        ImatchError: as `build`.
     """
-    _check_vectors(vectors)
-    n, d = vectors.shape
-    chosen = _plan(kind, options or {}, n, d, memory=0)
-    plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **chosen}
-    index = _kind(plan).empty(n, d)
-    if not index.is_trained:
-        _learn(index, _kind(plan), vectors)
-    _add(index, _kind(plan), vectors, _Shard("", 0, n))
-    return Searcher(vectors, plan, [index], device=device)
-
-
-def open_index(
-    folder: Path, vectors: np.ndarray, gallery: str, *, device: str = "auto", float16: bool = False
-) -> Searcher:
-    """Open an index that `build` wrote.
-
-    Args:
-        folder: the index' folder.
-        vectors: (N, D) float32, as they were given to `build`.
-        gallery: their `digest`.
-        device, float16: as of `Searcher`.
-
-    Raises:
-        StepError: there is no index, it is not whole, or older than its gallery.
-        ImatchError: a device that is not there.
-
-    >>> import tempfile
-    >>> vectors = np.eye(3, dtype=np.float32)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     build(Path(folder) / "index", vectors, digest(vectors))
-    ...     open_index(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
-    [[1], [2]]
-    """
-    if not (folder / "index.json").is_file():
-        raise StepError(f"no index at {folder}: run 03_index again")
-    plan = files.read_json(folder / "index.json")
-    if plan.get("gallery") != gallery:
-        raise StepError(
-            f"the index at {folder} is older than its gallery: it holds {plan.get('vectors', 'other')} "
-            f"vectors of {plan.get('dimension')} numbers, not these {vectors.shape[0]} of {vectors.shape[1]}: "
-            "run 03_index again"
-        )
-    paths = [folder / f"{shard.name}.faiss" for shard in _shards(plan)]
-    if not all(path.is_file() for path in paths):
-        raise StepError(f"the index at {folder} is not whole: run 03_index again, it goes on where it stopped")
-    shards = [_read(path, mapped=True) for path in paths]
-    for index, shard, path in zip(shards, _shards(plan), paths, strict=True):
-        if index.ntotal != shard.last - shard.first:
-            raise StepError(f"{path} holds {index.ntotal} vectors, not {shard.last - shard.first}: delete {folder}")
-    return Searcher(vectors, plan, shards, device=device, float16=float16, folder=folder)
+    n, d = _shape(vectors)
+    plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **_plan(asked, n, d)}
+    index = _learned(plan, vectors)
+    _add(index, _kind(plan), vectors, 0, n)
+    return Searcher(vectors, plan, [index], asked)
 
 
 @dataclass(frozen=True)
@@ -415,14 +315,13 @@ class Point:
 
 
 class Searcher:
-    """An index over the vectors that it was made from; of `open_index` or `in_memory`.
+    """An index over the vectors that it was made from; of `build` or `in_memory`.
 
     Args:
         vectors: (N, D) float32, L2-normalised.
         plan: what was asked for, and what was chosen.
         shards: FAISS' indexes of successive rows.
-        device: "cpu", "cuda" (all GPUs), "cuda:N", or "auto": all GPUs if FAISS sees some and knows the kind there.
-        float16: whether a GPU keeps numbers in 16 bits.
+        asked: where it searches: all GPUs with "cuda", or with "auto" if FAISS sees some and knows the kind there.
         folder: where it lies on disk, if it does.
 
     Raises:
@@ -436,21 +335,24 @@ class Searcher:
     def __init__(
         self,
         vectors: np.ndarray,
-        plan: _Plan,
+        plan: Plan,
         shards: Sequence[faiss.Index],
-        *,
-        device: str = "auto",
-        float16: bool = False,
+        asked: IndexOptions,
         folder: Path | None = None,
     ) -> None:
-        self.vectors, self.plan, self.folder, self.device = vectors, plan, folder, device
-        self.kind, self.firsts = _kind(plan), [shard.first for shard in _shards(plan)]
-        self.gpus = _gpus(device, plan["kind"], self.kind.gpu)
+        self.vectors, self.plan, self.folder, self.device = vectors, plan, folder, asked.device
+        self.kind = _kind(plan)
+        self.gpus = _gpus(asked.device, plan["kind"], self.kind.gpu)
         if self.gpus:
             options = faiss.GpuMultipleClonerOptions()
-            options.useFloat16, options.shard = float16, len(self.gpus) > 1
+            options.useFloat16, options.shard = asked.float16, len(self.gpus) > 1
             shards = [faiss.index_cpu_to_gpus_list(shard, options, self.gpus) for shard in shards]
         self.shards = shards
+        self._all = shards[0]
+        if len(shards) > 1:  # one after the other, rows counted through
+            self._all = faiss.IndexShards(vectors.shape[1], False, True)
+            for shard in shards:
+                self._all.add_shard(shard)
         self.effort: int | None = plan.get("effort")
 
     @property
@@ -506,29 +408,13 @@ class Searcher:
             space.set_index_parameter(shard, self.kind.effort, effort)
 
     def _nearest(self, queries: np.ndarray, depth: int) -> Hits:
-        found = []
-        for shard, first in zip(self.shards, self.firsts, strict=True):
-            if self.gpus and depth > 2048:
-                raise ImatchError(
-                    f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu"
-                )
-            scores, places = shard.search(queries, min(depth, shard.ntotal))
-            found.append((np.where(places < 0, -1, first + places), scores))
-        rows, scores = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
-        scores = np.where(rows < 0, -np.inf, scores)
-        if len(found) > 1:
-            best = np.argpartition(-scores, min(depth, scores.shape[1]) - 1, axis=1)[:, :depth]
-            rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
+        if self.gpus and depth > 2048:
+            raise ImatchError(f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu")
+        scores, rows = self._all.search(queries, depth)
+        scores[rows < 0] = -np.inf
         if self.kind.refine:
             scores = self._compared(queries, rows)
-        order = np.lexsort([rows, -scores], axis=1)
-        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1).astype(np.float32)
-        rows[np.isneginf(scores)] = -1
-        short = max(0, depth - rows.shape[1])
-        return Hits(
-            np.pad(rows, ((0, 0), (0, short)), constant_values=-1),
-            np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf),
-        )
+        return _sorted(rows, scores)
 
     def _compared(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(Q, m) cosines of candidates by their vectors in the store; -inf where row is -1."""
@@ -585,24 +471,23 @@ class Searcher:
         """The exact k nearest, by comparing with all vectors of the store, block by block; k is at most N."""
         queries = np.ascontiguousarray(queries, np.float32)
         _allow_products(queries.shape[1])
-        rows = np.zeros((len(queries), 0), np.int64)
-        scores = np.zeros((len(queries), 0), np.float32)
-        first = 0
-        for block in _blocks(self.vectors):
-            new, places = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-            rows, scores = np.hstack([rows, places + first]), np.hstack([scores, new])
-            order = np.lexsort([rows, -scores], axis=1)[:, :k]
-            rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+        heap, first = faiss.ResultHeap(len(queries), k, keep_max=True), 0
+        for block in blocks(self.vectors):
+            scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+            heap.add_result(scores, rows + first)
             first += len(block)
-        return Hits(rows, scores)
+        heap.finalize()
+        return _sorted(heap.I, heap.D)
 
     def stored(self) -> int:
         """Bytes of its shards on disk; 0 of one in memory."""
-        return (
-            0
-            if self.folder is None
-            else sum((self.folder / f"{shard.name}.faiss").stat().st_size for shard in _shards(self.plan))
-        )
+        return sum(path.stat().st_size for path in _shards(self.folder, self.plan)) if self.folder else 0
+
+
+def _sorted(rows: np.ndarray, scores: np.ndarray) -> Hits:
+    """Best first, ties by the smaller row."""
+    order = np.lexsort([rows, -scores], axis=1)
+    return Hits(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
 
 
 def _allow_products(d: int) -> None:
@@ -629,35 +514,21 @@ def _gpus(device: str, kind: str, able: bool) -> list[int]:
     return [int(number)] if number else list(range(there))
 
 
-def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    size = max(1, BLOCK // max(1, vectors.shape[1]))
-    for first in range(0, len(vectors), size):
-        yield files.take(vectors, slice(first, first + size))
+def blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
+    """Yield copies of (N, D) vectors, from the first to before the last, `BLOCK` numbers at once.
+
+    >>> [block.tolist() for block in blocks(np.eye(2), 1)]
+    [[[0.0, 1.0]]]
+    """
+    """Yield copies of the rows of (N, D) vectors from the first to before the last, `BLOCK` numbers at once."""
+    size, last = max(1, BLOCK // max(1, vectors.shape[1])), len(vectors) if last is None else last
+    for start in range(first, last, size):
+        yield files.take(vectors, slice(start, min(start + size, last)))
 
 
 def _write(path: Path, index: faiss.Index) -> None:
     """Write an index through Python, for faiss.write_index hides a full disk."""
-    with files.atomic(path) as temporary, temporary.open("wb") as file:
-        _through(file.write, index)
-
-
-def _through(write: Callable[[memoryview], int], index: faiss.Index) -> None:
-    failed: list[OSError] = []
-
-    def chunk(data: memoryview) -> int:
-        try:
-            return 0 if failed else write(data)
-        except OSError as error:  # FAISS would say only that it wrote too little
-            failed.append(error)
-            return 0
-
-    try:
-        faiss.write_index(index, faiss.BufferedIOWriter(faiss.PyCallbackIOWriter(chunk), 2**20))
-    except RuntimeError:
-        if not failed:
-            raise
-    if failed:
-        raise failed[0]
+    files.write_bytes(path, faiss.serialize_index(index).data)
 
 
 def _read(path: Path, mapped: bool = False) -> faiss.Index:

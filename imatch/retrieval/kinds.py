@@ -58,7 +58,8 @@ class Kind:
     def efforts(self, n: int) -> Sequence[int]:
         """List the efforts worth trying when it was laid out for n vectors, rising; none where `effort` is ""."""
         if self.effort == "nprobe":
-            return probes(lists(n, self.centroids))
+            count = lists(n, self.centroids)
+            return sorted({count, *(2**i for i in range(count.bit_length()))})
         return [2**i for i in range(4, 11)] if self.effort else []
 
     def learns_from(self, n: int) -> int:
@@ -166,12 +167,3 @@ def lists(n: int, wanted: int) -> int:
         return wanted
     most = max(1, n // 39)
     return int(min(2 ** round((16 * max(n, 1)).bit_length() / 2), 2 ** (most.bit_length() - 1)))
-
-
-def probes(count: int) -> list[int]:
-    """Efforts to try with so many inverted lists: doubling, up to all of them.
-
-    >>> probes(12)
-    [1, 2, 4, 8, 12]
-    """
-    return sorted({count, *(2**i for i in range(count.bit_length()))})

@@ -1,4 +1,4 @@
-"""How good the answers are: retrieval, geometry and metres, by angle and crop, with honest intervals."""
+"""What a right answer is: what shows the same photograph, or was taken near to where the query was."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from scipy.spatial import cKDTree
 
 from imatch.core import config
-from imatch.core.rows import Json, Parameters, Position, PositionFigures
+from imatch.core.rows import Parameters, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
 from imatch.data.embeddings import Embeddings
 
@@ -60,35 +61,30 @@ class TruthOptions:
                 raise ImatchError(config.unknown(what, value, known))
 
 
-def same_photograph(
-    query_shows: Sequence[str],
-    gallery_shows: Sequence[str],
-    own: np.ndarray | None = None,
-    of: np.ndarray | None = None,
-) -> Truth:
+Own = tuple[np.ndarray, np.ndarray] | None
+"""(Q,) and (N,), integers or text, equal where a row is no answer for a query; None leaves nothing out."""
+
+
+def same_photograph(query_shows: Sequence[str], gallery_shows: Sequence[str], own: Own = None) -> Truth:
     """A row of the gallery answers a query when both show the same photograph.
 
     Args:
         query_shows: Q names of what the queries show, such as `Embeddings.shows`.
         gallery_shows: N of the same for the gallery.
-        own, of: (Q,) and (N,) whole numbers; where they are equal the row is left out for that query (itself, or its
-            siblings). None leaves nothing out.
+        own: what is left out: the query itself, or its siblings.
 
-    >>> truth = same_photograph(["a", "b"], ["a", "b", "a"], own=np.array([0, 1]), of=np.array([0, 1, 2]))
+    >>> truth = same_photograph(["a", "b"], ["a", "b", "a"], own=(np.array([0, 1]), np.array([0, 1, 2])))
     >>> truth.first.tolist(), truth.rows.tolist()
     ([0, 1, 1], [2])
     """
-    _, codes = np.unique([*query_shows, *gallery_shows], return_inverse=True)
-    query, gallery = codes[: len(query_shows)], codes[len(query_shows) :]
-    order = np.argsort(gallery, kind="stable")
-    low, high = (np.searchsorted(gallery, query, side, sorter=order) for side in ("left", "right"))
-    count = high - low
-    asks = np.repeat(np.arange(len(query)), count)
-    rows = order[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)]
-    if own is not None and of is not None:
-        stays = own[asks] != of[rows]
-        asks, rows = asks[stays], rows[stays]
-    return Truth(np.concatenate([[0], np.cumsum(np.bincount(asks, minlength=len(query)))]), rows)
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, shown in enumerate(gallery_shows):
+        rows[shown].append(row)
+    shown_by = {shown: np.array(found) for shown, found in rows.items()}
+    answers = [shown_by.get(shown, np.zeros(0, int)) for shown in query_shows]
+    if own is not None:
+        answers = [found[own[1][found] != one] for found, one in zip(answers, own[0], strict=True)]
+    return Truth.of(answers)
 
 
 MOST = 10**8
@@ -96,35 +92,11 @@ MOST = 10**8
 EARTH = 6_371_000.0
 """Mean radius of the Earth in metres; as a sphere it is right to 0.6 %."""
 AXES = {"globe": ("latitude", "longitude"), "plane": ("x", "y")}
-NUMBERS = ("latitude", "longitude", "altitude", "x", "y", "z", "yaw", "pitch", "roll")
 NAMES = ("id", "imageref", "image", "filename")
-LIMITS = {"latitude": 90, "longitude": 180}
 METRES = (10, 20, 50, 100)
 """Within how many metres hits are counted."""
 EQUAL = 1e-6
 """Metres up to which two distances are the same."""
-PAIRS = 2**20
-"""How many distances are computed at a time."""
-Groups = tuple[np.ndarray, np.ndarray]
-"""(Q,) and (N,), integers or text: a gallery row of the query's own group is left out."""
-
-
-def haversine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Great-circle distances on a sphere (Sinnott, "Virtues of the haversine", Sky and Telescope 68, 1984).
-
-    Args:
-        a, b: (..., 2) latitude and longitude in degrees; they broadcast.
-
-    Returns:
-        (...) metres; NaN where a or b is.
-
-    >>> haversine(np.array([0.0, 0]), np.array([1.0, 0])).round(2).item()
-    111194.93
-    """
-    a, b = np.radians(a), np.radians(b)
-    half = np.sin((b - a) / 2) ** 2
-    share = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
-    return 2 * EARTH * np.arcsin(np.sqrt(np.minimum(share, 1)))  # rounding may pass 1 at the antipode
 
 
 @dataclass(frozen=True)
@@ -136,9 +108,6 @@ class Places:
         coordinates: (N, 2) float64, NaN where unknown.
         heading: (N,) degrees clockwise from north in which the photograph's top points, NaN where unknown.
 
-    Raises:
-        ValueError: an unknown system, or shapes that do not fit each other.
-
     >>> Places("plane", np.array([[3.0, 4], [np.nan, np.nan]]), np.zeros(2)).known.tolist()
     [True, False]
     """
@@ -147,17 +116,21 @@ class Places:
     coordinates: np.ndarray
     heading: np.ndarray
 
-    def __post_init__(self) -> None:
-        if self.system not in AXES or self.coordinates.shape != (len(self.heading), 2) or self.heading.ndim != 1:
-            raise ValueError(
-                f"places do not fit: system {self.system!r}, coordinates {self.coordinates.shape}, "
-                f"heading {self.heading.shape}"
-            )
-
     @property
     def known(self) -> np.ndarray:
         """(N,) bool, whether the place is known."""
         return np.isfinite(self.coordinates).all(axis=1)
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """(N, 2) metres of the plane, or (N, 3) on the unit sphere, which has no edges; straight distances between them
+        order as metres do."""
+        if self.system == "plane":
+            return self.coordinates
+        latitude, longitude = np.radians(self.coordinates).T
+        return np.stack(
+            [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
+        )
 
     def metres(self, other: Places, rows: np.ndarray) -> np.ndarray:
         """How far each photograph is from some of another set.
@@ -167,7 +140,7 @@ class Places:
             rows: (N, k) int, rows of `other`, -1 for none.
 
         Returns:
-            (N, k) float64 metres; NaN where a place is unknown or there is none.
+            (N, k) float64 metres, on the globe along great circles; NaN where a place is unknown or there is none.
 
         Raises:
             ImatchError: the systems differ.
@@ -177,12 +150,13 @@ class Places:
         [[5.0, 0.0], [0.0, nan]]
         """
         _same_system(self, other)
-        there = np.vstack([other.coordinates, [[np.nan, np.nan]]])[rows]  # row -1 is the last
-        return _distance(self.system, self.coordinates[:, None], there)
+        there = np.vstack([other.points, np.full(other.points.shape[1], np.nan)])[rows]  # row -1 is the last
+        return _distance(self.system, self.points[:, None], there)
 
 
 def _distance(system: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return haversine(a, b) if system == "globe" else np.hypot(a[..., 0] - b[..., 0], a[..., 1] - b[..., 1])
+    straight = np.linalg.norm(a - b, axis=-1)
+    return straight if system == "plane" else 2 * EARTH * np.arcsin(np.minimum(straight / 2, 1))
 
 
 def _same_system(query: Places, gallery: Places) -> None:
@@ -225,10 +199,9 @@ def read_labels(path: Path) -> dict[str, dict[str, float]]:
     except UnicodeDecodeError as error:
         raise ImatchError(f"labels {path}: not UTF-8 from byte {error.start}: save it as UTF-8") from error
     labels: dict[str, dict[str, float]] = {}
-    for where, name, given in readers[path.suffix.lower()](text, f"labels {path}"):
-        if not name.strip():
+    for where, name, numbers in readers[path.suffix.lower()](text, f"labels {path}"):
+        if not (key := _normal(name.strip())):
             raise ImatchError(f"{where}: names no photograph: give its path")
-        numbers, key = _checked(given, where), _normal(name.strip())
         if labels.setdefault(key, numbers) != numbers:
             raise ImatchError(f"{where}: {key!r} is there twice with different values: keep one of them")
     if not any(axis in numbers for numbers in labels.values() for axis, _ in AXES.values()):
@@ -236,38 +209,72 @@ def read_labels(path: Path) -> dict[str, dict[str, float]]:
     return labels
 
 
-def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, Mapping[str, Json]]]:
+class _Numbers(config.Said, extra="ignore"):
+    latitude: Annotated[float, Field(ge=-90, le=90)] | None = None
+    longitude: Annotated[float, Field(ge=-180, le=180)] | None = None
+    altitude: float | None = None
+    x: float | None = None
+    y: float | None = None
+    z: float | None = None
+    yaw: float | None = None
+    pitch: float | None = None
+    roll: float | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Numbers:
+        for axes in AXES.values():
+            for one, other in (axes, axes[::-1]):
+                if one in self.known and other not in self.known:
+                    raise ValueError(f"{one} without {other}: give both, or leave both empty")
+        return self
+
+    @property
+    def known(self) -> dict[str, float]:
+        return self.model_dump(exclude_none=True)
+
+
+class _Photograph(config.Said, extra="ignore"):
+    imageref: str
+    position: _Numbers = _Numbers()
+    attitude: _Numbers = _Numbers()
+
+
+class _Photographs(config.Said, extra="ignore"):
+    images: list[_Photograph]
+
+
+NUMBERS = tuple(_Numbers.model_fields)
+
+
+def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, float]]]:
     """Of each line: where it is, which photograph it names, what it gives."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns: list[str] | None = None
     try:
+        columns = _columns(next(reader, []), f"{where}, line 1")
         for cells in reader:
-            line = f"{where}, line {reader.line_num}"
-            if columns is None:
-                columns = _columns(cells, line)
-            elif any(cell.strip() for cell in cells):  # spreadsheets leave empty lines at the end
-                if len(cells) != len(columns):
-                    raise ImatchError(f"{line}: {len(cells)} cells for {len(columns)} columns: correct the line")
-                row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
-                name = next(row[name] for name in NAMES if name in row)
-                yield line, name, {name: _float(row[name]) for name in NUMBERS if row.get(name)}
+            line, row = f"{where}, line {reader.line_num}", [cell.strip() for cell in cells]
+            if not any(row):  # spreadsheets leave empty lines at the end
+                continue
+            if len(row) != len(columns):
+                raise ImatchError(f"{line}: {len(row)} cells for {len(columns)} columns: correct the line")
+            given = {name: _float(cell) for name, cell in zip(columns, row, strict=True) if name in NUMBERS and cell}
+            name = next(cell for name, cell in zip(columns, row, strict=True) if name in NAMES)
+            yield line, name, config.checked(_Numbers, given, f"{line}: ").known
     except csv.Error as error:
         raise ImatchError(f"{where}, line {reader.line_num}: no CSV ({error}): correct the quotes") from error
 
 
 def _columns(cells: Sequence[str], where: str) -> list[str]:
     columns = [cell.strip().lower() for cell in cells]
-    named = [name for name in columns if name in NAMES]
-    if len(named) != 1:
+    if sum(column in NAMES for column in columns) != 1:
         raise ImatchError(
             f"{where}: wants one column of {', '.join(NAMES)}, separated by commas; has {config.names(columns)}"
         )
     for column in columns:
         if column not in (*NAMES, *NUMBERS) and (near := difflib.get_close_matches(column, NUMBERS, 1, 0.8)):
             raise ImatchError(f"{where}: unknown column {column!r}: did you mean {near[0]!r}?")
-    twice = [name for name in NUMBERS if columns.count(name) > 1]
-    if twice:
-        raise ImatchError(f"{where}: column {twice[0]} is there twice: keep one of them")
+        if column in NUMBERS and columns.count(column) > 1:
+            raise ImatchError(f"{where}: column {column} is there twice: keep one of them")
     return columns
 
 
@@ -278,40 +285,13 @@ def _float(text: str) -> float | str:
         return text
 
 
-class _Photograph(config.Said, extra="ignore"):
-    imageref: str
-    position: dict[str, Any] = Field({})
-    attitude: dict[str, Any] = Field({})
-
-
-class _Photographs(config.Said, extra="ignore"):
-    images: list[_Photograph]
-
-
-def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, Mapping[str, Json]]]:
+def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, float]]]:
     try:
         whole = config.checked(_Photographs, json.loads(text), f"{where}: ")
     except json.JSONDecodeError as error:
         raise ImatchError(f"{where}, line {error.lineno}: no JSON ({error.msg}): correct it") from error
     for i, said in enumerate(whole.images):
-        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position | said.attitude
-
-
-def _checked(given: Position | Mapping[str, Json], where: str) -> dict[str, float]:
-    """The numbers that are given, if they can be true."""
-    said = {name: given[name] for name in NUMBERS if given.get(name) is not None}
-    for name, value in said.items():
-        if not config.fits(value, float) or not math.isfinite(value):
-            raise ImatchError(f"{where}: {name} wants a number, got {value!r}: correct it, or leave it empty")
-        if abs(value) > LIMITS.get(name, math.inf):
-            raise ImatchError(
-                f"{where}: {name} {value} lies outside -{LIMITS[name]} to {LIMITS[name]} degrees: correct it"
-            )
-    for axes in AXES.values():
-        for one, other in (axes, axes[::-1]):
-            if one in said and other not in said:
-                raise ImatchError(f"{where}: {one} without {other}: give both, or leave both empty")
-    return {name: float(value) for name, value in said.items()}
+        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position.known | said.attitude.known
 
 
 def _normal(path: str) -> str:
@@ -342,14 +322,14 @@ def places(
 
     Raises:
         ImatchError: it is ambiguous which label a photograph has; some photographs have only latitude and longitude,
-            others only x and y; or a position of `exif` is wrong.
+            others only x and y.
 
     >>> places(["flight/a.jpg", "b.jpg"], [None, None], {"a.jpg": {"x": 3.0, "y": 4.0, "yaw": 350.0}}, [30, 0])
     Places(system='plane', coordinates=array([[ 3.,  4.],
            [nan, nan]]), heading=array([20., nan]))
     """
     if labels is None:
-        said = [_checked(row or {}, f"position of photograph {id!r}") for id, row in zip(ids, exif, strict=True)]
+        said = [row or {} for row in exif]
     else:
         fitting = _fitting({_normal(id) for id in ids}, {_normal(name): label for name, label in labels.items()})
         said = [fitting.get(_normal(id), {}) for id in ids]
@@ -385,7 +365,8 @@ def _fitting(ids: set[str], labels: Mapping[str, Mapping[str, float]]) -> dict[s
     found: dict[str, str] = {}
     for label in sorted(labels, key=lambda label: (label not in ids, label)):  # the exact ones first
         alike = [label] if label in ids else by_name[label.rpartition("/")[2]]
-        shared = {id: min(len(id), len(label)) for id in alike if _ends(id, label) or _ends(label, id)}
+        fit = [id for id in alike if f"/{id}".endswith(f"/{label}") or f"/{label}".endswith(f"/{id}")]
+        shared = {id: min(len(id), len(label)) for id in fit}
         most = max(shared.values(), default=0)
         longest = [id for id, length in shared.items() if length == most]
         if len(longest) > 1:
@@ -401,12 +382,8 @@ def _fitting(ids: set[str], labels: Mapping[str, Mapping[str, float]]) -> dict[s
     return {id: labels[label] for id, label in found.items()}
 
 
-def _ends(path: str, ending: str) -> bool:
-    return path == ending or path.endswith(f"/{ending}")
-
-
 def within(
-    query: Places, gallery: Places, radius: float, max_heading: float = 180.0, groups: Groups | None = None
+    query: Places, gallery: Places, radius: float, max_heading: float = 180.0, groups: Own = None
 ) -> list[np.ndarray]:
     """The gallery rows near each query.
 
@@ -414,14 +391,14 @@ def within(
         query, gallery: Q and N places in one system.
         radius: metres, above 0; what is just as far is near.
         max_heading: degrees from 0 to 180 by which the headings may differ; below 180 both must be known.
-        groups: (Q,) and (N,) integers or text; a gallery row of the query's own group is no answer. With ids, a query
-            leaves out itself; with the ids of sources, all that was made from its photograph.
+        groups: a gallery row of the query's own group is no answer. With ids, a query leaves out itself; with the ids
+            of sources, all that was made from its photograph.
 
     Returns:
         Q times (n,) int64, sorted rows; none where the place is unknown.
 
     Raises:
-        ImatchError: the systems differ, a number is out of its range, or headings are needed and none is known.
+        ImatchError: the systems differ, headings are needed and none is known, or there are too many answers.
 
     >>> row = Places("plane", np.array([[0.0, 0], [30, 0], [90, 0]]), np.zeros(3))
     >>> [rows.tolist() for rows in within(row, row, radius=60.0)]
@@ -429,31 +406,18 @@ def within(
     >>> [rows.tolist() for rows in within(row, row, radius=60.0, groups=(np.arange(3), np.arange(3)))]
     [[1], [0, 2], [1]]
     """
-    if not (math.isfinite(radius) and radius > 0):
-        raise ImatchError(f"radius {radius} must be a number of metres above 0")
-    _check(query, gallery, max_heading, groups)
-    there = np.flatnonzero(gallery.known)
-    tree = cKDTree(_points(gallery)[there])
-    points, reach = _points(query), _reach(query.system, np.float64(radius))
-    total = int(np.sum(tree.query_ball_point(points[query.known], reach, return_length=True)))
-    if total > MOST:
-        raise ImatchError(
-            f"radius {radius:g} m gives {total} right answers, {total / len(points):.0f} a query: ask for a smaller one"
-        )
-    answers = _none(query)
-    for block in _blocks(np.flatnonzero(query.known), 256):
-        found = tree.query_ball_point(points[block], reach, return_sorted=True)
-        many = [len(rows) for rows in found]
-        rows = there[np.concatenate(found).astype(np.int64)]
-        near = _metres(query, gallery, np.repeat(block, many), rows, max_heading, groups) <= radius
-        for q, part, is_near in zip(block, *(np.split(x, np.cumsum(many)[:-1]) for x in (rows, near)), strict=True):
-            answers[q] = part[is_near]
+    tree, there, answers = _looked_at(query, gallery, max_heading)
+    reach, total = _reach(query.system, radius), 0
+    for q in np.flatnonzero(query.known):
+        rows = np.sort(there[np.array(tree.query_ball_point(query.points[q], reach), int)])
+        answers[q] = rows[_metres(query, gallery, q, rows, max_heading, groups) <= radius]
+        total += len(answers[q])
+        if total > MOST:
+            raise ImatchError(f"radius {radius:g} m gives more than {MOST} right answers: ask for a smaller one")
     return answers
 
 
-def nearest(
-    query: Places, gallery: Places, max_heading: float = 180.0, groups: Groups | None = None
-) -> list[np.ndarray]:
+def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: Own = None) -> list[np.ndarray]:
     """The gallery row nearest to each query, and all that are as near to a micrometre.
 
     Args:
@@ -471,77 +435,40 @@ def nearest(
     >>> [rows.tolist() for rows in nearest(row, row, groups=(np.arange(3), np.arange(3)))]
     [[1], [0, 2], [1]]
     """
-    _check(query, gallery, max_heading, groups)
-    there = np.flatnonzero(gallery.known)
-    n, answers = len(there), _none(query)
-    if not n:
-        return answers
-    tree = cKDTree(_points(gallery)[there])
-    points, left = _points(query), np.flatnonzero(query.known)
-    for k in (16, 256, 4096):  # more for those queries of which the first k may not hold the answer
-        if k < n:
-            unsettled = [left[:0]]
-            for block in _blocks(left, PAIRS // k):
-                straight, near = tree.query(points[block], k)
-                metres = _metres(query, gallery, block[:, None], there[near], max_heading, groups)
-                settled = straight[:, -1] > _reach(query.system, metres.min(axis=1) + EQUAL)
-                for q, row, rows in zip(block[settled], metres[settled], there[near[settled]], strict=True):
-                    answers[q] = _least(row, rows)
-                unsettled.append(block[~settled])
-            left = np.concatenate(unsettled)
-    for q in left:
-        answers[q] = _least(_metres(query, gallery, q, there, max_heading, groups), there)
+    tree, there, answers = _looked_at(query, gallery, max_heading)
+    for q in np.flatnonzero(query.known) if len(there) else ():
+        for k in (16, 1024, len(there)):  # more where the first k may not hold the answer
+            straight, near = tree.query(query.points[q], k) if k < len(there) else ([np.inf], np.arange(len(there)))
+            metres = _metres(query, gallery, q, there[near], max_heading, groups)
+            if straight[-1] > _reach(query.system, metres.min() + EQUAL):
+                break
+        answers[q] = np.sort(there[near[(metres <= metres.min() + EQUAL) & np.isfinite(metres)]])
     return answers
 
 
-def _least(metres: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return np.sort(rows[(metres <= metres.min() + EQUAL) & np.isfinite(metres)])
-
-
-def _check(query: Places, gallery: Places, max_heading: float, groups: Groups | None) -> None:
+def _looked_at(query: Places, gallery: Places, max_heading: float) -> tuple[cKDTree, np.ndarray, list[np.ndarray]]:
+    """A tree of the gallery's known places, their rows, and an empty answer a query."""
     _same_system(query, gallery)
-    if not 0 <= max_heading <= 180:
-        raise ImatchError(f"max_heading {max_heading} must be from 0 to 180 degrees")
     for side, places in (("queries", query), ("gallery", gallery)):
         if max_heading < 180 and not np.isfinite(places.heading).any():
             raise ImatchError(
                 f"max_heading {max_heading:g} wants headings, and not one of the {side} is known: "
                 "give yaw in the labels, or max_heading 180"
             )
-    if groups is not None and (groups[0].shape, groups[1].shape) != (query.heading.shape, gallery.heading.shape):
-        raise ValueError(f"groups of {groups[0].shape} and {groups[1].shape} do not fit the places")
+    there = np.flatnonzero(gallery.known)
+    return cKDTree(gallery.points[there]), there, [np.empty(0, np.int64)] * len(query.heading)
 
 
-def _none(query: Places) -> list[np.ndarray]:
-    return [np.empty(0, np.int64) for _ in query.heading]
-
-
-def _blocks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _points(places: Places) -> np.ndarray:
-    """Where straight distances order as metres do: on the unit sphere, which has no edges; or the plane itself."""
-    if places.system == "plane":
-        return places.coordinates
-    latitude, longitude = np.radians(places.coordinates).T
-    return np.stack(
-        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
-    )
-
-
-def _reach(system: str, metres: np.ndarray) -> np.ndarray:
+def _reach(system: str, metres: float) -> float:
     """The straight distance that is these metres, a little more so that rounding loses nothing."""
     if system == "plane":
         return metres * (1 + 1e-9)
-    return 2 * np.sin(np.minimum(metres / (2 * EARTH), np.pi / 2)) + 1e-12
+    return 2 * math.sin(min(metres / (2 * EARTH), math.pi / 2)) + 1e-12
 
 
-def _metres(
-    query: Places, gallery: Places, q: np.ndarray, g: np.ndarray, max_heading: float, groups: Groups | None
-) -> np.ndarray:
-    """From query rows q to gallery rows g, which broadcast; infinite where g is no answer for q."""
-    metres = _distance(query.system, query.coordinates[q], gallery.coordinates[g])
+def _metres(query: Places, gallery: Places, q: int, g: np.ndarray, max_heading: float, groups: Own) -> np.ndarray:
+    """From a query to gallery rows; infinite where one is no answer."""
+    metres = _distance(query.system, query.points[q], gallery.points[g])
     if max_heading < 180:
         apart = np.abs((query.heading[q] - gallery.heading[g] + 180) % 360 - 180)
         metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # 359.9 and 0.1 are 0.2 apart but for rounding
@@ -582,10 +509,6 @@ def _share(hits: np.ndarray) -> float | None:
     return float(hits.mean()) if len(hits) else None
 
 
-Own = tuple[np.ndarray, np.ndarray] | None
-"""(Q,) and (N,) whole numbers, equal where a row is no answer for a query; None leaves nothing out."""
-
-
 def left_out(query: Embeddings, gallery: Embeddings, shows: Sequence[str], truth: str, siblings: bool) -> Own:
     """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
     same = query == gallery
@@ -615,7 +538,7 @@ def truth_of(
     (its truth)."""
     asked = parameters["truth"]
     if asked["kind"] == "photograph":
-        return same_photograph(query_shows, gallery_shows, *(own or ()))
+        return same_photograph(query_shows, gallery_shows, own)
     if here is None or there is None:
         raise ImatchError(
             f"truth.kind is {asked['kind']}, but no photograph of the {'gallery' if here else 'queries'} has a "
@@ -634,17 +557,14 @@ def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tupl
     refused.
     """
     labels = read_labels(file) if file else None
-    roots = [side.sources.root for side in (query, gallery)]
     ids, exif, turned, asked = [], [], [], len(query) + len(query.missed)
-    for side, root, rows in zip((query, gallery), roots, ([*query.rows, *query.missed], gallery.rows), strict=True):
+    apart = query.sources.root != gallery.sources.root
+    for side, rows in ((query, [*query.rows, *query.missed]), (gallery, gallery.rows)):
         sources, views = side.sources.decodable, side.views
         for row in rows:
-            source = sources.get(row.get("source", row["id"]), {})
-            ids.append(
-                row.get("source", row["id"]) if roots[0] == roots[1] else f"{root.name}/{row.get('source', row['id'])}"
-            )
-            place = source.get("position") or {}
-            exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
+            source = row.get("source", row["id"])
+            ids.append(f"{side.sources.root.name}/{source}" if apart else source)
+            exif.append(sources.get(source, {}).get("position"))
             turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
     both = places(ids, exif, labels, turned)
     found = []

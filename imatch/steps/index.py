@@ -16,7 +16,7 @@ import numpy as np
 from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, ComputeOptions
 from imatch.core.files import flat_name
-from imatch.core.rows import IndexFigures, Parameters, PhotoRow, QueryRow, SearchFigures, StageRow
+from imatch.core.rows import HitRow, IndexFigures, PhotoRow, QueryRow, SearchFigures, StageRow
 from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
@@ -31,7 +31,7 @@ from imatch.features import base
 from imatch.features.base import Backbone, embed_one
 from imatch.retrieval import index as searcher
 from imatch.retrieval.index import IndexOptions, Searcher
-from imatch.retrieval.ranking import HELD, RankingOptions, Stage, Ways, joined, search_by
+from imatch.retrieval.ranking import HELD, Found, RankingOptions, Stage, Ways, joined, search_by
 from imatch.retrieval.truth import (
     TruthOptions,
     count_equal,
@@ -123,18 +123,12 @@ def _check_ranking(ranking: RankingOptions, query: Step, gallery: Step) -> None:
             f"ranking.whiten {ranking.whiten}: {gallery.metrics['photographs']} vectors of "
             f"{gallery.metrics['global_dimension']} numbers give at most {most} axes"
         )
-    if ranking.rerank:
-        _check_tokens([query, gallery], ranking.tokens)
-
-
-def _check_tokens(sides: Sequence[Step], tokens: int) -> None:
-    """Raise StepError when a side of an index has not so many aggregated tokens to compare by."""
-    for side in sides:
+    for side in (query, gallery) if ranking.rerank else ():
         store.check_keeps(side.folder, side.parameters, "rerank", store.KEEPS_LOCAL)
-        if store.keep_of(side.parameters) == "aggregated" and tokens > store.AGGREGATED:
+        if store.keep_of(side.parameters) == "aggregated" and ranking.tokens > store.AGGREGATED:
             raise StepError(
-                f"ranking.tokens is {tokens}, and {side.folder} keeps {store.AGGREGATED} a photograph: set it to "
-                f"{store.AGGREGATED}, or run 01_embed with storage.keep {' or '.join(store.KEEPS_PLACED)}"
+                f"ranking.tokens is {ranking.tokens}, and {side.folder} keeps {store.AGGREGATED} a photograph: set it "
+                f"to {store.AGGREGATED}, or run 01_embed with storage.keep {' or '.join(store.KEEPS_PLACED)}"
             )
 
 
@@ -154,22 +148,15 @@ def build_index(
 
     Raises:
         ImatchError: it does not fit into the memory, or a device that is not there.
-        StepError: a finished step's index is not whole, or older than the gallery.
+        StepError: a file of it is broken.
         PartDoneError: see `compute.do`.
     """
-    asked, digest = step.parameters["index"], gallery.digest
+    asked = step.parameters["index"]
     given = files.digest([asked["options"], asked["memory_gb"]])[:8] if asked["options"] or asked["memory_gb"] else ""
     folder = gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given]))
-    searcher.build(
-        folder,
-        gallery.vectors,
-        digest,
-        kind=asked["kind"],
-        options=asked["options"],
-        memory=round(asked["memory_gb"] * 2**30),
-        engine=LOCAL if step.finished else resources.machines,
-    )
-    index = searcher.open_index(folder, gallery.vectors, digest, device=device, float16=asked["float16"])
+    engine = LOCAL if step.finished else resources.machines
+    options = IndexOptions(**asked, device=device)
+    index = searcher.build(folder, gallery.vectors, gallery.digest, options, engine=engine)
     print(f"{index.plan['kind']} on {index.backend}: {index.plan['reason']}")
     return index
 
@@ -232,23 +219,21 @@ def _ms(work: Callable[[], Hits], queries: int) -> float:
     return round(1000 * (time.perf_counter() - started) / queries, 4)
 
 
-def check_index(index: Searcher, gallery: Stored, sample: int = 1000) -> tuple[int, int]:
-    """Let vectors of the gallery, evenly spread, search for themselves.
+def check_index(index: Searcher, gallery: Stored) -> tuple[int, int]:
+    """Let up to 1,000 vectors of the gallery, evenly spread, search for themselves.
 
     Args:
         index: of that gallery.
         gallery: whose vectors they are.
-        sample: how many at most.
 
     Returns:
-        How many found an equal-score twin of theirs first (photographs with the same content), and how many an
-        approximate index did not find.
+        How many found a twin first (photographs with the same content), and how many an approximate index missed.
 
     Raises:
         StepError: a vector finds something else better than itself in an exact index, or most do in another: rows and
             index do not belong together.
     """
-    row = searcher.sample(len(gallery), sample)
+    row = searcher.sample(len(gallery), 1000)
     vectors = files.take(gallery.vectors, row)
     hits = index.search(vectors, 1)
     own = np.einsum("nd,nd->n", vectors, vectors)
@@ -302,10 +287,11 @@ def judge_index(
                 "embedded": q < len(query),
                 "answers": int(ranking.answers[q]),
                 "right_ranks": np.flatnonzero(ranking.right[q]).tolist(),
-                "score": _score(ranking.scores[q, 0]),
-                "score_without": _score(ranking.without[q]),
-                "metres": _finite(metres[0]),
-                "least_metres": _finite(np.min(metres, where=~np.isnan(metres), initial=np.inf)),
+                # unrounded: the threshold is one of these scores, and who compares shall find the same accepted
+                "score": _known(ranking.scores[q, 0]),
+                "score_without": _known(ranking.without[q]),
+                "metres": _known(round(metres[0], 6)),
+                "least_metres": _known(round(np.fmin.reduce(metres), 6)),
             }
         )
     threshold = calibration.calibrate(*asked_twice(found), precision=step.parameters["truth"]["precision"])
@@ -317,13 +303,8 @@ def judge_index(
     return rows, threshold
 
 
-def _score(value: float) -> float | None:
-    """Unrounded: the threshold is one of these scores, and whoever compares the two shall find the same accepted."""
-    return None if value == -math.inf else float(value)
-
-
-def _finite(value: float) -> float | None:
-    return round(float(value), 6) if math.isfinite(value) else None
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _write_hits(
@@ -337,41 +318,43 @@ def _write_hits(
 ) -> None:
     about = {
         **{name: query.parameters[name] for name in ("weight", "variant")},
-        "direction": step.parameters["direction"],
-        "k": step.parameters["k"],
+        **{name: step.parameters[name] for name in ("direction", "k")},
     }
     work = query.work.get("seconds", 0.0) / max(1, query.work.get("photographs", 0))
     timing = {"embed": round(1000 * work, 4), "search": index["search_ms"]}
     timing["total"] = round(sum(timing.values()), 4)
     records = []
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["query", "rank", "id", "score", "right", "accepted", "metres", "turn"])
     for q, id in compute.progress(list(enumerate(queries)), "write hits"):
-        found = []
+        hits: list[HitRow] = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):
-            metres = None if ranking.metres is None else _finite(ranking.metres[q, rank])
-            hit = {
-                "rank": rank,
-                "id": gallery.ids[ranking.rows[q, rank]],
-                "path": gallery.ids[ranking.rows[q, rank]],
-                "score": round(float(ranking.scores[q, rank]), 6),
-                "right": bool(ranking.right[q, rank]),
-                "accepted": bool(believed[q, rank]),
-            }
-            turn = None if ranking.turn is None else float(ranking.turn[q, rank])
-            known = {"metres": metres, "turn": turn}
-            found.append({**hit, **{name: value for name, value in known.items() if value is not None}})
-            score, right, accepted = f"{hit['score']:.6f}", int(hit["right"]), int(hit["accepted"])
-            last = "" if metres is None else f"{metres:.3f}", "" if turn is None else f"{turn:g}"
-            table.writerow([id, rank, hit["id"], score, right, accepted, *last])
-        record = {"query": id, **about, "accepted": bool(believed[q, 0]), "hits": found, "timing_ms": timing}
-        files.write_json(step.folder / "queries" / f"{flat_name(id)}.json", record)
-        records.append(record)
+            name = gallery.ids[ranking.rows[q, rank]]
+            hits.append(
+                {
+                    "rank": rank,
+                    "id": name,
+                    "path": name,
+                    "score": round(float(ranking.scores[q, rank]), 6),
+                    "right": bool(ranking.right[q, rank]),
+                    "accepted": bool(believed[q, rank]),
+                }
+            )
+            for known, values in (("metres", ranking.metres), ("turn", ranking.turn)):
+                if values is not None and math.isfinite(values[q, rank]):
+                    hits[-1][known] = round(float(values[q, rank]), 6)
+        records.append({"query": id, **about, "accepted": bool(believed[q, 0]), "hits": hits, "timing_ms": timing})
+        files.write_json(step.folder / "queries" / f"{flat_name(id)}.json", records[-1])
     searched = {"backend": index["backend"], "dimension": index["dimension"], "index_build_ms": index["build_ms"]}
     files.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
     files.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
     files.write_array(step.folder / "scores.npy", ranking.scores)
+    text = io.StringIO()
+    columns = ("query", "rank", "id", "score", "right", "accepted", "metres", "turn")
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    for record in records:
+        for hit in record["hits"]:
+            said = {name: int(hit[name]) for name in ("right", "accepted")}
+            table.writerow({"query": record["query"], **hit, **said})
     files.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
 
 
@@ -418,7 +401,7 @@ def search(
     asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
     before, and what each adds is measured on the same queries (`index_stages`).
 
-    Writes ranking.npz and stages.json; for whiten also whitening.npz, whitened.npy and index_whitened/, for rerank
+    Writes ranking.npz and stages.json; for whiten also whitening.npy, whitened.npy and index_whitened/, for rerank
     tokens/, for rotations a step a turn beside that of the queries.
 
     Args:
@@ -442,17 +425,17 @@ def search(
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
     depth = max(k, min(max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"]), len(gallery)))
     turn = partial(embed_poses, resources=resources, on_change=step.on_change)
-    deep = min(len(gallery), depth + int(kin.max()))
-    ways = Ways(step.folder, step.parameters, index, query, gallery, depth, own, deep, turn)
+    ways = Ways(step.folder, step.parameters, index, query, gallery, depth, depth + int(kin.max()), own, turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
     block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
     parts, without = [], []
     for first in compute.progress(range(0, len(query), block), "search"):
         part = slice(first, min(first + block, len(query)))
-        found, alone = search_by(stages, part, truth)
-        parts.append(found.cut(k))
+        found, alone = search_by(stages, part, truth, k)
+        parts.append(found)
         without.append(alone)
-    last = joined(parts, len(lost), k)
+    nothing = np.full((len(lost), k), -np.inf, np.float32)
+    last = joined([*parts, Found(np.full(nothing.shape, -1), nothing, np.full(nothing.shape, np.nan))])
     metres = here.metres(there, last.rows) if here and there and here.system == there.system else None
     ranking = {
         "rows": last.rows,
@@ -460,14 +443,14 @@ def search(
         "right": truth.right(last.rows),
         "answers": truth.count,
         "candidates": len(gallery) - kin,
-        "without": np.concatenate([*without, np.full(len(lost), -np.inf, np.float32)]),
+        "without": np.concatenate([*without, nothing[:, 0]]),
         "metres": metres,
         "turn": last.turn if asked["rotations"] > 1 else None,
     }
     with files.atomic(step.folder / "ranking.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **{name: values for name, values in ranking.items() if values is not None})
     names, of = [row["id"] for row in about], _clusters(query, judged["cluster"], about)
-    files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, of, step.parameters))
+    files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, of, f"{judged['cluster']}s"))
     return Ranking(**ranking)
 
 
@@ -492,28 +475,26 @@ def index_stages(step: Step) -> list[StageRow]:
 
 
 def _added(
-    stages: Sequence[Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], asked: Parameters
+    stages: Sequence[Stage], answers: np.ndarray, names: Sequence[str], of: Sequence[str], unit: str
 ) -> list[StageRow]:
     """Rows of stages.json. Only queries that have an answer count; those that were not embedded are missed."""
     counted = np.flatnonzero(answers)
-    within, unit = [of[q] for q in counted], f"{asked['truth']['cluster']}s"
+    clusters = {names[q]: of[q] for q in counted}
     rows: list[StageRow] = []
     before: dict[str, float] = {}
     for stage in stages:
-        right = np.zeros((len(answers), asked["k"]), bool)
-        found = np.concatenate(stage.right) if stage.right else right[:0]
-        right[: len(found), : found.shape[1]] = found
-        hit = hit_at_k(right[counted], 1)
-        precision = average_precision(right[counted], answers[counted])
-        now = {names[q]: value for q, value in zip(counted, hit.tolist(), strict=True)}
-        clustered = {names[q]: of[q] for q in counted}
+        found = np.concatenate(stage.right)
+        right = np.pad(found, ((0, len(answers) - len(found)), (0, 0)))[counted]
+        hit, precision = hit_at_k(right, 1), average_precision(right, answers[counted])
+        now = dict(zip(clusters, hit.tolist(), strict=True))
+        said = [intervals.interval(values, [*clusters.values()], unit=unit).record() for values in (hit, precision)]
         rows.append(
             {
                 "stage": stage.name,
-                "hit_at_1": intervals.interval(hit, within, unit=unit).record(),
-                "map": intervals.interval(precision, within, unit=unit).record(),
+                "hit_at_1": said[0],
+                "map": said[1],
                 "ms": round(1000 * stage.seconds / max(1, len(found)), 4),
-                "difference": intervals.paired_difference(now, before, clustered, unit=unit).record() if rows else None,
+                "difference": intervals.paired_difference(now, before, clusters, unit=unit).record() if rows else None,
             }
         )
         before = now
@@ -557,34 +538,30 @@ def audit_index(
 
 def _embedded_again(sides: Mapping[str, Stored], n: int) -> list[str]:
     """Embed n photographs of each side again: their vectors must be those of the store."""
-    if n < 1:
-        return []
     imported = [name for name, side in sides.items() if side.parameters.get("imported")]
     said = [f"the {name} were imported without their photographs, so none was embedded again" for name in imported]
-    there = {name: embeddings for name, embeddings in sides.items() if name not in imported}
-    if not there:
-        return said
-    first = next(iter(there.values())).parameters  # both sides are made alike, or 03_index would not have started
+    there = [side for name, side in sides.items() if name not in imported]
+    if n < 1 or not there:
+        return said if n else []
+    made_by = there[0].parameters  # both sides are made alike, or 03_index would not have started
     try:
-        backbone = base.create_backbone(first["weight"], first["backbone"])
+        backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
     except ImatchError as error:
         return [*said, f"nothing could be embedded again to compare: {error}"]
-    for embeddings in there.values():
-        for row in np.unique(np.linspace(0, len(embeddings) - 1, n).round().astype(int)):
-            said += _compared(embeddings, int(row), backbone, first)
-    return said
+    return said + [
+        alarm for side in there for row in searcher.sample(len(side), n) for alarm in _compared(side, row, backbone)
+    ]
 
 
-def _compared(embeddings: Stored, row: int, backbone: Backbone, made_by: Parameters) -> list[str]:
+def _compared(embeddings: Stored, row: int, backbone: Backbone) -> list[str]:
     id = embeddings.ids[row]
     try:
-        photograph = embed_one(embeddings.root / id, backbone, made_by)
-        if photograph.sha256 != embeddings.rows[row]["sha256"]:
-            return [f"{id} has changed since it was embedded: run its notebook again"]
-        again = photograph.tokens.vector
+        photograph = embed_one(embeddings.root / id, backbone, embeddings.parameters)
     except ImatchError as error:
         return [f"{id} could not be embedded again to compare: {error}"]
-    stored = embeddings.vectors[row]
+    if photograph.sha256 != embeddings.rows[row]["sha256"]:
+        return [f"{id} has changed since it was embedded: run its notebook again"]
+    again, stored = photograph.tokens.vector, embeddings.vectors[row]
     cosine = float(again @ stored) if again.shape == stored.shape else math.nan
     if not cosine >= SAME:
         raise StepError(

@@ -29,7 +29,8 @@ class SendOptions:
         ttl_hours: how long the messages live.
 
     Raises:
-        ImatchError: see `sink_of`: now, not after hours.
+        ImatchError: an unknown name, a ttl below 1; for "redis" no redis-py, no REDIS_URL, or one that is no URL: now,
+            not after hours.
     """
 
     to: str = ""
@@ -37,7 +38,7 @@ class SendOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "send")
-        sink_of(self.to, self.ttl)
+        _sink(self.to, self.ttl)
 
     @property
     def ttl(self) -> int:
@@ -60,13 +61,13 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
         One sentence: how many messages, and where; or how many wait.
 
     Raises:
-        ImatchError: there is no REDIS_URL or it is no URL, redis-py is not installed, or another step of the run has
-            sent queries of the same names: the one's messages would take the place of the other's.
+        ImatchError: as `SendOptions`; or another step of the run has sent queries of the same names: the one's messages
+            would take the place of the other's.
 
     Warns:
         ImatchWarning: Redis could not be reached or refused: the messages wait to be sent again.
     """
-    sink = sink_of(to, ttl)
+    sink = _sink(to, ttl)
     if sink is None:
         return "nothing is sent: set send to redis to do so"
     from imatch.retrieval.redis import PREFIX, RedisError
@@ -90,15 +91,8 @@ def send(step: Step, *, to: str = "redis", ttl: int) -> str:
     return f"{len(messages)} messages at {PREFIX}:{run.name}:* on {sink.place}"
 
 
-def sink_of(to: str, ttl: int) -> Redis | None:
-    """Where `send` will send to; None is nowhere. Connects to nothing.
-
-    Raises:
-        ImatchError: an unknown name, a ttl below 1; for "redis" no redis-py, no REDIS_URL, or one that is no URL.
-
-    >>> sink_of("", ttl=60) is None
-    True
-    """
+def _sink(to: str, ttl: int) -> Redis | None:
+    """Where `send` will send to; None is nowhere. Connects to nothing."""
     if to not in ("", "redis"):
         raise ImatchError(config.unknown("send", to, ["redis"]))
     if not to:

@@ -23,6 +23,7 @@ import numpy as np
 
 from imatch.core import files, settings
 from imatch.retrieval import index as searcher
+from imatch.retrieval.index import IndexOptions
 
 N, D, QUERIES, K, FEW = 200_000, 384, 1000, 10, 40
 LARGE, NARROW, PLACES, PART = 2_000_000, 128, 20_000, 100_000
@@ -47,8 +48,7 @@ def speed(folder: Path) -> None:
     vectors, queries = unit(N, D, 0), unit(QUERIES, D, 1)
     gallery = searcher.digest(vectors)
     np.save(folder / "vectors.npy", vectors)
-    searcher.build(folder / "index", vectors, gallery, kind="flat")
-    index = searcher.open_index(folder / "index", vectors, gallery, device="cpu")
+    index = searcher.build(folder / "index", vectors, gallery, IndexOptions("flat", device="cpu"))
     plain = faiss.IndexFlatIP(D)
     plain.add(vectors)
 
@@ -84,7 +84,7 @@ def speed(folder: Path) -> None:
 
     def first_answer() -> None:
         mapped = np.load(folder / "vectors.npy", mmap_mode="r")
-        searcher.open_index(folder / "index", mapped, gallery, device="cpu").search(queries[:1], K)
+        searcher.build(folder / "index", mapped, gallery, IndexOptions("flat", device="cpu")).search(queries[:1], K)
 
     print(f"opening the saved index and the first answer: {measure(first_answer):.2f} s (bar 1)\n")
 
@@ -97,9 +97,9 @@ def memory(folder: Path) -> None:
     vectors, gallery = np.load(folder / "v.npy", mmap_mode="r"), "what write() wrote"
     queries = files.take(vectors, np.arange(0, LARGE, LARGE // 1000))
     started = time.perf_counter()
-    searcher.build(folder / "index", vectors, gallery, memory=2**28, shard_rows=500_000)
+    asked = IndexOptions(memory_gb=0.25, device="cpu")
+    index = searcher.build(folder / "index", vectors, gallery, asked, shard_rows=500_000)
     built = time.perf_counter() - started
-    index = searcher.open_index(folder / "index", vectors, gallery, device="cpu")
     print(f"{index.plan['kind']}: {index.plan['reason']}")
     points = index.curve(queries[:100], K)
     chosen = index.tune(points, 0.95)
@@ -133,8 +133,7 @@ def gpu(folder: Path) -> None:
     n, d = 1_000_000, 1024
     vectors = unit(n, d, 4)
     gallery = "vectors of the seed 4"
-    searcher.build(folder / "index", vectors, gallery, kind="flat")
-    index = searcher.open_index(folder / "index", vectors, gallery, device="cuda")
+    index = searcher.build(folder / "index", vectors, gallery, IndexOptions("flat", device="cuda"))
     on_gpu = torch.from_numpy(vectors).cuda()
     for batch in (1, 32, 1000):
         queries = unit(batch, d, 5)

@@ -12,11 +12,9 @@ from imatch.features.sift import DenseSift, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.align import Aligner
 from imatch.matching.two_view import Estimator
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
-LEAVES, OTHER = (
-    cv2.GaussianBlur(dead_leaves(np.random.default_rng(seed), side=320), None, 1)[:304, :320] for seed in (0, 1)
-)
+LEAVES, OTHER = (cv2.GaussianBlur(dead_leaves(seed, 320), None, 1)[:304, :320] for seed in (0, 1))
 
 
 def aligner(backbone, refinement="pixel"):

@@ -18,12 +18,12 @@ from imatch.retrieval import ranking as retrieval_ranking
 from imatch.retrieval.ranking import token_score
 from imatch.steps.embedding import embed_poses, worth_trying
 from tests.grouped import by
+from tests.leaves import dead_leaves
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched, with_toys, write_leaves
-from tools.vocabulary import dead_leaves
 
 
 def photograph(h, w):
-    pixels = dead_leaves(np.random.default_rng(3), side=max(h, w))[:h, :w]
+    pixels = dead_leaves(3, max(h, w))[:h, :w]
     return Decoded(pixels, (2 * h, 2 * w), "", None, (0.0, 0.0, 2.0 * w, 2.0 * h))
 
 
@@ -101,7 +101,7 @@ def test_poses_are_steps_beside_the_upright_one(few_photographs, tmp_path, capsy
     capsys.readouterr()
     embed_poses(Stored(step.folder), wanted, resources=by(workers=0))
     assert capsys.readouterr().out.count("there already") == 4
-    images.Image.fromarray(dead_leaves(np.random.default_rng(9), side=96)).save(folder / "a.png")
+    images.Image.fromarray(dead_leaves(9, 96)).save(folder / "a.png")
     with pytest.raises(StepError, match=r"changed: a\.png"):
         embed_poses(Stored(step.folder), wanted, resources=by(workers=0))
     with pytest.raises(StepError, match=r"a\.png has changed since .*: run 01_embed again"):
@@ -145,7 +145,7 @@ def large_photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs") / "large"
     folder.mkdir()
     for seed, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
-        leaves = dead_leaves(np.random.default_rng(seed), side=416)[: 320 + 16 * seed]
+        leaves = dead_leaves(seed, 416)[: 320 + 16 * seed]
         images.Image.fromarray(leaves).save(folder / name)
     return folder
 

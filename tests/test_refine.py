@@ -6,9 +6,9 @@ import pytest
 
 from imatch.core.types import ImatchError, Matches, Tokens, grid_xy
 from imatch.matching import geometry, refine
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
-LEAVES = cv2.GaussianBlur(dead_leaves(np.random.default_rng(0), side=240), None, 1)
+LEAVES = cv2.GaussianBlur(dead_leaves(0, 240), None, 1)
 
 
 def moved(x, y, scale=1.0):
@@ -95,7 +95,7 @@ def test_what_lies_outside_or_is_flat_is_not_found():
 
 
 def test_other_pictures_are_seldom_found():
-    other = cv2.GaussianBlur(dead_leaves(np.random.default_rng(7), side=240), None, 1)
+    other = cv2.GaussianBlur(dead_leaves(7, 240), None, 1)
     xy = grid_xy((15, 15), (240, 240))
     _, same = refine.by_pixels(LEAVES, LEAVES, xy, xy, moved(2, 1))
     _, wrong = refine.by_pixels(LEAVES, other, xy, xy, moved(2, 1))

@@ -17,8 +17,8 @@ from imatch.steps.match import labels_path
 from imatch.viz import curves
 from imatch.viz.figures import show
 from tests import grouped
+from tests.leaves import dead_leaves
 from tests.test_steps import embedded, matched, referenced, searched
-from tools.vocabulary import dead_leaves
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs") / "ten"
     folder.mkdir()
     for i in range(10):
-        Image.fromarray(dead_leaves(np.random.default_rng(i), side=128)).save(folder / f"{i}.png")
+        Image.fromarray(dead_leaves(i, 128)).save(folder / f"{i}.png")
     return folder
 
 
@@ -158,7 +158,7 @@ def test_equal_names_of_different_photographs_are_different_questions(tmp_path):
     for name, seed in (("one", 0), ("two", 50)):
         (tmp_path / name / "beach").mkdir(parents=True)
         for i in range(3):
-            image = Image.fromarray(dead_leaves(np.random.default_rng(seed + i), side=96))
+            image = Image.fromarray(dead_leaves(seed + i, 96))
             image.save(tmp_path / name / "beach" / f"{i}.png")
         data = embedded(tmp_path / name / "beach", tmp_path / "exports", run=name)
         searched(data, None, "data-data")
@@ -191,7 +191,7 @@ def test_a_query_that_could_not_be_embedded_is_missed(photographs, tmp_path):
 
     folder = tmp_path / "ten"
     shutil.copytree(photographs, folder)
-    leaves = dead_leaves(np.random.default_rng(99), side=160)
+    leaves = dead_leaves(99, 160)
     leaves[30:130, 30:130] = np.linspace(100, 140, 100, dtype=np.uint8)[None, :, None]  # texture at its rim alone
     Image.fromarray(leaves).save(folder / "rim.png")
     data = embedded(folder, tmp_path / "exports")

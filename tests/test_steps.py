@@ -29,7 +29,7 @@ from imatch.steps.embedding import embed_poses
 from imatch.steps.references import _reference_names
 from tests import grouped, rendered
 from tests.grouped import by
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
 
 def embedded(photographs, exports, weight="sift", resize=None, **given):
@@ -186,7 +186,7 @@ def with_toys(monkeypatch):
 def write_leaves(folder):
     """Twelve square procedural photographs."""
     folder.mkdir()
-    whole = dead_leaves(np.random.default_rng(0), side=512)
+    whole = dead_leaves(0, 512)
     for i in range(12):
         y, x = i // 4 * 128, i % 4 * 128
         Image.fromarray(whole[y : y + 128, x : x + 128]).save(folder / f"{i:02d}.png")

@@ -29,7 +29,7 @@ from imatch.viz import explorer
 from tests import grouped
 from tests.conftest import SHARED
 from tests.grouped import by
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
 DRONE = SHARED / "brighton_beach"
 drone = pytest.mark.skipif(not DRONE.is_dir(), reason=f"no photographs at {DRONE}")
@@ -82,7 +82,7 @@ def test_positions_move_with_what_they_show(coffee):
 
 @pytest.mark.parametrize("size", [(20, 20), (31, 500), (33, 65)])
 def test_small_photographs_give_tokens_or_none(size):
-    tokens = tokens_of(dead_leaves(np.random.default_rng(0), side=512)[: size[0], : size[1]])
+    tokens = tokens_of(dead_leaves(0, 512)[: size[0], : size[1]])
     assert tokens.descriptors.shape == (len(tokens.xy), 64)
     assert np.isfinite(tokens.vector).all()
 
@@ -389,7 +389,7 @@ def test_a_photograph_in_which_xfeat_finds_nothing_ends_no_run(tmp_path, coffee)
 def test_both_sides_have_tokens_of_their_own(tmp_path, coffee):
     """Equal names in two folders, of things that have nothing in common."""
     folders = [tmp_path / side / "photographs" for side in ("one", "two")]
-    for folder, pixels in zip(folders, (coffee, dead_leaves(np.random.default_rng(5), side=400)), strict=True):
+    for folder, pixels in zip(folders, (coffee, dead_leaves(5, 400)), strict=True):
         folder.mkdir(parents=True)
         Image.fromarray(pixels).save(folder / "a.png")
     query, gallery = embedded(folders[0], tmp_path, "dsift"), embedded(folders[1], tmp_path, "dsift", tag="other")
@@ -405,7 +405,7 @@ def test_tokens_belong_to_the_photographs_that_were_embedded(tmp_path, coffee):
         Image.fromarray(coffee).save(folder / name)
     _, (row,) = matched(embedded(folder, tmp_path, "dsift"), match_weight="sift")
     assert row["verified"]
-    Image.fromarray(dead_leaves(np.random.default_rng(5), side=400)).save(folder / "b.png")
+    Image.fromarray(dead_leaves(5, 400)).save(folder / "b.png")
     again = embedded(folder, tmp_path, "dsift", on_change="recompute")
     _, (row,) = matched(again, match_weight="sift", on_change="recompute")
     assert not row["verified"]

@@ -25,7 +25,7 @@ from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError
 from imatch.data.images import Resize, list_photographs
 from imatch.retrieval import index as searcher
-from tests import grouped
+from tests import cells, grouped
 from tests.command import command
 from tests.grouped import by
 from tests.jobs import Refusing, Squares, Threads
@@ -476,12 +476,10 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     from imatch.cli.batch import Recipe, run
 
     monkeypatch.chdir(ROOT)
-    recipe, first, second = (tmp_path / f"{name}.yaml" for name in ("parts", "first", "second"))
+    recipe, first = tmp_path / "parts.yaml", tmp_path / "first.yaml"
     recipe.write_text("notebooks: [01_embed, 03_index]\nparameters: {direction: data-data, storage.shard_size: 4}\n")
     first.write_text("notebooks: [01_embed]\nparameters: {storage: {shard_size: 4}}\n")
-    second.write_text("notebooks: [03_index]\nparameters: {direction: data-data, index.kind: flat}\n")
-    exports = ["--exports", str(tmp_path / "exports")]
-    given = [str(recipe), "-p", "dataset", str(photographs), *exports]
+    given = [str(recipe), "-p", "dataset", str(photographs), "--exports", str(tmp_path / "exports")]
     for shard in ("0/2", "1/2"):
         assert command("run", *given, "--shard", shard) == 0
         assert f"embed: part {shard} is done" in capsys.readouterr().out
@@ -490,10 +488,12 @@ def test_batch_does_parts(photographs, tmp_path, monkeypatch, capsys):
     parts = {path: path.stat().st_mtime_ns for path in local.glob("*.npy")}
     assert command("run", str(first), *given[1:]) == 0
     assert {path: path.stat().st_mtime_ns for path in local.glob("?????.npy")}.items() <= parts.items()
+    search = {"embed_step": str(local.parent), "direction": "data-data", "index": {"kind": "flat"}}
     for shard in ("0/2", "1/2"):
-        assert command("run", second, "-p", "embed_step", local.parent, *exports, "--shard", shard) == 0
-        assert f"index: part {shard} is done" in capsys.readouterr().out
-    assert command("run", second, "-p", "embed_step", local.parent, *exports) == 0
+        with pytest.raises(PartDoneError, match=f"index: part {shard} is done"):
+            cells.execute("03_index", **search, compute={"shard": shard})
+    with pytest.warns(ImatchWarning, match="no query has a right answer"):
+        cells.execute("03_index", **search)
     assert run(Recipe(["01_embed"], {"compute.shard": "0/2"}), {"01_embed": {}}, ROOT / "notebooks") == ({}, [])
     assert "01_embed has no parts, run it without --shard" in capsys.readouterr().out
     assert command("run", *given, "--shard", "2/2") == 2

@@ -250,7 +250,9 @@ def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path)
     path = random_weights.save(state, tmp_path, "dinov3_vits16_pretrain_lvd1689m")
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
     with pytest.raises(ImatchError, match="numbers are not finite: its weights are broken"):
-        embedded(dinov3(backbone_options={"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD"}))
+        embedded(
+            dinov3(backbone_options=TORCH | {"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD"})
+        )
 
 
 def test_a_device_that_is_not_there_is_named(dinov3, start):

@@ -98,8 +98,9 @@ def test_a_flat_photograph_has_no_keypoints_and_matches_nothing(coffee):
 
 
 def test_the_networks_are_loaded_once(coffee):
+    small = coffee[100:260, 200:360]
     for _ in range(2):
-        imatch.match(coffee, coffee, "xfeat")
+        imatch.match(small, small, "xfeat")
     assert xfeat.network.cache_info().misses == 1
     assert lighterglue.network.cache_info().misses == 1
 
@@ -161,7 +162,7 @@ def test_the_roles_are_equal(coffee):
     assert ((there.similarity >= 0.1) & (there.similarity <= 1)).all()
 
 
-@pytest.mark.parametrize("turn", [90, 180, 270])
+@pytest.mark.parametrize("turn", [90, 180])
 def test_a_rotated_photograph_is_matched_as_it_was_shown(coffee, turn):
     """Positions go to the network as the rotated photograph had them: the more, the better they agree."""
     size = coffee.shape[:2]
@@ -178,7 +179,7 @@ def test_a_rotated_photograph_is_matched_as_it_was_shown(coffee, turn):
     assert ((there >= -1) & (there <= np.array(canvas[::-1]))).all()
 
 
-@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+@pytest.mark.parametrize("turn", [90, 180, 270])
 def test_rotated_photographs_are_verified_exactly(coffee, turn):
     found = imatch.match(coffee, np.ascontiguousarray(np.rot90(coffee, turn // 90)), "xfeat")
     assert found.verified
@@ -360,14 +361,6 @@ def test_a_list_of_pairs_by_auto(frames, tmp_path):
     assert opened.estimator.threshold > 3, "xfeat sees 1,024 pixels of 1,600"
 
 
-@drone
-def test_matching_by_another_backbone_than_retrieval(frames, tmp_path):
-    step, rows = matched(embedded(frames, tmp_path, "dsift"), match_weight="xfeat")
-    assert {row["weight"] for row in rows} == {"xfeat"}
-    assert all(row["verified"] for row in rows)
-    assert step.folder.name == "pairs-all_xfeat"
-
-
 def gradient(folder, name, seed=0):
     """A photograph in which dsift finds something, and xfeat nothing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -376,12 +369,14 @@ def gradient(folder, name, seed=0):
     Image.fromarray(np.repeat(light.astype(np.uint8)[..., None], 3, axis=2)).save(folder / name)
 
 
-def test_a_photograph_in_which_xfeat_finds_nothing_ends_no_run(tmp_path, coffee):
+def test_matching_by_another_backbone_than_retrieval_which_finds_nothing_in_one(tmp_path, coffee):
     gradient(tmp_path / "sky", "sky.png")
     Image.fromarray(coffee).save(tmp_path / "sky" / "a.png")
     Image.fromarray(coffee[20:, 30:]).save(tmp_path / "sky" / "b.png")
     with pytest.warns(ImatchWarning, match="sky.png: nothing to describe"):
-        _, rows = matched(embedded(tmp_path / "sky", tmp_path, "dsift"), match_weight="xfeat", workers=2)
+        step, rows = matched(embedded(tmp_path / "sky", tmp_path, "dsift"), match_weight="xfeat", workers=2)
+    assert step.folder.name == "pairs-all_xfeat"
+    assert {row["weight"] for row in rows} == {"xfeat"}
     assert [(row["query"], row["verified"]) for row in rows if row["verified"]] == [("a.png", True)]
     assert {row["matches"] for row in rows if row["candidate"] == "sky.png"} == {0}
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +12,8 @@ from PIL import Image
 from imatch.cli import demo
 from tests.leaves import dead_leaves
 
+sys.modules.setdefault("rfc3987_syntax", None)
+"""jsonschema, which nbformat imports, takes it where it is installed, and it takes a second to make its grammars."""
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 

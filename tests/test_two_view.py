@@ -26,9 +26,13 @@ def textures(tmp_path_factory):
     return rendered.textures(tmp_path_factory.mktemp("demo"))
 
 
-def test_a_scene_of_depth(textures, tmp_path):
+@pytest.fixture(scope="module")
+def scene(textures):
+    return rendered.scene(textures, 11, 15)
+
+
+def test_a_scene_of_depth(scene, tmp_path):
     """Its kind, its epipolar geometry, and with a focal length its pose."""
-    scene = rendered.scene(textures, 11, 15)
     a, b = (
         rendered.save(pixels, tmp_path / f"{name}.jpg") for name, pixels in zip("ab", scene.photographs, strict=True)
     )
@@ -211,8 +215,8 @@ def test_a_static_camera_with_little_to_see_is_right():
     assert imatch.match(night, np.clip(night * 0.8 + 3, 0, 255).astype(np.uint8)).verified
 
 
-def test_comparing_pixels_does_not_flatten_a_scene(textures):
-    a, b = rendered.scene(textures, 11, 15).photographs
+def test_comparing_pixels_does_not_flatten_a_scene(scene):
+    a, b = scene.photographs
     sizes = a.shape[:2], b.shape[:2]
     (of_a,), (of_b,) = (Sift()(one[None]) for one in (a, b))
     geometry = {"threshold": 0, "min_share": 0}

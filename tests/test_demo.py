@@ -11,6 +11,7 @@ from imatch.data import images, references
 from imatch.features.sift import VOCABULARY, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.two_view import Estimator
+from imatch.viz import figures
 from tests import cells
 from tools.vocabulary import dead_leaves, learn
 
@@ -22,8 +23,9 @@ SOME = [0.0, 30.0, 90.0, 210.0]
 @pytest.fixture(scope="module")
 def metrics(demo_photographs, tmp_path_factory):
     """The demo's own run of `sift`, which is what the notebooks' parameters are, but at a third of the angles and
-    without the pictures of the pairs."""
+    without pictures."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "show", lambda *_: None)
         patch.setenv("EXPORT_ROOT", str(tmp_path_factory.mktemp("exports")))
         cells.execute("01_embed", dataset=str(demo_photographs))
         cells.execute("02_references", angles=SOME)

@@ -13,6 +13,7 @@ import pytest
 from imatch.cli import batch
 from imatch.core import files
 from imatch.steps.groups import GROUPS, fields
+from imatch.viz import figures
 from tests import cells
 from tests.test_steps import without_times
 
@@ -150,11 +151,12 @@ def test_papermill_and_a_process_without_a_kernel_give_the_same_bytes(workspace,
 
 @pytest.mark.filterwarnings("ignore::imatch.core.types.ImatchWarning")  # of two photographs there is little to tell
 def test_every_notebook_run_from_the_top_finds_the_steps_of_the_demo(tmp_path, workspace, by_batch, monkeypatch):
-    """From the notebook's own folder, as JupyterLab does, and the cells as they are."""
+    """From the notebook's own folder, as JupyterLab does, and the cells as they are; their pictures are there."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "data").symlink_to(workspace / "data")
     (tmp_path / "exports").symlink_to(by_batch)
     monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setattr(figures, "show", lambda *_: None)
     before = {path: path.read_bytes() for name in ("step.json", "metrics.json") for path in by_batch.rglob(name)}
     assert len(before) == 2 * (len(NOTEBOOKS) + 1)  # 02_references has two, of its views and of their tokens
     for path in NOTEBOOKS:

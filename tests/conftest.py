@@ -2,17 +2,18 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from imatch.cli import demo
-from tests import random_weights
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
+sys.modules.setdefault("rfc3987_syntax", None)
+"""jsonschema, which nbformat imports, takes it where it is installed, and it takes a second to make its grammars."""
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -39,7 +40,7 @@ def few_photographs(tmp_path_factory):
     (folder / "flight 1").mkdir(parents=True)
     shapes = {"a.png": (96, 128), "b.png": (128, 96), "c.jpg": (120, 120), "flight 1/d.png": (97, 131)}
     for seed, (name, (h, w)) in enumerate(shapes.items()):
-        leaves = dead_leaves(np.random.default_rng(seed), side=160)[:h, :w]
+        leaves = dead_leaves(seed, 160)[:h, :w]
         Image.fromarray(leaves).save(folder / name)
     return folder
 
@@ -47,6 +48,8 @@ def few_photographs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights_folder(tmp_path_factory):
     """Files of random numbers in the format of Meta's, and a data_key.json that names them."""
+    from tests import random_weights  # with torch, which few tests need
+
     folder = tmp_path_factory.mktemp("weights")
     random_weights.write(folder, ["vits16", "cxTiny"])
     return folder

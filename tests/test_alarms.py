@@ -19,8 +19,8 @@ from imatch.data.shards import Shards
 from imatch.data.store import Stored
 from imatch.evaluation import alarms
 from tests import random_weights, test_legacy, test_perimage
+from tests.leaves import dead_leaves
 from tests.test_steps import embedded, indexed, judged, referenced, with_toys, write_leaves
-from tools.vocabulary import dead_leaves
 
 EVERY_ROW = 10**6
 
@@ -243,7 +243,7 @@ def test_queries_that_are_files_of_the_gallery_are_named(few, few_photographs, t
     folder = tmp_path / "asked"
     folder.mkdir()
     shutil.copy(few_photographs / "b.png", folder / "holiday.png")
-    Image.fromarray(dead_leaves(np.random.default_rng(99), side=128)).save(folder / "new.png")
+    Image.fromarray(dead_leaves(99, 128)).save(folder / "new.png")
     said = asked(embedded(folder, tmp_path / "exports"), few)
     assert said == ["1 of 2 queries are files of the gallery and find themselves: holiday.png"]
 
@@ -262,7 +262,7 @@ def test_near_duplicates_are_found_and_what_is_new_is_not(demo, demo_photographs
     for name in ("chelsea.png", "coffee.png"):
         for ending, picture, options in changed(Image.open(demo_photographs / name).convert("RGB")):
             picture.save(folder / f"{name[:-4]}_{ending}", **options)
-    Image.fromarray(dead_leaves(np.random.default_rng(99), side=256)).save(folder / "new.png")
+    Image.fromarray(dead_leaves(99, 256)).save(folder / "new.png")
     queries = embedded(folder, tmp_path / "exports", weight="dsift", resize=Resize("scale", scale=0.5))
     (said,) = [one for one in asked(queries, demo) if "look alike" in one]
     assert said.startswith("6 pairs of photographs look alike")

@@ -1,5 +1,7 @@
 """A pair of photographs from tokens to geometry."""
 
+from functools import cache
+
 import cv2
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from imatch.features.sift import DenseSift, Sift
 from imatch.matching import geometry, matchers
 from imatch.matching.align import Aligner
 from imatch.matching.two_view import Estimator
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
-LEAVES, OTHER = (
-    cv2.GaussianBlur(dead_leaves(np.random.default_rng(seed), side=320), None, 1)[:304, :320] for seed in (0, 1)
-)
+
+@cache
+def leaves(seed=0):
+    return cv2.GaussianBlur(dead_leaves(seed, 320), None, 1)[:304, :320]
 
 
 def aligner(backbone, refinement="pixel"):
@@ -52,7 +55,7 @@ def few(n, grid=None):
 
 @pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
 def test_a_photograph_lies_on_itself(backbone):
-    found = aligned(backbone, LEAVES, LEAVES)
+    found = aligned(backbone, leaves(), leaves())
     assert found.geometry.verified, found.geometry.reason
     assert geometry.corner_error(found.geometry.matrix, np.eye(3), (304, 320)) < 0.1
     assert found.pose == rotations.UPRIGHT
@@ -61,25 +64,25 @@ def test_a_photograph_lies_on_itself(backbone):
 @pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
 @pytest.mark.parametrize("angle", [30, 90, 200])
 def test_a_turned_copy_has_its_angle(backbone, angle):
-    view = isometric(LEAVES, angle, 1.0)
+    view = isometric(leaves(), angle, 1.0)
     pixels = np.ascontiguousarray(view.pixels[:208, :208])
-    found = aligned(backbone, pixels, LEAVES)
+    found = aligned(backbone, pixels, leaves())
     assert found.geometry.verified, found.geometry.reason
     turned, scale = geometry.rotation_scale(found.geometry.matrix, pixels.shape[:2])
     assert geometry.turned_apart(turned, -angle) < 1
     assert scale == pytest.approx(1, abs=0.01)
     assert geometry.corner_error(found.geometry.matrix, np.linalg.inv(view.matrix), (208, 208)) < 1
-    again = aligned(backbone, pixels, LEAVES)
+    again = aligned(backbone, pixels, leaves())
     assert again.geometry.matrix.tobytes() == found.geometry.matrix.tobytes()
 
 
 def test_every_refinement_is_finer_than_the_one_before():
-    view = isometric(LEAVES, 0, 0.97)
+    view = isometric(leaves(), 0, 0.97)
     pixels = np.ascontiguousarray(view.pixels[5:197, 3:195])
     truth = np.linalg.inv(view.matrix) @ np.array([[1.0, 0, 3], [0, 1, 5], [0, 0, 1]])
     away = []
     for refinement in ("off", "patch", "pixel"):
-        found = aligned(DenseSift(), pixels, LEAVES, refinement)
+        found = aligned(DenseSift(), pixels, leaves(), refinement)
         true = found.geometry.inliers
         there = geometry.transform(truth, found.xy_a[true])
         away.append(np.linalg.norm(there - found.xy_b[true], axis=1).mean())
@@ -89,7 +92,7 @@ def test_every_refinement_is_finer_than_the_one_before():
 
 @pytest.mark.parametrize("backbone", [Sift(), DenseSift()], ids=["sift", "dsift"])
 def test_unrelated_photographs_are_refused(backbone):
-    found = aligned(backbone, np.ascontiguousarray(OTHER[:208, :208]), LEAVES)
+    found = aligned(backbone, np.ascontiguousarray(leaves(1)[:208, :208]), leaves())
     assert not found.geometry.verified, found.geometry.reason
 
 
@@ -98,7 +101,7 @@ def test_unrelated_photographs_are_refused(backbone):
 def test_too_few_correspondences_are_refused_and_said(n, refinement):
     tokens = few(n, grid=(1, n))
     found = aligner(DenseSift(), refinement)(
-        [(rotations.UPRIGHT, tokens)], tokens, (99, 99), (99, 99), lambda: (LEAVES, LEAVES)
+        [(rotations.UPRIGHT, tokens)], tokens, (99, 99), (99, 99), lambda: (leaves(), leaves())
     )
     assert not found.geometry.verified
     assert found.geometry.reason

@@ -13,7 +13,8 @@ import yaml
 from imatch.cli import batch
 from imatch.core import learned, settings
 from imatch.core.step import step_folder
-from imatch.core.types import ImatchError
+from imatch.core.types import ImatchError, ImatchWarning
+from tests import cells
 from tests.command import command
 
 ROOT = Path(__file__).parents[1]
@@ -24,11 +25,6 @@ def recipe(tmp_path, **content):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"notebooks": ["01_embed"], **content}, sort_keys=False))
     return path
-
-
-def run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "imatch", "run", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -176,29 +172,28 @@ def test_swept_parameters_that_name_no_folder_become_its_tag(tmp_path, monkeypat
 
 
 def test_a_request_that_is_wrong_exits_with_2_and_makes_nothing(tmp_path):
-    done = run("params/demo.yaml", "-p", "wieght", "sift", "--exports", tmp_path / "exports")
+    asked = ["imatch", "run", "params/demo.yaml", "-p", "wieght", "sift", "--exports", str(tmp_path / "exports")]
+    done = subprocess.run([sys.executable, "-m", *asked], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "did you mean 'weight'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "exports").exists()
 
 
-def test_a_point_that_fails_is_reported_and_the_others_go_on(tmp_path, few_photographs):
+def test_points_that_fail_are_reported_and_the_others_go_on(tmp_path, few_photographs, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     content = {
         "parameters": {"dataset": str(few_photographs)},
-        "sweep": {"weight": ["nothing", "dsift"], "resize.scale": [0.5, 1.0]},
+        "sweep": {"weight": ["nothing", "dsift"], "resize.scale": [0.5]},
+        "also": [{"dataset": str(tmp_path / "absent")}],
     }
-    done = run(recipe(tmp_path, **content), "--exports", tmp_path / "exports")
-    assert done.returncode == 1
-    failed = [line for line in done.stderr.splitlines() if line.startswith("FAILED")]
-    assert {line.split(":")[0] for line in failed} == {
-        "FAILED weight=nothing resize.scale=0.5",
-        "FAILED weight=nothing resize.scale=1.0",
-    }
-    assert all("unknown weight 'nothing'" in line for line in failed)
-    finished = sorted(path.parent.name for path in (tmp_path / "exports").rglob("metrics.json"))
-    assert finished == ["scale0p5_raw", "scale1_raw"]
-    assert "Traceback" not in done.stderr
+    assert command("run", recipe(tmp_path, **content), "--exports", tmp_path / "exports") == 1
+    said = capsys.readouterr().err
+    failed = [line for line in said.splitlines() if line.startswith("FAILED")]
+    assert {line.split(":")[0] for line in failed} == {"FAILED weight=nothing resize.scale=0.5", "FAILED run"}
+    assert all("unknown weight 'nothing'" in line or "absent does not exist" in line for line in failed)
+    assert [path.parent.name for path in (tmp_path / "exports").rglob("metrics.json")] == ["scale0p5_raw"]
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -208,45 +203,54 @@ def test_a_point_that_fails_is_reported_and_the_others_go_on(tmp_path, few_photo
 def test_a_folder_that_is_not_there_gives_a_message(tmp_path, dataset, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("")
-    where = str(tmp_path / dataset) if dataset else ""
-    done = run("params/folder.yaml", "-p", "dataset", where, "--exports", tmp_path / "exports")
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ImatchError, match=message):
+        cells.execute("01_embed", dataset=str(tmp_path / dataset) if dataset else "")
 
 
-def test_names_that_are_hard_to_draw_go_through_every_notebook(tmp_path, few_photographs):
+def test_names_that_are_hard_to_draw_go_through_every_notebook(tmp_path, few_photographs, monkeypatch):
+    """01_embed in a kernel, whose messages and whose notebook hold the names, too."""
+    monkeypatch.chdir(ROOT)
     folder = tmp_path / "한글 폴더"
     folder.mkdir()
     for name, source in {b"a$_$b.png": "a.png", b"caf\xe9.png": "b.png", "커피 잔.jpg".encode(): "c.jpg"}.items():
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes((few_photographs / source).read_bytes())
-    small = ["-p", "angles", "[90]", "-p", "crops", "[1.0]", "-p", "candidates", "1"]
-    done = run("params/folder.yaml", "-p", "dataset", folder, "--exports", tmp_path / "exports", *small)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert len(list((tmp_path / "exports").rglob("pairs/*/00.png"))) == 3
+    exports = tmp_path / "exports"
+    assert command("run", recipe(tmp_path), "-p", "dataset", folder, "--exports", exports) == 0
+    assert list(exports.rglob("01_embed/**/notebook.ipynb"))
+    cells.execute("02_references", angles=[90], crops=[1.0], kind="isometric")
+    cells.execute("03_index")
+    cells.execute("04_match", candidates=1)
+    assert len(list(exports.rglob("pairs/*/00.png"))) == 3
 
 
-def test_one_photograph_with_nothing_to_match_goes_through_every_notebook(tmp_path, few_photographs):
+def test_one_photograph_with_nothing_to_match_goes_through_every_notebook(tmp_path, few_photographs, monkeypatch):
+    monkeypatch.setenv("EXPORT_ROOT", str(tmp_path / "exports"))
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.png").write_bytes((few_photographs / "a.png").read_bytes())
-    options = ["-p", "direction", "data-data", "-p", "outputs", "[json]", "-p", "angles", "[0]"]
-    done = run("params/folder.yaml", "-p", "dataset", tmp_path / "one", "--exports", tmp_path / "exports", *options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "run: 1 queries" in done.stdout
+    cells.execute("01_embed", dataset=str(tmp_path / "one"))
+    cells.execute("02_references", angles=[0], kind="isometric", crops=[1.0, 0.75])
+    with pytest.warns(ImatchWarning, match="no query has a right answer"):
+        cells.execute("03_index", direction="data-data")
+    matched = cells.execute("04_match", outputs=["json"])
+    assert matched["metrics"]["queries"] == 1
+    assert matched["step"].finished
 
 
-def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs):
+def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     (tmp_path / "exports").write_text("")
-    done = run("params/folder.yaml", "-p", "dataset", few_photographs, "--exports", tmp_path / "exports")
-    assert done.returncode == 1
-    assert "cannot write to" in done.stderr
-    assert "Traceback" not in done.stderr
+    given = ["-p", "dataset", few_photographs, "--exports", tmp_path / "exports"]
+    assert command("run", "params/folder.yaml", *given) == 1
+    said = capsys.readouterr().err
+    assert "cannot write to" in said
+    assert "Traceback" not in said
 
 
-def test_a_manifest_without_its_photographs_is_refused_once(tmp_path):
-    environment = {**os.environ, "DATASET_ROOT": str(tmp_path / "nowhere")}
-    command = [sys.executable, "-m", "imatch", "run", "params/manifest.json", "--exports", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "its folder" in done.stderr
-    assert "set DATASET_ROOT" in done.stderr
+def test_a_manifest_without_its_photographs_is_refused_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DATASET_ROOT", str(tmp_path / "nowhere"))
+    assert command("run", "params/manifest.json", "--exports", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "its folder" in said
+    assert "set DATASET_ROOT" in said

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -18,11 +16,6 @@ from tests.command import command
 from tools import scaling
 
 ROOT = Path(__file__).parents[1]
-
-
-def weights_said(data_key, *options):
-    line = [sys.executable, "-m", "imatch", "weights", "--data-key", str(data_key), *options]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_the_command_tells_every_data_set_and_weight(weights, capsys):
@@ -42,10 +35,11 @@ def test_a_file_that_is_not_what_its_name_says_is_seen(weights, tmp_path, monkey
     assert Path(copy).is_file()
 
 
-def test_a_bad_request_is_one_line(tmp_path):
-    done = weights_said(tmp_path / "none.json")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: no file")
+def test_a_bad_request_is_one_line(tmp_path, capsys):
+    assert command("weights", "--data-key", tmp_path / "none.json") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("error: no file")
 
 
 def test_the_table_of_the_readme_is_what_is_counted():
@@ -78,12 +72,10 @@ def test_the_plan_of_the_readme_is_what_is_counted():
     assert scaling.plan("dinov3_vits16", counts, 256, machines, int(decoded[1]) / 1000, 2**36) == block
 
 
-def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch):
+def test_the_command_plans_without_photographs_and_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
-    line = [sys.executable, "-m", "tools.scaling", "1000", "1000000", "--side", "64", "--tflops", "100"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    scaling.main(["1000", "1000000", "--side", "64", "--tflops", "100"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("dinov3_vits16 at 64 x 64 px")
     assert lines[-1] == scaling.FORMULA
     assert sum("measured here" in line for line in lines) == sum("computed" in line for line in lines) == 3

@@ -99,10 +99,9 @@ def test_an_extra_that_is_missing_is_named():
     assert "papermill is not installed: pip install 'imatch[notebooks]'" in done.stderr
 
 
-def test_json_of_a_folder_is_all_that_is_printed(few_photographs):
-    line = [sys.executable, "-m", "imatch", "match", str(few_photographs), "--json"]
-    said = json.loads(subprocess.run(line, capture_output=True, text=True, check=False).stdout)
-    assert len(said["pairs"]) == 6
+def test_json_of_a_folder_is_all_that_is_printed(few_photographs, capfd):
+    assert command("match", few_photographs, "--json") == 1
+    assert len(json.loads(capfd.readouterr().out)["pairs"]) == 6
 
 
 def test_a_folder_is_matched_alone(few_photographs, capsys):

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,8 @@ def foreign(request):
     return request.param, model
 
 
-@pytest.mark.parametrize("size", [(224, 224), (256, 384)], ids=str)
 @pytest.mark.parametrize("layout", [".pth", ".safetensors"])
-def test_tokens_agree_with_transformers(foreign, layout, size, tmp_path, monkeypatch):
+def test_tokens_agree_with_transformers(foreign, layout, tmp_path, monkeypatch):
     """From a file in Meta's names and from one in Hugging Face's."""
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -94,17 +94,20 @@ def test_tokens_agree_with_transformers(foreign, layout, size, tmp_path, monkeyp
     else:
         path = tmp_path / "model.safetensors"
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
-    photographs = pixels(*size)
-    ours = Dinov3(hub_entry, path.name, "LVD", precision="fp32", engine_forward="torch").features(
-        torch.from_numpy(photographs)
-    )
+    ours = Dinov3(hub_entry, path.name, "LVD", precision="fp32", engine_forward="torch")
+    for size in ((96, 96), (128, 192)):
+        assert_agree(ours, model, pixels(*size))
+
+
+def assert_agree(ours, model, photographs):
+    seen = ours.features(torch.from_numpy(photographs))
     with torch.inference_mode():
         theirs = model(normalised(photographs)).last_hidden_state
-    before_patches = 1 + ours.registers.shape[1]
+    before_patches = 1 + seen.registers.shape[1]
     for a, b in (
-        (ours.cls, theirs[:, 0]),
-        (ours.registers, theirs[:, 1:before_patches]),
-        (ours.grid.flatten(1, 2), theirs[:, before_patches:]),
+        (seen.cls, theirs[:, 0]),
+        (seen.registers, theirs[:, 1:before_patches]),
+        (seen.grid.flatten(1, 2), theirs[:, before_patches:]),
     ):
         assert a.shape == b.shape
         if a.numel():
@@ -143,11 +146,11 @@ def test_rotary_angles_are_worked_out_once_a_shape(create, monkeypatch):
 
 
 def test_grids_need_not_be_square(create):
-    (tokens,) = create("vits16")(pixels(384, 640, n=1))
-    assert tokens.grid == (24, 40)  # 640 x 384 pixels are 40 x 24 patches
+    (tokens,) = create("vits16")(pixels(96, 160, n=1))
+    assert tokens.grid == (6, 10)  # 160 x 96 pixels are 10 x 6 patches
     assert tokens.xy[:2].tolist() == [[7.5, 7.5], [23.5, 7.5]]
-    (tokens,) = create("cxTiny")(pixels(384, 640, n=1))
-    assert tokens.grid == (12, 20)
+    (tokens,) = create("cxTiny")(pixels(96, 160, n=1))
+    assert tokens.grid == (3, 5)
 
 
 @pytest.mark.parametrize("key", ["vits16", "cxTiny"])
@@ -211,7 +214,9 @@ def test_bf16_stays_close_to_fp32(create, key, demo_photographs):
         assert np.median(cosine) >= 0.999
 
 
-def test_compiled_tokens_are_the_same(create):
+def test_compiled_tokens_are_the_same(create, monkeypatch):
+    """Up to the graph of the whole pass: what a C++ compiler makes of that is torch's, and takes it a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     photographs = pixels(32, 32, n=1)
     (eager,), (compiled,) = create("vits16")(photographs), create("vits16", compile=True)(photographs)
     assert np.allclose(eager.vector, compiled.vector, atol=1e-5)

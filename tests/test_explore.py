@@ -282,7 +282,9 @@ def test_an_upload_that_is_no_photograph(explorer, few_photographs, tmp_path):
 
 
 def test_weights_that_are_gone_are_said_in_the_widget(few_photographs, weights, tmp_path):
-    data = embedded(few_photographs, tmp_path, weight="vits16", data_key=str(weights / "data_key.json"))
+    torch = {"precision": "fp32", "engine_forward": "torch"}
+    given = {"weight": "vits16", "data_key": str(weights / "data_key.json"), "backbone_options": torch}
+    data = embedded(few_photographs, tmp_path, **given)
     step, *_ = matched(searched(data, None, "data-data", tag="")[0], outputs=["npy"])
     explorer = imatch.steps.browse(step)
     for path in weights.glob("*.pth"):

@@ -1,12 +1,12 @@
 """What is kept of the local descriptors: what comes back, what it takes, what goes on from it and what is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 
@@ -20,6 +20,7 @@ from imatch.data.store import AGGREGATED, KEEPS, Stored
 from imatch.features.sift import DenseSift
 from imatch.steps.embedding import embed_poses
 from imatch.viz import figures
+from tests import cells
 from tests.grouped import by
 from tests.test_resume import assert_alike
 from tests.test_steps import embedded, indexed, judged, matched, referenced, searched
@@ -197,9 +198,8 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import imatch
 from tests import grouped
-from tests.test_keeping import SQUARE
-step = grouped.start_embed(sys.argv[1], sys.argv[2], run="r", weight="dsift", resize=SQUARE, keep=sys.argv[3],
-                           shard_size=1)
+step = grouped.start_embed(sys.argv[1], sys.argv[2], run="r", weight="dsift", keep=sys.argv[3], shard_size=1,
+                           resize=imatch.Resize("stretch", long_side=160))
 def kill():
     while not list((step.folder / "local").glob("*.jsonl")): time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -223,8 +223,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(few_photographs, tmp_
 
 @pytest.mark.parametrize("keep", LESS)
 def test_a_photograph_that_comes_gets_a_shard_of_its_own(few_photographs, tmp_path, keep):
-    import shutil
-
     folder = shutil.copytree(few_photographs, tmp_path / "few")
     given = {"weight": "dsift", "resize": SQUARE, "keep": keep}
     before = embedded(folder, tmp_path / "exports", **given)
@@ -320,21 +318,15 @@ def test_pictures_say_what_is_missing(stores, few_photographs, keep, said):
 
 
 @pytest.mark.parametrize("keep", LESS)
-def test_the_notebook_runs_to_its_end(keep, few_photographs, tmp_path, monkeypatch):
-    import papermill
-
+def test_the_notebook_runs_to_its_end(keep, few_photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EXPORT_ROOT", str(tmp_path))
     given = {"dataset": str(few_photographs), "weight": "dsift", "storage": {"keep": keep}, "compute": {"workers": 0}}
-    out = tmp_path / "out.ipynb"
-    papermill.execute_notebook(
-        ROOT / "notebooks" / "01_embed.ipynb", out, given, kernel_name="python3", progress_bar=False, cwd=str(ROOT)
-    )
-    (step,) = tmp_path.rglob("metrics.json")
-    assert step.parent.name == f"scale1_raw_{keep}"
+    folder = cells.execute("01_embed", **given)["step"].folder
+    assert (folder / "metrics.json").is_file()
+    assert folder.name == f"scale1_raw_{keep}"
     drawn = {"descriptors.png", "denseft.png"} if keep in store.KEEPS_PLACED else set()
-    assert {path.name for path in step.parent.glob("*.png")} == {"similarity.png", *drawn}
-    (cell,) = (cell for cell in nbformat.read(out, 4).cells if cell.source.startswith("figures.show(figures.denseft"))
-    assert drawn or cell.outputs[0].text.startswith("No DenseFT: ")
+    assert {path.name for path in folder.glob("*.png")} == {"similarity.png", *drawn}
+    assert drawn or "No DenseFT: " in capsys.readouterr().out
 
 
 # --- what it costs in quality
@@ -343,15 +335,18 @@ def test_the_notebook_runs_to_its_end(keep, few_photographs, tmp_path, monkeypat
 @pytest.mark.parametrize("weight", ["sift", "dsift"])
 def test_int8_finds_the_inliers_of_float16(weight, demo_photographs, tmp_path):
     """Verified inliers of real photographs against their references, summed over all pairs: within 5 %."""
-    inliers = {}
+    few, inliers = tmp_path / "few", {}
+    few.mkdir()
+    for path in sorted(demo_photographs.iterdir())[::3]:
+        shutil.copy(path, few)
     for keep in ("float16", "int8"):  # int8 is made from the float16 beside it
-        data = embedded(demo_photographs, tmp_path, weight=weight, resize=imatch.Resize(scale=0.5), keep=keep)
+        data = embedded(few, tmp_path, weight=weight, resize=imatch.Resize(scale=0.5), keep=keep)
         _, references = referenced(data, angles=(0, 10), crops=(0.75,))
         index, *_ = searched(data, references, "reference-data")
         _, pairs, _ = matched(index, candidates=1, outputs=[])
         inliers[keep] = sum(row["inliers"] for row in pairs if row["verified"] and row["right"])
     print(weight, inliers)
-    assert inliers["float16"] > 1000
+    assert inliers["float16"] > 300
     assert inliers["int8"] == pytest.approx(inliers["float16"], rel=0.05)
 
 

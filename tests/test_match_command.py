@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,16 +13,19 @@ from PIL import Image
 
 import imatch
 from imatch.core.types import ImatchError, PhotographError
+from tests.command import command
 
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "imatch", "match", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def match(photographs, monkeypatch, capsys):
+    """`imatch match` among the photographs: its exit code, what it prints and what it says of errors."""
+    monkeypatch.chdir(photographs)
+
+    def run(*arguments):
+        code = command("match", *arguments)
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,8 @@ def photographs(tmp_path_factory, demo_photographs):
 
 
 def test_a_rotated_crop_is_found(photographs, tmp_path):
-    done = run("coffee.png", "part.png", "-o", tmp_path / "out.png", cwd=photographs)
+    asked = [sys.executable, "-m", "imatch", "match", "coffee.png", "part.png", "-o", tmp_path / "out.png"]
+    done = subprocess.run(asked, cwd=photographs, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith("part.png shows coffee.png: ")
@@ -49,17 +54,18 @@ def test_a_rotated_crop_is_found(photographs, tmp_path):
         assert picture.width > 600
 
 
-def test_two_different_photographs_are_no_match(photographs):
-    done = run("coffee.png", "rocket.jpg", cwd=photographs)
-    assert (done.returncode, done.stderr) == (1, "")
-    (line,) = done.stdout.splitlines()
+def test_two_different_photographs_are_no_match(match):
+    done = match("coffee.png", "rocket.jpg")
+    assert (done.code, done.err) == (1, "")
+    (line,) = done.out.splitlines()
     assert line.startswith("no match: ")
     assert "; try " in line
 
 
-def test_json_holds_everything(photographs, tmp_path):
-    done = run("coffee.png", "part.png", "--json", "-o", tmp_path / "out.json", cwd=photographs)
-    said = json.loads(done.stdout)
+def test_json_holds_everything_and_nothing_is_written_unless_asked(match, photographs, tmp_path):
+    before = sorted(photographs.iterdir())
+    asked = match("coffee.png", "part.png", "--json", "-o", tmp_path / "out.json")
+    said = json.loads(asked.out)
     assert said == json.loads((tmp_path / "out.json").read_text())
     assert said["verified"]
     assert said["sizes"] == [[400, 600], [300, 300]]
@@ -69,6 +75,8 @@ def test_json_holds_everything(photographs, tmp_path):
     points = np.column_stack([found["xy_a"], np.ones(len(found["xy_a"]))]) @ np.array(said["matrix"]).T
     away = np.linalg.norm(points[:, :2] / points[:, 2:] - found["xy_b"], axis=1)
     assert away[np.array(found["inlier"])].max() < 3.1
+    match("coffee.png", "part.png")
+    assert sorted(photographs.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -84,39 +92,34 @@ def test_json_holds_everything(photographs, tmp_path):
         (["coffee.png", "part.png", "-o", "/proc/none/out.png"], 2, "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line(photographs, arguments, code, said):
-    done = run(*arguments, cwd=photographs)
-    assert done.returncode == code, done.stdout + done.stderr
-    (line,) = (done.stdout + done.stderr).splitlines()
+def test_bad_input_is_one_line(match, arguments, code, said):
+    done = match(*arguments)
+    assert done.code == code, done.out + done.err
+    (line,) = (done.out + done.err).splitlines()
     assert said in line
 
 
-def test_a_folder_is_matched_with_itself(photographs, tmp_path):
-    done = run(".", "-o", tmp_path / "pairs.csv", cwd=photographs)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 6 pairs (all) of 4 photographs match" in done.stdout
-    assert "group 1: coffee.png, part.png" in done.stdout
-    assert "2 photographs match no other" in done.stdout
-    assert "left out: text.jpg: not a photograph: no decoder knows its bytes" in done.stdout
+def test_a_folder_is_matched_with_itself_and_nothing_written_but_what_is_asked(match, photographs, tmp_path):
+    before = sorted(photographs.iterdir())
+    done = match(".", "-o", tmp_path / "pairs.csv")
+    assert done.code == 0, done.err
+    assert "1 of 6 pairs (all) of 4 photographs match" in done.out
+    assert "group 1: coffee.png, part.png" in done.out
+    assert "2 photographs match no other" in done.out
+    assert "left out: text.jpg: not a photograph: no decoder knows its bytes" in done.out
     with (tmp_path / "pairs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["query"], row["candidate"]) for row in rows if row["verified"] == "True"] == [
         ("coffee.png", "part.png")
     ]
-
-
-def test_nothing_is_written_unless_asked(photographs):
-    before = sorted(photographs.iterdir())
-    run("coffee.png", "part.png", cwd=photographs)
-    run(".", cwd=photographs)
     assert sorted(photographs.iterdir()) == before
 
 
-def test_a_folder_of_one_photograph_is_refused(tmp_path, photographs):
+def test_a_folder_of_one_photograph_is_refused(match, tmp_path, photographs):
     shutil.copy(photographs / "coffee.png", tmp_path)
-    done = run(tmp_path, cwd=tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    done = match(tmp_path)
+    assert done.code == 2
+    (line,) = done.err.splitlines()
     assert "holds 1 that can be read" in line
 
 

@@ -1,7 +1,7 @@
 """The contract of a notebook, and the same bytes from every door."""
 
 import ast
-import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,6 +13,8 @@ import pytest
 from imatch.cli import batch
 from imatch.core import files
 from imatch.steps.groups import GROUPS, fields
+from imatch.viz import figures
+from tests import cells
 from tests.test_steps import without_times
 
 ROOT = Path(__file__).parents[1]
@@ -96,10 +98,10 @@ def fingerprints(exports):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, few_photographs):
-    """A folder like the repository: notebooks, params and data/demo (four photographs)."""
+    """A folder like the repository: notebooks, params and data/demo (two photographs)."""
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "data").mkdir()
-    (folder / "data" / "demo").symlink_to(few_photographs)
+    shutil.copytree(few_photographs, folder / "data" / "demo", ignore=shutil.ignore_patterns("b.png", "c.jpg"))
     for name in ("notebooks", "params"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -107,22 +109,9 @@ def workspace(tmp_path_factory, few_photographs):
 
 @pytest.fixture(scope="module")
 def by_batch(workspace):
-    command = [
-        sys.executable,
-        "-m",
-        "imatch",
-        "run",
-        "params/demo.yaml",
-        "-p",
-        "weight",
-        "sift",
-        "-p",
-        "kind",
-        "legacy",
-    ]
-    done = subprocess.run(
-        [*command, "--exports", "by_batch"], cwd=workspace, capture_output=True, text=True, check=False
-    )
+    asked = ["params/demo.yaml", "-p", "weight", "sift", "-p", "kind", "legacy", "--exports", "by_batch"]
+    command = [sys.executable, "-m", "imatch", "run", *asked]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Hit@1" in done.stdout
     return workspace / "by_batch"
@@ -138,43 +127,40 @@ def test_batch_leaves_reports_with_pictures(by_batch):
     assert not list((by_batch / ".running").iterdir())
 
 
-def test_papermill_gives_the_same_bytes(workspace, by_batch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # papermill's own
+@pytest.mark.filterwarnings("ignore::imatch.core.types.ImatchWarning")  # of two photographs there is little to tell
+def test_papermill_and_a_process_without_a_kernel_give_the_same_bytes(workspace, by_batch, monkeypatch):
+    """papermill where photographs come in and where a step is handed on, the cells alone from there."""
+    from papermill.cli import papermill
+
     exports = workspace / "by_papermill"
-    steps = {path.relative_to(by_batch).parts[1]: path.parent for path in by_batch.rglob("notebook.ipynb")}
-    given = {
-        "01_embed": [],
-        "02_references": [],
-        "03_index": [],
-        "04_match": [],
-        "05_report": ["-y", f"steps: [{exports / steps['04_match'].relative_to(by_batch)}]"],
-    }
-    reads = {"02_references": ["01_embed"], "03_index": ["01_embed", "02_references"], "04_match": ["03_index"]}
-    for name, options in given.items():
-        for upstream in reads.get(name, []):
-            folder = exports / steps[upstream].relative_to(by_batch)
-            options = [*options, "-p", f"{upstream[3:]}_step", str(folder)]
-        command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", f"{name}_out.ipynb", *options]
-        environment = {**os.environ, "EXPORT_ROOT": str(exports)}
-        done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("EXPORT_ROOT", str(exports))
+    finished = {path.relative_to(by_batch).parts[1]: path.parent for path in by_batch.rglob("notebook.ipynb")}
+    step = {name: str(exports / folder.relative_to(by_batch)) for name, folder in finished.items()}
+    reads = ["-p", "embed_step", step["01_embed"], "-y", "crops: [0.75, 0.5]"]
+    for name, options in (("01_embed", []), ("02_references", reads)):
+        papermill([f"notebooks/{name}.ipynb", f"{name}_out.ipynb", *options], standalone_mode=False)
+    cells.execute("03_index", embed_step=step["01_embed"], references_step=step["02_references"])
+    cells.execute("04_match", index_step=step["03_index"])
+    cells.execute("05_report", steps=[step["04_match"]])
     assert arrays(exports).keys() == arrays(by_batch).keys()
     assert arrays(exports) == arrays(by_batch)
     assert fingerprints(exports) == fingerprints(by_batch)
 
 
-def test_every_notebook_run_from_the_top_finds_the_steps_of_the_demo(tmp_path, workspace, by_batch):
-    """As JupyterLab runs them: a kernel in the notebook's own folder, and the cells as they are."""
-    from nbclient import NotebookClient
-
+@pytest.mark.filterwarnings("ignore::imatch.core.types.ImatchWarning")  # of two photographs there is little to tell
+def test_every_notebook_run_from_the_top_finds_the_steps_of_the_demo(tmp_path, workspace, by_batch, monkeypatch):
+    """From the notebook's own folder, as JupyterLab does, and the cells as they are; their pictures are there."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "data").symlink_to(workspace / "data")
     (tmp_path / "exports").symlink_to(by_batch)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setattr(figures, "show", lambda *_: None)
     before = {path: path.read_bytes() for name in ("step.json", "metrics.json") for path in by_batch.rglob(name)}
     assert len(before) == 2 * (len(NOTEBOOKS) + 1)  # 02_references has two, of its views and of their tokens
     for path in NOTEBOOKS:
-        notebook = nbformat.read(path, 4)
-        resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
-        NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
+        cells.execute(path.stem)
     assert {
         path: path.read_bytes() for name in ("step.json", "metrics.json") for path in by_batch.rglob(name)
     } == before

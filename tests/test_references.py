@@ -24,9 +24,9 @@ from imatch.viz import figures
 from tests import grouped, test_steps
 from tests.grouped import by
 
-SIZES = [(120, 180), (121, 181), (181, 120)]
+SIZES = [(120, 180), (181, 121)]
 CROPS = [1.0, 0.75, 0.5]
-ANGLES = [15.0 * i for i in range(24)]
+ANGLES = [0.0, 15.0, 45.0, 90.0, 120.0, 180.0, 225.0, 270.0, 330.0]
 TOLERANCE = 0.05
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_matrix_is_measured(reference, crop, angle):
     assert np.diff(after - before, axis=0)[0] == pytest.approx([-0.2, 0], abs=0.02)
 
 
-@pytest.mark.parametrize("size", SIZES[:2], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("crop", CROPS)
 def test_matrix_maps_a_blob_to_its_centroid(reference, size, crop):
     """Gaussians of 2.5 px, 24 px apart so that none sees another, at other places in each channel."""
@@ -130,7 +130,7 @@ def test_matrix_maps_a_blob_to_its_centroid(reference, size, crop):
                 centroid = np.array([(weight * u).sum(), (weight * v).sum()]) / weight.sum()
                 assert np.linalg.norm(centroid - [x, y]) < TOLERANCE, (angle, channel, centroid, x, y)
                 measured += 1
-    assert measured >= 50
+    assert measured >= 20
 
 
 def scale(view):

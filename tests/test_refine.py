@@ -1,14 +1,19 @@
 """Finer positions: planted shifts between patches and between pixels."""
 
+from functools import cache
+
 import cv2
 import numpy as np
 import pytest
 
 from imatch.core.types import Matches, Tokens, grid_xy
 from imatch.matching import geometry, refine
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
-LEAVES = cv2.GaussianBlur(dead_leaves(np.random.default_rng(0), side=240), None, 1)
+
+@cache
+def leaves(seed=0):
+    return cv2.GaussianBlur(dead_leaves(seed, 240), None, 1)
 
 
 def moved(x, y, scale=1.0):
@@ -64,22 +69,22 @@ def test_pixels_are_found_between_pixels(scale):
     truth = geometry.transform(moved(4.3 * scale, -2.6 * scale), np.zeros((1, 2)))[0]
     truth = moved(*truth, scale)
     b = cv2.warpAffine(
-        cv2.GaussianBlur(LEAVES, None, max(0.1, 0.5 / scale)), truth[:2], size, borderMode=cv2.BORDER_REFLECT_101
+        cv2.GaussianBlur(leaves(), None, max(0.1, 0.5 / scale)), truth[:2], size, borderMode=cv2.BORDER_REFLECT_101
     )
     a = np.random.default_rng(1).uniform(60, 180, (60, 2))
     first = moved(*(truth[:2, 2] + [5 * scale, -4 * scale]), scale)
     start = geometry.transform(first, a)
-    xy, found = refine.by_pixels(LEAVES, b, a, start, first)
+    xy, found = refine.by_pixels(leaves(), b, a, start, first)
     error = np.linalg.norm(xy - geometry.transform(truth, a), axis=1) / max(1, scale)
     assert found.mean() > 0.8
     assert np.median(error[found]) < 0.1
     assert (xy[~found] == start[~found].astype("f4")).all()
-    again, _ = refine.by_pixels(LEAVES, b, a, start, first)
+    again, _ = refine.by_pixels(leaves(), b, a, start, first)
     assert again.tobytes() == xy.tobytes()
 
 
 def test_what_lies_outside_or_is_flat_is_not_found():
-    outside, found = refine.by_pixels(LEAVES, LEAVES, np.array([[5.0, 5]]), np.array([[1.0, 2]]), moved(-400, 0))
+    outside, found = refine.by_pixels(leaves(), leaves(), np.array([[5.0, 5]]), np.array([[1.0, 2]]), moved(-400, 0))
     assert not found.any()
     assert outside.tolist() == [[1, 2]]
     flat = np.full((100, 120, 3), 90, np.uint8)
@@ -88,8 +93,7 @@ def test_what_lies_outside_or_is_flat_is_not_found():
 
 
 def test_other_pictures_are_seldom_found():
-    other = cv2.GaussianBlur(dead_leaves(np.random.default_rng(7), side=240), None, 1)
     xy = grid_xy((15, 15), (240, 240))
-    _, same = refine.by_pixels(LEAVES, LEAVES, xy, xy, moved(2, 1))
-    _, wrong = refine.by_pixels(LEAVES, other, xy, xy, moved(2, 1))
+    _, same = refine.by_pixels(leaves(), leaves(), xy, xy, moved(2, 1))
+    _, wrong = refine.by_pixels(leaves(), leaves(7), xy, xy, moved(2, 1))
     assert wrong.mean() < same.mean() / 3

@@ -29,7 +29,7 @@ from imatch.steps.embedding import embed_poses
 from imatch.steps.references import _reference_names
 from tests import grouped, rendered
 from tests.grouped import by
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
 
 def embedded(photographs, exports, weight="sift", resize=None, **given):
@@ -186,7 +186,7 @@ def with_toys(monkeypatch):
 def write_leaves(folder):
     """Twelve square procedural photographs."""
     folder.mkdir()
-    whole = dead_leaves(np.random.default_rng(0), side=512)
+    whole = dead_leaves(0, 512)
     for i in range(12):
         y, x = i // 4 * 128, i % 4 * 128
         Image.fromarray(whole[y : y + 128, x : x + 128]).save(folder / f"{i:02d}.png")
@@ -534,7 +534,8 @@ def test_photographs_of_any_shape_give_grids_of_their_shape(tmp_path, few_photog
 MEASURE = """
 import resource, sys
 import imatch
-step = imatch.steps.start_embed(sys.argv[1], run="r", storage=imatch.StorageOptions(shard_size=16))
+larger, storage = imatch.Resize("scale", scale=4.0), imatch.StorageOptions(shard_size=16)
+step = imatch.steps.start_embed(sys.argv[1], run="r", weight="dsift", resize=larger, storage=storage)
 imatch.steps.finish_embed(step, imatch.steps.embed(step, imatch.ComputeOptions(workers=0)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
@@ -543,7 +544,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 def test_peak_memory_does_not_grow_with_the_number_of_photographs(tmp_path, few_photographs):
     data = [path.read_bytes() for path in sorted(few_photographs.glob("*.png"))]
     peaks = []
-    for n in (64, 400):
+    for n in (32, 160):
         folder = tmp_path / f"of {n}"
         folder.mkdir()
         for i in range(n):
@@ -552,7 +553,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_photographs(tmp_path, few_
         command = [sys.executable, "-c", MEASURE, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(float(done.stdout.splitlines()[-1]))
-    stored = sum(path.stat().st_size for path in tmp_path.rglob("of 400/**/*.npy")) / 2**20
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("of 160/**/*.npy")) / 2**20
     assert stored > 25  # megabytes: kept in memory, they would show
     assert peaks[1] - peaks[0] < 0.25 * stored, peaks
 

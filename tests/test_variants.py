@@ -189,7 +189,7 @@ def test_several_devices_write_the_bytes_of_one(dinov3, tmp_path):
 
 @pytest.fixture
 def some_broken(weights, tmp_path):
-    """Start 01_embed on eight photographs, two of them truncated, one photograph a shard."""
+    """Starts 01_embed on eight photographs, two of them truncated, one photograph a shard."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for i in range(8):
@@ -197,23 +197,27 @@ def some_broken(weights, tmp_path):
     for i in (4, 7):  # one for each of two devices
         (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:5000])
     given = {"data_key": str(weights / "data_key.json"), "exports": str(tmp_path / "e"), "run": "r", "tag": ""}
-    given |= {"backbone_options": TORCH, "resize": Resize("stretch", long_side=64), "on_change": "refuse"}
-    return grouped.start_embed(str(folder), weight="vits16", shard_size=1, **given)
+    given |= {"resize": Resize("stretch", long_side=64), "on_change": "refuse"}
+    return lambda weight, options: grouped.start_embed(
+        str(folder), weight=weight, backbone_options=options, shard_size=1, **given
+    )
 
 
 def test_bad_photographs_stop_several_devices_as_they_stop_one(some_broken):
+    step = some_broken("dsift", {})
     with pytest.raises(ImatchError, match=r"(4|7)\.png: .* \(on_error is stop"):
-        imatch.steps.embed(some_broken, resources=by(devices="cpu,cpu", workers=0), on_error="stop")
+        imatch.steps.embed(step, resources=by(devices="cpu,cpu", workers=0), on_error="stop")
     for devices in ("cpu,cpu", "cpu"):
         with pytest.raises(ImatchError, match="2 of 8 photographs cannot be used, more than max_skipped"):
-            imatch.steps.embed(some_broken, resources=by(devices=devices, workers=0))
+            imatch.steps.embed(step, resources=by(devices=devices, workers=0))
     with pytest.warns(imatch.core.types.ImatchWarning, match="2 of 8 photographs were skipped"):
-        embeddings = imatch.steps.embed(some_broken, resources=by(devices="cpu,cpu", workers=0), max_skipped=0.5)
+        embeddings = imatch.steps.embed(step, resources=by(devices="cpu,cpu", workers=0), max_skipped=0.5)
     assert embeddings.ids == [f"{i}.png" for i in (0, 1, 2, 3, 5, 6)]
 
 
 def test_a_killed_run_leaves_no_process_behind(some_broken):
     """Each device's process sees between shards that the one above it is gone."""
+    step = some_broken("vits16", TORCH)
     code = (
         "import sys; from pathlib import Path; import imatch; from imatch.core.step import open_step\n"
         "import multiprocessing, threading, os, time, signal\n"
@@ -225,9 +229,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
         "threading.Thread(target=kill).start()\n"
         "imatch.steps.embed(step, imatch.ComputeOptions(devices='cpu,cpu', workers=0), max_skipped=1.0)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(some_broken.folder)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(step.folder)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("pids")]
     children = [int(pid) for pid in told.split()[1:]]
@@ -237,7 +239,7 @@ def test_a_killed_run_leaves_no_process_behind(some_broken):
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in children)
     with pytest.warns(imatch.core.types.ImatchWarning):
-        assert len(imatch.steps.embed(some_broken, resources=by(workers=0), max_skipped=1.0)) == 6
+        assert len(imatch.steps.embed(step, resources=by(workers=0), max_skipped=1.0)) == 6
 
 
 def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path):
@@ -248,7 +250,9 @@ def test_weights_that_give_no_numbers_end_the_run(dinov3, monkeypatch, tmp_path)
     path = random_weights.save(state, tmp_path, "dinov3_vits16_pretrain_lvd1689m")
     monkeypatch.setenv("WEIGHTS_ROOT", str(tmp_path))
     with pytest.raises(ImatchError, match="numbers are not finite: its weights are broken"):
-        embedded(dinov3(backbone_options={"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD"}))
+        embedded(
+            dinov3(backbone_options=TORCH | {"filename": path.name, "hub_entry": "dinov3_vits16", "family": "LVD"})
+        )
 
 
 def test_a_device_that_is_not_there_is_named(dinov3, start):

@@ -29,7 +29,7 @@ from imatch.viz import explorer
 from tests import grouped
 from tests.conftest import SHARED
 from tests.grouped import by
-from tools.vocabulary import dead_leaves
+from tests.leaves import dead_leaves
 
 DRONE = SHARED / "brighton_beach"
 drone = pytest.mark.skipif(not DRONE.is_dir(), reason=f"no photographs at {DRONE}")
@@ -82,7 +82,7 @@ def test_positions_move_with_what_they_show(coffee):
 
 @pytest.mark.parametrize("size", [(20, 20), (31, 500), (33, 65)])
 def test_small_photographs_give_tokens_or_none(size):
-    tokens = tokens_of(dead_leaves(np.random.default_rng(0), side=512)[: size[0], : size[1]])
+    tokens = tokens_of(dead_leaves(0, 512)[: size[0], : size[1]])
     assert tokens.descriptors.shape == (len(tokens.xy), 64)
     assert np.isfinite(tokens.vector).all()
 
@@ -98,8 +98,9 @@ def test_a_flat_photograph_has_no_keypoints_and_matches_nothing(coffee):
 
 
 def test_the_networks_are_loaded_once(coffee):
+    small = coffee[100:260, 200:360]
     for _ in range(2):
-        imatch.match(coffee, coffee, "xfeat")
+        imatch.match(small, small, "xfeat")
     assert xfeat.network.cache_info().misses == 1
     assert lighterglue.network.cache_info().misses == 1
 
@@ -161,7 +162,7 @@ def test_the_roles_are_equal(coffee):
     assert ((there.similarity >= 0.1) & (there.similarity <= 1)).all()
 
 
-@pytest.mark.parametrize("turn", [90, 180, 270])
+@pytest.mark.parametrize("turn", [90, 180])
 def test_a_rotated_photograph_is_matched_as_it_was_shown(coffee, turn):
     """Positions go to the network as the rotated photograph had them: the more, the better they agree."""
     size = coffee.shape[:2]
@@ -178,7 +179,7 @@ def test_a_rotated_photograph_is_matched_as_it_was_shown(coffee, turn):
     assert ((there >= -1) & (there <= np.array(canvas[::-1]))).all()
 
 
-@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+@pytest.mark.parametrize("turn", [90, 180, 270])
 def test_rotated_photographs_are_verified_exactly(coffee, turn):
     found = imatch.match(coffee, np.ascontiguousarray(np.rot90(coffee, turn // 90)), "xfeat")
     assert found.verified
@@ -360,14 +361,6 @@ def test_a_list_of_pairs_by_auto(frames, tmp_path):
     assert opened.estimator.threshold > 3, "xfeat sees 1,024 pixels of 1,600"
 
 
-@drone
-def test_matching_by_another_backbone_than_retrieval(frames, tmp_path):
-    step, rows = matched(embedded(frames, tmp_path, "dsift"), match_weight="xfeat")
-    assert {row["weight"] for row in rows} == {"xfeat"}
-    assert all(row["verified"] for row in rows)
-    assert step.folder.name == "pairs-all_xfeat"
-
-
 def gradient(folder, name, seed=0):
     """A photograph in which dsift finds something, and xfeat nothing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -376,12 +369,14 @@ def gradient(folder, name, seed=0):
     Image.fromarray(np.repeat(light.astype(np.uint8)[..., None], 3, axis=2)).save(folder / name)
 
 
-def test_a_photograph_in_which_xfeat_finds_nothing_ends_no_run(tmp_path, coffee):
+def test_matching_by_another_backbone_than_retrieval_which_finds_nothing_in_one(tmp_path, coffee):
     gradient(tmp_path / "sky", "sky.png")
     Image.fromarray(coffee).save(tmp_path / "sky" / "a.png")
     Image.fromarray(coffee[20:, 30:]).save(tmp_path / "sky" / "b.png")
     with pytest.warns(ImatchWarning, match="sky.png: nothing to describe"):
-        _, rows = matched(embedded(tmp_path / "sky", tmp_path, "dsift"), match_weight="xfeat", workers=2)
+        step, rows = matched(embedded(tmp_path / "sky", tmp_path, "dsift"), match_weight="xfeat", workers=2)
+    assert step.folder.name == "pairs-all_xfeat"
+    assert {row["weight"] for row in rows} == {"xfeat"}
     assert [(row["query"], row["verified"]) for row in rows if row["verified"]] == [("a.png", True)]
     assert {row["matches"] for row in rows if row["candidate"] == "sky.png"} == {0}
 
@@ -389,7 +384,7 @@ def test_a_photograph_in_which_xfeat_finds_nothing_ends_no_run(tmp_path, coffee)
 def test_both_sides_have_tokens_of_their_own(tmp_path, coffee):
     """Equal names in two folders, of things that have nothing in common."""
     folders = [tmp_path / side / "photographs" for side in ("one", "two")]
-    for folder, pixels in zip(folders, (coffee, dead_leaves(np.random.default_rng(5), side=400)), strict=True):
+    for folder, pixels in zip(folders, (coffee, dead_leaves(5, 400)), strict=True):
         folder.mkdir(parents=True)
         Image.fromarray(pixels).save(folder / "a.png")
     query, gallery = embedded(folders[0], tmp_path, "dsift"), embedded(folders[1], tmp_path, "dsift", tag="other")
@@ -405,7 +400,7 @@ def test_tokens_belong_to_the_photographs_that_were_embedded(tmp_path, coffee):
         Image.fromarray(coffee).save(folder / name)
     _, (row,) = matched(embedded(folder, tmp_path, "dsift"), match_weight="sift")
     assert row["verified"]
-    Image.fromarray(dead_leaves(np.random.default_rng(5), side=400)).save(folder / "b.png")
+    Image.fromarray(dead_leaves(5, 400)).save(folder / "b.png")
     again = embedded(folder, tmp_path, "dsift", on_change="recompute")
     _, (row,) = matched(again, match_weight="sift", on_change="recompute")
     assert not row["verified"]

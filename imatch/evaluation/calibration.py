@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import cast
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaincinv
 
 from imatch.core.rows import ThresholdRecord
 from imatch.core.types import ImatchError
@@ -169,7 +169,7 @@ def _lowest(scores: np.ndarray, right: np.ndarray, wanted: float) -> tuple[float
     thresholds, accepted, good = _counts(scores, right)
     if not len(thresholds):
         return None, "no instance has a hit"
-    bound = np.where(good > 0, stats.beta.ppf(RISK, np.maximum(good, 1), accepted - good + 1), 0)
+    bound = np.where(good > 0, betaincinv(np.maximum(good, 1), accepted - good + 1, RISK), 0)
     reached = np.flatnonzero(bound >= wanted)
     if len(reached):
         return float(thresholds[reached[-1]]), ""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaincinv, ndtr, stdtrit
 
 from imatch.core.rows import IntervalRecord
 from imatch.core.types import ImatchError
@@ -171,7 +171,9 @@ def _clustered(
     if np.ptp(sums / counts) < 1e-9:  # equal but for rounding
         unseen = _unseen(n)
         return Interval(value, value - unseen * (value - lowest), value + unseen * (1 - value), n, "")
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.isf(TAIL, n - 1))
+    from scipy import stats  # which takes half a second to import, and no figure without an interval needs it
+
+    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, TAIL))
     ends = stats.bootstrap(
         (sums, counts),
         _ratio,
@@ -188,7 +190,7 @@ def _clustered(
 
 def _unseen(n: int) -> float:
     """The share of clusters that may differ though none of n does: Clopper-Pearson at 0 of n."""
-    return float(stats.binomtest(0, n).proportion_ci(1 - 2 * TAIL, method="exact").high)
+    return 1 - TAIL ** (1 / n)
 
 
 def _members(clusters: Sequence[Hashable] | np.ndarray) -> np.ndarray:
@@ -205,9 +207,9 @@ def _by_effective_size(values: np.ndarray, clusters: Sequence[Hashable] | np.nda
     variance = n / (n - 1) * (off**2).sum() / q**2
     if variance < 1e-18:
         return 1.0, 0.0
-    size = mean * (1 - mean) / variance * (stats.t.isf(TAIL, q - 1) / stats.t.isf(TAIL, n - 1)) ** 2
+    size = mean * (1 - mean) / variance * (stdtrit(q - 1, TAIL) / stdtrit(n - 1, TAIL)) ** 2
     right, wrong = size * mean, size * (1 - mean)
-    return float(stats.beta.ppf(TAIL, right, wrong + 1)), float(stats.beta.isf(TAIL, right + 1, wrong))
+    return float(betaincinv(right, wrong + 1, TAIL)), 1 - float(betaincinv(wrong, right + 1, TAIL))
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:

@@ -161,7 +161,7 @@ def build(
         options: fields of that kind.
         memory: bytes it may take; 0 is half of what is free.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
-        engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
+        engine: of `ComputeOptions.machines`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
@@ -189,7 +189,7 @@ def build(
     was_there = all(adding.done(job) for job in jobs)
     fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
     places = ["cpu"] * min(fit, settings.cores())
-    deque(compute.do(engine, compute.each(adding, 0, "index"), jobs, "index", places, adding.done), maxlen=0)
+    deque(compute.do(engine, compute.Each(adding, adding.done, 0, "index"), jobs, places), maxlen=0)
     if not was_there:
         spent = plan["build_ms"] + 1000 * (time.perf_counter() - started)
         files.write_json(folder / "index.json", {**plan, "build_ms": round(spent, 3)})

@@ -220,6 +220,16 @@ def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
     assert "ended too early, a new one does its work" in capsys.readouterr().out
 
 
+def test_what_a_killed_process_had_written_is_not_done_again(tmp_path, monkeypatch):
+    """Two parts of four jobs; the second is killed at its third job."""
+    monkeypatch.setattr("imatch.core.compute.PARTS", 1)
+    rows = all_rows(create_engine("processes"), Squares(tmp_path, 0.2, dies_at=6), range(8))
+    squares(tmp_path, range(8))
+    assert {*range(8)} - {*rows} == {4, 5}  # their rows went with the process
+    died, *others = ((tmp_path / f"{n}.pid").read_text() for n in (4, 5, 6))
+    assert others[0] == died != others[1]
+
+
 @pytest.mark.parametrize("name", ["processes", "dask"])
 def test_a_job_that_kills_each_time_ends_the_run(name, tmp_path):
     with pytest.raises(ImatchError, match=r"killed.*goes on where it stopped"):

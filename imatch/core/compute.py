@@ -399,11 +399,7 @@ def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened) -> Iterator[R]:
 
 
 @contextmanager
-def _processes(
-    work: Work[T, R],
-    places: Sequence[Place],
-    start: str | None,
-) -> Iterator[tuple[_Submit, int]]:
+def _processes(work: Work[T, R], places: Sequence[Place], start: str | None) -> Iterator[tuple[_Submit, int]]:
     """Open an executor of processes, one for each place; they end with this one, or when something ends the block."""
     context = get_context(start)
     free, (theirs, ours) = context.SimpleQueue(), context.Pipe(duplex=False)

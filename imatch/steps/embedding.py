@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -381,8 +382,15 @@ class _Work:
         decoded = compute.ahead(self._reader(backbone), ids, workers, self.batch_size + 2 * workers)
         if not place.quiet:
             decoded = compute.progress(decoded, self.what, len(ids), delay=0)
-        writers = self._embedded(jobs, backbone, decoded)
-        yield from compute.ahead(lambda write: write(), writers, 1, 2)
+        pending: Future[ShardRow] | None = None
+        with ThreadPoolExecutor(1) as writer:
+            for write in self._embedded(jobs, backbone, decoded):
+                if pending:
+                    yield pending.result()
+                pending = writer.submit(write)
+                del write  # its tokens are not to be held while the next shard is computed
+            if pending:
+                yield pending.result()
         next(decoded, None)  # lets the bar know that this was the last
 
     def _backbone(self, device: str) -> Backbone:
@@ -494,7 +502,7 @@ class _Seen:
             images.check_header(path)
         except PhotographError as error:
             problem = str(error)
-            if not os.access(path, os.R_OK):
+            if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
                 stat = None  # a permission comes without another time of change
         return {"id": id, "stat": stat, "problem": problem, "sha256": None}
 

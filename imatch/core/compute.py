@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import pickle
@@ -389,12 +390,12 @@ def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened) -> Iterator[R]:
         except _LostError as lost:
             left = [i for i in left if i not in came and not work.done(jobs[i])]
             begun = filter(None, map({*left}.intersection, going.values()))  # in the order in which they were given
-            at = [min(part) for part in itertools.islice(begun, workers)]
-            tries.update(at)
+            at = [min(part) for part in itertools.islice(begun, workers)] or [-1]
             said, remedy = lost.args
-            if not going or any(tries[i] == TRIES for i in at):
+            if not (going or tries) or any(tries[i] == TRIES - 1 for i in at):
                 why = f"{work.what}: {remedy}, and run it again, it goes on where it stopped"
                 raise ImatchError(why) from lost.__cause__
+            tries.update(at)
             print(f"{work.what}: {said}", flush=True)
 
 
@@ -520,7 +521,7 @@ class Dask:
                 f"{what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): give them "
                 "more, or use a smaller batch_size, and run it again, it goes on where it stopped"
             ) from error
-        except (CancelledError, OSError) as error:  # what the work raises is neither
+        except (CancelledError, asyncio.CancelledError, OSError) as error:  # what the work raises is none of them
             where = self.scheduler or "this machine"
             remedy = f"no scheduler with workers at {where} ({error}): start them, or correct scheduler"
             raise _LostError("the scheduler is gone, waiting for it", remedy) from error

@@ -221,13 +221,12 @@ def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
 
 
 def test_what_a_killed_process_had_written_is_not_done_again(tmp_path, monkeypatch):
-    """Two parts of four jobs; the second is killed at its third job."""
+    """All eight jobs are one part, which is killed at the seventh."""
     monkeypatch.setattr("imatch.core.compute.PARTS", 1)
-    rows = all_rows(create_engine("processes"), Squares(tmp_path, 0.2, dies_at=6), range(8))
+    assert all_rows(create_engine("processes"), Squares(tmp_path, dies_at=6), range(8), devices=1) == [6, 7]
     squares(tmp_path, range(8))
-    assert {*range(8)} - {*rows} == {4, 5}  # their rows went with the process
-    died, *others = ((tmp_path / f"{n}.pid").read_text() for n in (4, 5, 6))
-    assert others[0] == died != others[1]
+    killed, new = ({(tmp_path / f"{n}.pid").read_text() for n in part} for part in (range(6), (6, 7)))
+    assert (len(killed), len(new), killed & new) == (1, 1, set())
 
 
 @pytest.mark.parametrize("name", ["processes", "dask"])

@@ -359,18 +359,18 @@ class _LostError(Exception):
     """An executor broke: what is said of it, and what is to be done when it does so again and again."""
 
 
-_Submit = Callable[[list[Any]], Future[list[Any]]]
+_Submit = Callable[[list[T]], Future[list[R]]]
 """Gives a part of the jobs to an executor, and gets their rows from it."""
-_Opened = Callable[[], AbstractContextManager[tuple[_Submit, int]]]
+_Opened = Callable[[], AbstractContextManager[tuple[_Submit[T, R], int]]]
 """Opens an executor; it has so many workers."""
 
 
-def _shared(work: Work[T, R], jobs: Sequence[T], opened: _Opened) -> Iterator[R]:
+def _shared(work: Work[T, R], jobs: Sequence[T], opened: _Opened[T, R]) -> Iterator[R]:
     return progress(_rows(work, jobs, opened), work.what, len(jobs), delay=0)
 
 
-def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened) -> Iterator[R]:
-    """Do the jobs by an executor, part by part; one that broke is opened again for what is not on disk yet."""
+def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened[T, R]) -> Iterator[R]:
+    """Do the jobs part by part; an executor that broke is opened again for what is not on disk yet."""
     left, tries = [*range(len(jobs))], Counter[int]()
     while left:
         going: dict[Future[list[R]], list[int]] = {}
@@ -385,11 +385,11 @@ def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened) -> Iterator[R]:
                     yield from future.result()
                     came.update(going.pop(future))
             return
-        except ImatchError as error:  # its message is for the user, so it comes without the worker's traceback
+        except ImatchError as error:  # for the user, so it comes without the worker's traceback
             raise error from None
         except _LostError as lost:
             left = [i for i in left if i not in came and not work.done(jobs[i])]
-            begun = filter(None, map({*left}.intersection, going.values()))  # in the order in which they were given
+            begun = filter(None, map({*left}.intersection, going.values()))  # in the order given
             at = [min(part) for part in itertools.islice(begun, workers)] or [-1]
             said, remedy = lost.args
             if not (going or tries) or any(tries[i] == TRIES - 1 for i in at):
@@ -400,8 +400,8 @@ def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened) -> Iterator[R]:
 
 
 @contextmanager
-def _processes(work: Work[T, R], places: Sequence[Place], start: str | None) -> Iterator[tuple[_Submit, int]]:
-    """Open an executor of processes, one for each place; they end with this one, or when something ends the block."""
+def _processes(work: Work[T, R], places: Sequence[Place], start: str | None) -> Iterator[tuple[_Submit[T, R], int]]:
+    """Open processes, one for each place; they end with this one, or when something ends the block."""
     context = get_context(start)
     free, (theirs, ours) = context.SimpleQueue(), context.Pipe(duplex=False)
     for place in places:
@@ -417,20 +417,20 @@ def _processes(work: Work[T, R], places: Sequence[Place], start: str | None) -> 
         raise _LostError(
             "a process ended too early, a new one does its work",
             f"a process was killed {TRIES} times at the same place, mostly for want of memory: use fewer workers or "
-            "devices, or a smaller batch_size; or it could not start, then its words stand above (in a script of your "
-            'own, `if __name__ == "__main__":`?)',
+            "devices, or a smaller batch_size (if it could not start, its words stand above: a script needs "
+            '`if __name__ == "__main__":`)',
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 _mine: list[Any] = []
-"""In a process of an executor: the work, which keeps what it has loaded (a model, open stores), and its place."""
+"""In such a process: the work, which keeps what it has loaded (a model, open stores), and its place."""
 
 
 def _begin(work: Work[T, R], free: SimpleQueue[Place], theirs: Connection, ours: Connection) -> None:
-    """In such a process: take a place, and end with the other end of the pipe. The process above alone is interrupted,
-    and has that end to itself."""
+    """Take a place, and end with the other end of the pipe, which only the process above holds. That one alone is
+    interrupted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours.close()
     Thread(target=_end_with, args=(theirs,), daemon=True).start()
@@ -444,13 +444,13 @@ def _end_with(pipe: Connection) -> None:
     os._exit(1)
 
 
-def _part(jobs: Sequence[Any]) -> list[Any]:
+def _part(jobs: Sequence[T]) -> list[R]:
     work, place = _mine
     return _told(partial(work, jobs, place))
 
 
 def _told(rows: Callable[[], Iterator[R]]) -> list[R]:
-    """The rows, or an error that can be sent, which not every one can: where it came from is in its notes."""
+    """The rows, or an error that can be sent; where it came from is in its notes."""
     try:
         return list(rows())
     except ImatchError as error:
@@ -463,8 +463,8 @@ def _told(rows: Callable[[], Iterator[R]]) -> list[R]:
 
 
 def _take_cores(place: Place) -> None:
-    """numpy, torch, FAISS and OpenCV use a place's share of the cores, those that are loaded now and those that will
-    be: torch alone takes seconds to load, and not every work needs it."""
+    """The libraries use a place's share of the cores, those that are loaded now and those that will be: torch alone
+    takes seconds to load, and not every work needs it."""
     n = max(1, settings.cores() // place.share)
     settings.take_cores(n)
     threadpool_limits(n, user_api="blas")
@@ -498,12 +498,12 @@ class Dask:
     def __call__(self, work: Work[T, R], jobs: Sequence[T], devices: Sequence[str]) -> Iterator[R]:
         """See `Engine`; the devices of a cluster's workers are their own."""
         patience = itertools.chain([START], itertools.repeat(PATIENCE))
-        return _shared(work, jobs, partial(self._opened, work.what, pickle.dumps(work), devices, patience))
+        return _shared(work, jobs, partial(self._opened, work, pickle.dumps(work), devices, patience))
 
     @contextmanager
     def _opened(
-        self, what: str, work: bytes, devices: Sequence[str], patience: Iterator[int]
-    ) -> Iterator[tuple[_Submit, int]]:
+        self, work: Work[T, R], pickled: bytes, devices: Sequence[str], patience: Iterator[int]
+    ) -> Iterator[tuple[_Submit[T, R], int]]:
         from distributed.scheduler import KilledWorker
 
         try:
@@ -511,17 +511,17 @@ class Dask:
             with self._client(len(devices), seconds) as client:
                 client.wait_for_workers(1, timeout=seconds)
                 workers = client.scheduler_info(n_workers=-1)["workers"].values()
-                print(f"{what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
+                print(f"{work.what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
                 share = max(Counter(one["host"] for one in workers).values())
                 places = [Place(device, share, quiet=True) for device in (["auto"] if self.scheduler else devices)]
                 submit = client.get_executor(pure=False).submit
-                yield lambda part: submit(_remote, work, places, part), len(workers)
+                yield lambda part: submit(_remote, pickled, places, part), len(workers)
         except KilledWorker as error:
             raise ImatchError(
-                f"{what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): give them "
-                "more, or use a smaller batch_size, and run it again, it goes on where it stopped"
+                f"{work.what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): "
+                "give them more, or use a smaller batch_size, and run it again, it goes on where it stopped"
             ) from error
-        except (CancelledError, asyncio.CancelledError, OSError) as error:  # what the work raises is none of them
+        except (CancelledError, asyncio.CancelledError, OSError) as error:  # the work raises neither
             where = self.scheduler or "this machine"
             remedy = f"no scheduler with workers at {where} ({error}): start them, or correct scheduler"
             raise _LostError("the scheduler is gone, waiting for it", remedy) from error
@@ -540,14 +540,13 @@ _one = Lock()
 """A worker of Dask does one part at a time."""
 
 
-def _remote(pickled: bytes, places: Sequence[Place], jobs: Sequence[Any]) -> list[Any]:
-    """On a worker: one of a cluster that was started here has a number for its name, and a place of its own. What a
-    worker that was killed had written of this part stays."""
+def _remote(pickled: bytes, places: Sequence[Place], jobs: Sequence[T]) -> list[R]:
+    """On a worker; one that was started here has a number for its name. What a killed one had written stays."""
     from distributed import get_worker
 
     place = places[0] if len(places) == 1 else places[int(get_worker().name)]
 
-    def rows() -> Iterator[Any]:
+    def rows() -> Iterator[R]:
         with _one:
             _take_cores(place)
             work = _unpickled(pickled)

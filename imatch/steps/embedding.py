@@ -163,13 +163,13 @@ def embed(
 
 
 class _Task:
-    """A step of embeddings, what is asked of it read once: which photographs become which shards.
+    """A step of embeddings: which photographs become which shards.
 
     Attributes:
         about: the ids of the photographs, with what the registry knows of each.
         mine: numbers of shards: a part computes no others, nor looks at their photographs.
-        plan: the ids of each shard: those on disk of which no photograph has gone stay; the other photographs, such as
-            new ones, are put into more shards, so that they cost their own embedding alone.
+        plan: the ids of each shard. Those on disk of which no photograph has gone stay; other photographs are put into
+            more shards, so that new ones cost their own embedding alone.
     """
 
     def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
@@ -190,8 +190,7 @@ class _Task:
         return dict(sorted(kept.items()))
 
     def take_stock(self) -> None:
-        """Look at the headers of my shards' photographs, count the bad ones, and drop or make by thinning what can
-        be."""
+        """Look at the headers of my shards' photographs, and drop or make by thinning what can be."""
         planned = [n for n in self.plan if n in self.mine]
         looked_at = [id for n in planned for id in self.plan[n]]
         self.seen.check_headers(looked_at)
@@ -211,12 +210,11 @@ class _Task:
         self.read_back()  # what an earlier run found in the shards that stay counts, too
 
     def _holds(self, shards: Mapping[int, Sequence[PhotoRow]], n: int) -> bool:
-        """Whether one of such shards holds just the planned photographs."""
         return [row["id"] for row in shards.get(n, ())] == self.plan[n]
 
     def _changed(self, recorded: Sequence[PhotoRow]) -> set[str]:
-        """The photographs that are not what they were when their shards were made; they are refused, as new ones and
-        those that are gone are, unless the step may recompute."""
+        """The photographs that are not what they were when their shards were made; these, new ones and those that are
+        gone are refused, unless the step may recompute."""
         changed = {row["id"] for row in recorded if row["id"] in self.seen.rows and self._differs(row)}
         # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
         before = {row["id"] for row in recorded if self.shards.merged or "skipped" not in row}
@@ -228,7 +226,6 @@ class _Task:
         return changed
 
     def _differs(self, row: PhotoRow) -> bool:
-        """Whether a photograph is not what it was when its shard was made."""
         return _digest(self.root, self.seen.rows[row["id"]]) != row["sha256"]
 
     def _drop(self, stale: Sequence[int], todo: Sequence[int]) -> None:
@@ -242,7 +239,7 @@ class _Task:
             self.shards.remove(n)
 
     def read_back(self) -> None:
-        """Take over the hashes of my shards' photographs, and count the bad ones, whoever computed them."""
+        """Take over hashes and count bad photographs from my shards, whoever computed them."""
         for row in (row for rows in self.shards.rows(self.mine).values() for row in rows):
             self.seen.rows[row["id"]]["sha256"] = row["sha256"]
             if "skipped" in row:
@@ -283,8 +280,7 @@ class _Task:
         self.step.did(self.shards.merge())
 
     def _thin(self, todo: Sequence[int]) -> None:
-        """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it, which keeps
-        all, holds without another forward pass."""
+        """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it holds."""
         parameters, folder = self.step.parameters, self.step.folder
         all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
         stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
@@ -342,8 +338,7 @@ def devices_of(parameters: Parameters, devices: str, several: bool = False) -> l
 
 
 class _Shard(NamedTuple):
-    """A job: the photographs of one shard, with what is known of each one's file (`_Seen`) and what the registry knows
-    of it."""
+    """A job: a shard's photographs, with what is known of each file (`_Seen`) and what the registry knows."""
 
     number: int
     seen: Sequence[SeenRow]
@@ -357,8 +352,8 @@ class _Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class _Work:
-    """Embeds shards, one after the other: photographs are decoded ahead, the next batch is put together while one goes
-    through the backbone, and a shard is written while the next is computed. See `compute.Work`."""
+    """Embeds shards: photographs are decoded ahead, the next batch is put together while one goes through the backbone,
+    and a shard is written while the next is computed. See `compute.Work`."""
 
     step: Step
     root: Path
@@ -373,7 +368,6 @@ class _Work:
         return self.step.name[3:]
 
     def done(self, shard: _Shard) -> bool:
-        """Whether a shard is on disk."""
         return Shards(self.step.folder).has(shard.number)
 
     def __call__(self, jobs: Sequence[_Shard], place: Place) -> Iterator[ShardRow]:
@@ -394,13 +388,12 @@ class _Work:
         next(decoded, None)  # lets the bar know that this was the last
 
     def _backbone(self, device: str) -> Backbone:
-        """The step's backbone, loaded once."""
         if device not in self._backbones:
             self._backbones[device] = base.backbone_of(self.step.parameters, device)
         return self._backbones[device]
 
     def _reader(self, backbone: Backbone) -> Callable[[str], _Timed]:
-        """Reads a photograph as the backbone sees it, by its id; a broken one is given back as its error."""
+        """What reads a photograph as the backbone sees it; a broken one is given back as its error."""
         pose = Pose(**self.step.parameters.get("pose", {}))
         resize = Resize(**self.step.parameters["resize"]).zoomed(pose.zoom)
         # a part of a photograph is seen at the scale of all of it
@@ -416,8 +409,7 @@ class _Work:
     def _embedded(
         self, jobs: Sequence[_Shard], backbone: Backbone, decoded: Iterator[_Timed]
     ) -> Iterator[Callable[[], ShardRow]]:
-        """Embed shards; yields what writes each. Batches never reach over a shard, so it comes out the same on every
-        run."""
+        """Yield what writes each shard. Batches never reach over one, so it comes out the same on every run."""
         began = time.perf_counter()
         backbone.load()
         start, began = time.perf_counter() - began, time.perf_counter()
@@ -462,7 +454,7 @@ def _read(
 def _write_shard(
     step: Step, shard: _Shard, work: dict[str, float], rows: Sequence[PhotoRow], tokens: Sequence[Tokens]
 ) -> None:
-    """Write a shard, remember its photographs even if the run is killed now, and put down what the shard took."""
+    """Write a shard, remember its photographs even if the run is killed now, and what the shard took."""
     started, folder = time.perf_counter(), step.folder
     store.write_kept_shard(folder, shard.number, rows, tokens, store.keep_of(step.parameters))
     lines = b"".join(files.line(known) for known in shard.seen)
@@ -472,7 +464,7 @@ def _write_shard(
 
 
 class _Seen:
-    """What is known of the photographs' files without reading them again: bytes, time of change, header, hash."""
+    """What is known of the photographs' files without reading them: bytes, time of change, header, hash."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path, self.root = path, root
@@ -526,7 +518,7 @@ def _whole(line: bytes) -> SeenRow | None:
 
 
 class _Bad:
-    """Counts the photographs that cannot be used, and stops the run when that was asked or when they are many."""
+    """The photographs that cannot be used; stops the run when that was asked or when they are many."""
 
     def __init__(self, total: int, on_error: str, max_skipped: float) -> None:
         self.total, self.on_error, self.max_skipped = total, on_error, max_skipped
@@ -660,7 +652,7 @@ def embed_by(
 
 
 def _check_zoom(source: Step, pose: Pose) -> None:
-    """Raise ImatchError, before anything is written, when a zoom gives sides that are no multiple of the patch."""
+    """Refuse, before anything is written, a zoom whose sides are no multiple of the patch."""
     if pose.zoom == 1 or (pose_folder(source.folder, pose) / "metrics.json").is_file():
         return
     backbone = base.create_backbone(source.parameters["weight"], source.parameters["backbone"])
@@ -671,7 +663,7 @@ def _check_zoom(source: Step, pose: Pose) -> None:
 
 
 def _check_whole(upright: Stored, embeddings: Stored) -> None:
-    """Raise StepError when a photograph could be decoded for 01_embed, but not any more."""
+    """Refuse photographs that could be decoded for 01_embed, but not any more."""
     seen = embeddings.decodable
     gone = [id for id in upright.ids if id not in seen]
     if gone:

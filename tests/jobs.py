@@ -22,6 +22,7 @@ class Squares:
     seconds: float = 0.0
     dies_at: int = -1
     dies_once: bool = True
+    what: str = "squares"
 
     def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
         for n in jobs:
@@ -52,6 +53,10 @@ class Refusing:
     """Refuses its third job, by one of `ERRORS`."""
 
     by: str = "ours"
+    what: str = "refusing"
+
+    def done(self, n: int) -> bool:  # noqa: ARG002
+        return False
 
     def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
         for n in jobs:
@@ -62,6 +67,11 @@ class Refusing:
 
 class Threads:
     """Says how many threads the libraries use that it loads only now."""
+
+    what = "threads"
+
+    def done(self, n: int) -> bool:  # noqa: ARG002
+        return False
 
     def __call__(self, jobs: Iterable[int], place: Place) -> Iterator[dict[str, int]]:  # noqa: ARG002
         import cv2

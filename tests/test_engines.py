@@ -36,7 +36,8 @@ pytest.importorskip("distributed", reason="Dask is not installed: make setup")
 ROOT = Path(__file__).parents[1]
 
 
-# --- toys --------------------------------------------------------------------------------------------------
+def create_engine(engine: str = "local", **given: str) -> compute.Engine:
+    return imatch.ComputeOptions(engine=engine, **given).machines
 
 
 def squares(folder: Path, jobs: Iterable[int]) -> None:
@@ -48,13 +49,12 @@ def pids(folder: Path) -> set[str]:
 
 
 def all_rows(engine: compute.Engine, work: Squares | Refusing, jobs: range, devices: int = 2) -> list[int]:
-    done = getattr(work, "done", lambda _: False)
-    return sorted(row["n"] for row in compute.do(engine, work, jobs, "squares", ["cpu"] * devices, done))
+    return sorted(row["n"] for row in compute.do(engine, work, jobs, ["cpu"] * devices))
 
 
 @pytest.mark.parametrize("name", compute.ENGINES)
 def test_every_job_gives_its_row(name, tmp_path):
-    assert all_rows(compute.create_engine(name), Squares(tmp_path), range(7)) == [*range(7)]
+    assert all_rows(create_engine(name), Squares(tmp_path), range(7)) == [*range(7)]
     squares(tmp_path, range(7))
     assert (str(os.getpid()) in pids(tmp_path)) == (name == "local")
 
@@ -62,20 +62,20 @@ def test_every_job_gives_its_row(name, tmp_path):
 @pytest.mark.parametrize(("name", "n"), [("processes", 2), ("dask", 1)])
 def test_a_process_uses_its_share_of_the_cores(name, n):
     """Dask gives its workers one thread, for whoever does not know better."""
-    rows = [*compute.do(compute.create_engine(name), Threads(), range(2), "threads", ["cpu"] * n, lambda _: False)]
+    rows = [*compute.do(create_engine(name), Threads(), range(2), ["cpu"] * n)]
     assert rows == 2 * [dict.fromkeys(("torch", "faiss", "cv2"), max(1, settings.cores() // n))]
 
 
 @pytest.mark.parametrize("name", compute.ENGINES)
 def test_what_the_work_refuses_is_told(name):
     with pytest.raises(ImatchError, match="job 2 is refused"):
-        all_rows(compute.create_engine(name), Refusing(), range(5), devices=1)
+        all_rows(create_engine(name), Refusing(), range(5), devices=1)
 
 
 @pytest.mark.parametrize("name", ["processes", "dask"])
 def test_an_error_of_the_system_is_no_lost_process(name, capsys):
     with pytest.raises(ImatchError, match="PermissionError: no entry") as told:
-        all_rows(compute.create_engine(name), Refusing("system"), range(5), devices=1)
+        all_rows(create_engine(name), Refusing("system"), range(5), devices=1)
     assert "jobs.py" in "".join(told.value.__notes__)
     assert "ended too early" not in (said := capsys.readouterr().out)
     assert "waiting for it" not in said
@@ -83,17 +83,17 @@ def test_an_error_of_the_system_is_no_lost_process(name, capsys):
 
 def test_an_error_that_cannot_be_pickled_is_told():
     with pytest.raises(ImatchError, match="OddError: job 2"):
-        all_rows(compute.create_engine("processes"), Refusing("odd"), range(5), devices=1)
+        all_rows(create_engine("processes"), Refusing("odd"), range(5), devices=1)
 
 
 def test_a_scheduler_that_is_not_there_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("imatch.core.compute.START", 1)
     with pytest.raises(ImatchError, match=r"no scheduler with workers at tcp://127.0.0.1:9"):
-        all_rows(compute.create_engine("dask", scheduler="tcp://127.0.0.1:9"), Squares(tmp_path), range(5))
+        all_rows(create_engine("dask", scheduler="tcp://127.0.0.1:9"), Squares(tmp_path), range(5))
 
 
 def test_a_local_cluster_has_a_worker_for_each_device(tmp_path, capsys):
-    all_rows(compute.create_engine("dask"), Squares(tmp_path), range(2), devices=1)
+    all_rows(create_engine("dask"), Squares(tmp_path), range(2), devices=1)
     assert "squares: 1 workers" in capsys.readouterr().out
 
 
@@ -103,7 +103,7 @@ def test_an_engine_that_loses_a_row_is_found_out(tmp_path):
     class Losing:
         shard = ""
 
-        def __call__(self, work, jobs, what, devices):  # noqa: ARG002
+        def __call__(self, work, jobs, devices):
             return work(jobs[1:], Place(devices[0], quiet=True))
 
     with pytest.raises(ImatchError, match="squares: only 6 of 7 jobs came back: run the same command again"):
@@ -113,46 +113,55 @@ def test_an_engine_that_loses_a_row_is_found_out(tmp_path):
 def test_shards_are_the_jobs_once(tmp_path):
     for i in (2, 0, 1):
         with pytest.raises(PartDoneError, match=rf"part {i}/3 is done"):
-            all_rows(compute.create_engine("local", shard=f"{i}/3"), Squares(tmp_path), range(8))
+            all_rows(create_engine("local", shard=f"{i}/3"), Squares(tmp_path), range(8))
         assert (tmp_path / f"{i}.txt").is_file()
     squares(tmp_path, range(8))
 
 
 def test_parts_do_not_recompute():
     with pytest.raises(ImatchError, match="parts cannot make a step anew"):
-        compute.create_engine(shard="0/3", on_change="recompute")
-    assert compute.create_engine(on_change="recompute").shard == ""
+        compute.check_parts("0/3", "recompute")
+    compute.check_parts("", "recompute")
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
 def test_a_shard_that_is_none_is_refused(shard):
     with pytest.raises(ImatchError, match="is no i/n: use 0/"):
-        compute.create_engine("local", shard=shard)
+        create_engine("local", shard=shard)
 
 
 def test_names_and_options():
     with pytest.raises(ImatchError, match="unknown engine 'dusk': did you mean 'dask'"):
-        compute.create_engine("dusk")
+        create_engine("dusk")
     with pytest.raises(ImatchError, match="unknown option of engine local 'scheduler'"):
-        compute.create_engine("local", scheduler="tcp://localhost:8786")
+        create_engine("local", scheduler="tcp://localhost:8786")
 
 
 def test_without_dask_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImatchError, match=r"pip install 'imatch\[dask\]'"):
-        compute.create_engine("dask")
+        create_engine("dask")
 
 
 def test_another_process_does_the_jobs_of_a_killed_one(tmp_path, capsys):
-    assert all_rows(compute.create_engine("processes"), Squares(tmp_path, dies_at=3), range(6)) == [*range(6)]
+    assert all_rows(create_engine("processes"), Squares(tmp_path, dies_at=3), range(6)) == [*range(6)]
     squares(tmp_path, range(6))
     assert "ended too early, a new one does its work" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_had_written_is_not_done_again(tmp_path, monkeypatch):
+    """All eight jobs are one part, which is killed at the seventh."""
+    monkeypatch.setattr("imatch.core.compute.PARTS", 1)
+    assert all_rows(create_engine("processes"), Squares(tmp_path, dies_at=6), range(8), devices=1) == [6, 7]
+    squares(tmp_path, range(8))
+    killed, new = ({(tmp_path / f"{n}.pid").read_text() for n in part} for part in (range(6), (6, 7)))
+    assert (len(killed), len(new), killed & new) == (1, 1, set())
 
 
 @pytest.mark.parametrize("name", ["processes", "dask"])
 def test_a_job_that_kills_each_time_ends_the_run(name, tmp_path):
     with pytest.raises(ImatchError, match=r"killed.*goes on where it stopped"):
-        all_rows(compute.create_engine(name), Squares(tmp_path, dies_at=1, dies_once=False), range(4), devices=1)
+        all_rows(create_engine(name), Squares(tmp_path, dies_at=1, dies_once=False), range(4), devices=1)
     assert (tmp_path / "0.txt").is_file()
 
 
@@ -298,7 +307,7 @@ def test_every_engine_writes_the_same_bytes(start):
     assert "global.npy" in expected
     for name in ("processes", "dask"):
         step = start(name, weight="dsift")
-        assert stored(embedded(step, engine=compute.create_engine(name), devices="cpu,cpu")) == expected
+        assert stored(embedded(step, engine=create_engine(name), devices="cpu,cpu")) == expected
         work = open_step(step.folder).work
         assert work["photographs"] == 24
         assert min(work[part] for part in ("seconds", "decode", "wait", "forward", "write")) > 0
@@ -344,8 +353,8 @@ def test_a_step_records_the_devices_of_the_workers(start):
 
     @dataclass(frozen=True)
     class Elsewhere(Local):
-        def __call__(self, work, jobs, what, devices):
-            return ({**row, "device": "cuda"} for row in super().__call__(work, jobs, what, devices))
+        def __call__(self, work, jobs, devices):
+            return ({**row, "device": "cuda"} for row in super().__call__(work, jobs, devices))
 
     step = start("elsewhere")
     imatch.steps.embed(step, resources=by(Elsewhere()))
@@ -358,10 +367,10 @@ def test_a_part_of_a_step_that_is_whole_sees_what_changed(start, tmp_path, photo
     first, *_, last = sorted(path for path in folder.rglob("*") if path.is_file())
     last.write_bytes(last.read_bytes()[:200])
     step = start("changing", folder)
-    for engine in (compute.create_engine("local", shard="11/12"), compute.create_engine("local")):
+    for engine in (create_engine("local", shard="11/12"), create_engine("local")):
         with pytest.raises(PartDoneError) if engine.shard else pytest.warns(ImatchWarning, match="1 of 24"):
             imatch.steps.finish_embed(step, imatch.steps.embed(step, resources=by(engine)))
-    part = compute.create_engine("local", shard="11/12")
+    part = create_engine("local", shard="11/12")
     with pytest.warns(ImatchWarning, match="1 of 24 photographs were skipped"):
         imatch.steps.embed(start("changing", folder), resources=by(part))
     first.write_bytes(first.read_bytes() + b"\0")
@@ -382,7 +391,7 @@ def test_a_worker_and_the_scheduler_are_killed(start, cluster, capsys):
     step = start("killed")
     written = lambda n: lambda: len([*(step.folder / "local").glob("*.jsonl")]) >= n  # noqa: E731
     with when(written(2), lambda: cluster.kill(cluster.workers[0])), when(written(5), cluster.restart_scheduler):
-        folder = embedded(step, engine=compute.create_engine("dask", scheduler=cluster.address))
+        folder = embedded(step, engine=create_engine("dask", scheduler=cluster.address))
     assert stored(folder) == expected
     assert open_step(folder).work["photographs"] == 24
     assert "the scheduler is gone" in capsys.readouterr().out
@@ -393,7 +402,7 @@ def test_views_and_pairs_by_every_engine(name, tmp_path):
     """The references and the matches of the other notebooks."""
     write_photographs(tmp_path / "photographs", 4)
     houses = [House(tmp_path, exports) for exports in ("local", name)]
-    for house, engine in zip(houses, (compute.create_engine("local"), compute.create_engine(name)), strict=True):
+    for house, engine in zip(houses, (create_engine("local"), create_engine(name)), strict=True):
         house.embed()
         imatch.steps.make_references(house.start_views(), resources=by(engine, workers=0))
         house.references()
@@ -428,12 +437,12 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
     asked = IndexOptions(kind, device="cpu")
     answers = {}
     for name, rows in (("whole", 0), ("local", 300), ("processes", 300)):
-        engine = compute.create_engine("local" if name == "whole" else name)
+        engine = create_engine("local" if name == "whole" else name)
         found = searcher.build(tmp_path / name, mapped, gallery, asked, shard_rows=rows, engine=engine)
         effort = max(found.kind.efforts(len(vectors)), default=None)
         answers[name] = found.search(vectors[::50], 10, effort=effort)
     for i in (2, 0, 1):
-        part = compute.create_engine(shard=f"{i}/3")
+        part = create_engine(shard=f"{i}/3")
         with pytest.raises(PartDoneError, match=f"index: part {i}/3 is done"):
             searcher.build(tmp_path / "parts", mapped, gallery, asked, shard_rows=300, engine=part)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("0*")}
@@ -451,7 +460,7 @@ def test_an_index_made_by_shards_answers_like_one_made_whole(kind, tmp_path):
 
 def test_parts_do_not_mend_an_index(tmp_path):
     vectors = np.eye(40, dtype=np.float32)
-    few, part = vectors[:30], compute.create_engine(shard="0/2")
+    few, part = vectors[:30], create_engine(shard="0/2")
     flat, hnsw = IndexOptions("flat", device="cpu"), IndexOptions("hnsw")
     with pytest.raises(ImatchError, match="parts must choose the same index"):
         searcher.build(tmp_path / "index", vectors, searcher.digest(vectors), engine=part)
@@ -511,18 +520,20 @@ def mapped(item: tuple[str, int]) -> int:
     return n * n
 
 
-def test_workers_give_back_what_they_do_in_order(capsys):
+def all_mapped(items: list[tuple[str, int]], workers: int) -> list[int]:
+    return sorted(compute.Each(mapped, lambda _: False, workers, "squares")(items, Place()))
+
+
+def test_workers_give_back_what_they_do(capsys):
     for workers in (0, 1, 3):
-        items = [("square", n) for n in range(20)]
-        assert list(compute.parallel(mapped, items, workers, "squares")) == [n * n for n in range(20)]
-    assert list(compute.parallel(mapped, [], 2, "squares")) == []
+        assert all_mapped([("square", n) for n in range(20)], workers) == [n * n for n in range(20)]
     assert "squares: 100%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("what", "said"), [("kill", "killed.*use fewer workers"), ("refuse", "three is no number")])
 def test_a_worker_that_ends_too_early_and_one_that_refuses_are_said(what, said):
     with pytest.raises(ImatchError, match=said):
-        list(compute.parallel(mapped, [(what, n) for n in range(20)], 2, "squares"))
+        all_mapped([(what, n) for n in range(20)], 2)
 
 
 def test_workers_end_with_the_process_above_them(tmp_path):
@@ -533,7 +544,7 @@ from imatch.core import compute
 def sleep(n):
     (Path({str(tmp_path)!r}) / str(os.getpid())).touch()
     time.sleep(60)
-list(compute.parallel(sleep, range(4), 2, "sleep"))
+list(compute.Each(sleep, bool, 2, "sleep")(range(4), compute.Place()))
 """
     above = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from imatch.data import references as kinds
 from imatch.data.embeddings import COMPARED, Embeddings, vector_digest
 from imatch.data.images import Decoded, Resize
 from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for
-from imatch.features.pipeline import Made, batches
+from imatch.features.pipeline import Made, passed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -182,16 +181,13 @@ def make_tokens(
     backbone.load()
     read, workers = partial(_read, backbone, Resize(**parameters["resize"]), views or {}), settings.cores()
     decoded = compute.ahead(read, sources.items(), workers, batch_size + 2 * workers)
-    with closing(decoded), ThreadPoolExecutor(1) as pool:
-        coming = batches(made.photographs(tqdm(decoded, "embed", total, disable=None, delay=1)), batch_size)
-        try:
-            for batch, tokens, *_ in compute.overlapped(backbone, coming, pool):
-                made.take(batch, tokens)
-                held, done = held + copies * sum(map(_bytes, tokens)), done + len(batch)
-                check_memory(held, done, total, instead, beside)
-                del batch, tokens  # not to be held while the next one is put together
-        finally:
-            pool.shutdown(cancel_futures=True)
+    coming = made.photographs(tqdm(decoded, "embed", total, disable=None, delay=1))
+    with closing(decoded), closing(passed(backbone, coming, batch_size)) as batches:
+        for batch, tokens, *_ in batches:
+            made.take(batch, tokens)
+            held, done = held + copies * sum(map(_bytes, tokens)), done + len(batch)
+            check_memory(held, done, total, instead, beside)
+            del batch, tokens  # not to be held while the next one is put together
     return made
 
 

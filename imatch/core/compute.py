@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import pickle
 import signal
 import sys
-import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
@@ -28,8 +29,6 @@ from imatch.core import config, settings
 from imatch.core.types import ImatchError
 
 if TYPE_CHECKING:
-    from multiprocessing.process import BaseProcess
-
     from distributed import Client
 
 
@@ -59,38 +58,8 @@ def resolved(device: str) -> str:
     return device
 
 
-K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def parallel(function: Callable[[T], R], items: Sequence[T], workers: int, what: str) -> Iterator[R]:
-    """`function(item)` for every item, in order, with a progress bar (rate, time left) on standard output.
-
-    Args:
-        function: picklable; what it raises ends the loop.
-        items: picklable things.
-        workers: processes; 0 runs here; -1 is one a core. At most two results a worker wait in memory.
-        what: the bar's label, such as "embed".
-    """
-    workers = min(settings.cores() if workers < 0 else workers, len(items))
-    if not workers:
-        yield from progress(map(function, items), what, len(items), delay=0)
-        return
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(function,))
-    try:
-        with without_opencv_threads():
-            pool.submit(int).result()  # the first job starts the processes
-        yield from progress(_ordered(pool, _do, items, 2 * workers), what, len(items), delay=0)
-    except BrokenProcessPool as error:
-        raise ImatchError(
-            f"{what}: a worker process was killed, mostly for want of memory: use fewer workers "
-            "and run it again, it goes on where it stopped"
-        ) from error
-    except ImatchError as error:  # its message is for the user, so it comes without the worker's traceback
-        raise error from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Generator[R, None, None]:
@@ -108,57 +77,17 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: i
     if not workers:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(workers)
+    pool, waiting = ThreadPoolExecutor(workers), deque[Future[R]]()
     try:
-        yield from _ordered(pool, function, items, depth)
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            del item  # not to be held while the next one comes
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ordered(pool: Executor, function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def overlapped(
-    function: Callable[[T], R], items: Iterable[tuple[K, T]], pool: Executor
-) -> Iterator[tuple[K, R, float, float]]:
-    """`function(item)` for every item, in order, by a pool of one thread, while the next item is being made.
-
-    Args:
-        function: as of `ahead`.
-        items: each with a key that stays beside it.
-        pool: of one thread.
-
-    Returns:
-        For each item its key, its result, and when that began and ended (`time.perf_counter`).
-
-    >>> with ThreadPoolExecutor(1) as pool:
-    ...     [(key, result) for key, result, *_ in overlapped(abs, [("a", -1), ("b", 2)], pool)]
-    [('a', 1), ('b', 2)]
-    """
-    going: deque[tuple[K, Future[R], float, list[float]]] = deque()
-    free = 0.0  # since when the thread had nothing left to do
-    for one in itertools.chain(items, [None]):
-        if one is not None:
-            ended: list[float] = []
-            going.append((one[0], pool.submit(function, one[1]), time.perf_counter(), ended))
-            going[-1][1].add_done_callback(partial(_put_time, ended))
-        while len(going) > (0 if one is None else 1):
-            key, future, asked, ended = going.popleft()
-            result = future.result()
-            began, free = max(asked, free), ended[0] if ended else time.perf_counter()  # it may be told a moment later
-            yield key, result, began, free
-            del key, future, result  # not to be held while the next item is made
-
-
-def _put_time(times: list[float], _: Future[R]) -> None:
-    times.append(time.perf_counter())
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, delay: float = 1) -> Iterator[T]:
@@ -185,39 +114,19 @@ def without_opencv_threads() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-_work: list[Callable[[Any], Any]] = []
-"""What a worker process does; it is given it once, not with every item, for it may open stores."""
-
-
-def _begin(function: Callable[[T], R]) -> None:
-    """In a worker: one thread, and an end when the process above is gone. That one alone is interrupted."""
-    _take_cores(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    _work[:] = [function]
-
-
-def _end_with(above: BaseProcess) -> None:
-    above.join()
-    os._exit(1)
-
-
-def _do(item: Any) -> Any:
-    try:
-        return _work[0](item)
-    except ImatchError:
-        raise
-    except Exception as error:  # not every exception can be sent to another process
-        raise portable(error) from None
-
-
 ENGINES = {
     "local": "imatch.core.compute:Local",
     "processes": "imatch.core.compute:Processes",
     "dask": "imatch.core.compute:Dask",
 }
+PARTS = 16
+"""Parts of the jobs for each process, so that none waits long for a slower one."""
+LONG = 8
+"""Jobs of a part at most. Within a part the next job is begun while the last one is written."""
 TRIES = 3
 """So often a job is begun: one that ends its process each time would end all of them."""
+START, PATIENCE = 30, 300
+"""Seconds that a scheduler of Dask may be away in the beginning, and later."""
 Job = TypeVar("Job", contravariant=True)
 Done = TypeVar("Done", covariant=True)
 
@@ -246,11 +155,18 @@ class Place:
 
 
 class Work(Protocol[Job, Done]):
-    """A long loop."""
+    """A long loop; picklable, as its jobs are."""
 
-    def __call__(self, jobs: Iterable[Job], place: Place) -> Iterator[Done]:
-        """Do the jobs, which may come one by one, and yield the row of each when its result is on disk, in order. A row
-        is small and plain: no arrays."""
+    @property
+    def what(self) -> str:
+        """The bar's label, such as "embed"."""
+
+    def done(self, job: Job) -> bool:
+        """Whether a job's result is on disk."""
+
+    def __call__(self, jobs: Sequence[Job], place: Place) -> Iterator[Done]:
+        """Do the jobs and yield the row of each when its result is on disk, in order. A row is small and plain: no
+        arrays. It is lost where a process is killed between writing and handing over."""
 
 
 class Engine(Protocol):
@@ -260,13 +176,11 @@ class Engine(Protocol):
     def shard(self) -> str:
         """Which part of the jobs to do, such as "0/3"; "" is all."""
 
-    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], devices: Sequence[str]) -> Iterator[R]:
         """Do all jobs and yield their rows as they come, in any order, with one progress bar.
 
         Args:
-            work: picklable.
-            jobs: picklable.
-            what: the bar's label, such as "embed".
+            work, jobs: see `Work`.
             devices: one for each part that this machine can take, such as ["cuda:0", "cuda:1"] or ["cpu"].
 
         Raises:
@@ -291,7 +205,10 @@ class ComputeOptions:
         shard: "" is all; or "0/8": this part of the work alone, for arrays of jobs (`imatch run --shard 0/8`).
 
     Raises:
-        ImatchError: a number out of its range, or what `create_engine` refuses.
+        ImatchError: a number out of its range, an unknown engine, one that takes no scheduler, or a shard that is none.
+
+    >>> ComputeOptions(shard="0/3").machines
+    Local(shard='0/3')
     """
 
     devices: str = "auto"
@@ -303,33 +220,15 @@ class ComputeOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "compute")
+        numbered(self.shard)
         _ = self.machines
 
     @property
     def machines(self) -> Engine:
-        """Who does the work (`create_engine`)."""
-        return create_engine(self.engine, self.scheduler, self.shard)
-
-
-def create_engine(engine: str = "local", scheduler: str = "", shard: str = "", on_change: str = "refuse") -> Engine:
-    """Make an engine.
-
-    Args:
-        engine: "local", "processes" or "dask".
-        scheduler: of dask, the scheduler's address; "" starts one here, with a worker for each device.
-        shard: "i/n", to do only every n-th job from the i-th on, as in an array of SLURM jobs; "" is all.
-        on_change: as the step will be given it: parts may not "recompute", each would remove the others' work.
-
-    Raises:
-        ImatchError: an unknown engine, one that takes no scheduler, a shard that is none, or parts that recompute.
-
-    >>> create_engine("local", shard="0/3").shard
-    '0/3'
-    """
-    given = {name: value for name, value in (("scheduler", scheduler), ("shard", shard)) if value}
-    made: Engine = config.create(ENGINES, "engine", engine, given)
-    check_parts(shard, on_change)
-    return made
+        """Who does the work."""
+        given = {name: value for name, value in (("scheduler", self.scheduler), ("shard", self.shard)) if value}
+        made: Engine = config.create(ENGINES, "engine", self.engine, given)
+        return made
 
 
 def check_parts(shard: str, on_change: str) -> None:
@@ -361,108 +260,63 @@ def numbered(shard: str) -> tuple[int, int]:
     return int(first), int(of)
 
 
-def do(
-    engine: Engine,
-    work: Work[T, R],
-    jobs: Sequence[T],
-    what: str,
-    devices: Sequence[str],
-    done: Callable[[T], bool],
-) -> Generator[R, None, None]:
+def do(engine: Engine, work: Work[T, R], jobs: Sequence[T], devices: Sequence[str]) -> Generator[R, None, None]:
     """Do those of the engine's part of the jobs that are not done yet; the rows as they come.
 
     Args:
-        engine, work, what, devices: see `Engine`.
+        engine, work, devices: see `Engine`.
         jobs: all of them, those of other parts and those that are done included.
-        done: whether a job's result is on disk.
 
     Raises:
         PartDoneError: a part of the jobs was asked for, and is done. Parts never finish a step, for each of them may
             think that it is the last one.
-        ImatchError: what the engine raises, or it gave back fewer rows than it had jobs.
+        ImatchError: what the engine raises, or jobs have given no row and are not done.
     """
     i, n = numbered(engine.shard)
-    mine = [job for job in jobs[i::n] if not done(job)]
+    mine = [job for job in jobs[i::n] if not work.done(job)]
     rows = 0
-    for row in engine(work, mine, what, devices) if mine else ():
+    for row in engine(work, mine, devices) if mine else ():
         rows += 1
         yield row
-    if rows != len(mine):
-        raise ImatchError(f"{what}: only {rows} of {len(mine)} jobs came back: run the same command again")
+    if rows < len(mine) and not all(map(work.done, mine)):
+        raise ImatchError(f"{work.what}: only {rows} of {len(mine)} jobs came back: run the same command again")
     if engine.shard:
-        missing = sum(not done(job) for job in jobs)
+        missing = sum(not work.done(job) for job in jobs)
         others = f"{missing} of {len(jobs)} jobs are left to other parts" if missing else "so are all others"
         raise PartDoneError(
-            f"{what}: part {engine.shard} is done, {others}. When all parts have ended, run the same once more without "
-            "a shard: it goes on from there"
+            f"{work.what}: part {engine.shard} is done, {others}. When all parts have ended, run the same once more "
+            "without a shard: it goes on from there"
         )
 
 
-def each(function: Callable[[T], R], workers: int, what: str) -> Work[T, R]:
+@dataclass(frozen=True)
+class Each(Generic[T, R]):
     """The work of a loop whose jobs have nothing to do with each other.
 
-    Args:
+    Attributes:
         function: picklable; does a job and returns its row.
+        done: whether a job's result is on disk.
         workers: processes that share the jobs where there is no more than one part on a machine; -1 is one a core.
         what: the bar's label.
 
-    >>> list(each(abs, 0, "")([-1, 2], Place(quiet=True)))
+    >>> list(Each(abs, bool, 0, "")([-1, 2], Place(quiet=True)))
     [1, 2]
     """
-    return _Each(function, workers, what)
 
-
-@dataclass(frozen=True)
-class _Each(Generic[T, R]):
     function: Callable[[T], R]
+    done: Callable[[T], bool]
     workers: int
     what: str
 
-    def __call__(self, jobs: Iterable[T], place: Place) -> Iterator[R]:
+    def __call__(self, jobs: Sequence[T], place: Place) -> Iterator[R]:
+        """See `Work`; rows of several processes come in any order."""
         if place.quiet:
             return map(self.function, jobs)
-        jobs = list(jobs)
         if not self.workers:
             return progress(map(self.function, jobs), self.what, len(jobs))
-        return parallel(self.function, jobs, self.workers, self.what)
-
-
-_one = Lock()
-
-
-def part(pickled: bytes, jobs: Iterable[T], place: Place) -> Iterator[Any]:
-    """Do jobs in a process that works for another one: on its share of the cores, one part at a time."""
-    with _one:
-        _take_cores(max(1, settings.cores() // place.share))
-        yield from _unpickled(pickled)(jobs, place)
-
-
-def portable(error: Exception) -> ImatchError:
-    """An error that another process can raise: not every exception can be pickled. Where it came from is in its notes.
-
-    >>> portable(ValueError("no number"))
-    ImatchError('ValueError: no number')
-    """
-    told = error if isinstance(error, ImatchError) else ImatchError(f"{type(error).__name__}: {error}")
-    told.add_note("".join(traceback.format_exception(error)))
-    return told
-
-
-@lru_cache(maxsize=1)
-def _unpickled(pickled: bytes) -> Work[Any, Any]:
-    """The work, which keeps what it has loaded (a model, open stores) from part to part."""
-    work: Work[Any, Any] = pickle.loads(pickled)
-    return work
-
-
-def _take_cores(n: int) -> None:
-    """numpy, torch, FAISS and OpenCV use so many threads, those that are loaded now and those that will be: torch alone
-    takes seconds to load, and not every work needs it."""
-    settings.take_cores(n)
-    threadpool_limits(n, user_api="blas")
-    for name, limit in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads"), ("cv2", "setNumThreads")):
-        if name in sys.modules:
-            getattr(sys.modules[name], limit)(n)
+        n = min(place.workers(self.workers), len(jobs))
+        places = [Place("cpu", settings.cores(), quiet=True)] * n  # a core each
+        return _shared(self, jobs, partial(_processes, self, places, None))
 
 
 @dataclass(frozen=True)
@@ -475,21 +329,18 @@ class Local:
 
     shard: str = ""
 
-    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:  # noqa: ARG002
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], devices: Sequence[str]) -> Iterator[R]:
         """See `Engine`; of the devices the first is used."""
         return work(jobs, Place(devices[0]))
 
 
 LOCAL = Local()
 """The engine of a loop that nobody gave another one."""
-ASK = "ask"
-"""What a process sends to get its next job."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process for each device. Each asks for its next job when it gets to it, so that none waits for a slower one.
-    The jobs of one that was killed are given to a new one.
+    """One process for each device. What one that was killed had not done yet is given to a new one.
 
     Attributes:
         shard: "i/n", or "" for all.
@@ -497,133 +348,135 @@ class Processes:
 
     shard: str = ""
 
-    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], devices: Sequence[str]) -> Iterator[R]:
         """See `Engine`."""
         n = min(len(devices), len(jobs))
         places = [Place(device, n, quiet=True) for device in devices[:n]]
-        return progress(_rows(work, jobs, what, places), what, len(jobs), delay=0)
+        return _shared(work, jobs, partial(_processes, work, places, "spawn"))
 
 
-def _rows(work: Work[T, R], jobs: Sequence[T], what: str, places: Sequence[Place]) -> Iterator[R]:
-    pickled = pickle.dumps(work)
-    todo, tries = deque(enumerate(jobs)), Counter[int]()
-    running: list[_Process] = []
-    try:
-        for place in places:
-            running.append(_Process(pickled, place))
-        while running:
-            for pipe in wait([one.pipe for one in running]):
-                one = next(one for one in running if one.pipe is pipe)
-                try:
-                    said = one.pipe.recv()
-                except (EOFError, OSError):
-                    running.remove(one)
-                    if one.ended():
-                        continue
-                    one.count(tries)
-                    print(f"{what}: {one} ended too early, a new one does its work", flush=True)
-                    todo.extendleft(reversed(one.given))
-                    running.append(_Process(pickled, one.place))
-                    continue
-                if isinstance(said, BaseException):
-                    raise said
-                if said == ASK:
-                    one.give(todo)
-                else:
-                    one.given.popleft()
-                    yield said
-    finally:
-        for one in running:
-            one.process.terminate()
-            one.process.join()
+class _LostError(Exception):
+    """An executor broke: what is said of it, and what is to be done when it does so again and again."""
 
 
-class _Process:
-    """A process, the pipe to it, and the jobs that it was given and has not done yet, with their numbers."""
+_Submit = Callable[[list[T]], Future[list[R]]]
+"""Gives a part of the jobs to an executor, and gets their rows from it."""
+_Opened = Callable[[], AbstractContextManager[tuple[_Submit[T, R], int]]]
+"""Opens an executor; it has so many workers."""
 
-    def __init__(self, pickled: bytes, place: Place) -> None:
-        context = get_context("spawn")
-        self.place, self.given = place, deque[tuple[int, Any]]()
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(pickled, place, theirs), name=place.device)
-        self.process.start()
-        theirs.close()  # so that the pipe ends when the process does
 
-    def give(self, todo: deque[tuple[int, T]]) -> None:
-        """Send it the next job, or None when there is none."""
-        job = None
-        if todo:
-            self.given.append(todo.popleft())
-            job = self.given[-1][1]
+def _shared(work: Work[T, R], jobs: Sequence[T], opened: _Opened[T, R]) -> Iterator[R]:
+    return progress(_rows(work, jobs, opened), work.what, len(jobs), delay=0)
+
+
+def _rows(work: Work[T, R], jobs: Sequence[T], opened: _Opened[T, R]) -> Iterator[R]:
+    """Do the jobs part by part; an executor that broke is opened again for what is not on disk yet."""
+    left, tries = [*range(len(jobs))], Counter[int]()
+    while left:
+        going: dict[Future[list[R]], list[int]] = {}
+        came, workers = set[int](), 0
         try:
-            self.pipe.send(job)
-        except OSError:  # killed meanwhile: the next look at the pipe says so
+            with opened() as (submit, workers):
+                n = max(1, min(LONG, len(left) // (PARTS * workers)))
+                for first in range(0, len(left), n):
+                    part = left[first : first + n]
+                    going[submit([jobs[i] for i in part])] = part
+                for future in as_completed(going):
+                    yield from future.result()
+                    came.update(going.pop(future))
             return
-
-    def ended(self) -> bool:
-        """Whether it ended because it had nothing left to do."""
-        self.process.join()
-        return self.process.exitcode == 0 and not self.given
-
-    def count(self, tries: Counter[int]) -> None:
-        """Raise ImatchError when the job that it was at, or its start, has ended as many processes as it may."""
-        number = self.given[0][0] if self.given else -1
-        tries[number] += 1
-        if tries[number] == TRIES:
-            why = "was killed, mostly for want of memory: use fewer devices or a smaller batch_size"
-            if (self.process.exitcode or 0) > 0:
-                why = 'could not start; its words stand above (in a script of your own, `if __name__ == "__main__":`?)'
-            raise ImatchError(
-                f"{self}, as {TRIES - 1} before it at the same place, {why}. Run it again, it goes on where it stopped"
-            )
-
-    def __str__(self) -> str:
-        return f"the process on {self.place.device} (exit code {self.process.exitcode})"
+        except ImatchError as error:  # for the user, so it comes without the worker's traceback
+            raise error from None
+        except _LostError as lost:
+            left = [i for i in left if i not in came and not work.done(jobs[i])]
+            begun = filter(None, map({*left}.intersection, going.values()))  # in the order given
+            at = [min(part) for part in itertools.islice(begun, workers)] or [-1]
+            said, remedy = lost.args
+            if not (going or tries) or any(tries[i] == TRIES - 1 for i in at):
+                why = f"{work.what}: {remedy}, and run it again, it goes on where it stopped"
+                raise ImatchError(why) from lost.__cause__
+            tries.update(at)
+            print(f"{work.what}: {said}", flush=True)
 
 
-def _serve(pickled: bytes, place: Place, pipe: Connection) -> None:
-    """In the process: do jobs and send their rows until there are no more. When the process above is gone, the pipe
-    breaks, and this one ends with its next row."""
-
-    def tell(message: object) -> None:
-        try:
-            pipe.send(message)
-        except OSError:
-            raise SystemExit from None
-
-    def asked() -> Iterator[Any]:
-        while True:
-            tell(ASK)
-            try:
-                job = pipe.recv()
-            except (EOFError, OSError):
-                raise SystemExit from None
-            if job is None:
-                return
-            yield job
-
+@contextmanager
+def _processes(work: Work[T, R], places: Sequence[Place], start: str | None) -> Iterator[tuple[_Submit[T, R], int]]:
+    """Open processes, one for each place; they end with this one, or when something ends the block."""
+    context = get_context(start)
+    free, (theirs, ours) = context.SimpleQueue(), context.Pipe(duplex=False)
+    for place in places:
+        free.put(place)
+    pool = ProcessPoolExecutor(len(places), context, _begin, (work, free, theirs, ours))
     try:
-        for row in part(pickled, asked(), place):
-            tell(row)
-    except KeyboardInterrupt:  # the process above was interrupted, too, and says so
-        return
-    except Exception as error:  # whatever it is, the process that the user sees raises it
-        tell(portable(error))
+        with theirs, ours:
+            with without_opencv_threads():
+                pool.submit(int)  # the first one starts those that are forked
+            yield lambda part: pool.submit(_part, part), len(places)
+            pool.shutdown()
+    except BrokenProcessPool as error:
+        raise _LostError(
+            "a process ended too early, a new one does its work",
+            f"a process was killed {TRIES} times at the same place, mostly for want of memory: use fewer workers or "
+            "devices, or a smaller batch_size (if it could not start, its words stand above: a script needs "
+            '`if __name__ == "__main__":`)',
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-PARTS = 16
-"""Tasks for each worker, so that none waits long for a slower one and each keeps its model and its helpers warm."""
-LONG = 8
-"""Jobs of a task at most: so many are done again when its worker is killed at the end of them."""
-START, PATIENCE = 30, 300
-"""Seconds that a scheduler may be away in the beginning, and later."""
+_mine: list[Any] = []
+"""In such a process: the work, which keeps what it has loaded (a model, open stores), and its place."""
+
+
+def _begin(work: Work[T, R], free: SimpleQueue[Place], theirs: Connection, ours: Connection) -> None:
+    """Take a place, and end with the other end of the pipe, which only the process above holds. That one alone is
+    interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ours.close()
+    Thread(target=_end_with, args=(theirs,), daemon=True).start()
+    place = free.get()
+    _take_cores(place)
+    _mine[:] = work, place
+
+
+def _end_with(pipe: Connection) -> None:
+    pipe.poll(None)
+    os._exit(1)
+
+
+def _part(jobs: Sequence[T]) -> list[R]:
+    work, place = _mine
+    return _told(partial(work, jobs, place))
+
+
+def _told(rows: Callable[[], Iterator[R]]) -> list[R]:
+    """The rows, or an error that can be sent; where it came from is in its notes."""
+    try:
+        return list(rows())
+    except ImatchError as error:
+        told = error
+    except Exception as error:
+        told = ImatchError(f"{type(error).__name__}: {error}")
+        told.add_note("".join(traceback.format_exception(error)))
+    told.__cause__ = told.__context__ = None
+    raise told
+
+
+def _take_cores(place: Place) -> None:
+    """The libraries use a place's share of the cores, those that are loaded now and those that will be: torch alone
+    takes seconds to load, and not every work needs it."""
+    n = max(1, settings.cores() // place.share)
+    settings.take_cores(n)
+    threadpool_limits(n, user_api="blas")
+    for name, limit in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads"), ("cv2", "setNumThreads")):
+        if name in sys.modules:
+            getattr(sys.modules[name], limit)(n)
 
 
 @dataclass(frozen=True)
 class Dask:
-    """Tasks of some jobs each. Workers write to the same disk as this process, under the same paths. Dask gives the
-    tasks of a worker that was killed to another one; when the scheduler is gone, what is missing is asked for again as
-    soon as it is back.
+    """Workers that write to the same disk as this process, under the same paths. Dask gives the part of a worker that
+    was killed to another one; when the scheduler is gone, what is missing is asked for again as soon as it is back.
 
     Attributes:
         scheduler: its address, such as "tcp://10.0.0.1:8786"; "" starts one here, with a worker for each device.
@@ -642,75 +495,68 @@ class Dask:
         except ImportError as error:
             raise ImatchError("engine dask needs Dask: pip install 'imatch[dask]'") from error
 
-    def __call__(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
+    def __call__(self, work: Work[T, R], jobs: Sequence[T], devices: Sequence[str]) -> Iterator[R]:
         """See `Engine`; the devices of a cluster's workers are their own."""
-        return progress(self._rows(work, jobs, what, devices), what, len(jobs), delay=0)
-
-    def _rows(self, work: Work[T, R], jobs: Sequence[T], what: str, devices: Sequence[str]) -> Iterator[R]:
-        from distributed import as_completed
-        from distributed.comm import CommClosedError
-        from distributed.scheduler import KilledWorker
-
-        pickled = pickle.dumps(work)
-        left: dict[int, Sequence[T]] | None = None
-        lost = 0
-        while left is None or left:
-            try:
-                with self._client(devices, START if left is None else PATIENCE) as client:
-                    client.wait_for_workers(1, timeout=START if left is None else PATIENCE)
-                    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-                    if left is None:
-                        print(f"{what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
-                        n = max(1, min(LONG, len(jobs) // (PARTS * len(workers))))
-                        left = {first: jobs[first : first + n] for first in range(0, len(jobs), n)}
-                    share = max(Counter(one["host"] for one in workers).values())
-                    places = [Place(device, share, quiet=True) for device in ([] if self.scheduler else devices)]
-                    places = places or [Place(share=share, quiet=True)]
-                    tasks = {client.submit(_part, pickled, some, places, pure=False): n for n, some in left.items()}
-                    for task in as_completed(tasks):
-                        said = task.result()
-                        if isinstance(said, ImatchError):
-                            raise said
-                        del left[tasks[task]]
-                        lost = 0
-                        yield from said
-            except KilledWorker as error:
-                raise ImatchError(
-                    f"{what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): give "
-                    "them more, or use a smaller batch_size, and run it again, it goes on where it "
-                    "stopped"
-                ) from error
-            except (CancelledError, CommClosedError, OSError) as error:
-                lost += 1
-                if left is None or lost == TRIES:
-                    raise ImatchError(
-                        f"{what}: no scheduler with workers at {self.scheduler or 'this machine'} ({error}): start "
-                        "them, or correct scheduler, and run it again, it goes on where it stopped"
-                    ) from error
-                print(f"{what}: the scheduler is gone ({error}), waiting for it", flush=True)
+        patience = itertools.chain([START], itertools.repeat(PATIENCE))
+        return _shared(work, jobs, partial(self._opened, work, pickle.dumps(work), devices, patience))
 
     @contextmanager
-    def _client(self, devices: Sequence[str], patience: float) -> Iterator[Client]:
+    def _opened(
+        self, work: Work[T, R], pickled: bytes, devices: Sequence[str], patience: Iterator[int]
+    ) -> Iterator[tuple[_Submit[T, R], int]]:
+        from distributed.scheduler import KilledWorker
+
+        try:
+            seconds = next(patience)
+            with self._client(len(devices), seconds) as client:
+                client.wait_for_workers(1, timeout=seconds)
+                workers = client.scheduler_info(n_workers=-1)["workers"].values()
+                print(f"{work.what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
+                share = max(Counter(one["host"] for one in workers).values())
+                places = [Place(device, share, quiet=True) for device in (["auto"] if self.scheduler else devices)]
+                submit = client.get_executor(pure=False).submit
+                yield lambda part: submit(_remote, pickled, places, part), len(workers)
+        except KilledWorker as error:
+            raise ImatchError(
+                f"{work.what}: {TRIES} workers were killed at the same jobs, mostly for want of memory ({error}): "
+                "give them more, or use a smaller batch_size, and run it again, it goes on where it stopped"
+            ) from error
+        except (CancelledError, asyncio.CancelledError, OSError) as error:  # the work raises neither
+            where = self.scheduler or "this machine"
+            remedy = f"no scheduler with workers at {where} ({error}): start them, or correct scheduler"
+            raise _LostError("the scheduler is gone, waiting for it", remedy) from error
+
+    def _client(self, workers: int, patience: float) -> Client:
         import dask
-        from distributed import Client, LocalCluster
+        from distributed import Client
 
+        if self.scheduler:
+            return Client(self.scheduler, timeout=patience)
         with dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1}):
-            if self.scheduler:
-                with Client(self.scheduler, timeout=patience) as client:
-                    yield client
-                return
-            cluster = LocalCluster(n_workers=len(devices), threads_per_worker=1, dashboard_address=":0")
-            with cluster, Client(cluster) as client:
-                yield client
+            return Client(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
 
 
-def _part(pickled: bytes, jobs: Sequence[T], places: Sequence[Place]) -> list[Any] | ImatchError:
-    """On a worker: one of a cluster that was started here has a number for its name, and a place of its own. What the
-    work raises is handed over as an answer, not to be taken for an error of Dask's."""
+_one = Lock()
+"""A worker of Dask does one part at a time."""
+
+
+def _remote(pickled: bytes, places: Sequence[Place], jobs: Sequence[T]) -> list[R]:
+    """On a worker; one that was started here has a number for its name. What a killed one had written stays."""
     from distributed import get_worker
 
     place = places[0] if len(places) == 1 else places[int(get_worker().name)]
-    try:
-        return list(part(pickled, jobs, place))
-    except Exception as error:
-        return portable(error)
+
+    def rows() -> Iterator[R]:
+        with _one:
+            _take_cores(place)
+            work = _unpickled(pickled)
+            yield from work([job for job in jobs if not work.done(job)], place)
+
+    return _told(rows)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(pickled: bytes) -> Work[Any, Any]:
+    """The work, which keeps what it has loaded (a model, open stores) from part to part."""
+    work: Work[Any, Any] = pickle.loads(pickled)
+    return work

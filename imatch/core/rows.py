@@ -66,12 +66,10 @@ class SeenRow(TypedDict):
 
 
 class ShardRow(TypedDict):
-    """What an engine gets of a shard that was embedded: id -> why it was skipped, and what it took."""
+    """What an engine gets of a shard that was embedded: id -> why it was skipped, and where it was."""
 
-    shard: int
-    work: dict[str, float]
-    skipped: NotRequired[dict[str, str]]
-    device: NotRequired[str]
+    skipped: dict[str, str]
+    device: str
 
 
 class ReferenceRow(TypedDict):

@@ -5,14 +5,16 @@ The verbs in memory and the steps share it: `imatch.embed` and 01_embed give the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 
+from imatch.core import compute
 from imatch.core.rows import About, PhotoRow
 from imatch.core.types import ImatchError, PhotographError, Tokens
 from imatch.data.images import Decoded
-from imatch.features.base import placed_tokens
+from imatch.features.base import Backbone, placed_tokens
 
 HELD = 2**28
 """Bytes of decoded photographs that may wait for others of their shape."""
@@ -20,12 +22,27 @@ Batch = list[tuple[str, Decoded]]
 """The ids and photographs of one shape."""
 
 
-def batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Put photographs of one shape together: full batches as they come, all when many bytes wait, the rest at last.
+def passed(
+    backbone: Backbone, photographs: Iterable[tuple[str, Decoded]], size: int
+) -> Generator[tuple[Batch, list[Tokens], float, float], None, None]:
+    """Pass photographs through a backbone in batches of one shape; the next is put together meanwhile.
 
     Returns:
-        Batches, each with its pixels, (B, h, w, 3) uint8 RGB.
+        Batches, each with its tokens, and when its pass began and ended (`time.perf_counter`).
     """
+
+    def timed(one: tuple[Batch, np.ndarray]) -> tuple[Batch, list[Tokens], float, float]:
+        batch, pixels = one
+        began = time.perf_counter()
+        tokens = backbone(pixels)
+        return batch, tokens, began, time.perf_counter()
+
+    return compute.ahead(timed, _batches(photographs, size), 1, 2)
+
+
+def _batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Put photographs of one shape together, with their pixels: full batches as they come, all when many bytes wait,
+    the rest at last."""
     shapes: dict[tuple[int, ...], Batch] = {}
     for id, photograph in photographs:
         batch = shapes.setdefault(photograph.pixels.shape, [])

@@ -145,7 +145,7 @@ def build(
         gallery: their `digest`.
         asked: what sort of index, and where it is searched.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
-        engine: of `compute.create_engine`, by which shards are made. Their bytes are the same with all of them.
+        engine: of `ComputeOptions.machines`, by which shards are made. Their bytes are the same with all of them.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
@@ -184,10 +184,10 @@ def build(
         _trained(folder, plan, vectors)  # once for all of them
         whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)
         source = Path(vectors.filename) if whole else vectors  # which other processes map for themselves
-        work = compute.each(partial(_make, plan, source), 0, "index")
+        work = compute.Each(partial(_make, plan, source), Path.is_file, 0, "index")
         fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
         places = ["cpu"] * min(fit, settings.cores())
-        deque(compute.do(engine, work, shards, "index", places, Path.is_file), maxlen=0)
+        deque(compute.do(engine, work, shards, places), maxlen=0)
         plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
         files.write_json(folder / "index.json", plan)
     opened = [_read(path, mapped=True) for path in shards]

@@ -9,16 +9,17 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from imatch.api.embed import seen_by
 from imatch.core import compute, config, files, settings
-from imatch.core.compute import ComputeOptions, Local, PartDoneError, Place, Processes
+from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
 from imatch.core.step import Step, open_step, start_step, tagged
@@ -30,7 +31,7 @@ from imatch.data.shards import Shards
 from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_folder, view_rows
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, stride_of
-from imatch.features.pipeline import Made, batches
+from imatch.features.pipeline import Made, passed
 
 ON_ERROR = ("skip", "stop")
 GROUP = 4
@@ -148,96 +149,159 @@ def embed(
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
-    task = _Task(step)
-    first, of = compute.numbered("" if task.shards.merged else engine.shard)
-    mine = range(first, sys.maxsize, of)  # numbers of shards: a part computes no others, nor looks at their photographs
-    seen, bad = _Seen(task.folder / SEEN, task.root), _Bad(len(task.about), on_error, max_skipped)
-    _take_stock(task, mine, seen, bad)
+    task = _Task(step, engine.shard, on_error, max_skipped)
+    task.take_stock()
     if not task.shards.merged:
-        used = devices_of(task.parameters, resources.devices, several=not isinstance(engine, Local))
-        work = _Work(step, task.root, resources.workers, resources.batch_size, on_error)
-        one_each = Processes(engine.shard) if isinstance(engine, Local) and len(used) > 1 else engine
-        jobs = list(task.jobs(mine, seen))
-        if not all(map(work.done, jobs)):
-            step.runs_on(",".join(used))
-        ran_on = set()
-        try:
-            with closing(compute.do(one_each, work, jobs, task.what, used, work.done)) as rows:
-                for row in rows:
-                    ran_on.add(row["device"])
-                    for id, reason in row["skipped"].items():
-                        bad.add(id, reason)
-        finally:
-            if not ran_on <= set(used):  # a cluster's devices are its own
-                step.runs_on(",".join(sorted(ran_on)))
-        seen.learn()
-    if not engine.shard:  # a part knows of its own photographs only
-        seen.save()
+        task.compute(engine, resources)
+        task.read_back()
+    task.seen.save()
     if not task.shards.merged:
-        task.merge(bad)
-    embeddings = Stored(task.folder)
-    bad.warn(embeddings)
+        task.merge()
+    embeddings = Stored(step.folder)
+    task.bad.warn(embeddings)
     return embeddings
 
 
-@dataclass(frozen=True)
 class _Task:
-    """A step of embeddings, what is asked of it read once: which photographs become which shards."""
+    """A step of embeddings: which photographs become which shards.
 
-    step: Step
+    Attributes:
+        about: the ids of the photographs, with what the registry knows of each.
+        mine: numbers of shards: a part computes no others, nor looks at their photographs.
+        plan: the ids of each shard. Those on disk of which no photograph has gone stay; other photographs are put into
+            more shards, so that new ones cost their own embedding alone.
+    """
 
-    @property
-    def folder(self) -> Path:
-        return self.step.folder
+    def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
+        self.step, self.shards, self.root = step, Shards(step.folder), step.linked("photographs")
+        self.about = chosen(step)
+        first, of = compute.numbered("" if self.shards.merged else part)
+        self.mine = range(first, sys.maxsize, of)
+        self.plan = self._planned()
+        self.seen, self.bad = _Seen(step.folder / SEEN, self.root), _Bad(len(self.about), on_error, max_skipped)
 
-    @property
-    def what(self) -> str:
-        """What is embedded, for the bar: "embed" or "references"."""
-        return self.step.name[3:]
-
-    @property
-    def parameters(self) -> Parameters:
-        return self.step.parameters
-
-    @cached_property
-    def shards(self) -> Shards:
-        return Shards(self.folder)
-
-    @cached_property
-    def root(self) -> Path:
-        """The folder of the photographs."""
-        return self.step.linked("photographs")
-
-    @cached_property
-    def about(self) -> dict[str, About]:
-        """The ids of the photographs, with what the registry knows of each."""
-        return chosen(self.step)
-
-    @cached_property
-    def plan(self) -> dict[int, list[str]]:
-        """The ids of each shard: those on disk of which no photograph has gone stay; the other photographs, such as new
-        ones, are put into more shards, so that they cost their own embedding alone."""
+    def _planned(self) -> dict[int, list[str]]:
         done = {n: [row["id"] for row in rows] for n, rows in self.shards.rows().items()}
         kept = {n: ids for n, ids in done.items() if self.about.keys() >= {*ids}}
         rest = sorted(self.about.keys() - {id for ids in kept.values() for id in ids})
-        size = self.parameters["shard_size"]
+        size = self.step.parameters["shard_size"]
         numbers = (n for n in itertools.count() if n not in kept)
         kept |= {next(numbers): rest[first : first + size] for first in range(0, len(rest), size)}
         return dict(sorted(kept.items()))
 
-    def jobs(self, mine: range, seen: _Seen) -> Iterator[_Shard]:
-        """A job for each shard; those that are not mine are empty."""
-        for n in range(max(self.plan) + 1):
-            known = self.plan.get(n, ()) if n in mine else ()
-            yield _Shard(n, [seen[id] for id in known], [self.about[id] for id in known])
+    def take_stock(self) -> None:
+        """Look at the headers of my shards' photographs, and drop or make by thinning what can be."""
+        planned = [n for n in self.plan if n in self.mine]
+        looked_at = [id for n in planned for id in self.plan[n]]
+        self.seen.check_headers(looked_at)
+        for id in looked_at:
+            if problem := self.seen.rows[id]["problem"]:
+                self.bad.add(id, problem)
+        done = self.shards.rows(self.mine)
+        changed = self._changed([row for rows in done.values() for row in rows])
+        stay = {n for n in planned if self._holds(done, n) and not changed.intersection(self.plan[n])}
+        todo = [n for n in planned if n not in stay]
+        stale = done.keys() | (self.shards.begun() - self.plan.keys())
+        self._drop([n for n in stale if n in self.mine and n not in stay], todo)
+        if stay and todo:
+            print(f"{self.step.name}: {len(stay)} of {len(planned)} shards are there, {len(todo)} to compute")
+        if todo:
+            self._thin(todo)
+        self.read_back()  # what an earlier run found in the shards that stay counts, too
 
-    def merge(self, bad: _Bad) -> None:
+    def _holds(self, shards: Mapping[int, Sequence[PhotoRow]], n: int) -> bool:
+        return [row["id"] for row in shards.get(n, ())] == self.plan[n]
+
+    def _changed(self, recorded: Sequence[PhotoRow]) -> set[str]:
+        """The photographs that are not what they were when their shards were made; these, new ones and those that are
+        gone are refused, unless the step may recompute."""
+        changed = {row["id"] for row in recorded if row["id"] in self.seen.rows and self._differs(row)}
+        # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
+        before = {row["id"] for row in recorded if self.shards.merged or "skipped" not in row}
+        new = self.about.keys() - before if self.shards.merged else set[str]()
+        found = {"changed": changed & before, "gone": before - self.about.keys(), "new": new}
+        if differences := [f"{what}: {id}" for what, ids in found.items() for id in sorted(ids)]:
+            told = f"the photographs in {self.root} are not those it was made from"
+            refuse_or_say(self.step.name, self.step.on_change, told, differences)
+        return changed
+
+    def _differs(self, row: PhotoRow) -> bool:
+        return _digest(self.root, self.seen.rows[row["id"]]) != row["sha256"]
+
+    def _drop(self, stale: Sequence[int], todo: Sequence[int]) -> None:
+        if self.shards.merged:
+            if not todo and not stale:
+                self.shards.clean()  # what a kill between merging and cleaning left
+                return
+            self.step.unfinish()
+            self.shards.split()
+        for n in stale:
+            self.shards.remove(n)
+
+    def read_back(self) -> None:
+        """Take over hashes and count bad photographs from my shards, whoever computed them."""
+        for row in (row for rows in self.shards.rows(self.mine).values() for row in rows):
+            self.seen.rows[row["id"]]["sha256"] = row["sha256"]
+            if "skipped" in row:
+                self.bad.add(row["id"], row["skipped"])
+
+    def compute(self, engine: Engine, resources: ComputeOptions) -> None:
+        """Let the engine make those of my shards that are not there."""
+        several = not isinstance(engine, Local)
+        used = devices_of(self.step.parameters, resources.devices, several)
+        if len(used) > 1 and not several:
+            engine = Processes(engine.shard)
+        work = _Work(self.step, self.root, resources.workers, resources.batch_size, self.bad.on_error)
+        jobs = [self._job(n) for n in range(max(self.plan) + 1)]
+        if not all(map(work.done, jobs)):
+            self.step.runs_on(",".join(used))
+        ran_on: set[str] = set()
+        with closing(compute.do(engine, work, jobs, used)) as rows:
+            for row in rows:
+                for id, reason in row["skipped"].items():
+                    self.bad.add(id, reason)
+                if row["device"] not in ran_on:
+                    ran_on.add(row["device"])
+                    if not ran_on <= {*used}:  # a cluster's devices are its own
+                        self.step.runs_on(",".join(sorted(ran_on)))
+
+    def _job(self, n: int) -> _Shard:
+        """The job of a shard; those that are not mine are empty."""
+        known = self.plan.get(n, ()) if n in self.mine else ()
+        return _Shard(n, [self.seen.rows[id] for id in known], [self.about[id] for id in known])
+
+    def merge(self) -> None:
         """Gather the shards, of whose photographs at least one could be used."""
-        if not any("skipped" not in row for rows in self.shards.rows().values() for row in rows):
+        if len(self.bad.ids) == len(self.about):
+            id, reason = next(iter(self.bad.ids.items()))
             raise ImatchError(
-                f"none of the {bad.total} photographs in {self.root} could be used, the first: {bad.first}"
+                f"none of the {len(self.about)} photographs in {self.root} could be used, the first: {id}: {reason}"
             )
         self.step.did(self.shards.merge())
+
+    def _thin(self, todo: Sequence[int]) -> None:
+        """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it holds."""
+        parameters, folder = self.step.parameters, self.step.folder
+        all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
+        stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
+        beside = folder.with_name(folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
+        if "pose" in parameters or parameters == all_of_it or not (beside / "metrics.json").is_file():
+            return
+        whole = open_step(beside)
+        if whole.parameters != all_of_it:
+            return
+        raw, shards = Stored(beside), Shards(beside).rows()
+        self.step.runs_on(whole.device)  # a thinned photograph costs what its raw one did, and where it did
+        for n in compute.progress(todo, "thin"):
+            rows = shards.get(n, [])
+            if not self._holds(shards, n) or any(map(self._differs, rows)):
+                continue
+            tokens = [raw.tokens(raw.row_of[row["id"]]) for row in rows if "skipped" not in row]
+            tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
+            about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
+            share = len(rows) / whole.work["photographs"]
+            work = {name: amount * share for name, amount in whole.work.items()}
+            _write_shard(self.step, self._job(n), work, about, tokens)
 
 
 def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]:
@@ -253,49 +317,6 @@ def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]
         "photographs_digest": files.digest([[id, row["sha256"]] for id, row in embeddings.decodable.items()]),
     }
     return step.finish(metrics, contents)
-
-
-def _take_stock(task: _Task, mine: range, seen: _Seen, bad: _Bad) -> None:
-    """Look at the headers of my shards' photographs, count the bad ones, and drop or make by thinning what can be."""
-    looked_at = [id for n, part in task.plan.items() if n in mine for id in part]
-    seen.check_headers(looked_at)
-    for id in looked_at:
-        if problem := seen[id]["problem"]:
-            bad.add(id, problem)
-    todo = _missing_shards(task, mine, seen)
-    for row in (row for rows in task.shards.rows(mine).values() for row in rows if "skipped" in row):
-        bad.add(row["id"], row["skipped"])  # what an earlier run found in the shards that stay counts, too
-    if todo:
-        _thin(task, todo, seen, bad)
-
-
-def _thin(task: _Task, todo: Sequence[int], seen: _Seen, bad: _Bad) -> None:
-    """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it, which keeps
-    all, holds without another forward pass."""
-    parameters = task.parameters
-    all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
-    stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
-    beside = task.folder.with_name(task.folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
-    if "pose" in parameters or parameters == all_of_it or not (beside / "metrics.json").is_file():
-        return
-    whole = open_step(beside)
-    if whole.parameters != all_of_it:
-        return
-    raw, shards = Stored(beside), Shards(beside).rows()
-    task.step.runs_on(whole.device)  # a thinned photograph costs what its raw one did, and where it did
-    for shard in compute.progress(todo, "thin"):
-        rows = shards.get(shard, [])
-        if [row["id"] for row in rows] != task.plan[shard] or any(seen.digest(r["id"]) != r["sha256"] for r in rows):
-            continue
-        for row in rows:
-            if "skipped" in row:
-                bad.add(row["id"], row["skipped"])
-        tokens = [raw.tokens(raw.row_of[row["id"]]) for row in rows if "skipped" not in row]
-        tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
-        about = [{key: row[key] for key in row if key not in store.PLACED} for row in rows]
-        share = len(rows) / whole.work["photographs"]
-        row = {"shard": shard, "work": {name: n * share for name, n in whole.work.items()}}
-        _write_shard(task.step, row, about, tokens, [seen[id] for id in task.plan[shard]])
 
 
 def devices_of(parameters: Parameters, devices: str, several: bool = False) -> list[str]:
@@ -316,15 +337,8 @@ def devices_of(parameters: Parameters, devices: str, several: bool = False) -> l
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A job: the photographs of one shard.
-
-    Attributes:
-        number: of the shard.
-        seen: what is known of each photograph's file (`_Seen`).
-        about: what the registry knows of each.
-    """
+class _Shard(NamedTuple):
+    """A job: a shard's photographs, with what is known of each file (`_Seen`) and what the registry knows."""
 
     number: int
     seen: Sequence[SeenRow]
@@ -338,8 +352,8 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Work:
-    """Embeds shards, one after the other: photographs are decoded ahead, the next batch is put together while one goes
-    through the backbone, and a shard is written while the next is computed. See `compute.Work`."""
+    """Embeds shards: photographs are decoded ahead, the next batch is put together while one goes through the backbone,
+    and a shard is written while the next is computed. See `compute.Work`."""
 
     step: Step
     root: Path
@@ -348,224 +362,141 @@ class _Work:
     on_error: str
     _backbones: dict[str, Backbone] = field(default_factory=dict)
 
-    def __call__(self, jobs: Iterable[_Shard], place: Place) -> Iterator[ShardRow]:
-        backbone, workers = self._backbone(place.device), place.workers(self.workers)
-        shards, coming = itertools.tee(jobs)
-        ids = (id for shard in coming for id in shard.readable)
-        decoded = compute.ahead(self._decode(backbone), ids, workers, self.batch_size + 2 * workers)
-        if not place.quiet:
-            decoded = compute.progress(decoded, self.step.name[3:], sum(len(shard.readable) for shard in jobs), delay=0)
-        pending: Future[ShardRow] | None = None
-        begun = time.perf_counter()
-        backbone.load()
-        start, begun = time.perf_counter() - begun, time.perf_counter()
-        with ThreadPoolExecutor(1) as network, ThreadPoolExecutor(1) as writer:
-            try:
-                for shard in shards:
-                    made = self._making(shard)
-                    coming_on = batches(made.photographs(made.read(decoded)), self.batch_size)
-                    for batch, tokens, *times in compute.overlapped(backbone, coming_on, network):
-                        made.took_forward(*times)
-                        made.take(batch, tokens)
-                        del batch, tokens  # not to be held while the next one is put together
-                    made.took.update(seconds=time.perf_counter() - begun, start=start)
-                    start, begun = 0.0, time.perf_counter()
-                    if pending:
-                        yield pending.result()
-                    pending = writer.submit(self._write, made, backbone.device)
-                if pending:
-                    yield pending.result()
-            finally:
-                network.shutdown(cancel_futures=True)  # not a batch more when something ends this one
-        next(decoded, None)  # lets the bar know that this was the last
+    @property
+    def what(self) -> str:
+        """What is embedded: "embed" or "references"."""
+        return self.step.name[3:]
 
     def done(self, shard: _Shard) -> bool:
-        """Whether a shard is on disk."""
         return Shards(self.step.folder).has(shard.number)
 
+    def __call__(self, jobs: Sequence[_Shard], place: Place) -> Iterator[ShardRow]:
+        backbone, workers = self._backbone(place.device), place.workers(self.workers)
+        ids = [id for shard in jobs for id in shard.readable]
+        decoded = compute.ahead(self._reader(backbone), ids, workers, self.batch_size + 2 * workers)
+        if not place.quiet:
+            decoded = compute.progress(decoded, self.what, len(ids), delay=0)
+        pending: Future[ShardRow] | None = None
+        with ThreadPoolExecutor(1) as writer:
+            for write in self._embedded(jobs, backbone, decoded):
+                if pending:
+                    yield pending.result()
+                pending = writer.submit(write)
+                del write  # its tokens are not to be held while the next shard is computed
+            if pending:
+                yield pending.result()
+        next(decoded, None)  # lets the bar know that this was the last
+
     def _backbone(self, device: str) -> Backbone:
-        """The step's backbone, loaded once."""
         if device not in self._backbones:
             self._backbones[device] = base.backbone_of(self.step.parameters, device)
         return self._backbones[device]
 
-    def _making(self, shard: _Shard) -> _Making:
-        return _Making(shard, stride_of(self.step.parameters["variant"]), self.on_error == "stop")
-
-    def _write(self, made: _Making, device: str) -> ShardRow:
-        """Write a shard; returns the row that the engine gets."""
-        for known in made.shard.seen:
-            if (row := made.rows[known["id"]])["sha256"] is None:
-                row["sha256"] = _digest(self.root, known)
-        rows = list(made.rows.values())
-        skipped = {row["id"]: row["skipped"] for row in rows if "skipped" in row}
-        row = {"shard": made.shard.number, "skipped": skipped, "work": made.took, "device": device}
-        tokens = [made.tokens[id] for id in made.rows if id in made.tokens]
-        return _write_shard(self.step, row, rows, tokens, made.shard.seen)
-
-    def _decode(self, backbone: Backbone) -> _Decode:
+    def _reader(self, backbone: Backbone) -> Callable[[str], _Timed]:
+        """What reads a photograph as the backbone sees it; a broken one is given back as its error."""
         pose = Pose(**self.step.parameters.get("pose", {}))
         resize = Resize(**self.step.parameters["resize"]).zoomed(pose.zoom)
         # a part of a photograph is seen at the scale of all of it
         parts = {row["id"]: resize.like(row["source_size"]) for row in (view_rows(self.step) if resize.limit else ())}
-        return _Decode(self.root, backbone, pose.turn, resize, parts)
+
+        def read(id: str) -> _Timed:
+            started = time.perf_counter()
+            photograph = decoded_for(self.root / id, parts.get(id, resize), backbone, pose.turn)
+            return photograph, time.perf_counter() - started
+
+        return read
+
+    def _embedded(
+        self, jobs: Sequence[_Shard], backbone: Backbone, decoded: Iterator[_Timed]
+    ) -> Iterator[Callable[[], ShardRow]]:
+        """Yield what writes each shard. Batches never reach over one, so it comes out the same on every run."""
+        began = time.perf_counter()
+        backbone.load()
+        start, began = time.perf_counter() - began, time.perf_counter()
+        for shard in jobs:
+            made = Made(stride_of(self.step.parameters["variant"]), self.on_error == "stop")
+            took = {"photographs": len(shard.readable), **dict.fromkeys(("decode", "wait", "forward"), 0.0)}
+            free = began  # since when there was no forward pass
+            coming = made.photographs(_read(shard, decoded, took))
+            with closing(passed(backbone, coming, self.batch_size)) as batches:
+                for batch, tokens, first, last in batches:
+                    made.take(batch, tokens)
+                    took["wait"] += first - free
+                    took["forward"] += last - first
+                    free = last
+                    del batch, tokens  # not to be held while the next one is put together
+            took |= {"seconds": time.perf_counter() - began, "start": start}
+            start, began = 0.0, time.perf_counter()
+            yield partial(self._write, shard, made, took, backbone.device)
+
+    def _write(self, shard: _Shard, made: Made, took: dict[str, float], device: str) -> ShardRow:
+        """Write a shard; returns the row that the engine gets."""
+        for known in shard.seen:
+            row = made.rows[known["id"]]
+            row["sha256"] = known["sha256"] = row["sha256"] or _digest(self.root, known)
+        rows = list(made.rows.values())
+        tokens = [made.tokens[id] for id in made.rows if id in made.tokens]
+        _write_shard(self.step, shard, took, rows, tokens)
+        return {"skipped": {row["id"]: row["skipped"] for row in rows if "skipped" in row}, "device": device}
 
 
-@dataclass(frozen=True)
-class _Decode:
-    """Reads a photograph as a backbone sees it, by its id; a broken one is given back as its error."""
-
-    root: Path
-    backbone: Backbone
-    turn: float
-    resize: Resize
-    parts: Mapping[str, Resize]
-
-    def __call__(self, id: str) -> _Timed:
-        started, resize = time.perf_counter(), self.parts.get(id, self.resize)
-        return decoded_for(self.root / id, resize, self.backbone, self.turn), time.perf_counter() - started
-
-
-class _Making(Made):
-    """What becomes of one shard, and the seconds that it took. Batches never reach over a shard, so it comes out the
-    same on every run."""
-
-    def __init__(self, shard: _Shard, stride: int, stop: bool) -> None:
-        super().__init__(stride, stop)
-        self.shard = shard
-        self.took = {"photographs": len(shard.readable), **dict.fromkeys(("decode", "wait", "forward"), 0.0)}
-        self._ended = time.perf_counter()
-
-    def read(self, decoded: Iterator[_Timed]) -> Iterator[tuple[str, About, Decoded | PhotographError]]:
-        """Give the shard's photographs from those that were decoded, and those whose header was bad."""
-        for known, about in zip(self.shard.seen, self.shard.about, strict=True):
-            problem = known["problem"]
-            photograph, seconds = (PhotographError(problem), 0.0) if problem else next(decoded)
-            self.took["decode"] += seconds
-            if isinstance(photograph, Decoded):
-                known["sha256"] = photograph.sha256
-            yield known["id"], about, photograph
-
-    def took_forward(self, began: float, ended: float) -> None:
-        """Count the seconds of a forward pass, and those in which there was none."""
-        self.took["wait"] += began - self._ended
-        self.took["forward"] += ended - began
-        self._ended = ended
+def _read(
+    shard: _Shard, decoded: Iterator[_Timed], took: dict[str, float]
+) -> Iterator[tuple[str, About, Decoded | PhotographError]]:
+    """The shard's photographs from those that were decoded, and those whose header was bad."""
+    for known, about in zip(shard.seen, shard.about, strict=True):
+        problem = known["problem"]
+        photograph, seconds = (PhotographError(problem), 0.0) if problem else next(decoded)
+        took["decode"] += seconds
+        yield known["id"], about, photograph
 
 
 def _write_shard(
-    step: Step, row: ShardRow, rows: Sequence[PhotoRow], tokens: Sequence[Tokens], seen: Sequence[SeenRow]
-) -> ShardRow:
-    """Write a shard, remember its photographs even if the run is killed now, and put down what the shard took."""
+    step: Step, shard: _Shard, work: dict[str, float], rows: Sequence[PhotoRow], tokens: Sequence[Tokens]
+) -> None:
+    """Write a shard, remember its photographs even if the run is killed now, and what the shard took."""
     started, folder = time.perf_counter(), step.folder
-    store.write_kept_shard(folder, row["shard"], rows, tokens, store.keep_of(step.parameters))
-    lines = b"".join(files.line(known) for known in seen)
+    store.write_kept_shard(folder, shard.number, rows, tokens, store.keep_of(step.parameters))
+    lines = b"".join(files.line(known) for known in shard.seen)
     with files.writing(folder / SEEN), (folder / SEEN).open("ab", buffering=0) as file:
         file.write(b"\n" + lines)  # a first end of line, for one that a kill left torn; at once, for others write, too
-    row["work"]["write"] = time.perf_counter() - started
-    Shards(folder).write_work(row["shard"], row["work"])
-    return row
-
-
-def _missing_shards(task: _Task, mine: range, seen: _Seen) -> list[int]:
-    """Those of my shards to compute; such as were made from other bytes are refused or, with on_change="recompute",
-    dropped."""
-    shards, step, done = task.shards, task.step, task.shards.rows(mine)
-    recorded = [row for rows in done.values() for row in rows]
-    now = {*task.about}
-    changed = {row["id"] for row in recorded if row["id"] in seen and seen.digest(row["id"]) != row["sha256"]}
-    # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
-    before = {row["id"] for row in recorded if shards.merged or "skipped" not in row}
-    differences = [f"changed: {id}" for id in sorted(changed & before)] + [f"gone: {id}" for id in sorted(before - now)]
-    if shards.merged:
-        differences += [f"new: {id}" for id in sorted(now - before)]
-    if differences:
-        told = f"the photographs in {task.root} are not those it was made from"
-        refuse_or_say(step.name, step.on_change, told, differences)
-
-    def valid(shard: int) -> bool:
-        ids = [row["id"] for row in done.get(shard, [])]
-        return ids == task.plan[shard] and not changed.intersection(ids)
-
-    planned = [shard for shard in task.plan if shard in mine]
-    todo = [shard for shard in planned if not valid(shard)]
-    there = {n for n in {*done, *shards.begun()} if n in mine}
-    stale = [n for n in there if n not in task.plan or (n in done and n in todo)]
-    if shards.merged:
-        if not todo and not stale:
-            shards.clean()  # what a kill between merging and cleaning left
-            return []
-        step.unfinish()
-        shards.split()
-    for shard in stale:
-        shards.remove(shard)
-    if done and todo:
-        print(f"{step.name}: {len(planned) - len(todo)} of {len(planned)} shards are there, {len(todo)} to compute")
-    return todo
+    Shards(folder).write_work(shard.number, {**work, "write": time.perf_counter() - started})
 
 
 class _Seen:
-    """What is known of the photographs' files without reading them again: bytes, time of change, header, hash."""
+    """What is known of the photographs' files without reading them: bytes, time of change, header, hash."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path, self.root = path, root
-        self._known: dict[str, SeenRow] = {row["id"]: row for row in self._remembered()}
-
-    def __getitem__(self, id: str) -> SeenRow:
-        return self._known[id]
-
-    def __contains__(self, id: str) -> bool:
-        return id in self._known
+        with path.open("rb") if path.is_file() else io.BytesIO() as lines:
+            self.rows = {row["id"]: row for row in map(_whole, lines) if row}
 
     def check_headers(self, ids: Sequence[str]) -> None:
         """Look at the files: the headers of those that are new or changed are read."""
         workers = 2 * settings.cores()
         looked = compute.ahead(self._look, ids, workers, 16 * workers)
-        self._known = dict(zip(ids, compute.progress(looked, "headers", len(ids)), strict=True))
-
-    def digest(self, id: str) -> str | None:
-        """See `_digest`."""
-        return _digest(self.root, self._known[id])
-
-    def learn(self) -> None:
-        """Take over the hashes that were remembered when shards were written, here or by other processes."""
-        for row in self._remembered():
-            known = self._known.get(row["id"])
-            if known and row["sha256"] and row["stat"] == known["stat"]:
-                known["sha256"] = row["sha256"]
-
-    def _remembered(self) -> list[SeenRow]:
-        with self.path.open("rb") if self.path.is_file() else io.BytesIO() as lines:
-            return [row for row in map(_whole, lines) if row]
+        self.rows = dict(zip(ids, compute.progress(looked, "headers", len(ids)), strict=True))
 
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""
-        rows = [self._known[id] for id in sorted(self._known)]
+        rows = [self.rows[id] for id in sorted(self.rows)]
         if not self.path.is_file() or self.path.read_bytes() != b"".join(map(files.line, rows)):
             files.write_rows(self.path, rows)
 
     def _look(self, id: str) -> SeenRow:
-        known, stat = self._known.get(id), self._stat(id)
+        path, known, stat, problem = self.root / id, self.rows.get(id), None, None
+        with suppress(OSError):  # the header says why
+            found = path.stat()
+            stat = [found.st_size, found.st_mtime_ns]
         if known and stat and known["stat"] == stat:
             return known
-        problem, lasting = self._problem(id)
-        return {"id": id, "stat": stat if lasting else None, "problem": problem, "sha256": None}
-
-    def _stat(self, id: str) -> list[int] | None:
         try:
-            stat = (self.root / id).stat()
-        except OSError:
-            return None
-        return [stat.st_size, stat.st_mtime_ns]
-
-    def _problem(self, id: str) -> tuple[str | None, bool]:
-        """What is wrong with a header, and whether it stays wrong while size and time of change stay (a missing
-        permission need not)."""
-        try:
-            images.check_header(self.root / id)
+            images.check_header(path)
         except PhotographError as error:
-            return str(error), os.access(self.root / id, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
-        return None, True
+            problem = str(error)
+            if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+                stat = None  # a permission comes without another time of change
+        return {"id": id, "stat": stat, "problem": problem, "sha256": None}
 
 
 def _digest(root: Path, known: SeenRow) -> str | None:
@@ -587,15 +518,11 @@ def _whole(line: bytes) -> SeenRow | None:
 
 
 class _Bad:
-    """Counts the photographs that cannot be used, and stops the run when that was asked or when they are many."""
+    """The photographs that cannot be used; stops the run when that was asked or when they are many."""
 
     def __init__(self, total: int, on_error: str, max_skipped: float) -> None:
         self.total, self.on_error, self.max_skipped = total, on_error, max_skipped
         self.ids: dict[str, str] = {}
-
-    @property
-    def first(self) -> str:
-        return next((f"{id}: {reason}" for id, reason in self.ids.items()), "")
 
     def add(self, id: str, reason: str) -> None:
         self.ids[id] = reason
@@ -725,7 +652,7 @@ def embed_by(
 
 
 def _check_zoom(source: Step, pose: Pose) -> None:
-    """Raise ImatchError, before anything is written, when a zoom gives sides that are no multiple of the patch."""
+    """Refuse, before anything is written, a zoom whose sides are no multiple of the patch."""
     if pose.zoom == 1 or (pose_folder(source.folder, pose) / "metrics.json").is_file():
         return
     backbone = base.create_backbone(source.parameters["weight"], source.parameters["backbone"])
@@ -736,7 +663,7 @@ def _check_zoom(source: Step, pose: Pose) -> None:
 
 
 def _check_whole(upright: Stored, embeddings: Stored) -> None:
-    """Raise StepError when a photograph could be decoded for 01_embed, but not any more."""
+    """Refuse photographs that could be decoded for 01_embed, but not any more."""
     seen = embeddings.decodable
     gone = [id for id in upright.ids if id not in seen]
     if gone:

@@ -169,8 +169,8 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
         _embed_looks(step, job.source, resources)
         blocks = list(_blocks(job.source))
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
-        each, cores = compute.each(job, resources.workers, "match"), ["cpu"] * settings.cores()
-        for _ in compute.do(resources.machines, each, blocks, "match", cores, job.is_done):
+        work, cores = compute.Each(job, job.is_done, resources.workers, "match"), ["cpu"] * settings.cores()
+        for _ in compute.do(resources.machines, work, blocks, cores):
             pass
         files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
         for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):

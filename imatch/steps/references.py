@@ -21,6 +21,8 @@ from imatch.data import images, references
 from imatch.data.store import Stored
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
+_Job = tuple[PhotoRow, str, int]
+"""A photograph, the name of its views, and its number."""
 
 
 def start_references(
@@ -95,22 +97,12 @@ def make_references(step: Step, resources: ComputeOptions = ComputeOptions()) ->
     if not step.finished:
         source = list(Stored(step.linked("embed")).decodable.values())
         names = _reference_names([row["id"] for row in source], step.about["dataset"])
-        make = partial(_make_views, step=step, root=step.linked("photographs"))
         jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
-
-        def done(job: tuple[PhotoRow, str, int]) -> bool:
-            return (step.folder / "rows" / f"{job[2]:08d}.jsonl").is_file()
-
+        make = partial(_make_views, step=step, root=step.linked("photographs"))
+        work = compute.Each(make, partial(_are_made, step.folder), resources.workers, "references")
         problems, part = [], None
         try:
-            for row in compute.do(
-                resources.machines,
-                compute.each(make, resources.workers, "references"),
-                jobs,
-                "references",
-                ["cpu"] * settings.cores(),
-                done,
-            ):
+            for row in compute.do(resources.machines, work, jobs, ["cpu"] * settings.cores()):
                 problems += [row["problem"]] if row["problem"] else []
         except PartDoneError as error:
             part = error
@@ -118,17 +110,26 @@ def make_references(step: Step, resources: ComputeOptions = ComputeOptions()) ->
             raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
         if part:
             raise part
-        parts = (step.folder / "rows" / f"{number:08d}.jsonl" for _, _, number in jobs)
-        rows = sorted((row for part in parts for row in files.read_rows(part)), key=lambda row: row["id"])
+        parts = (files.read_rows(_rows_of(step.folder, job)) for job in jobs)
+        rows = sorted((row for part in parts for row in part), key=lambda row: row["id"])
         files.write_rows(step.folder / "references.jsonl", rows)
         step.finish({"references": len(rows), "photographs": len(source)})
     shutil.rmtree(step.folder / "rows", ignore_errors=True)
     return files.read_rows(step.folder / "references.jsonl")
 
 
-def _make_views(job: tuple[PhotoRow, str, int], step: Step, root: Path) -> dict[str, str | None]:
+def _rows_of(folder: Path, job: _Job) -> Path:
+    """The file that is there when the views of a photograph are made."""
+    return folder / "rows" / f"{job[2]:08d}.jsonl"
+
+
+def _are_made(folder: Path, job: _Job) -> bool:
+    return _rows_of(folder, job).is_file()
+
+
+def _make_views(job: _Job, step: Step, root: Path) -> dict[str, str | None]:
     """All views of one photograph; its rows are written last. Returns {"problem": what is wrong, or None}."""
-    row, name, number = job
+    row, name, _ = job
     try:
         photograph = images.decode(root / row["id"])
     except PhotographError as error:
@@ -154,7 +155,7 @@ def _make_views(job: tuple[PhotoRow, str, int], step: Step, root: Path) -> dict[
                 files.write_bytes(step.folder / "masks" / mask, data.getvalue())
             made = references.record(view, id, row, given["kind"], angle, crop)
             rows.append({**made, "mask": mask and f"masks/{mask}"})
-    files.write_rows(step.folder / "rows" / f"{number:08d}.jsonl", rows)
+    files.write_rows(_rows_of(step.folder, job), rows)
     return {"problem": None}
 
 

@@ -1,7 +1,4 @@
-"""Data sets: which photographs belong to one, by what they are called.
-
-What a registry says of them and what an image group asks for is checked here.
-"""
+"""Data sets: which photographs belong to one, by what they are called."""
 
 from __future__ import annotations
 
@@ -141,7 +138,6 @@ class Dataset:
         return labelled
 
     def _known(self, ids: Sequence[str]) -> dict[str, About]:
-        """What is known of the photographs that belong to the data set, by id."""
         found: dict[str, About] = {}
         if not self.captures:
             for id in ids:
@@ -382,7 +378,8 @@ def _fill(
         if name not in known:
             raise ImatchError(f"{where} {template!r}: {config.unknown('placeholder', name, known)}")
         if conversion or (name in FRAMES and not re.fullmatch("(0[>=])?[0-9]*d?", spec or "")):
-            raise ImatchError(f"{where} {template!r}: write {{{name}}}, or with a padding such as {{{name}:04d}}")
+            padded = f", or with a padding such as {{{name}:04d}}" if name in FRAMES else ""
+            raise ImatchError(f"{where} {template!r}: write {{{name}}}{padded}")
         if name in FRAMES:
             text += frame
             continue

@@ -55,8 +55,8 @@ class Machine:
 def plan(
     hub_entry: str, photographs: Sequence[int], side: int, machines: Sequence[Machine], decoded: float, memory: int
 ) -> str:
-    """What so many photographs take: hours by machine and number of workers, disk by what is kept, memory by kind of
-    index. A table with a column a number of photographs, and the formula. Nothing of it needs a photograph or a weight.
+    """A table of what so many photographs take: hours by machine and number of workers, disk by what is kept, memory by
+    kind of index; and the formula.
 
     Args:
         hub_entry: such as "dinov3_vits16".
@@ -115,8 +115,7 @@ def _kind(n: int, d: int, memory: int) -> str:
 
 
 def decoding(side: int) -> float:
-    """Seconds that one core takes to decode a JPEG of 12 megapixels for a square of `side` pixels, measured on one that
-    is drawn for it; the best of three.
+    """Seconds that one core takes to decode a drawn JPEG of 12 megapixels for a square of `side` pixels.
 
     >>> 0 < decoding(256) < 10
     True

@@ -94,7 +94,7 @@ def checked(kind: type[T], value: object, where: str) -> T:
     try:
         return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # mypy: no class is hashable
     except ValidationError as error:
-        # not chained: pydantic's own text has everything that was given, over several lines
+        # not chained: pydantic's own text has all that was given
         raise ImatchError(_line(error, where)) from None
 
 
@@ -266,7 +266,7 @@ def names(listed: Iterable[object]) -> str:
 def below(text: str, where: str, above: str | Path) -> str:
     """`text` if, as a path, it stays below the folder that it is relative to, on any system.
 
-    Only the text is looked at: a link that lies below the folder is followed, on purpose, wherever it leads.
+    Links below the folder are followed, on purpose, wherever they lead.
 
     Raises:
         ImatchError: it is absolute, has a drive, or goes up by "..".

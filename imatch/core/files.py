@@ -116,8 +116,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-    """A copy of some rows; of a memory map, the pages that were read for it are given back, so that memory does not
-    grow with what has been looked at.
+    """A copy of some rows; the pages that were read for it, of a memory map, are given back.
 
     >>> take(np.eye(2, dtype=np.float32), slice(1, 2)).tolist()
     [[0.0, 1.0]]

@@ -143,8 +143,7 @@ def cores() -> int:
 def share_cores() -> None:
     """Let the OpenMP threads of torch and FAISS sleep while they wait, unless the user chose otherwise.
 
-    Both bring a pool of threads of their own; spinning ones take the cores from each other. It acts on
-    processes started afterwards (the kernels that batch starts), for OpenMP reads it when it is loaded.
+    Spinning ones take the cores from each other. It acts on processes started afterwards.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

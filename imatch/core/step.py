@@ -34,14 +34,11 @@ class Step:
         parameters: what was asked; all that changes the result and nothing else.
         upstream: fingerprints of what it was made from.
         links: paths of the steps it reads, relative to `folder`.
-        about: what it is, a word each: dataset, weight, configuration, kind (of references), ...; they name its folder,
-            <exports>/<run>/<name>/<dataset>/...
+        about: what it is, a word each (dataset, weight, configuration, ...), of which its path is made.
         home: path of its run, <exports>/<run>, relative to `folder`.
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
-        work: for the record, too, what was computed over all runs, that of several processes added up: {"photographs",
-            "seconds"} and, of embeddings, the seconds of them in "forward" passes, in "wait" for the next one, and in
-            "decode" and "write" beside those; in "start" the seconds before, until the model was loaded.
+        work: for the record, too: how many photographs, and what took how many seconds, in all runs and processes.
     """
 
     folder: Path
@@ -248,8 +245,7 @@ def side_folders(step: Step, weight: str = "") -> tuple[Path, Path]:
 
 
 def step_folder(path: str | Path) -> Path:
-    """The folder of a step, or a folder that holds some: what begins with `exports/` lies in EXPORT_ROOT, wherever that
-    is (in the container it is a mount of its own).
+    """The folder of a step, or of some: what begins with `exports/` lies in EXPORT_ROOT, wherever that is.
 
     >>> step_folder("exports/demo") == settings.root("EXPORT_ROOT") / "demo"
     True

@@ -177,8 +177,7 @@ class Truth:
 class Ranking:
     """What Q queries found, and whether it is right.
 
-    First those that have a vector; then those that could be decoded, but in which the backbone found nothing: they find
-    nothing.
+    First those that have a vector; then those in which the backbone found nothing: they find nothing.
 
     Attributes:
         rows: (Q, k) int64, row of each hit in the gallery, best first; -1 where it had no more.

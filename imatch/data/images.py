@@ -43,7 +43,7 @@ RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
 REDUCED = 6
 """From so many times the wanted size on, blocks of pixels are averaged before a photograph is resized."""
 STRIP = 1_000_000
-"""Pixels that are converted to RGB at once: beside the decoded photograph and its RGB nothing of its size is held."""
+"""Pixels that are converted to RGB at once, to save memory."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +281,7 @@ def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -
     """A photograph for a picture, its longer side `side` pixels.
 
     Args:
-        photograph: its pixels, or its file. Where that is not there, or broken by now, a grey one of the right aspect
-            stands for it: a figure must not end a run, and an imported store may have no photographs.
+        photograph: its pixels, or its file; a grey one stands for what is not there, or broken: a figure ends no run.
         size: its (h, w), for that.
         side: pixels.
 
@@ -335,7 +334,6 @@ def _check_size(image: Image.Image) -> None:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn whatever a decoder raises into a PhotographError that gives the reason in one line."""
     try:
         yield
     except PhotographError:
@@ -344,7 +342,7 @@ def _reasons() -> Iterator[None]:
         raise PhotographError("not a photograph: no decoder knows its bytes") from None
     except OSError as error:
         raise PhotographError(error.strerror or str(error)) from None
-    except Exception as error:  # decoders raise what they like on broken bytes; one file must not end a run
+    except Exception as error:  # decoders raise what they like; one file must not end a run
         raise PhotographError(f"{type(error).__name__}: {error}") from error
 
 
@@ -354,7 +352,7 @@ def _exif(image: Image.Image) -> Image.Exif:
         image.load()  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
     try:
         return image.getexif()
-    except Exception:  # like decoders, it raises what it likes on broken bytes
+    except Exception:
         return Image.Exif()
 
 
@@ -381,7 +379,7 @@ def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> 
     if (w, h) == image.size and box == (0, 0, w, h):
         return _pixels(image)
     much = by == "torch" and (image.width >= REDUCED * w or image.height >= REDUCED * h)
-    if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and neither cuts out parts of pixels
+    if much or box != (0, 0, *image.size):  # torch averages no blocks, and neither cuts out parts of pixels
         return np.asarray(_rgb(image).resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2))
     pixels = _pixels(image)
     if by == "opencv":
@@ -397,7 +395,6 @@ def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> 
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """(h, w, 3) uint8 RGB of a photograph, converted strip by strip."""
     w, h = image.size
     pixels = np.empty((h, w, 3), np.uint8)
     rows = max(1, STRIP // w)

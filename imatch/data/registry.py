@@ -1,8 +1,4 @@
-"""The registry params/data_key.json: data sets and weights by name.
-
-Whatever is named in it lies below its root (`settings.root`), or is refused. Roots are checked as text: links below
-them are followed, on purpose.
-"""
+"""The registry params/data_key.json: data sets and weights by name, each below its root (`settings.root`)."""
 
 from __future__ import annotations
 

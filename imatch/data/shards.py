@@ -48,8 +48,7 @@ class Shards:
         return {int(path.name.partition(".")[0]) for path in (self.folder / "local").glob("[0-9]*.npy")}
 
     def rows(self, wanted: Container[int] | None = None) -> dict[int, list[PhotoRow]]:
-        """The rows, skipped ones included, of every whole shard, or of those wanted, before or after merging; sorted by
-        id."""
+        """The rows of every whole shard, or of those wanted, sorted by id, skipped ones included."""
         if self.merged:
             rows = [row for name in ("images", "skipped") for row in read_rows(self.folder / f"{name}.jsonl")]
             shards: dict[int, list[PhotoRow]] = {}
@@ -73,10 +72,8 @@ class Shards:
             shard: its number.
             rows: one a photograph in order, skipped ones (with "skipped") included.
             tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs.
-                Positions are written unless they are those of grids that cover their photographs (`grid_xy`), or NaN:
-                nowhere.
-            dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale a descriptor beside it
-                (`to_int8`).
+                Positions are written unless they are those of `grid_xy`, or NaN: nowhere.
+            dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale beside it (`to_int8`).
         """
         used = [row for row in rows if "skipped" not in row]
         placed_apart = any(
@@ -104,8 +101,7 @@ class Shards:
         write_rows(self._path(shard, ".jsonl"), placed)
 
     def write_work(self, shard: int, work: Mapping[str, float]) -> None:
-        """Put down what a shard took, until `merge` adds it up: processes that know nothing of each other write
-        shards."""
+        """Put down what a shard took, until `merge` adds up what all processes did."""
         write_json(self._path(shard, ".work.json"), dict(work))
 
     def merge(self) -> dict[str, float]:
@@ -161,7 +157,6 @@ class Shards:
 
 
 def _places(images: Sequence[PhotoRow]) -> dict[int, list[int]]:
-    """Where in a list the rows of each shard are."""
     places: dict[int, list[int]] = {}
     for place, row in enumerate(images):
         places.setdefault(row["shard"], []).append(place)
@@ -169,8 +164,7 @@ def _places(images: Sequence[PhotoRow]) -> dict[int, list[int]]:
 
 
 def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors as a byte a number: each is its whole numbers times its scale, and no number is off by more than half
-    a scale, max |x| / 254.
+    """Descriptors as whole numbers of a byte times a scale each; no number is off by more than half of it.
 
     Args:
         descriptors: (n, d) float.

@@ -20,7 +20,7 @@ CENTRE = 0.5
 """Where COLMAP has the centre of the top-left pixel; ours is at 0. It takes pixels as they lie in the file, so what
 EXIF says of the orientation is undone."""
 DESCRIPTOR = " ".join(["1 0"] + ["0"] * 128)
-"""Scale 1, orientation 0 and 128 numbers that the format asks for; matches are given, so nobody reads them."""
+"""Scale, orientation and 128 numbers that the format asks for, and nobody reads."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def read_meta(path: Path) -> dict[str, Json]:
 
 @dataclass(frozen=True)
 class _File:
-    """One array to be: its row, its output, the path of its files without their endings, its fingerprint."""
+    """One array to be; `base` is the path of its files without their endings."""
 
     row: int
     output: str
@@ -227,7 +227,6 @@ class _Export:
         )
 
     def __call__(self, wanted: Mapping[str, set[str]]) -> int:
-        """Write what is missing of each output's suffixes; returns how many files that was."""
         todo = self._todo(self._files(sorted(wanted)), wanted)
         basis = denseft.fit_embeddings(self.embeddings) if any(file.output == "denseft" for file, _ in todo) else None
         return sum(self._write(file, suffixes, basis) for file, suffixes in compute.progress(todo, "per-image files"))
@@ -268,7 +267,7 @@ class _Export:
         return found
 
     def _todo(self, files: Sequence[_File], wanted: Mapping[str, set[str]]) -> list[tuple[_File, list[str]]]:
-        """The files that are missing and which suffixes of them; those made differently are refused or removed."""
+        """What is missing; what was made differently is refused or removed."""
         there, todo, stale = self._there(wanted), [], dict[str, str]()
         for file in compute.progress(files, "look"):
             have = there.get(file.base, set())

@@ -118,7 +118,7 @@ class Dinov3:
 
     @cached_property
     def _most(self) -> dict[tuple[int, int], int]:
-        """How many photographs of a shape (h, w) fit into the memory at once, of shapes for which it ran out."""
+        """Shape -> how many fit into the memory at once, where it ran out."""
         return {}
 
     @cached_property
@@ -179,7 +179,7 @@ class Dinov3:
         """(B, h, w, 3) uint8 RGB photographs as the model wants them: (B, 3, h, w) float32 on the device."""
         mean, std = self._mean_std
         if torch.device(self.device).type == "cuda" and not photographs.is_cuda:
-            photographs = photographs.pin_memory()  # so that the next line does not wait for what the GPU has to do
+            photographs = photographs.pin_memory()  # so that the next line does not wait for the GPU
         x = photographs.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         # planes first, numbers then: seven times as fast as to go through triples of them
         return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
@@ -230,8 +230,6 @@ class Dinov3:
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs on a grid of (h / patch, w / patch).
-
-        Alone or in a batch, a photograph's tokens are the same to the rounding of the matrix products.
 
         Where a batch does not fit into the device's memory, this one and all later ones of its shape are halved.
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from openvino import CompiledModel, Core, Model
 
 ENOUGH = 0.999
-"""From which lowest cosine on, over the tokens of `texture()`, OpenVINO's answer is taken for torch's in fp32."""
+"""From which `agreement` on OpenVINO's answer is taken for torch's."""
 KEPT = 2**31
 """Bytes of weights up to which "auto" takes OpenVINO, and a converted model is kept in the cache folder."""
 HELD = 5
@@ -41,7 +41,7 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 FORM = 2
 """Of the converted model: what an older imatch kept in another form is not read."""
 HALVES, FEW = 2, 4
-"""A batch of fewer than `FEW` photographs is not halved: one photograph more in one half would cost too much."""
+"""A batch of fewer than `FEW` photographs is not halved: halves of unlike sizes cost too much."""
 
 
 class Network(Protocol):
@@ -201,9 +201,7 @@ def checked(backbone: Network) -> Forward:
 
 
 def agreement(backbone: Network, made: Forward | None = None) -> float:
-    """The lowest cosine between a normalised token of `texture()` by OpenVINO and by torch in fp32.
-
-    It is remembered beside the converted model, for each precision and CPU.
+    """The lowest cosine between a normalised token of `texture()` by OpenVINO and by torch in fp32, remembered.
 
     Args:
         backbone: of timm's model on the CPU, with either engine.
@@ -292,10 +290,8 @@ def _converted(backbone: Network) -> Model:
 
 
 def _keep(model: Model, folder: Path) -> None:
-    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO.
-
-    A home that cannot be written to is done without; what another process was first to write stays."""
-    with contextlib.suppress(OSError):
+    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO."""
+    with contextlib.suppress(OSError):  # a home that cannot be written to, or another process was first
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             _openvino().save_model(model, Path(temporary, "new", "model.xml"), compress_to_fp16=False)
@@ -305,7 +301,6 @@ def _keep(model: Model, folder: Path) -> None:
 
 
 def _kept(backbone: Network, suffix: str = "") -> Path:
-    """The folder of a converted model; the weights, the version of OpenVINO and our own form make its name."""
     version = f"{_openvino().__version__.partition('-')[0]}-{FORM}"
     return settings.cache_folder() / "openvino" / f"{backbone.hub_entry}-{backbone.digest[:16]}@{version}{suffix}"
 

@@ -225,10 +225,9 @@ def decode(
 ) -> Decoded:
     """Read a photograph: RGB, 8 bits, upright, at the size the backbone wants.
 
-    JPEGs much larger than that are decoded at a half, a quarter or an eighth (Pillow's draft mode; the exact
-    box is kept, so nothing shifts). Where parts of pixels are cut off, Pillow resizes, bicubically; else OpenCV, by
-    the mean of the area or, to enlarge, bicubically, or torch, as networks are used to. 16-bit grey is scaled to 8;
-    transparent pixels lie on white, as viewers show them; of an animation the first frame is taken.
+    JPEGs much larger than that are decoded at a half, a quarter or an eighth; nothing shifts. Where parts of pixels are
+    cut off, Pillow resizes in place of `by`. 16-bit grey is scaled to 8; transparent pixels lie on white, as viewers
+    show them; of an animation the first frame is taken.
 
     Args:
         photograph: the file; or one that is in memory already, a Pillow image or (h, w, 3) uint8 RGB, upright.
@@ -391,7 +390,8 @@ def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> 
 
     # Pillow's numbers, to 1 or 2 in a few of a thousand of them, in a quarter of its time
     planes = from_numpy(pixels).permute(2, 0, 1)[None]
-    return interpolate(planes, target, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+    planes = interpolate(planes, target, mode="bicubic", antialias=True)[0]
+    return planes.permute(1, 2, 0).contiguous().numpy()
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

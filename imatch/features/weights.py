@@ -198,9 +198,10 @@ def read(path: Path) -> State:
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ImatchError(f"{path} cannot be read ({error}): it is truncated; download it again") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
-        raise ImatchError(f"{path} is no state dict of a backbone (it holds {names}): take Meta's pretrained backbone")
+    held = state if isinstance(state, Mapping) else {type(state).__name__: None}
+    if not all(isinstance(value, torch.Tensor) for value in held.values()):
+        said = ", ".join(map(str, [*held][:5]))
+        raise ImatchError(f"{path} is no state dict of a backbone (it holds {said}): take Meta's pretrained backbone")
     return _in_metas_names(dict(state))
 
 
@@ -371,7 +372,7 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
         ) from error
     state = read(path)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    training_only = {name for name in state if name.startswith("local_cls_norm.")} - set(wanted)
+    training_only = {name for name in state if name.startswith("local_cls_norm.")} - {*wanted}
     kept = {name: value.float() for name, value in state.items() if name not in training_only}
     # Hugging Face's files lack what never changes; Meta's own model has it from its construction
     constant = {name for name in wanted if re.fullmatch("|".join(NEEDLESS), name)} - set(kept)

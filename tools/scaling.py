@@ -87,7 +87,8 @@ def plan(
     for machine in machines:
         for workers in checks.WORKERS:
             given = {"flop": one.flop, "rate": machine.rate, "precision": machine.precision, "workers": workers}
-            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(checks.hours, **given))
+            of = f"{workers} worker{'s' * (workers > 1)}"
+            add(f"hours, {machine.name}, {of}", partial(checks.hours, **given))
     add(f"core hours of decoding, {1000 * decoded:.0f} ms a photograph", lambda n: n * decoded / 3600)
     for keep in KEEPS:
         each = kept_bytes(keep, tokens, d) + 4 * d + checks.LISTED
@@ -125,8 +126,9 @@ def decoding(side: int) -> float:
     grain = random.normal(0, 6, (3000, 4000, 1)).astype(np.float32)
     drawn = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
     with tempfile.TemporaryDirectory() as folder:
-        drawn.save(Path(folder) / "drawn.jpg", quality=92)
-        return min(checks.decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
+        path, resize = Path(folder) / "drawn.jpg", Resize("stretch", side)
+        drawn.save(path, quality=92)
+        return min(checks.decoding([path], resize, 1) for _ in range(3))
 
 
 @click.command()

@@ -225,7 +225,8 @@ class ComputeOptions:
     @property
     def machines(self) -> Engine:
         """Who does the work."""
-        given = {name: value for name, value in (("scheduler", self.scheduler), ("shard", self.shard)) if value}
+        options = {"scheduler": self.scheduler, "shard": self.shard}
+        given = {name: value for name, value in options.items() if value}
         made: Engine = config.create(ENGINES, "engine", self.engine, given)
         return made
 
@@ -464,9 +465,9 @@ def _take_cores(place: Place) -> None:
     n = max(1, settings.cores() // place.share)
     settings.take_cores(n)
     threadpool_limits(n, user_api="blas")
-    for name, limit in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads"), ("cv2", "setNumThreads")):
-        if name in sys.modules:
-            getattr(sys.modules[name], limit)(n)
+    limits = {"torch": "set_num_threads", "faiss": "omp_set_num_threads", "cv2": "setNumThreads"}
+    for name in limits.keys() & sys.modules.keys():
+        getattr(sys.modules[name], limits[name])(n)
 
 
 @dataclass(frozen=True)
@@ -509,7 +510,8 @@ class Dask:
                 workers = client.scheduler_info(n_workers=-1)["workers"].values()
                 print(f"{work.what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
                 share = max(Counter(one["host"] for one in workers).values())
-                places = [Place(device, share, quiet=True) for device in (["auto"] if self.scheduler else devices)]
+                theirs = ["auto"] if self.scheduler else devices
+                places = [Place(device, share, quiet=True) for device in theirs]
                 submit = client.get_executor(pure=False).submit
                 yield lambda part: submit(_remote, pickled, places, part), len(workers)
         except KilledWorker as error:

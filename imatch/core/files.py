@@ -161,8 +161,8 @@ def compare(before: object, now: object, name: str = "") -> list[str]:
 
 def refuse_or_say(name: str, on_change: str, what: str, differences: Sequence[str]) -> None:
     """Print what a step finds made differently, and return, when it may recompute; raise StepError otherwise."""
-    shown = [*differences[:20], *([f"... and {len(differences) - 20} more"] if len(differences) > 20 else [])]
-    message = f"{name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
+    more = [f"... and {len(differences) - 20} more"] if len(differences) > 20 else []
+    message = f"{name}: {what}:\n" + "\n".join(f"  {line}" for line in [*differences[:20], *more])
     if on_change == "refuse":
         raise StepError(
             f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "

@@ -156,7 +156,8 @@ def start_step(
     shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
         before = open_step(folder, finished=False)
-        nothing_done = not before.finished and {path.name for path in folder.iterdir()} <= {"step.json", "seen.jsonl"}
+        there = {path.name for path in folder.iterdir()}
+        nothing_done = not before.finished and there <= {"step.json", "seen.jsonl"}
         differences = [] if nothing_done else compare(_identity(before), _identity(step))
         if nothing_done:
             step._write()  # of a run that was refused before it computed anything
@@ -226,7 +227,7 @@ def tagged(tag: str) -> str:
 
 
 def sides(step: Step, weight: str = "") -> tuple[Step, Step]:
-    """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown.
+    """The embeddings behind a 03_index or 04_match: of the queries, and of what they are shown.
 
     Args:
         step: the 03_index or 04_match.
@@ -251,6 +252,6 @@ def step_folder(path: str | Path) -> Path:
     True
     """
     first, *below = Path(path).parts or ("",)
-    return settings.from_workspace(
-        Path(settings.root("EXPORT_ROOT"), *below) if first == settings.ROOTS["EXPORT_ROOT"][1] else path
-    )
+    if first == settings.ROOTS["EXPORT_ROOT"][1]:
+        path = Path(settings.root("EXPORT_ROOT"), *below)
+    return settings.from_workspace(path)

@@ -275,9 +275,8 @@ class Geometry:
         'planar'
         """
         error, pose = record["reprojection_error"], record.get("pose")
-        matrix, fundamental = (
-            None if record.get(name) is None else np.array(record[name]) for name in ("matrix", "fundamental")
-        )
+        known = (record.get(name) for name in ("matrix", "fundamental"))
+        matrix, fundamental = (None if one is None else np.array(one) for one in known)
         return cls(
             matrix,
             inliers,

@@ -127,9 +127,11 @@ class Resize:
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part (left, top, right, bottom) of a photograph of (h, w) pixels that is seen, in pixel edges."""
         h, w = size
+        if self.mode != "crop":
+            return 0.0, 0.0, float(w), float(h)
         side = min(size)
         left, top = (w - side) / 2, (h - side) / 2
-        return (left, top, left + side, top + side) if self.mode == "crop" else (0.0, 0.0, float(w), float(h))
+        return left, top, left + side, top + side
 
     def __str__(self) -> str:
         if self.mode == "scale":
@@ -194,8 +196,10 @@ def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
             folders.clear()
             continue
         above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
-        folders[:] = [one for one in folders if not one.startswith(".") and os.path.realpath(folder / one) not in above]
-        found += [folder / one for one in files if not one.startswith(".") and Path(one).suffix.lower() in SUFFIXES]
+        shown = [one for one in folders if not one.startswith(".")]
+        folders[:] = [one for one in shown if os.path.realpath(folder / one) not in above]
+        shown = [one for one in files if not one.startswith(".")]
+        found += [folder / one for one in shown if Path(one).suffix.lower() in SUFFIXES]
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 

@@ -270,10 +270,6 @@ class StorageOptions:
 def keep_parameter(keep: str, weight: str) -> Parameters:
     """What `keep` adds to the parameters of a step: nothing for float16, which is all that there was before `keep`.
 
-    Args:
-        keep: one of `KEEPS`; "" is the default.
-        weight: of the step. The histograms of SIFT are whole numbers to begin with, so its default is a byte a number.
-
     >>> keep_parameter("int8", "vits16"), keep_parameter("", "vits16"), keep_parameter("", "sift")
     ({'keep': 'int8'}, {}, {'keep': 'int8'})
     """
@@ -373,7 +369,8 @@ def view_rows(step: Step) -> list[ReferenceRow]:
 
 def open_poses(upright: Stored, poses: Sequence[Pose]) -> Posed:
     """Open what `embed_poses` made."""
-    return Posed(upright, {pose: Stored(pose_folder(upright.folder, pose)) for pose in poses if pose != UPRIGHT})
+    others = [pose for pose in poses if pose != UPRIGHT]
+    return Posed(upright, {pose: Stored(pose_folder(upright.folder, pose)) for pose in others})
 
 
 def pose_folder(folder: Path, pose: Pose) -> Path:
@@ -407,7 +404,8 @@ class Posed:
     def _places(self) -> dict[Pose, np.ndarray]:
         """(N,) row of each photograph in a pose, -1 where it is not there."""
         ids = self.upright.ids
-        return {pose: np.array([there.row_of.get(id, -1) for id in ids]) for pose, there in self.posed.items()}
+        rows = {pose: there.row_of for pose, there in self.posed.items()}
+        return {pose: np.array([row_of.get(id, -1) for id in ids]) for pose, row_of in rows.items()}
 
     def tokens(self, row: int) -> list[tuple[Pose, Tokens]]:
         """A photograph's tokens in each pose, the upright one first; xy in pixels of the upright original."""

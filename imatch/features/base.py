@@ -110,11 +110,12 @@ def create_backbone(
         raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
     if weight not in NAMED and "filename" not in given:
         if not settings.from_workspace(data_key).is_file():
-            said = f"{config.unknown('weight', weight, NAMED)}; no others are known, for there is no {data_key}"
-            raise ImatchError(said)
+            said = config.unknown("weight", weight, NAMED)
+            raise ImatchError(f"{said}; no others are known, for there is no {data_key}")
         known = registry.load(data_key)
-        if weight not in {entry.key for entry in known.weights}:
-            raise ImatchError(config.unknown("weight", weight, [*NAMED, *(entry.key for entry in known.weights)]))
+        keys = [entry.key for entry in known.weights]
+        if weight not in keys:
+            raise ImatchError(config.unknown("weight", weight, [*NAMED, *keys]))
         entry = known.weight(weight, weight_set)
         given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
     backbone: Backbone = config.create(BACKBONES, "weight", weight if weight in NAMED else "dinov3", given)

@@ -94,7 +94,8 @@ class Dinov3:
 
     def __getstate__(self) -> dict[str, object]:
         # models do not go to other processes, they are loaded there
-        return {name: value for name, value in vars(self).items() if name not in ("model", "openvino", "_mean_std")}
+        loaded = ("model", "openvino", "_mean_std")
+        return {name: value for name, value in vars(self).items() if name not in loaded}
 
     @cached_property
     def bytes(self) -> int:
@@ -172,8 +173,8 @@ class Dinov3:
 
     @cached_property
     def _mean_std(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] * 255 for values in MEAN_STD[self.family])
-        return mean, std
+        both = torch.tensor(MEAN_STD[self.family], device=self.device)[..., None, None] * 255
+        return both[0], both[1]
 
     def normalised(self, photographs: Tensor) -> Tensor:
         """(B, h, w, 3) uint8 RGB photographs as the model wants them: (B, 3, h, w) float32 on the device."""
@@ -256,7 +257,8 @@ class Dinov3:
             local = seen.grid.flatten(1, 2).half().cpu().numpy()
         grid = (seen.grid.shape[1], seen.grid.shape[2])
         xy = grid_xy(grid, photographs.shape[1:3])
-        return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in zip(vectors, local, strict=True)]
+        both = zip(vectors, local, strict=True)
+        return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in both]
 
 
 def computes_in_bf16(device: str) -> bool:

@@ -275,14 +275,16 @@ def _converted(backbone: Network) -> Model:
     """OpenVINO's model of a backbone, in fp32; kept in the cache folder if it is not too large."""
     openvino, model = _openvino(), _exact(backbone).model
     rotates, example = hasattr(model, "rope"), [torch.zeros(2, 3, 64, 96)]
-    prefix, periods = (model.num_prefix_tokens, model.rope.periods.numpy()) if rotates else (0, np.zeros(0, np.float32))
+    prefix, periods = 0, np.zeros(0, np.float32)
     if rotates:
+        prefix, periods = model.num_prefix_tokens, model.rope.periods.numpy()
         example.append(torch.from_numpy(rotary(periods, prefix, 64 // backbone.patch, 96 // backbone.patch)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that tracing, which OpenVINO does, is deprecated
         converted = openvino.convert_model(_Traced(model).eval(), example_input=tuple(example))
     if rotates:  # the fusion wants to know the ranks
-        converted.reshape(dict(zip(converted.inputs, ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)]), strict=True)))
+        shapes = ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)])
+        converted.reshape(dict(zip(converted.inputs, shapes, strict=True)))
     converted.set_rt_info(" ".join(map(repr, [prefix, *periods.tolist()])), ["imatch", "rotary"])
     if backbone.bytes <= KEPT:
         _keep(converted, _kept(backbone))
@@ -310,10 +312,8 @@ def _exact(backbone: Network) -> Network:
 
 
 def _cpu() -> str:
-    core = _core()
-    return " ".join(
-        [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
-    )
+    name, can = (_core().get_property("CPU", what) for what in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
+    return " ".join([name, *can])
 
 
 @cache

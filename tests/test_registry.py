@@ -314,6 +314,7 @@ def test_odd_names_that_stay_are_allowed(bare, path):
                 ("{frame:+d}", "or with a padding such as {frame:04d}"),
                 ("{frame:*>4}", "or with a padding such as {frame:04d}"),
                 ("{frame:0<4}", "or with a padding such as {frame:04d}"),
+                ("{label!r}{frame}", "write {label}$"),
                 ("{label:04d}{frame}", "does not fit text"),
                 ("{frame", "is no template"),
                 ("frame}", "is no template"),

@@ -55,8 +55,8 @@ class Machine:
 def plan(
     hub_entry: str, photographs: Sequence[int], side: int, machines: Sequence[Machine], decoded: float, memory: int
 ) -> str:
-    """What so many photographs take: hours by machine and number of workers, disk by what is kept, memory by kind of
-    index. A table with a column a number of photographs, and the formula. Nothing of it needs a photograph or a weight.
+    """A table of what so many photographs take: hours by machine and number of workers, disk by what is kept, memory by
+    kind of index; and the formula.
 
     Args:
         hub_entry: such as "dinov3_vits16".
@@ -87,7 +87,8 @@ def plan(
     for machine in machines:
         for workers in checks.WORKERS:
             given = {"flop": one.flop, "rate": machine.rate, "precision": machine.precision, "workers": workers}
-            add(f"hours, {machine.name}, {workers} worker{'s' * (workers > 1)}", partial(checks.hours, **given))
+            of = f"{workers} worker{'s' * (workers > 1)}"
+            add(f"hours, {machine.name}, {of}", partial(checks.hours, **given))
     add(f"core hours of decoding, {1000 * decoded:.0f} ms a photograph", lambda n: n * decoded / 3600)
     for keep in KEEPS:
         each = kept_bytes(keep, tokens, d) + 4 * d + checks.LISTED
@@ -115,8 +116,7 @@ def _kind(n: int, d: int, memory: int) -> str:
 
 
 def decoding(side: int) -> float:
-    """Seconds that one core takes to decode a JPEG of 12 megapixels for a square of `side` pixels, measured on one that
-    is drawn for it; the best of three.
+    """Seconds that one core takes to decode a drawn JPEG of 12 megapixels for a square of `side` pixels.
 
     >>> 0 < decoding(256) < 10
     True
@@ -126,8 +126,9 @@ def decoding(side: int) -> float:
     grain = random.normal(0, 6, (3000, 4000, 1)).astype(np.float32)
     drawn = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
     with tempfile.TemporaryDirectory() as folder:
-        drawn.save(Path(folder) / "drawn.jpg", quality=92)
-        return min(checks.decoding([Path(folder) / "drawn.jpg"], Resize("stretch", side), 1) for _ in range(3))
+        path, resize = Path(folder) / "drawn.jpg", Resize("stretch", side)
+        drawn.save(path, quality=92)
+        return min(checks.decoding([path], resize, 1) for _ in range(3))
 
 
 @click.command()

@@ -102,8 +102,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None, delay: flo
 
 @contextmanager
 def without_opencv_threads() -> Iterator[None]:
-    """End OpenCV's threads for a block that has threads of its own, or that starts workers: a forked one would wait for
-    ever to end them itself."""
+    """End OpenCV's threads for a block; a process that is forked meanwhile would wait for ever to end them itself."""
     import cv2
 
     threads = cv2.getNumThreads()
@@ -120,11 +119,11 @@ ENGINES = {
     "dask": "imatch.core.compute:Dask",
 }
 PARTS = 16
-"""Parts of the jobs for each process, so that none waits long for a slower one."""
+"""Parts for each process, so that none waits long for a slower one."""
 LONG = 8
-"""Jobs of a part at most. Within a part the next job is begun while the last one is written."""
+"""Jobs of a part at most: while one is written, the next is begun."""
 TRIES = 3
-"""So often a job is begun: one that ends its process each time would end all of them."""
+"""So often a job is begun that ends its process each time."""
 START, PATIENCE = 30, 300
 """Seconds that a scheduler of Dask may be away in the beginning, and later."""
 Job = TypeVar("Job", contravariant=True)
@@ -226,7 +225,8 @@ class ComputeOptions:
     @property
     def machines(self) -> Engine:
         """Who does the work."""
-        given = {name: value for name, value in (("scheduler", self.scheduler), ("shard", self.shard)) if value}
+        options = {"scheduler": self.scheduler, "shard": self.shard}
+        given = {name: value for name, value in options.items() if value}
         made: Engine = config.create(ENGINES, "engine", self.engine, given)
         return made
 
@@ -268,8 +268,7 @@ def do(engine: Engine, work: Work[T, R], jobs: Sequence[T], devices: Sequence[st
         jobs: all of them, those of other parts and those that are done included.
 
     Raises:
-        PartDoneError: a part of the jobs was asked for, and is done. Parts never finish a step, for each of them may
-            think that it is the last one.
+        PartDoneError: a part of the jobs was asked for, and is done. Parts never finish a step.
         ImatchError: what the engine raises, or jobs have given no row and are not done.
     """
     i, n = numbered(engine.shard)
@@ -340,7 +339,7 @@ LOCAL = Local()
 
 @dataclass(frozen=True)
 class Processes:
-    """One process for each device. What one that was killed had not done yet is given to a new one.
+    """One process for each device. When one is killed, new ones do what is not done yet.
 
     Attributes:
         shard: "i/n", or "" for all.
@@ -429,8 +428,7 @@ _mine: list[Any] = []
 
 
 def _begin(work: Work[T, R], free: SimpleQueue[Place], theirs: Connection, ours: Connection) -> None:
-    """Take a place, and end with the other end of the pipe, which only the process above holds. That one alone is
-    interrupted."""
+    """Take a place; end with the process above, which alone holds `ours`, and which alone is interrupted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours.close()
     Thread(target=_end_with, args=(theirs,), daemon=True).start()
@@ -463,20 +461,19 @@ def _told(rows: Callable[[], Iterator[R]]) -> list[R]:
 
 
 def _take_cores(place: Place) -> None:
-    """The libraries use a place's share of the cores, those that are loaded now and those that will be: torch alone
-    takes seconds to load, and not every work needs it."""
+    """Let the libraries that are loaded, and those that will be, use a place's share of the cores."""
     n = max(1, settings.cores() // place.share)
     settings.take_cores(n)
     threadpool_limits(n, user_api="blas")
-    for name, limit in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads"), ("cv2", "setNumThreads")):
-        if name in sys.modules:
-            getattr(sys.modules[name], limit)(n)
+    limits = {"torch": "set_num_threads", "faiss": "omp_set_num_threads", "cv2": "setNumThreads"}
+    for name in limits.keys() & sys.modules.keys():
+        getattr(sys.modules[name], limits[name])(n)
 
 
 @dataclass(frozen=True)
 class Dask:
-    """Workers that write to the same disk as this process, under the same paths. Dask gives the part of a worker that
-    was killed to another one; when the scheduler is gone, what is missing is asked for again as soon as it is back.
+    """Workers that write to the same disk as this process, under the same paths. Dask gives the part of a killed one to
+    another; when the scheduler is gone, what is missing is asked for again as soon as it is back.
 
     Attributes:
         scheduler: its address, such as "tcp://10.0.0.1:8786"; "" starts one here, with a worker for each device.
@@ -513,7 +510,8 @@ class Dask:
                 workers = client.scheduler_info(n_workers=-1)["workers"].values()
                 print(f"{work.what}: {len(workers)} workers, look at {client.dashboard_link}", flush=True)
                 share = max(Counter(one["host"] for one in workers).values())
-                places = [Place(device, share, quiet=True) for device in (["auto"] if self.scheduler else devices)]
+                theirs = ["auto"] if self.scheduler else devices
+                places = [Place(device, share, quiet=True) for device in theirs]
                 submit = client.get_executor(pure=False).submit
                 yield lambda part: submit(_remote, pickled, places, part), len(workers)
         except KilledWorker as error:
@@ -557,6 +555,6 @@ def _remote(pickled: bytes, places: Sequence[Place], jobs: Sequence[T]) -> list[
 
 @lru_cache(maxsize=1)
 def _unpickled(pickled: bytes) -> Work[Any, Any]:
-    """The work, which keeps what it has loaded (a model, open stores) from part to part."""
+    """As `_mine`."""
     work: Work[Any, Any] = pickle.loads(pickled)
     return work

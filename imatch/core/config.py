@@ -1,6 +1,4 @@
-"""What files and callers say, checked by pydantic; and how a table of plug-ins ("name" -> "module:Class") becomes an
-object. Importing a table imports no plug-in.
-"""
+"""What files and callers say, checked by pydantic; and plug-ins, made from tables of "name" -> "module:Class"."""
 
 from __future__ import annotations
 
@@ -94,7 +92,7 @@ def checked(kind: type[T], value: object, where: str) -> T:
     try:
         return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # mypy: no class is hashable
     except ValidationError as error:
-        # not chained: pydantic's own text has everything that was given, over several lines
+        # not chained: pydantic's own text has all that was given
         raise ImatchError(_line(error, where)) from None
 
 
@@ -119,11 +117,13 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 def _line(error: ValidationError, where: str) -> str:
     """The first thing that is wrong, in one line."""
     first = error.errors(include_url=False)[0]
-    kind, path, given, said, about = first["type"], first["loc"], first["input"], first["msg"], first.get("ctx", {})
-    parts = [*path, *([about["name"]] if kind == "unknown" else [])]
+    kind, given, said, about = first["type"], first["input"], first["msg"], first.get("ctx", {})
+    parts = [*first["loc"], *([about["name"]] if kind == "unknown" else [])]
     # "[...]" is no part of a file: pydantic calls keys of dicts so, and unions here are told apart by such tags
-    inside = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in parts if not str(at).startswith("["))
-    place = (where + inside.removeprefix(".") if where.endswith(" ") else where + inside).removesuffix(": ")
+    of_file = [at for at in parts if not str(at).startswith("[")]
+    inside = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in of_file)
+    inside = inside.removeprefix(".") if where.endswith(" ") else inside
+    place = (where + inside).removesuffix(": ")
     if kind == "missing":
         return f"{place} is missing"
     if kind == "extra_forbidden":  # of a known name
@@ -266,7 +266,7 @@ def names(listed: Iterable[object]) -> str:
 def below(text: str, where: str, above: str | Path) -> str:
     """`text` if, as a path, it stays below the folder that it is relative to, on any system.
 
-    Only the text is looked at: a link that lies below the folder is followed, on purpose, wherever it leads.
+    Links below the folder are followed, on purpose, wherever they lead.
 
     Raises:
         ImatchError: it is absolute, has a drive, or goes up by "..".

@@ -116,8 +116,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-    """A copy of some rows; of a memory map, the pages that were read for it are given back, so that memory does not
-    grow with what has been looked at.
+    """A copy of some rows; the pages that were read for it, of a memory map, are given back.
 
     >>> take(np.eye(2, dtype=np.float32), slice(1, 2)).tolist()
     [[0.0, 1.0]]
@@ -162,8 +161,8 @@ def compare(before: object, now: object, name: str = "") -> list[str]:
 
 def refuse_or_say(name: str, on_change: str, what: str, differences: Sequence[str]) -> None:
     """Print what a step finds made differently, and return, when it may recompute; raise StepError otherwise."""
-    shown = [*differences[:20], *([f"... and {len(differences) - 20} more"] if len(differences) > 20 else [])]
-    message = f"{name}: {what}:\n" + "\n".join(f"  {line}" for line in shown)
+    more = [f"... and {len(differences) - 20} more"] if len(differences) > 20 else []
+    message = f"{name}: {what}:\n" + "\n".join(f"  {line}" for line in [*differences[:20], *more])
     if on_change == "refuse":
         raise StepError(
             f"{message}\nNothing was touched. To make it anew: set on_change to recompute. "

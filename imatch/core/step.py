@@ -34,14 +34,11 @@ class Step:
         parameters: what was asked; all that changes the result and nothing else.
         upstream: fingerprints of what it was made from.
         links: paths of the steps it reads, relative to `folder`.
-        about: what it is, a word each: dataset, weight, configuration, kind (of references), ...; they name its folder,
-            <exports>/<run>/<name>/<dataset>/...
+        about: what it is, a word each (dataset, weight, configuration, ...), of which its path is made.
         home: path of its run, <exports>/<run>, relative to `folder`.
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
-        work: for the record, too, what was computed over all runs, that of several processes added up: {"photographs",
-            "seconds"} and, of embeddings, the seconds of them in "forward" passes, in "wait" for the next one, and in
-            "decode" and "write" beside those; in "start" the seconds before, until the model was loaded.
+        work: for the record, too: how many photographs, and what took how many seconds, in all runs and processes.
     """
 
     folder: Path
@@ -159,7 +156,8 @@ def start_step(
     shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
         before = open_step(folder, finished=False)
-        nothing_done = not before.finished and {path.name for path in folder.iterdir()} <= {"step.json", "seen.jsonl"}
+        there = {path.name for path in folder.iterdir()}
+        nothing_done = not before.finished and there <= {"step.json", "seen.jsonl"}
         differences = [] if nothing_done else compare(_identity(before), _identity(step))
         if nothing_done:
             step._write()  # of a run that was refused before it computed anything
@@ -229,7 +227,7 @@ def tagged(tag: str) -> str:
 
 
 def sides(step: Step, weight: str = "") -> tuple[Step, Step]:
-    """The steps of embeddings behind a 03_index or 04_match: that of the queries, and that of what they are shown.
+    """The embeddings behind a 03_index or 04_match: of the queries, and of what they are shown.
 
     Args:
         step: the 03_index or 04_match.
@@ -248,13 +246,12 @@ def side_folders(step: Step, weight: str = "") -> tuple[Path, Path]:
 
 
 def step_folder(path: str | Path) -> Path:
-    """The folder of a step, or a folder that holds some: what begins with `exports/` lies in EXPORT_ROOT, wherever that
-    is (in the container it is a mount of its own).
+    """The folder of a step, or of some: what begins with `exports/` lies in EXPORT_ROOT, wherever that is.
 
     >>> step_folder("exports/demo") == settings.root("EXPORT_ROOT") / "demo"
     True
     """
     first, *below = Path(path).parts or ("",)
-    return settings.from_workspace(
-        Path(settings.root("EXPORT_ROOT"), *below) if first == settings.ROOTS["EXPORT_ROOT"][1] else path
-    )
+    if first == settings.ROOTS["EXPORT_ROOT"][1]:
+        path = Path(settings.root("EXPORT_ROOT"), *below)
+    return settings.from_workspace(path)

@@ -177,8 +177,7 @@ class Truth:
 class Ranking:
     """What Q queries found, and whether it is right.
 
-    First those that have a vector; then those that could be decoded, but in which the backbone found nothing: they find
-    nothing.
+    First those that have a vector; then those in which the backbone found nothing: they find nothing.
 
     Attributes:
         rows: (Q, k) int64, row of each hit in the gallery, best first; -1 where it had no more.
@@ -276,9 +275,8 @@ class Geometry:
         'planar'
         """
         error, pose = record["reprojection_error"], record.get("pose")
-        matrix, fundamental = (
-            None if record.get(name) is None else np.array(record[name]) for name in ("matrix", "fundamental")
-        )
+        known = (record.get(name) for name in ("matrix", "fundamental"))
+        matrix, fundamental = (None if one is None else np.array(one) for one in known)
         return cls(
             matrix,
             inliers,

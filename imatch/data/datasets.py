@@ -1,17 +1,14 @@
-"""Data sets: which photographs belong to one, by what they are called.
-
-What a registry says of them and what an image group asks for is checked here.
-"""
+"""Data sets: which photographs belong to one, by what they are called."""
 
 from __future__ import annotations
 
 import fnmatch
-import functools
 import re
 import string
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, cast
 
@@ -26,8 +23,7 @@ FRAMES = ("frame", "index", "idx")
 FOLDER_TEMPLATE = "{capture_id}_{label}"
 FILENAME_TEMPLATE = "{capture_id}_{label}_{frame}.jpg"
 Group = tuple[str | None, range | frozenset[int] | None]
-"""A capture, its folder or its label, None for every one that has photographs; its frames: an inclusive range (which
-may have gaps), frames one by one, or None for all."""
+"""A capture, its folder or its label, None for all; its frames: an inclusive range, frames one by one, None for all."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,8 @@ class Dataset:
                 if several[0][0] not in folders:
                     raise ImatchError(config.unknown(f"folder of data set {self.key}", folder, folders))
             for part in several:
-                chosen.update(self._frames([id for name in part for id in folders.get(name, [])], found, frames, part))
+                there = [id for name in part for id in folders.get(name, [])]
+                chosen.update(self._frames(there, found, frames, part))
             asked.update(self.captures if folder is None else several[0])
         if self.captures:
             self._tell(ids, found, [name for name in self.captures if name in asked])
@@ -141,17 +138,17 @@ class Dataset:
         return labelled
 
     def _known(self, ids: Sequence[str]) -> dict[str, About]:
-        """What is known of the photographs that belong to the data set, by id."""
         found: dict[str, About] = {}
         if not self.captures:
             for id in ids:
                 if not self.glob or _matches(nfc(id).split("/"), self.glob.split("/")):
                     digits = re.findall("[0-9]+", PurePosixPath(id).stem)
-                    found[id] = {"capture": None, "label": None, "frame": int(digits[-1]) if digits else None}
+                    frame = int(digits[-1]) if digits else None
+                    found[id] = {"capture": None, "label": None, "frame": frame}
             return found
         taken: dict[tuple[str, int], str] = {}
 
-        @functools.cache
+        @cache
         def near(folder: PurePosixPath) -> list[str]:
             return [name for name, one in self.captures.items() if folder.is_relative_to(one.folder)]
 
@@ -190,10 +187,11 @@ class Dataset:
         there = {frame for id in ids if (frame := found[id]["frame"]) is not None}
         has = f"it has frames {min(there)} to {max(there)}" if there else "its files have no frame number"
         if isinstance(frames, range):
+            span = f"frames {frames[0]} to {frames[-1]}"
             if not any(frame in frames for frame in there):
-                raise ImatchError(f"no photographs of frames {frames[0]} to {frames[-1]} in {where}: {has}")
+                raise ImatchError(f"no photographs of {span} in {where}: {has}")
             if absent := len(frames) - sum(frame in frames for frame in there):
-                _once_a_process(f"{where}: {absent} of frames {frames[0]} to {frames[-1]} are not there; {has}")
+                _once_a_process(f"{where}: {absent} of {span} are not there; {has}")
         elif missing := sorted(frames - there):
             hint = "leave them out of `indices`, or bring the files"
             raise ImatchError(f"no photographs of frames {names(missing)} in {where}: {has}; {hint}")
@@ -201,9 +199,9 @@ class Dataset:
 
     def _tell(self, ids: Sequence[str], found: Mapping[str, About], asked: Sequence[str]) -> None:
         folders = {self.captures[name].folder for name in asked}
-        lost = [
-            id for id in ids if id not in found and folders & {p.as_posix() for p in PurePosixPath(nfc(id)).parents}
-        ]
+        others = [id for id in ids if id not in found]
+        above = {id: {folder.as_posix() for folder in PurePosixPath(nfc(id)).parents} for id in others}
+        lost = [id for id in others if folders & above[id]]
         full = {meta["capture"] for meta in found.values()}
         said = []
         if lost:
@@ -215,15 +213,18 @@ class Dataset:
             _once_a_process(f"data set {self.key}: {'; '.join(said)}")
 
 
-@functools.cache
+@cache
 def _once_a_process(line: str) -> None:
     print(line, flush=True)
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    if not patterns or patterns[0] == "**":
-        return not parts if not patterns else any(_matches(parts[n:], patterns[1:]) for n in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    if not patterns:
+        return not parts
+    first, *rest = patterns
+    if first == "**":
+        return any(_matches(parts[n:], rest) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], first) and _matches(parts[1:], rest)
 
 
 class _Ends(Said):
@@ -249,7 +250,8 @@ _Frames = Annotated[
 
 
 def _per_folder(given: Json) -> str:
-    return "[each]" if isinstance(given, list) and any(isinstance(part, list | dict) for part in given) else "[all]"
+    several = isinstance(given, list) and any(isinstance(part, list | dict) for part in given)
+    return "[each]" if several else "[all]"
 
 
 _Indices = Annotated[
@@ -307,14 +309,15 @@ class _Capture(Said):
     filename_template: _Text | None = None
 
 
+_Captures = Annotated[dict[str, Annotated[_Capture, BeforeValidator(_labelled)]], Field(min_length=1)]
+
+
 class _Dataset(Said):
     root: str
     glob: str | None = None
     folder_template: str = FOLDER_TEMPLATE
     filename_template: str = FILENAME_TEMPLATE
-    captures: Annotated[dict[str, Annotated[_Capture, BeforeValidator(_labelled)]], Field(min_length=1)] | None = Field(
-        None, validation_alias=AliasChoices("captures", "images")
-    )
+    captures: _Captures | None = Field(None, validation_alias=AliasChoices("captures", "images"))
 
 
 def read(key: str, given: Json, above: Path, where: str) -> Dataset:
@@ -357,8 +360,9 @@ def _capture(key: str, id: str, said: _Capture, of: _Dataset, where: str) -> Cap
     # without "./" and "//", which no id has
     filename = PurePosixPath(said.filename_template or of.filename_template).as_posix()
     below(folder, f"{where}: folder", "the data set's root")
-    below(_fill(filename, values, f"{where}: filename_template", frame="0"), f"{where}: file", "the data set's root")
-    pattern = _fill(filename, values, f"{where}: filename_template", frame="([0-9]+)", quote=re.escape)
+    called = partial(_fill, filename, values, f"{where}: filename_template")
+    below(called(frame="0"), f"{where}: file", "the data set's root")
+    pattern = called(frame="([0-9]+)", quote=re.escape)
     pattern = re.sub(r"(\\\.\w+)$", r"(?i:\1)", pattern)
     folder = PurePosixPath(nfc(folder)).as_posix()
     above = "" if folder == "." else f"{re.escape(folder)}/"
@@ -382,7 +386,8 @@ def _fill(
         if name not in known:
             raise ImatchError(f"{where} {template!r}: {config.unknown('placeholder', name, known)}")
         if conversion or (name in FRAMES and not re.fullmatch("(0[>=])?[0-9]*d?", spec or "")):
-            raise ImatchError(f"{where} {template!r}: write {{{name}}}, or with a padding such as {{{name}:04d}}")
+            padded = f", or with a padding such as {{{name}:04d}}" if name in FRAMES else ""
+            raise ImatchError(f"{where} {template!r}: write {{{name}}}{padded}")
         if name in FRAMES:
             text += frame
             continue

@@ -57,12 +57,12 @@ class Embeddings:
 
     @property
     def missed(self) -> list[PhotoRow]:
-        """Those skipped that could be decoded, but in which the backbone found nothing: queries that find nothing."""
+        """Those that could be decoded, but in which the backbone found nothing: queries that find nothing."""
         return [row for row in self.skipped if "size" in row]
 
     @property
     def decodable(self) -> dict[str, PhotoRow]:
-        """All photographs that could be decoded, whether the backbone found something in them or not, by id."""
+        """The rows of all that could be decoded, by id."""
         return {row["id"]: row for row in sorted([*self.rows, *self.missed], key=lambda row: row["id"])}
 
     @cached_property
@@ -105,7 +105,7 @@ class Embeddings:
 
     @property
     def digest(self) -> str:
-        """Digest its vectors in their order, by the `vector_digest` of the list, or of a vector where it has none."""
+        """The digest of its vectors in their order."""
         return files.digest([row.get("vector") or vector_digest(self.vectors[i]) for i, row in enumerate(self.rows)])
 
 
@@ -129,10 +129,6 @@ COMPARED = ("weight", "backbone", "weights_digest", "resize", "pixels")
 
 def comparable(a: Parameters, b: Parameters, name_a: str, name_b: str) -> None:
     """Refuse to compare embeddings that were made differently.
-
-    Args:
-        a, b: their parameters.
-        name_a, name_b: what they are called in the message.
 
     Raises:
         StepError: they differ in backbone, pooling, precision or size; the message says in what.

@@ -43,7 +43,7 @@ RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
 REDUCED = 6
 """From so many times the wanted size on, blocks of pixels are averaged before a photograph is resized."""
 STRIP = 1_000_000
-"""Pixels that are converted to RGB at once: beside the decoded photograph and its RGB nothing of its size is held."""
+"""Pixels that are converted to RGB at once, to save memory."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,11 @@ class Resize:
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part (left, top, right, bottom) of a photograph of (h, w) pixels that is seen, in pixel edges."""
         h, w = size
+        if self.mode != "crop":
+            return 0.0, 0.0, float(w), float(h)
         side = min(size)
         left, top = (w - side) / 2, (h - side) / 2
-        return (left, top, left + side, top + side) if self.mode == "crop" else (0.0, 0.0, float(w), float(h))
+        return left, top, left + side, top + side
 
     def __str__(self) -> str:
         if self.mode == "scale":
@@ -194,8 +196,10 @@ def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
             folders.clear()
             continue
         above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
-        folders[:] = [one for one in folders if not one.startswith(".") and os.path.realpath(folder / one) not in above]
-        found += [folder / one for one in files if not one.startswith(".") and Path(one).suffix.lower() in SUFFIXES]
+        shown = [one for one in folders if not one.startswith(".")]
+        folders[:] = [one for one in shown if os.path.realpath(folder / one) not in above]
+        shown = [one for one in files if not one.startswith(".")]
+        found += [folder / one for one in shown if Path(one).suffix.lower() in SUFFIXES]
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
@@ -225,10 +229,9 @@ def decode(
 ) -> Decoded:
     """Read a photograph: RGB, 8 bits, upright, at the size the backbone wants.
 
-    JPEGs much larger than that are decoded at a half, a quarter or an eighth (Pillow's draft mode; the exact
-    box is kept, so nothing shifts). Where parts of pixels are cut off, Pillow resizes, bicubically; else OpenCV, by
-    the mean of the area or, to enlarge, bicubically, or torch, as networks are used to. 16-bit grey is scaled to 8;
-    transparent pixels lie on white, as viewers show them; of an animation the first frame is taken.
+    JPEGs much larger than that are decoded at a half, a quarter or an eighth; nothing shifts. Where parts of pixels are
+    cut off, Pillow resizes in place of `by`. 16-bit grey is scaled to 8; transparent pixels lie on white, as viewers
+    show them; of an animation the first frame is taken.
 
     Args:
         photograph: the file; or one that is in memory already, a Pillow image or (h, w, 3) uint8 RGB, upright.
@@ -281,8 +284,7 @@ def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -
     """A photograph for a picture, its longer side `side` pixels.
 
     Args:
-        photograph: its pixels, or its file. Where that is not there, or broken by now, a grey one of the right aspect
-            stands for it: a figure must not end a run, and an imported store may have no photographs.
+        photograph: its pixels, or its file; a grey one stands for what is not there, or broken: a figure ends no run.
         size: its (h, w), for that.
         side: pixels.
 
@@ -335,7 +337,6 @@ def _check_size(image: Image.Image) -> None:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn whatever a decoder raises into a PhotographError that gives the reason in one line."""
     try:
         yield
     except PhotographError:
@@ -344,7 +345,7 @@ def _reasons() -> Iterator[None]:
         raise PhotographError("not a photograph: no decoder knows its bytes") from None
     except OSError as error:
         raise PhotographError(error.strerror or str(error)) from None
-    except Exception as error:  # decoders raise what they like on broken bytes; one file must not end a run
+    except Exception as error:  # decoders raise what they like; one file must not end a run
         raise PhotographError(f"{type(error).__name__}: {error}") from error
 
 
@@ -354,7 +355,7 @@ def _exif(image: Image.Image) -> Image.Exif:
         image.load()  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
     try:
         return image.getexif()
-    except Exception:  # like decoders, it raises what it likes on broken bytes
+    except Exception:
         return Image.Exif()
 
 
@@ -381,7 +382,7 @@ def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> 
     if (w, h) == image.size and box == (0, 0, w, h):
         return _pixels(image)
     much = by == "torch" and (image.width >= REDUCED * w or image.height >= REDUCED * h)
-    if much or box != (0, 0, *image.size):  # torch averages no blocks beforehand, and neither cuts out parts of pixels
+    if much or box != (0, 0, *image.size):  # torch averages no blocks, and neither cuts out parts of pixels
         return np.asarray(_rgb(image).resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2))
     pixels = _pixels(image)
     if by == "opencv":
@@ -393,11 +394,11 @@ def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> 
 
     # Pillow's numbers, to 1 or 2 in a few of a thousand of them, in a quarter of its time
     planes = from_numpy(pixels).permute(2, 0, 1)[None]
-    return interpolate(planes, target, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+    planes = interpolate(planes, target, mode="bicubic", antialias=True)[0]
+    return planes.permute(1, 2, 0).contiguous().numpy()
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """(h, w, 3) uint8 RGB of a photograph, converted strip by strip."""
     w, h = image.size
     pixels = np.empty((h, w, 3), np.uint8)
     rows = max(1, STRIP // w)

@@ -71,7 +71,8 @@ class Looked:
         a, b = self.posed.upright.row_of.get(query), self.gallery.row_of.get(str(candidate))
         one = self.gallery.tokens(0)
         none = Tokens(np.zeros_like(one.vector), one.descriptors[:0], one.xy[:0])
-        return [(UPRIGHT, none)] if a is None else self.posed.tokens(a), none if b is None else self.gallery.tokens(b)
+        seen = [(UPRIGHT, none)] if a is None else self.posed.tokens(a)
+        return seen, none if b is None else self.gallery.tokens(b)
 
 
 @dataclass(frozen=True)

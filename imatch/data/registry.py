@@ -1,8 +1,4 @@
-"""The registry params/data_key.json: data sets and weights by name.
-
-Whatever is named in it lies below its root (`settings.root`), or is refused. Roots are checked as text: links below
-them are followed, on purpose.
-"""
+"""The registry params/data_key.json: data sets and weights by name, each below its root (`settings.root`)."""
 
 from __future__ import annotations
 
@@ -193,7 +189,9 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
             return Dataset(place.name, place)
     if folder.is_file():
         raise ImatchError(f"dataset {folder} is a file: give the folder that holds the photographs")
-    keys = f"in {data_key}: {config.unknown('data set', name, registered)}" if registered else f"no keys in {data_key}"
+    keys = f"no keys in {data_key}"
+    if registered:
+        keys = f"in {data_key}: {config.unknown('data set', name, registered)}"
     raise ImatchError(
         f"dataset folder {' or '.join(map(str, places))} does not exist: give an existing folder of photographs or a "
         f"key ({keys}); `make demo` writes the demo's photographs to data/demo"

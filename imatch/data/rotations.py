@@ -127,12 +127,8 @@ def shown(xy: np.ndarray, size: tuple[int, int], pose: Pose) -> tuple[np.ndarray
 
 
 def placed(tokens: Tokens, photograph: Decoded) -> Tokens:
-    """Tokens of a turned photograph with their positions in the original: without a grid, for turned rows are no rows
+    """Tokens of what `turned` gave with their positions in the original: without a grid, for turned rows are no rows
     there, and without those that look at what lies outside.
-
-    Args:
-        tokens: xy in pixels of what `turned` gave.
-        photograph: what `turned` gave.
     """
     xy = photograph.to_original(tokens.xy)
     left, top, right, bottom = photograph.box

@@ -48,12 +48,11 @@ class Shards:
         return {int(path.name.partition(".")[0]) for path in (self.folder / "local").glob("[0-9]*.npy")}
 
     def rows(self, wanted: Container[int] | None = None) -> dict[int, list[PhotoRow]]:
-        """The rows, skipped ones included, of every whole shard, or of those wanted, before or after merging; sorted by
-        id."""
+        """The rows of every whole shard, or of those wanted, sorted by id, skipped ones included."""
         if self.merged:
-            rows = [row for name in ("images", "skipped") for row in read_rows(self.folder / f"{name}.jsonl")]
+            images, skipped = (read_rows(self.folder / f"{name}.jsonl") for name in ("images", "skipped"))
             shards: dict[int, list[PhotoRow]] = {}
-            for row in sorted(rows, key=lambda row: row["id"]):
+            for row in sorted([*images, *skipped], key=lambda row: row["id"]):
                 if wanted is None or row["shard"] in wanted:
                     shards.setdefault(row["shard"], []).append(row)
             return shards
@@ -73,25 +72,22 @@ class Shards:
             shard: its number.
             rows: one a photograph in order, skipped ones (with "skipped") included.
             tokens: those of the rows that are not skipped, in order, xy in pixels of the original photographs.
-                Positions are written unless they are those of grids that cover their photographs (`grid_xy`), or NaN:
-                nowhere.
-            dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale a descriptor beside it
-                (`to_int8`).
+                Positions are written unless they are those of `grid_xy`, or NaN: nowhere.
+            dtype: of the local descriptors on disk; None keeps theirs. int8 has a scale beside it (`to_int8`).
         """
         used = [row for row in rows if "skipped" not in row]
-        placed_apart = any(
-            not _nowhere(one) and (one.grid is None or not np.array_equal(one.xy, grid_xy(one.grid, row["size"])))
-            for row, one in zip(used, tokens, strict=True)
-        )
+        placed_apart = any(_placed_apart(one, row["size"]) for row, one in zip(used, tokens, strict=True))
         if tokens:
             local = np.concatenate([t.descriptors for t in tokens])
             if dtype is np.int8:
                 local, scale = to_int8(local)
                 write_array(self._path(shard, ".scale.npy"), scale)
             write_array(self._path(shard, ".npy"), local.astype(dtype or local.dtype))
-            write_array(self._path(shard, ".global.npy"), np.stack([t.vector for t in tokens]).astype(np.float32))
+            vectors = np.stack([t.vector for t in tokens])
+            write_array(self._path(shard, ".global.npy"), vectors.astype(np.float32))
             if placed_apart:
-                write_array(self._path(shard, ".xy.npy"), np.concatenate([t.xy for t in tokens]).astype(np.float32))
+                xy = np.concatenate([t.xy for t in tokens])
+                write_array(self._path(shard, ".xy.npy"), xy.astype(np.float32))
         first, placed, rest = 0, [], iter(tokens)
         for row in rows:
             if "skipped" not in row:
@@ -104,8 +100,7 @@ class Shards:
         write_rows(self._path(shard, ".jsonl"), placed)
 
     def write_work(self, shard: int, work: Mapping[str, float]) -> None:
-        """Put down what a shard took, until `merge` adds it up: processes that know nothing of each other write
-        shards."""
+        """Put down what a shard took, until `merge` adds up what all processes did."""
         write_json(self._path(shard, ".work.json"), dict(work))
 
     def merge(self) -> dict[str, float]:
@@ -161,7 +156,6 @@ class Shards:
 
 
 def _places(images: Sequence[PhotoRow]) -> dict[int, list[int]]:
-    """Where in a list the rows of each shard are."""
     places: dict[int, list[int]] = {}
     for place, row in enumerate(images):
         places.setdefault(row["shard"], []).append(place)
@@ -169,8 +163,7 @@ def _places(images: Sequence[PhotoRow]) -> dict[int, list[int]]:
 
 
 def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors as a byte a number: each is its whole numbers times its scale, and no number is off by more than half
-    a scale, max |x| / 254.
+    """Descriptors as whole numbers of a byte times a scale each; no number is off by more than half of it.
 
     Args:
         descriptors: (n, d) float.
@@ -188,9 +181,10 @@ def to_int8(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
 
 
-def _nowhere(tokens: Tokens) -> bool:
-    """Whether descriptors have no positions, as aggregated tokens."""
-    return bool(len(tokens.xy) and np.isnan(tokens.xy).all())
+def _placed_apart(tokens: Tokens, size: tuple[int, int]) -> bool:
+    if len(tokens.xy) and np.isnan(tokens.xy).all():  # nowhere, as aggregated tokens
+        return False
+    return tokens.grid is None or not np.array_equal(tokens.xy, grid_xy(tokens.grid, size))
 
 
 def mapped(path: Path) -> np.ndarray:

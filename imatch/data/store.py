@@ -21,9 +21,9 @@ from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.shards import Shards, mapped
 
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
-"""What a row says of where its tokens lie."""
+"""Where a row's tokens lie."""
 MAPS = 16
-"""How many shards are kept mapped: each map holds an open file, of which a process may have some 1,000."""
+"""How many shards are kept mapped: each holds an open file."""
 
 
 def settled(tokens: Tokens, size: tuple[int, int]) -> Tokens:
@@ -180,12 +180,7 @@ class Stored(Embeddings):
         return self.root / self.ids[row]
 
     def check_rows(self) -> None:
-        """Compare every row of the list with its vector: a moment for 40,000 of them.
-
-        Raises:
-            StepError: a vector is not the one that was written for its row; the message names the first such row and,
-                where it is another's, whose.
-        """
+        """Raise StepError if a vector is not the one that was written for its row: a moment for 40,000 of them."""
         found = [vector_digest(vector) for vector in self.vectors]
         wrong = [i for i, row in enumerate(self.rows) if row.get("vector", found[i]) != found[i]]
         if wrong:
@@ -275,10 +270,6 @@ class StorageOptions:
 def keep_parameter(keep: str, weight: str) -> Parameters:
     """What `keep` adds to the parameters of a step: nothing for float16, which is all that there was before `keep`.
 
-    Args:
-        keep: one of `KEEPS`; "" is the default.
-        weight: of the step. The histograms of SIFT are whole numbers to begin with, so its default is a byte a number.
-
     >>> keep_parameter("int8", "vits16"), keep_parameter("", "vits16"), keep_parameter("", "sift")
     ({'keep': 'int8'}, {}, {'keep': 'int8'})
     """
@@ -362,8 +353,7 @@ def _kept(tokens: Tokens, keep: str) -> Tokens:
 
 
 def kept_bytes(keep: str, n: int, d: int) -> int:
-    """Bytes of one photograph's n local descriptors of d numbers on disk, without positions (8 n more for keypoints;
-    a grid has none).
+    """Bytes of n local descriptors of d numbers on disk, without the 8 n of the positions of keypoints.
 
     >>> [kept_bytes(keep, 256, 384) for keep in KEEPS]
     [196608, 99328, 49152, 0]
@@ -379,7 +369,8 @@ def view_rows(step: Step) -> list[ReferenceRow]:
 
 def open_poses(upright: Stored, poses: Sequence[Pose]) -> Posed:
     """Open what `embed_poses` made."""
-    return Posed(upright, {pose: Stored(pose_folder(upright.folder, pose)) for pose in poses if pose != UPRIGHT})
+    others = [pose for pose in poses if pose != UPRIGHT]
+    return Posed(upright, {pose: Stored(pose_folder(upright.folder, pose)) for pose in others})
 
 
 def pose_folder(folder: Path, pose: Pose) -> Path:
@@ -413,7 +404,8 @@ class Posed:
     def _places(self) -> dict[Pose, np.ndarray]:
         """(N,) row of each photograph in a pose, -1 where it is not there."""
         ids = self.upright.ids
-        return {pose: np.array([there.row_of.get(id, -1) for id in ids]) for pose, there in self.posed.items()}
+        rows = {pose: there.row_of for pose, there in self.posed.items()}
+        return {pose: np.array([row_of.get(id, -1) for id in ids]) for pose, row_of in rows.items()}
 
     def tokens(self, row: int) -> list[tuple[Pose, Tokens]]:
         """A photograph's tokens in each pose, the upright one first; xy in pixels of the upright original."""
@@ -424,8 +416,7 @@ class Posed:
         return found
 
     def vectors(self, part: slice) -> list[tuple[Pose, np.ndarray]]:
-        """(n, D) float32 global vectors of some photographs in each pose, the upright one first; zero where a
-        photograph is not there."""
+        """(n, D) float32 global vectors of some in each pose, upright first; zero where one is not there."""
         found = [(UPRIGHT, files.take(self.upright.vectors, part))]
         for pose, embeddings in self.posed.items():
             places = self._places[pose][part]

@@ -20,7 +20,7 @@ CENTRE = 0.5
 """Where COLMAP has the centre of the top-left pixel; ours is at 0. It takes pixels as they lie in the file, so what
 EXIF says of the orientation is undone."""
 DESCRIPTOR = " ".join(["1 0"] + ["0"] * 128)
-"""Scale 1, orientation 0 and 128 numbers that the format asks for; matches are given, so nobody reads them."""
+"""Scale, orientation and 128 numbers that the format asks for, and nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,8 @@ class Colmap(Sink):
             )
         keypoints: dict[str, np.ndarray] = {}
         for names, (path, _) in tables.items():
-            table = np.load(path)
-            for name, xy in zip(names, (table[:, :2], table[:, 2:4]), strict=True):
-                keypoints[name] = np.union1d(keypoints.get(name, np.zeros(0, np.complex64)), _points(xy))
+            for name, points in zip(names, _points(np.load(path)), strict=True):
+                keypoints[name] = np.union1d(keypoints.get(name, points[:0]), points)
         for name, points in keypoints.items():
             lines = [f"{len(points)} 128", *(f"{p.real:.3f} {p.imag:.3f} {DESCRIPTOR}" for p in points)]
             files.write_bytes(folder / "keypoints" / f"{name}.txt", _text(lines))
@@ -93,17 +92,16 @@ class Colmap(Sink):
                     table = np.load(path)
                     table = table[table[:, 4] > 0] if only_inliers else table
                     if len(table) and (verified or not only_inliers):
-                        of_a, of_b = (
-                            np.searchsorted(keypoints[of], _points(xy))
-                            for of, xy in zip(names, (table[:, :2], table[:, 2:4]), strict=True)
-                        )
-                        rows = (f"{a} {b}" for a, b in zip(of_a.tolist(), of_b.tolist(), strict=True))
+                        found = zip(names, _points(table), strict=True)
+                        places = [np.searchsorted(keypoints[name], points).tolist() for name, points in found]
+                        rows = (f"{a} {b}" for a, b in zip(*places, strict=True))
                         file.write(_text([" ".join(names), *rows, ""]))
 
 
-def _points(xy: np.ndarray) -> np.ndarray:
-    """(m, 2) float32 as (m,) complex64, which numpy can sort and look up."""
-    return np.ascontiguousarray(xy, np.float32).view(np.complex64)[:, 0]
+def _points(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where A and B have them, each (m,) complex64, which numpy can sort and look up."""
+    both = np.ascontiguousarray(table[:, :4], np.float32).view(np.complex64)
+    return both[:, 0], both[:, 1]
 
 
 def _text(lines: Iterable[str]) -> bytes:

@@ -114,7 +114,7 @@ class Csv(Sink):
     def __call__(self, path: Path, pair: Pair) -> None:
         """See `Sink`; writes `<path>.csv`."""
         table = np.column_stack([pair.xy_a, pair.xy_b, pair.matches.similarity, pair.geometry.inliers])
-        text = StringIO()
-        formats = [*["%.3f"] * 4, "%.6f", "%d"]
-        np.savetxt(text, table, formats, delimiter=",", header="x_a,y_a,x_b,y_b,similarity,inlier", comments="")
+        text, formats = StringIO(), [*["%.3f"] * 4, "%.6f", "%d"]
+        header = "x_a,y_a,x_b,y_b,similarity,inlier"
+        np.savetxt(text, table, formats, delimiter=",", header=header, comments="")
         files.write_bytes(path.with_name(path.name + ".csv"), text.getvalue().encode())

@@ -39,7 +39,8 @@ KINDS = {
     "denseft": ("DenseFT", "ReferenceDenseFT"),
 }
 """What an output is called: of a photograph, of a reference."""
-OUTPUTS = tuple(f"{name}.{suffix}" for name in KINDS for suffix in ("npy", "png" if name == "denseft" else "json"))
+_SECOND = {name: "png" if name == "denseft" else "json" for name in KINDS}
+OUTPUTS = tuple(f"{name}.{suffix}" for name in KINDS for suffix in ("npy", _SECOND[name]))
 ENDINGS = {"json": "_meta.json", "npy": ".npy", "png": ".png"}
 NEUTRAL = ("shard_size", "image_groups", "dataset", "imported", "files")
 """Parameters of a step that change no number of a single photograph."""
@@ -57,18 +58,16 @@ def export_per_image(
     Args:
         embeddings: their embeddings.
         outputs: names of `OUTPUTS`. "<kind>.npy" is the array with its meta beside it, "<kind>.json" the meta alone,
-            "denseft.png" the picture with its meta. DenseFT has one basis for the whole store.
+            "denseft.png" the picture with its meta, of one basis for the whole store.
         folder: the tree's root; None is <exports>/<run>/per_image, the same for data sets and references.
-        on_change: "refuse" or "recompute" files that were made differently, or are of photographs that are no longer
-            there.
+        on_change: "refuse" or "recompute" files that were made differently, or of photographs that are gone.
 
     Returns:
         How many files were written.
 
     Raises:
         ImatchError: an unknown output, or one that needs a grid of a backbone without one; nothing is written.
-        StepError: an output needs local descriptors that were not kept; or files are there that were made differently,
-            and `on_change` is "refuse".
+        StepError: an output needs local descriptors that were not kept; or files were made differently.
 
     >>> export_per_image(None, ["globl.npy"])
     Traceback (most recent call last):
@@ -80,17 +79,16 @@ def export_per_image(
             raise ImatchError(config.unknown("output", output, OUTPUTS))
         kind, _, suffix = output.partition(".")
         wanted.setdefault(kind, {"json"}).add(suffix)  # an array has a meta, always
-    if {*wanted} - {"global"}:
-        store.check_keeps(embeddings.folder, embeddings.parameters, "a file such as patch.npy")
-    gridless = next((row["id"] for row in embeddings.rows if row["grid"] is None), None) if wanted else None
-    if gridless is not None and {*wanted} - {"global"}:
-        raise ImatchError(
-            f"outputs {', '.join(sorted(o for o in outputs if not o.startswith('global')))} need a grid, and "
-            f"{gridless} of {embeddings.folder} has keypoints: leave them out, or use a backbone with a grid (DINOv3, "
-            "dsift)"
-        )
     if not wanted:
         return 0
+    if local := sorted(output for output in outputs if not output.startswith("global")):
+        store.check_keeps(embeddings.folder, embeddings.parameters, "a file such as patch.npy")
+        without = next((row["id"] for row in embeddings.rows if row["grid"] is None), None)
+        if without is not None:
+            raise ImatchError(
+                f"outputs {', '.join(local)} need a grid, and {without} of {embeddings.folder} has keypoints: "
+                "leave them out, or use a backbone with a grid (DINOv3, dsift)"
+            )
     return _Export(embeddings, folder or embeddings.run / "per_image", on_change)(wanted)
 
 
@@ -132,7 +130,8 @@ def _name(row: PhotoRow, dataset: str, shared: Mapping[str, int]) -> tuple[str, 
         label = _label(row["label"])
         if shared[label.lower()] > 1:
             label = _label(f"{row['capture']}_{row['label']}")
-        frame = next((d for d in reversed(re.findall("[0-9]+", frame)) if int(d) == row.get("frame")), frame)
+        numbers = reversed(re.findall("[0-9]+", frame))
+        frame = next((digits for digits in numbers if int(digits) == row.get("frame")), frame)
     return label, _plain(_short(config.label_token(frame)), f"{label}_")
 
 
@@ -189,7 +188,7 @@ def read_meta(path: Path) -> dict[str, Json]:
 
 @dataclass(frozen=True)
 class _File:
-    """One array to be: its row, its output, the path of its files without their endings, its fingerprint."""
+    """One array to be; `base` is the path of its files without their endings."""
 
     row: int
     output: str
@@ -204,11 +203,9 @@ class _Export:
         self.embeddings, self.folder, self.on_change = embeddings, folder, on_change
         parameters, self.reference = embeddings.parameters, "kind" in embeddings.about
         backbone, cfg, variant = (parameters[key] for key in ("backbone", "cfg", "variant"))
-        tag = (
-            ""
-            if "imported" in parameters
-            else embeddings.about["configuration"].removeprefix(f"{cfg}_{variant}").removeprefix("_")
-        )
+        tag = ""
+        if "imported" not in parameters:
+            tag = embeddings.about["configuration"].removeprefix(f"{cfg}_{variant}").removeprefix("_")
         entry = backbone.get("hub_entry") or parameters["weight"]
         hub = entry if re.fullmatch(HUB, entry) else entry.replace("_", "-")
         size = _short(_plain(f"{cfg}-{tag}" if tag else cfg), 40)
@@ -222,22 +219,22 @@ class _Export:
         }
         self.root = folder / self.said["dataset"] / self.said["weight"]
         self.names, self.views = _names_of_sources(embeddings, self.said["dataset"]), embeddings.views
-        self.several = (
-            len({view["crop"] for view in self.views.values()} or {r.get("crop") for r in embeddings.rows}) > 1
-        )
+        crops = [view["crop"] for view in self.views.values()] or [row.get("crop") for row in embeddings.rows]
+        self.several = len({*crops}) > 1
 
     def __call__(self, wanted: Mapping[str, set[str]]) -> int:
-        """Write what is missing of each output's suffixes; returns how many files that was."""
         todo = self._todo(self._files(sorted(wanted)), wanted)
-        basis = denseft.fit_embeddings(self.embeddings) if any(file.output == "denseft" for file, _ in todo) else None
-        return sum(self._write(file, suffixes, basis) for file, suffixes in compute.progress(todo, "per-image files"))
+        coloured = any(file.output == "denseft" for file, _ in todo)
+        basis = denseft.fit_embeddings(self.embeddings) if coloured else None
+        listed = compute.progress(todo, "per-image files")
+        return sum(self._write(file, suffixes, basis) for file, suffixes in listed)
 
     def _name(self, row: PhotoRow) -> tuple[str, str]:
         return _name(row, "", {}) if "name" in row else self.names[row.get("source", row["id"])]
 
     def _files(self, outputs: Sequence[str]) -> list[_File]:
-        """Every file of every photograph. Two that would share a name end it before anything is written."""
-        made_by = digest({key: value for key, value in self.embeddings.parameters.items() if key not in NEUTRAL})
+        parameters = self.embeddings.parameters.items()
+        made_by = digest({key: value for key, value in parameters if key not in NEUTRAL})
         all_of_it = digest([[row["id"], row["sha256"]] for row in self.embeddings.rows])
         found, taken = [], dict[str, str]()
         for i, row in enumerate(self.embeddings.rows):
@@ -254,7 +251,8 @@ class _Export:
                 kind = KINDS[output][self.reference]
                 base = f"{place}/{kind}/{kind}_{self.middle}_{label}_{frame}"
                 # DenseFT's colours depend on all photographs
-                found.append(_File(i, output, base, digest([own, all_of_it]) if output == "denseft" else own))
+                fingerprint = digest([own, all_of_it]) if output == "denseft" else own
+                found.append(_File(i, output, base, fingerprint))
         return found
 
     def _there(self, outputs: Collection[str]) -> dict[str, set[str]]:
@@ -268,13 +266,14 @@ class _Export:
         return found
 
     def _todo(self, files: Sequence[_File], wanted: Mapping[str, set[str]]) -> list[tuple[_File, list[str]]]:
-        """The files that are missing and which suffixes of them; those made differently are refused or removed."""
+        """What is missing; what was made differently is refused or removed."""
         there, todo, stale = self._there(wanted), [], dict[str, str]()
         for file in compute.progress(files, "look"):
             have = there.get(file.base, set())
             before = read_meta(_path(file.base, "json")).get("fingerprint") if "json" in have else None
             if have and before != file.fingerprint:
-                stale[file.base] = f"{before} -> {file.fingerprint}" if before else "no meta says how it was made"
+                changed = f"{before} -> {file.fingerprint}"
+                stale[file.base] = changed if before else "no meta says how it was made"
                 have = set()
             if missing := sorted(wanted[file.output] - have):
                 todo.append((file, missing))
@@ -291,7 +290,7 @@ class _Export:
         return todo
 
     def _write(self, file: _File, suffixes: Sequence[str], basis: denseft.Basis | None) -> int:
-        """Write some files of one array: the meta first, so that no array of ours ever lies there without one."""
+        """Write the meta first, so that no array ever lies there without one."""
         tokens, row = self.embeddings.tokens(file.row), self.embeddings.rows[file.row]
         if file.output == "denseft":
             assert basis is not None
@@ -343,7 +342,7 @@ def _lattice(tokens: Tokens, row: PhotoRow) -> dict[str, list[float]]:
 
 
 def _names_of_sources(embeddings: Stored, dataset: str) -> dict[str, tuple[str, str]]:
-    """Name photographs; a reference bears the name of the photograph that it was made from."""
+    """A reference bears the name of the photograph that it was made from."""
     above = embeddings.sources
     if above is embeddings:  # an import's references have rows with names of their own
         return {} if "kind" in embeddings.about else names(above.rows, dataset, above.data_key)

@@ -33,7 +33,7 @@ NAMED = tuple(name for name in BACKBONES if name != "dinov3")
 INVARIANT = ("sift",)
 """Those that turn and zoom with their photographs, so that turned ones say nothing new."""
 MATCHED_BY = {"sift": "ratio", "xfeat": "lighterglue"}
-"""What matches their descriptors best; those of grids, whose cells have no clear rivals, are matched by "mutual"."""
+"""What matches their descriptors best; for those of grids that is "mutual"."""
 
 
 class Backbone(Protocol):
@@ -54,8 +54,7 @@ class Backbone(Protocol):
 
     @property
     def side(self) -> int:
-        """Pixels of the longer side that it sees of a photograph at most, unless another size was asked for; 0 is all
-        of them."""
+        """Pixels that the longer side has at most, unless another size was asked for; 0 is no limit."""
 
     @property
     def digest(self) -> str:
@@ -111,11 +110,12 @@ def create_backbone(
         raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
     if weight not in NAMED and "filename" not in given:
         if not settings.from_workspace(data_key).is_file():
-            said = f"{config.unknown('weight', weight, NAMED)}; no others are known, for there is no {data_key}"
-            raise ImatchError(said)
+            said = config.unknown("weight", weight, NAMED)
+            raise ImatchError(f"{said}; no others are known, for there is no {data_key}")
         known = registry.load(data_key)
-        if weight not in {entry.key for entry in known.weights}:
-            raise ImatchError(config.unknown("weight", weight, [*NAMED, *(entry.key for entry in known.weights)]))
+        keys = [entry.key for entry in known.weights]
+        if weight not in keys:
+            raise ImatchError(config.unknown("weight", weight, [*NAMED, *keys]))
         entry = known.weight(weight, weight_set)
         given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
     backbone: Backbone = config.create(BACKBONES, "weight", weight if weight in NAMED else "dinov3", given)
@@ -247,7 +247,7 @@ def stride_of(variant: str) -> int:
 def decoded_for(
     photograph: Path | np.ndarray, resize: Resize, backbone: Backbone, degrees: float
 ) -> Decoded | PhotographError:
-    """Read a photograph for a backbone, turned by `degrees`, with its look; a broken one is given back as its error."""
+    """Read a photograph for a backbone, turned, with its look; a broken one is given back as its error."""
     try:
         decoded = images.decode(photograph, resize, backbone.patch, backbone.resampling)
         decoded = replace(decoded, look=images.look(decoded.pixels))
@@ -271,16 +271,7 @@ def embed_one(path: Path, backbone: Backbone, parameters: Parameters, pose: Pose
 
 
 def embed_decoded(photograph: Decoded, backbone: Backbone, stride: int = 1) -> Tokens:
-    """One photograph in memory through a backbone.
-
-    Args:
-        photograph: of `images.decode`, for this backbone.
-        backbone: of `create_backbone`.
-        stride: of a grid, every so many rows and columns are kept.
-
-    Returns:
-        Its tokens, xy in pixels of the original photograph.
-    """
+    """Pass one photograph that was decoded for this backbone through it; xy in pixels of the original."""
     (tokens,) = backbone(np.stack([photograph.pixels]))  # a copy, for torch wants to be allowed to write
     return placed_tokens(tokens, photograph, stride)
 

@@ -17,7 +17,7 @@ from imatch.core.types import ImatchError, Tokens, normalise
 from imatch.data.embeddings import Embeddings
 
 FLAT = 1e-5
-"""A component whose colours lie closer than this shows nothing but rounding, and is shown as half."""
+"""A component with a smaller range shows but rounding, and is shown as half."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def gridless(what: str) -> str:
 def fit_embeddings(embeddings: Embeddings, sample: int = 50_000) -> Basis:
     """The basis of a data set, from tokens spread evenly over all of its photographs.
 
-    Every photograph gives the share of the sample that it has of the tokens, drawn with a seed of its own: one seed
-    for all would look at the same places of every photograph. Memory: the sample three times, 12 bytes a number.
+    Every photograph gives the share of the sample that it has of the tokens, drawn with a seed of its own.
+    Memory: some 16 bytes a number of the sample.
 
     Args:
         embeddings: tokens on grids, of 3 dimensions or more.
@@ -164,7 +164,6 @@ def covered(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float]:
         tokens: on a grid.
         size: (H, W) of the photograph.
 
-    >>> from imatch.core.types import Tokens
     >>> from imatch.core.types import grid_xy
     >>> covered(Tokens(np.ones(1), np.ones((6, 4)), grid_xy((2, 3), (32, 48)), grid=(2, 3)), (32, 48))
     (32.0, 48.0)
@@ -176,8 +175,7 @@ def covered(tokens: Tokens, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def denseft_picture(colours: np.ndarray, size: tuple[float, float], long_side: int = 512) -> Image.Image:
-    """Colours as a picture of the photograph's aspect. Each token stays a block of one colour (nearest neighbour):
-    nothing is drawn between tokens that no token says.
+    """Colours as a picture of the photograph's aspect. Each token stays a block of one colour.
 
     Args:
         colours: (h, w, 3) float in [0, 1].

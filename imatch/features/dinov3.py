@@ -94,7 +94,8 @@ class Dinov3:
 
     def __getstate__(self) -> dict[str, object]:
         # models do not go to other processes, they are loaded there
-        return {name: value for name, value in vars(self).items() if name not in ("model", "openvino", "_mean_std")}
+        loaded = ("model", "openvino", "_mean_std")
+        return {name: value for name, value in vars(self).items() if name not in loaded}
 
     @cached_property
     def bytes(self) -> int:
@@ -118,7 +119,7 @@ class Dinov3:
 
     @cached_property
     def _most(self) -> dict[tuple[int, int], int]:
-        """How many photographs of a shape (h, w) fit into the memory at once, of shapes for which it ran out."""
+        """Shape -> how many fit into the memory at once, where it ran out."""
         return {}
 
     @cached_property
@@ -172,14 +173,14 @@ class Dinov3:
 
     @cached_property
     def _mean_std(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] * 255 for values in MEAN_STD[self.family])
-        return mean, std
+        both = torch.tensor(MEAN_STD[self.family], device=self.device)[..., None, None] * 255
+        return both[0], both[1]
 
     def normalised(self, photographs: Tensor) -> Tensor:
         """(B, h, w, 3) uint8 RGB photographs as the model wants them: (B, 3, h, w) float32 on the device."""
         mean, std = self._mean_std
         if torch.device(self.device).type == "cuda" and not photographs.is_cuda:
-            photographs = photographs.pin_memory()  # so that the next line does not wait for what the GPU has to do
+            photographs = photographs.pin_memory()  # so that the next line does not wait for the GPU
         x = photographs.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         # planes first, numbers then: seven times as fast as to go through triples of them
         return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
@@ -231,8 +232,6 @@ class Dinov3:
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs on a grid of (h / patch, w / patch).
 
-        Alone or in a batch, a photograph's tokens are the same to the rounding of the matrix products.
-
         Where a batch does not fit into the device's memory, this one and all later ones of its shape are halved.
 
         Raises:
@@ -258,7 +257,8 @@ class Dinov3:
             local = seen.grid.flatten(1, 2).half().cpu().numpy()
         grid = (seen.grid.shape[1], seen.grid.shape[2])
         xy = grid_xy(grid, photographs.shape[1:3])
-        return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in zip(vectors, local, strict=True)]
+        both = zip(vectors, local, strict=True)
+        return [Tokens(vector, descriptors, xy, grid) for vector, descriptors in both]
 
 
 def computes_in_bf16(device: str) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from openvino import CompiledModel, Core, Model
 
 ENOUGH = 0.999
-"""From which lowest cosine on, over the tokens of `texture()`, OpenVINO's answer is taken for torch's in fp32."""
+"""From which `agreement` on OpenVINO's answer is taken for torch's."""
 KEPT = 2**31
 """Bytes of weights up to which "auto" takes OpenVINO, and a converted model is kept in the cache folder."""
 HELD = 5
@@ -41,7 +41,7 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 FORM = 2
 """Of the converted model: what an older imatch kept in another form is not read."""
 HALVES, FEW = 2, 4
-"""A batch of fewer than `FEW` photographs is not halved: one photograph more in one half would cost too much."""
+"""A batch of fewer than `FEW` photographs is not halved: halves of unlike sizes cost too much."""
 
 
 class Network(Protocol):
@@ -201,9 +201,7 @@ def checked(backbone: Network) -> Forward:
 
 
 def agreement(backbone: Network, made: Forward | None = None) -> float:
-    """The lowest cosine between a normalised token of `texture()` by OpenVINO and by torch in fp32.
-
-    It is remembered beside the converted model, for each precision and CPU.
+    """The lowest cosine between a normalised token of `texture()` by OpenVINO and by torch in fp32, remembered.
 
     Args:
         backbone: of timm's model on the CPU, with either engine.
@@ -277,14 +275,16 @@ def _converted(backbone: Network) -> Model:
     """OpenVINO's model of a backbone, in fp32; kept in the cache folder if it is not too large."""
     openvino, model = _openvino(), _exact(backbone).model
     rotates, example = hasattr(model, "rope"), [torch.zeros(2, 3, 64, 96)]
-    prefix, periods = (model.num_prefix_tokens, model.rope.periods.numpy()) if rotates else (0, np.zeros(0, np.float32))
+    prefix, periods = 0, np.zeros(0, np.float32)
     if rotates:
+        prefix, periods = model.num_prefix_tokens, model.rope.periods.numpy()
         example.append(torch.from_numpy(rotary(periods, prefix, 64 // backbone.patch, 96 // backbone.patch)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that tracing, which OpenVINO does, is deprecated
         converted = openvino.convert_model(_Traced(model).eval(), example_input=tuple(example))
     if rotates:  # the fusion wants to know the ranks
-        converted.reshape(dict(zip(converted.inputs, ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)]), strict=True)))
+        shapes = ([-1, 3, -1, -1], [1, 1, -1, 8 * len(periods)])
+        converted.reshape(dict(zip(converted.inputs, shapes, strict=True)))
     converted.set_rt_info(" ".join(map(repr, [prefix, *periods.tolist()])), ["imatch", "rotary"])
     if backbone.bytes <= KEPT:
         _keep(converted, _kept(backbone))
@@ -292,10 +292,8 @@ def _converted(backbone: Network) -> Model:
 
 
 def _keep(model: Model, folder: Path) -> None:
-    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO.
-
-    A home that cannot be written to is done without; what another process was first to write stays."""
-    with contextlib.suppress(OSError):
+    """Write a converted model whole or not at all, in place of those of other versions of OpenVINO."""
+    with contextlib.suppress(OSError):  # a home that cannot be written to, or another process was first
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             _openvino().save_model(model, Path(temporary, "new", "model.xml"), compress_to_fp16=False)
@@ -305,7 +303,6 @@ def _keep(model: Model, folder: Path) -> None:
 
 
 def _kept(backbone: Network, suffix: str = "") -> Path:
-    """The folder of a converted model; the weights, the version of OpenVINO and our own form make its name."""
     version = f"{_openvino().__version__.partition('-')[0]}-{FORM}"
     return settings.cache_folder() / "openvino" / f"{backbone.hub_entry}-{backbone.digest[:16]}@{version}{suffix}"
 
@@ -315,10 +312,8 @@ def _exact(backbone: Network) -> Network:
 
 
 def _cpu() -> str:
-    core = _core()
-    return " ".join(
-        [core.get_property("CPU", "FULL_DEVICE_NAME"), *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
-    )
+    name, can = (_core().get_property("CPU", what) for what in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
+    return " ".join([name, *can])
 
 
 @cache

@@ -41,8 +41,7 @@ def passed(
 
 
 def _batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Put photographs of one shape together, with their pixels: full batches as they come, all when many bytes wait,
-    the rest at last."""
+    """Full batches as they come, all when many bytes wait, the rest at last."""
     shapes: dict[tuple[int, ...], Batch] = {}
     for id, photograph in photographs:
         batch = shapes.setdefault(photograph.pixels.shape, [])
@@ -77,7 +76,7 @@ class Made:
     def photographs(
         self, decoded: Iterable[tuple[str, About, Decoded | PhotographError]]
     ) -> Iterator[tuple[str, Decoded]]:
-        """Take photographs with their id and what is known of them; those that were decoded are passed on."""
+        """Take photographs with what is known of them; those that were decoded are passed on."""
         for id, about, photograph in decoded:
             if isinstance(photograph, PhotographError):
                 self._skip({"id": id, "sha256": None}, str(photograph))

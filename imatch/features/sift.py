@@ -19,8 +19,7 @@ from imatch.core.types import Tokens, grid_xy, normalise
 PIXELS = 16_000_000
 """How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
 GLOBAL = 2000
-"""How many of the strongest keypoints the global vector is made of: of the demo's references at crop 0.5, 1,000, 2,000
-and 4,000 find 0.85, 0.94 and 0.94 first."""
+"""Keypoints of the global vector: of the demo's references at crop 0.5, 1,000 find 0.85 first, 2,000 and 4,000 0.94."""
 VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
 
 

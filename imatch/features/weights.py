@@ -1,7 +1,5 @@
-"""DINOv3's weight files: found, checked against their names, and loaded strictly into timm's models or into Meta's own.
-
-Nothing here is lenient. A file is what its name says (SHA-256), holds tensors and no code, and every tensor finds its
-place; the few that have none are named in `NEEDLESS`, with the reason.
+"""DINOv3's weight files, loaded strictly into timm's models or into Meta's own: a file is what its name says (SHA-256),
+holds tensors and no code, and every tensor finds its place, but for `NEEDLESS`.
 """
 
 from __future__ import annotations
@@ -200,9 +198,10 @@ def read(path: Path) -> State:
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ImatchError(f"{path} cannot be read ({error}): it is truncated; download it again") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
-        raise ImatchError(f"{path} is no state dict of a backbone (it holds {names}): take Meta's pretrained backbone")
+    held = state if isinstance(state, Mapping) else {type(state).__name__: None}
+    if not all(isinstance(value, torch.Tensor) for value in held.values()):
+        said = ", ".join(map(str, [*held][:5]))
+        raise ImatchError(f"{path} is no state dict of a backbone (it holds {said}): take Meta's pretrained backbone")
     return _in_metas_names(dict(state))
 
 
@@ -341,8 +340,7 @@ def _mask_biases(state: State, path: Path) -> None:
 
 
 def _periods(state: State, exact: Tensor, path: Path) -> Tensor:
-    """The periods of the position embedding: Meta's files hold them rounded to bfloat16, and Meta's code uses them so;
-    Hugging Face's files hold none, and are given the same, so that the same weights give the same tokens."""
+    """Meta's files hold the periods rounded to bfloat16, and Meta's code uses them so; Hugging Face's hold none."""
     found: Tensor = state.get("rope_embed.periods", exact.bfloat16().float())
     if found.shape != exact.shape or not bool(((found / exact - 1).abs() < 0.01).all()):
         raise ImatchError(f"{path}: rope_embed.periods are not those of DINOv3: use source hub, or Meta's own file")
@@ -374,9 +372,9 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
         ) from error
     state = read(path)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    training_only = {name for name in state if name.startswith("local_cls_norm.")} - set(wanted)
+    training_only = {name for name in state if name.startswith("local_cls_norm.")} - {*wanted}
     kept = {name: value.float() for name, value in state.items() if name not in training_only}
-    # by Hugging Face's names a file lacks what never changes; Meta's own model has it from its construction
+    # Hugging Face's files lack what never changes; Meta's own model has it from its construction
     constant = {name for name in wanted if re.fullmatch("|".join(NEEDLESS), name)} - set(kept)
     found = _problems(kept, {name: shape for name, shape in wanted.items() if name not in constant})
     _refuse(found, state, hub_entry, path)
@@ -385,8 +383,7 @@ def load_from_hub(hub_entry: str, path: Path) -> nn.Module:
 
 
 def timm_tokens(model: nn.Module, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens, before and after the last normalisation, of what timm's `model.forward_features` gave: two (B, m, D)
-    float32."""
+    """All tokens before and after the last norm, of what timm's `forward_features` gave: two (B, m, D) float32."""
     import torch
     from torch import nn
 

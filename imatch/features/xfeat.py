@@ -24,8 +24,8 @@ FILE = "xfeat.pt"
 
 @dataclass(frozen=True)
 class XFeat:
-    """A small network of free licence (Apache-2.0). It finds in two photographs what SIFT cannot where light, season or
-    viewpoint differ; it does not rotate with its photographs.
+    """A small network of free licence (Apache-2.0), for what differs in light, season or viewpoint; it does not rotate
+    with its photographs.
 
     Source: Potje, Cadar, Araujo, Martins and Nascimento, "XFeat: accelerated features for lightweight image matching",
     CVPR 2024; the network is kornia's, the weights are the authors' (`imatch.core.learned`).

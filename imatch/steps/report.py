@@ -1,4 +1,4 @@
-"""05_report: any number of finished runs in one table, one Pareto figure and one page that opens without a kernel."""
+"""05_report: any number of finished runs in one table, and on one page that opens without a kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = {
     "hit_at_1": ("Hit@1", "how often the first hit is right; a query that a backbone could not embed counts as missed"),
     "low": ("from", "and to: 95 % interval, by resampling whole photographs (or captures)"),
     "high": ("to", ""),
-    "place": ("place", "best; as good: its paired interval to the best holds 0; worse"),
+    "place": ("place", "as good: its paired interval to the best holds 0; not told apart: there is no interval"),
     "apart": (
         "against the best",
         "Hit@1 minus that of the best, paired on the same queries; of the best, minus that of the next",
@@ -44,7 +44,7 @@ COLUMNS = {
     "metres": ("median m", "metres from the query to its first hit"),
     "coverage": ("believed", "share of answerable queries whose first hit passes the threshold of 'no match'"),
     "held_out_precision": ("right of them", "precision on photographs that the threshold was not calibrated on"),
-    "ms": ("ms", "milliseconds a photograph from file to stored tokens, on the device named below"),
+    "ms": ("ms", "milliseconds a photograph from file to stored tokens, on the device named above"),
     "megabytes": ("MB", "megabytes a photograph on disk"),
     "labelled": ("labelled", "pairs that people accepted or rejected in the explorer"),
     "label_precision": (
@@ -124,7 +124,7 @@ def start_report(steps: Sequence[str], *, run: str, tag: str = "", on_change: st
 
 
 def _measured(step: Step) -> list[Json]:
-    """What a report shows of a step and its fingerprint does not hold: times, the device, alarms, labels."""
+    """What a report shows of a step and its fingerprint does not hold."""
     return [step.work, step.device, step.metrics, _said(step)]
 
 
@@ -156,7 +156,7 @@ def _whole(step: Step) -> bool:
 
 
 def _steps(folder: Path) -> Iterator[Path]:
-    """The folders of steps below a folder; it does not look into them, for they may hold a folder a query."""
+    """The folders of steps below a folder; they are not looked into, for they may hold a folder a query."""
     if (folder / "step.json").is_file():
         yield folder
         return
@@ -189,9 +189,9 @@ def tabulate(step: Step) -> list[ReportRow]:
     """One row a configuration: what it found, how exactly, and what it costs.
 
     Configurations answer the same question when they have the same photographs, references, direction and truth; in
-    each question the best by Hit@1 is marked, and every other one is compared with it on the same queries
-    (`intervals.paired_difference`). A query for which a configuration has no vector, or whose answer it could not
-    embed, is missed. The best of many is a little lucky: read the intervals.
+    each question every one is compared with the best by Hit@1 on the same queries (`intervals.paired_difference`). A
+    query for which a configuration has no vector, or whose answer it could not embed, is missed. The best of many is a
+    little lucky: read the intervals.
 
     Returns:
         Rows by question, best first: `name` (of the step in `step.links`), `label` (a short one), `question`, the keys
@@ -260,7 +260,6 @@ def _row(name: str, steps: Mapping[str, Step]) -> ReportRow:
 
 
 def _asks(steps: Mapping[str, Step]) -> str:
-    """What a 03_index step asks: the photographs of both sides, the views of them, and what is right."""
     index = steps["03_index"]
     sides = []
     for side in ("query", "gallery"):
@@ -273,7 +272,7 @@ def _asks(steps: Mapping[str, Step]) -> str:
 
 
 def _count(rows: Sequence[ReportRow]) -> None:
-    """Fill in how often the first hit is right, over all queries that some configuration of the question can answer."""
+    """Fill in Hit@1, over all queries that some configuration of the question can answer."""
     clusters = {id: one["cluster"] for row in rows for id, one in row["queried"].items() if one["answers"]}
     for row in rows:
         row["values"] = {id: float(id in row["queried"] and 0 in row["queried"][id]["right_ranks"]) for id in clusters}
@@ -283,7 +282,7 @@ def _count(rows: Sequence[ReportRow]) -> None:
 
 
 def _compare(rows: Sequence[ReportRow]) -> None:
-    """Fill in place and distance to the best of the rows of one question, which are best first."""
+    """Fill in place and distance to the best of one question; rows are best first."""
     best = rows[0]
     for row in rows:
         row |= {"place": "best", "apart": None, "apart_low": None, "apart_high": None}

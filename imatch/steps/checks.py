@@ -29,7 +29,7 @@ SHARE = {"fp32": 0.6, "bf16": 0.5}
 SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""
 WORKERS = (1, 8, 64)
-"""Machines, each like the one that is meant, that hours are told for."""
+"""Machines like this one that hours are told for."""
 LISTED = 600
 """Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl)."""
 
@@ -204,7 +204,7 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
 def _model(
     parameters: Parameters, size: tuple[int, int], used: Sequence[str], batch_size: int
 ) -> tuple[Cost, list[str]]:
-    """Print what the model is and what memory it takes: what a photograph costs, and what does not fit."""
+    """Print what the model is and what memory it takes; what a photograph costs, and what does not fit."""
     from imatch.features import openvino
 
     options = parameters["backbone"]
@@ -233,7 +233,7 @@ def _model(
 
 
 def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
-    """Bytes of one photograph on disk: what is kept of its local descriptors, its global vector, its row."""
+    """Bytes of one photograph on disk."""
     kept = store.kept_bytes(store.keep_of(parameters), tokens // stride_of(parameters["variant"]) ** 2, dimension)
     return kept + 4 * dimension * len(parameters["backbone"]["pooling"].split("+")) + LISTED
 
@@ -249,8 +249,7 @@ def _time(photographs: int, network: float, decoding: float, used: Sequence[str]
 
 
 def decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
-    """Seconds of one core's work to decode a photograph, the mean of some (0 if none can be decoded); waiting for the
-    disk is not counted."""
+    """Seconds of one core's work to decode a photograph, the mean of some; 0 if none can be decoded."""
     taken = []
     for path in paths:
         begun = time.process_time()

@@ -67,8 +67,7 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.ndarray:
-    """Both photographs side by side, correspondences as lines, the outline of A where it was found in B (dashed where
-    that is only roughly known), and in words what was found.
+    """Both photographs side by side, correspondences as lines, the outline of A in B, and in words what was found.
 
     Args:
         pair: what to draw.
@@ -104,9 +103,7 @@ def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.n
 
 
 def checkerboard(pair: Pair, side: int = SIDE) -> np.ndarray:
-    """B, with A warped onto it in every other square: what is at one place runs on over the edges of the squares.
-
-    Where A does not reach, B is shown.
+    """B, with A warped onto it in every other square.
 
     Args:
         pair: what to draw.

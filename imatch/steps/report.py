@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from imatch.core.types import ImatchError, StepError
 from imatch.data import store
 from imatch.evaluation import intervals, verdicts
 from imatch.evaluation.calibration import Threshold
+from imatch.steps.chain import steps_below
 from imatch.steps.match import labels_path
 
 COLUMNS = {
@@ -138,7 +139,7 @@ def _said(step: Step) -> dict[str, float | None] | None:
 
 def _finished(folder: Path) -> list[Step]:
     """The finished 04_match steps in a folder, and the 03_index steps that none of them goes on from."""
-    read = [open_step(path) for path in _steps(folder) if (path / "metrics.json").is_file()]
+    read = [open_step(path) for path in steps_below(folder) if (path / "metrics.json").is_file()]
     read = [step for step in read if step.name in ("03_index", "04_match") and _whole(step)]
     matched = [step for step in read if step.name == "04_match"]
     below = {step.linked("index") for step in matched}
@@ -153,16 +154,6 @@ def _whole(step: Step) -> bool:
         print(f"left out: {step.folder}, for {error}")
         return False
     return True
-
-
-def _steps(folder: Path) -> Iterator[Path]:
-    """The folders of steps below a folder; they are not looked into, for they may hold a folder a query."""
-    if (folder / "step.json").is_file():
-        yield folder
-        return
-    for below in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if below.is_dir() and not below.name.startswith("."):
-            yield from _steps(below)
 
 
 def chain(step: Step) -> dict[str, Step]:
@@ -180,9 +171,8 @@ def chain(step: Step) -> dict[str, Step]:
     embed = next((side for side in (gallery, query) if side.name == "01_embed"), None)
     embed = embed or open_step(gallery.linked("embed"))
     named = {"01_embed": embed, "03_index": index, "queries": query}
-    if (references := next((side for side in (query, gallery) if side.name == "02_references"), None)) is not None:
-        named["02_references"] = references
-    return {**named, **({"04_match": step} if step.name == "04_match" else {})}
+    named |= {side.name: side for side in (gallery, query) if side.name == "02_references"}
+    return {**named, step.name: step}
 
 
 def tabulate(step: Step) -> list[ReportRow]:
@@ -275,7 +265,8 @@ def _count(rows: Sequence[ReportRow]) -> None:
     """Fill in Hit@1, over all queries that some configuration of the question can answer."""
     clusters = {id: one["cluster"] for row in rows for id, one in row["queried"].items() if one["answers"]}
     for row in rows:
-        row["values"] = {id: float(id in row["queried"] and 0 in row["queried"][id]["right_ranks"]) for id in clusters}
+        right = {id for id, one in row["queried"].items() if 0 in one["right_ranks"]}
+        row["values"] = {id: float(id in right) for id in clusters}
         hit = intervals.interval([*row["values"].values()], [*clusters.values()], unit=row["unit"])
         row |= {"clusters": clusters, "queries": len(clusters), "hit_at_1": hit.value}
         row |= {"low": hit.low, "high": hit.high, "why": hit.why}

@@ -192,8 +192,9 @@ class Retrieved:
     def candidates(self, q: int) -> list[Candidate]:
         """The candidates of query q, best first."""
         ranking = self._ranking
+        right, believed = ranking.right[q], ranking.scores[q] >= self._believed
         found = [
-            Candidate(int(row), float(score), rank, bool(ranking.right[q, rank]), bool(score >= self._believed))
+            Candidate(int(row), float(score), rank, bool(right[rank]), bool(believed[rank]))
             for rank, (row, score) in enumerate(zip(ranking.rows[q], ranking.scores[q], strict=True))
             if row >= 0
         ][: self._most]
@@ -267,7 +268,8 @@ class Listed:
     def _scored(self, q: int) -> list[Candidate]:
         rows = np.asarray(self._rows(q), np.int64)
         # not @, whose last digit may depend on the number of threads
-        scores = np.einsum("nd,d->n", files.take(self.gallery.vectors, rows), np.asarray(self.query.vectors[q]))
+        vectors = files.take(self.gallery.vectors, rows)
+        scores = np.einsum("nd,d->n", vectors, np.asarray(self.query.vectors[q]))
         shown = self.query.shows[q]
         return [
             Candidate(row, float(scores[i]), rank, True if self.gallery.shows[row] == shown else None, None)

@@ -184,7 +184,8 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
     size, together = _heaviest(sizes, len(ids), resources.batch_size)
     one, problems = _model(parameters, size, used, together)
     pace = sum(rate(device, options["precision"]) for device in {*used})  # several processes of a CPU share it
-    share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
+    pixels = sum(h * w for h, w in sizes) / len(sizes)
+    share = pixels / (size[0] * size[1])  # of the heaviest
     network = 3600 * hours(1, one.flop, pace, options["precision"]) * share
     to_decode = decoding([root / id for id in ids[:: -(-len(ids) // 3)]], resize, patch)
     print(f"time         {_time(len(ids), network, to_decode, used)}")

@@ -278,7 +278,8 @@ class _Task:
     def _thin(self, todo: Sequence[int]) -> None:
         """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it holds."""
         parameters, folder = self.step.parameters, self.step.folder
-        all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
+        all_of_it = {**parameters, "variant": "raw"}
+        all_of_it.pop("keep", None)
         stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
         beside = folder.with_name(folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
         if "pose" in parameters or parameters == all_of_it or not (beside / "metrics.json").is_file():
@@ -303,6 +304,7 @@ class _Task:
 def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]:
     """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
     contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *embeddings.skipped]]
+    decoded = [[id, row["sha256"]] for id, row in embeddings.decodable.items()]
     local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
     metrics = {
         "photographs": len(embeddings),
@@ -310,7 +312,7 @@ def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]
         "global_dimension": embeddings.vectors.shape[1],
         "descriptors": sum(row["n"] for row in embeddings.rows),
         "local_megabytes": round(local / 2**20, 3),
-        "photographs_digest": files.digest([[id, row["sha256"]] for id, row in embeddings.decodable.items()]),
+        "photographs_digest": files.digest(decoded),
     }
     return step.finish(metrics, contents)
 
@@ -603,12 +605,14 @@ def step_by(source: Step, weight: str) -> Path:
     beside = source.folder.with_name(f"{source.folder.name}_{weight}")
     if not (beside / "metrics.json").is_file():
         about = {**source.about, "weight": weight}
-        for path in sorted(Path(source.run, source.name, *about.values()).parent.glob("*/metrics.json")):
+        alike = Path(source.run, source.name, *about.values()).parent
+        for path in sorted(alike.glob("*/metrics.json")):
             other = open_step(path.parent)
-            of_all = not {"pose", "imported"} & other.parameters.keys() and other.parameters["variant"] == "raw"
+            upright = not {"pose", "imported"} & other.parameters.keys()
+            whole = upright and other.parameters["variant"] == "raw"
             digests = {step.metrics["photographs_digest"] for step in (source, other)}
             same = other.linked("photographs") == source.linked("photographs") and len(digests) == 1
-            if of_all and same and store.keep_of(other.parameters) in store.KEEPS_PLACED:
+            if whole and same and store.keep_of(other.parameters) in store.KEEPS_PLACED:
                 return other.folder
     return beside
 

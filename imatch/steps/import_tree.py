@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -290,12 +291,12 @@ def _read(group: Group, item: Item, parameters: Parameters, twin: Mapping[str, P
     said = _said(group, item, parameters)
     arrays = {kind: _load(kind, path) for kind, path in item.files.items()}
     local, grid = _local(item, said, arrays)
-    vector = arrays["global"].astype(np.float32)
-    norm = float(np.linalg.norm(arrays["global"].astype(np.float64)))
+    vector, exact = arrays["global"].astype(np.float32), arrays["global"].astype(np.float64)
+    norm = float(np.linalg.norm(exact))
     if abs(norm - 1) < 1e-5:
         norm = 1.0  # normalised already: kept bit for bit
     else:
-        vector = normalise(arrays["global"].astype(np.float64)).astype(np.float32)
+        vector = normalise(exact).astype(np.float32)
     if local is None:
         local = np.zeros((0, len(vector)), np.float32)
     size, xy = _placed(group, item, said, grid)
@@ -478,9 +479,8 @@ def _name_digest(group: Group, name: str) -> str:
 
 def _about(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     """What a group's step is. Several networks and families of one weight are kept apart."""
-    alike = [
-        g for g in groups if all(getattr(g, k) == getattr(group, k) for k in ("folder", "weight", "cfg", "variant"))
-    ]
+    place = attrgetter("folder", "weight", "cfg", "variant")
+    alike = [other for other in groups if place(other) == place(group)]
     told = [key for key in ("hub_entry", "family") if len({getattr(other, key) for other in alike}) > 1]
     kind = {"kind": "imported"} if group.reference else {}
     name = "_".join(getattr(group, key) for key in ("cfg", "variant", *told))

@@ -151,7 +151,8 @@ def build_index(
         PartDoneError: see `compute.do`.
     """
     asked = step.parameters["index"]
-    given = files.digest([asked["options"], asked["memory_gb"]])[:8] if asked["options"] or asked["memory_gb"] else ""
+    changed = [asked["options"], asked["memory_gb"]]
+    given = files.digest(changed)[:8] if any(changed) else ""
     folder = gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given]))
     engine = LOCAL if step.finished else resources.machines
     options = IndexOptions(**asked, device=device)
@@ -175,7 +176,8 @@ def tune_index(step: Step, index: Searcher, query: Stored) -> IndexFigures:
     k = min(step.parameters["k"], len(index.vectors))
     sample = files.take(query.vectors, searcher.sample(len(query)))
     points = index.curve(sample, k)
-    chosen, wanted = index.tune(points, step.parameters["index"]["recall"]), step.parameters["index"]["recall"]
+    wanted = step.parameters["index"]["recall"]
+    chosen = index.tune(points, wanted)
     if chosen is not None and chosen.recall < wanted:
         warnings.warn(
             f"recall@{k} is {chosen.recall:.3f} at most, below the {wanted:g} that was asked for: use another index, "
@@ -237,7 +239,8 @@ def check_index(index: Searcher, gallery: Stored) -> tuple[int, int]:
     own = np.einsum("nd,nd->n", vectors, vectors)
     # what came first must score, by the store's own vectors, as high as the vector itself
     found = hits.rows[:, 0] >= 0
-    first = np.where(found, np.einsum("nd,nd->n", vectors, files.take(gallery.vectors, hits.rows[:, 0])), -np.inf)
+    answers = files.take(gallery.vectors, hits.rows[:, 0])
+    first = np.where(found, np.einsum("nd,nd->n", vectors, answers), -np.inf)
     other = hits.rows[:, 0] != row
     wrong = other & (first < own - 1e-5)
     if wrong.any() and (index.kind.exact or wrong.mean() > 0.5):
@@ -416,11 +419,13 @@ def search(
     here, there = places_of(query, gallery, step.linked("labels") if "labels" in step.links else None)
     truth = truth_of(step.parameters, shows, gallery.shows, here, there, own)
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
-    depth = max(k, min(max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"]), len(gallery)))
+    wanted = max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
+    depth = max(k, min(wanted, len(gallery)))
     turn = partial(embed_poses, resources=resources, on_change=step.on_change)
     ways = Ways(step.folder, step.parameters, index, query, gallery, depth, depth + int(kin.max()), own, turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
-    block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
+    vectors = numbers * (asked["expand"] + asked["rotations"])
+    block = max(1, HELD // max(ways.deep * asked["rotations"], vectors))
     parts, without = [], []
     for first in compute.progress(range(0, len(query), block), "search"):
         part = slice(first, min(first + block, len(query)))
@@ -539,9 +544,10 @@ def _embedded_again(sides: Mapping[str, Stored], n: int) -> list[str]:
         backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
     except ImatchError as error:
         return [*said, f"nothing could be embedded again to compare: {error}"]
-    return said + [
-        alarm for side in there for row in searcher.sample(len(side), n) for alarm in _compared(side, row, backbone)
-    ]
+    for side in there:
+        for row in searcher.sample(len(side), n):
+            said += _compared(side, row, backbone)
+    return said
 
 
 def _compared(embeddings: Stored, row: int, backbone: Backbone) -> list[str]:

@@ -1,7 +1,6 @@
-"""Figures of numbers, which compare configurations: how often, how far and how surely.
+"""Figures of numbers, which compare configurations; a sentence in place of one where there is nothing to draw.
 
-What one shows stands above it in the notebook and below it in report.html; where there is nothing to draw, a sentence
-that says why stands in place of the figure.
+What one shows stands above it in the notebook and below it in report.html.
 """
 
 from __future__ import annotations
@@ -206,7 +205,8 @@ def errors(pairs: Mapping[str, Sequence[PairRow]]) -> Figure | str:
         for part, look in parts:
             values, at = np.array([number(row[key], math.inf) for row in part]), np.geomspace(*ends, 13)
             _cumulated(axis, values, look)
-            _band(axis, at, [values <= error for error in at], [row["cluster"] for row in part], look["color"])
+            clusters = [row["cluster"] for row in part]
+            _band(axis, at, [values <= error for error in at], clusters, look["color"])
         _log(axis.xaxis)
         axis.set(xlabel=name, ylabel="share of pairs below" if axis is above[0] else "", xlim=ends, ylim=(-0.02, 1.03))
     for row in below:
@@ -334,7 +334,8 @@ def recall_curve(index: IndexFigures) -> Figure | str:
     >>> recall_curve(exact)
     'flat is exact: recall 1 by definition; 0.9 ms a query, 1536 bytes a vector.'
     """
-    kind, points, size = files.printable(index["kind"]), index["curve"], f"{index['bytes_a_vector']:.0f} bytes a vector"
+    kind, points = files.printable(index["kind"]), index["curve"]
+    size = f"{index['bytes_a_vector']:.0f} bytes a vector"
     if not points:
         return f"{kind} is exact: recall 1 by definition; {index['search_ms']:.3g} ms a query, {size}."
     if (chosen := index["effort"]) is None:
@@ -371,7 +372,8 @@ def _looks(names: Collection[str]) -> dict[str, dict[str, str | float]]:
     """How configurations are drawn: later ones narrower, so that lines that coincide are all seen."""
     n = len(names)
     many = [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 0.88, n))]
-    colours, widths = COLOURS if n <= len(COLOURS) else many, np.linspace(1.2 + min(n - 1, 4), 1.2, n).tolist()
+    colours = COLOURS if n <= len(COLOURS) else many
+    widths = np.linspace(1.2 + min(n - 1, 4), 1.2, n).tolist()
     drawn = zip(names, colours, widths, strict=False)
     return {name: {"color": colour, "linewidth": width, "markersize": 3 + width} for name, colour, width in drawn}
 

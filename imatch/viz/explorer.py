@@ -469,7 +469,8 @@ class Explorer(widgets.VBox):
             found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes, exif.focal_lengths(*pair.paths))
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
         lines = alike[shown]
-        self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
+        similarity = pair.matches.similarity[lines]
+        self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], similarity, found.inliers[shown])
         self.canvas.outline(pictures.outline(found, pair.sizes[0]), found)
         self._geometry = found
         self._say(_found(pair, found, len(alike), len(lines)))

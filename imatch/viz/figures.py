@@ -41,7 +41,8 @@ def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int =
         xy = xy if meta["grid"] else xy[:strongest]
         h, w = meta["size"]
         told = ", strongest shown" if meta["grid"] is None and meta["n"] > strongest else ""
-        axis.imshow(images.thumbnail(root / meta["id"], meta["size"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+        photograph = images.thumbnail(root / meta["id"], meta["size"], 320)
+        axis.imshow(photograph, extent=(-0.5, w - 0.5, h - 0.5, -0.5))
         axis.plot(*xy.T, ".", color="#ffd500", markersize=1.5)
         axis.set_title(f"{_short(meta['id'])}\n{meta['n']} descriptors{told}", fontsize=7)
     return figure
@@ -234,7 +235,8 @@ def match_summary(pairs: Sequence[PairRow], metrics: MatchFigures) -> Figure | s
     for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
         views = [view for view in metrics["by_view"] if view["crop"] == crop]
         angles = [view["angle"] for view in views]
-        (line,) = axes[1].plot(angles, [curves.number(v["hit_at_1"]) for v in views], ".-", label=f"crop {crop:g}")
+        first = [curves.number(view["hit_at_1"]) for view in views]
+        (line,) = axes[1].plot(angles, first, ".-", label=f"crop {crop:g}")
         again = [curves.number(view["reranked_hit_at_1"]) for view in views]
         axes[1].plot(angles, again, ":", color=line.get_color(), label=f"crop {crop:g}, re-ranked")
     for axis in axes[1:]:

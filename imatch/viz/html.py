@@ -42,8 +42,6 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
         The path.
 
     >>> import tempfile
-    >>> from imatch.core.types import Tokens
-    >>> from imatch.core.types import Pair
     >>> from imatch.core.types import Geometry, Matches
     >>> tokens, nothing = Tokens(np.ones(1), np.eye(4), np.eye(4, 2)), np.zeros(0)
     >>> found = Geometry(None, nothing > 0, np.nan, False, "0 correspondences are too few for homography")

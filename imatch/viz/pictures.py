@@ -74,8 +74,7 @@ def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.n
         side: pixels of a photograph's longer side at most; none is enlarged.
         shown: (m,) bool, which correspondences may be drawn; by default the inliers.
 
-    >>> from imatch.core.types import Pair
-    >>> from imatch.core.types import Geometry, Matches
+    >>> from imatch.core.types import Matches
     >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
     >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
     >>> row = {"query": "a", "candidate": "b", "verified": True, "inliers": 0, "matches": 0, "rotation": None}
@@ -112,8 +111,7 @@ def checkerboard(pair: Pair, side: int = SIDE) -> np.ndarray:
     Raises:
         ImatchError: A cannot be warped onto B (`flaw`).
 
-    >>> from imatch.core.types import Pair
-    >>> from imatch.core.types import Geometry, Matches
+    >>> from imatch.core.types import Matches
     >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
     >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
     >>> pair = Pair({}, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)

@@ -35,6 +35,7 @@ STYLE = {
     "axes.grid": True,
     "axes.prop_cycle": cycler(color=COLOURS),
     "axes.titlesize": 9,
+    "figure.constrained_layout.h_pad": 0.1,  # inches; with less, titles of photographs are cut
     "figure.constrained_layout.use": True,
     "font.family": ["DejaVu Sans", *(name for name in KOREAN if name in font_manager.get_font_names())],
     "font.size": 8,

@@ -344,7 +344,7 @@ def show(figure: Figure | str, path: Path) -> DisplayImage | None:
         return None
     with files.atomic(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font knows a name's letters
-        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     return DisplayImage(data=path.read_bytes(), format="png")
 
 

@@ -85,6 +85,13 @@ def test_single_points_stand_beside_a_sweep(tmp_path):
     assert batch.load(path, [("weight", "sift")], NOTEBOOKS).points == {"run": {}}
 
 
+def test_no_point_takes_the_place_of_another(tmp_path):
+    also = [{"weight": "dsift"}, {"weight": "dsift", "resize.scale": 0.5}]
+    read = batch.load(recipe(tmp_path, sweep={"weight": ["sift"]}, also=also), [], NOTEBOOKS)
+    assert list(read.points.values()) == [{"weight": "sift"}, *also]
+    assert [*batch.load(recipe(tmp_path, also=also), [], NOTEBOOKS).points.values()] == also
+
+
 def test_without_the_extra_xfeat_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(batch, "run", lambda read, _: asked.append(read) or ({}, []))
@@ -165,10 +172,12 @@ def test_parameters_are_literals(tmp_path, line):
 def test_swept_parameters_that_name_no_folder_become_its_tag(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(batch, "execute", lambda notebook, values, _: given.append(values) or tmp_path / notebook.stem)
-    sweep = {"k": [5, 10], "weight": ["sift"], "resize.scale": [0.5]}
+    sweep = {"k": [5, 10], "weight": ["sift"], "resize.scale": [0.5], "resize.limit": [640]}
+    sweep |= {"ranking": [{}, {"whiten": 2}]}
     read = batch.load(recipe(tmp_path, notebooks=["01_embed", "03_index"], sweep=sweep), [], NOTEBOOKS)
     batch.run(read, NOTEBOOKS)
-    assert [values.get("tag") for values in given] == [None, "k5", "k10"]
+    tags = [f"k{k}{whitened}" for k in (5, 10) for whitened in ("", "_whiten2")]
+    assert [values.get("tag") for values in given] == ["limit640", *tags]
 
 
 def test_a_request_that_is_wrong_exits_with_2_and_makes_nothing(tmp_path):

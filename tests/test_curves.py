@@ -232,6 +232,8 @@ def test_crops_differ_by_dashes_and_configurations_by_colour():
 def test_no_truth_is_said_and_without_angles_there_is_no_panel_of_them():
     assert curves.errors({"sift": [pair(1.0, 1.0, 1.0, has_truth=False)]}).startswith("No true error")
     assert curves.errors({}).startswith("No true error")
+    failed = [pair(None, None, None, angle=angle) for angle in (0.0, 180.0)]
+    assert all(axis.get_xlim() == (-9, 189) for axis in curves.errors({"sift": failed}).axes[3:])
     figure = curves.errors({"sift": [pair(1.0, 0.1, 0.1, angle=None, crop=None)]})
     assert len(figure.axes) == 3
     assert "sift, no crop: 1 pairs, 0.0% not verified" in words(figure)

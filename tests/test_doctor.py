@@ -280,6 +280,7 @@ def test_a_port_that_another_program_has(monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
         threading.Thread(target=other.serve_forever).start()
         monkeypatch.setenv("JUPYTER_PORT", str(other.server_port))
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
         try:
             assert f"{other.server_port} is taken by another program: set JUPYTER_PORT" in fault(doctor.port)
             Other.do_GET = lambda self: self.wfile.write(b'HTTP/1.0 200 OK\r\n\r\n{"version": "2.21.1"}')

@@ -350,3 +350,5 @@ def test_the_contact_sheet_says_angle_score_and_metres(steps):
     assert len({*frames}) == 2
     widths = figure.axes[0].get_subplotspec().get_gridspec().get_width_ratios()
     assert widths[0] > max(widths[1:])
+    found = int((ranking.rows[0] >= 0).sum())
+    assert len(figures.hit_sheet(query, gallery, ranking, n=1, k=50).axes) == 1 + found

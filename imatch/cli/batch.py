@@ -46,7 +46,9 @@ NAMED = {
     "dataset",
     "run",
     "weight",
-    "resize",
+    "resize.mode",
+    "resize.long_side",
+    "resize.scale",
     "storage.cfg",
     "storage.variant",
     "storage.keep",
@@ -118,7 +120,7 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
         path: the file.
         overrides: (name, text) pairs from the command line; they also replace a sweep over that name, what a
             manifest says of it, and the single points that name it.
-        notebooks: the folder of notebooks.
+        notebooks: their folder.
 
     Raises:
         ImatchError: an unknown or mistyped name, with the nearest known one.
@@ -142,7 +144,8 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
         parameters, points = said.parameters, _points(said, given, known)
     parameters = {**_checked(parameters, known), **given}
     points = {label: _checked(point, known) for label, point in points.items()}
-    recipe = Recipe(schemas, parameters, points, sorted(said.sweep.keys() - given.keys()))
+    swept = {name for key, values in said.sweep.items() for one in values for name in _checked({key: one}, known)}
+    recipe = Recipe(schemas, parameters, points, sorted(swept - given.keys()))
     for point in points.values():
         together = _folded({**recipe.parameters, **point})
         for name in together.keys() & groups.GROUPS.keys():
@@ -153,16 +156,15 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
 def _points(said: _File, given: Mapping[str, Json], known: Mapping[str, Option]) -> dict[str, dict[str, Json]]:
     """The combinations of a sweep and the single points beside it; one empty point without either."""
     sweep = {name: values for name, values in said.sweep.items() if name not in given}
-    combined = itertools.product(*sweep.values())
-    found = [dict(zip(sweep, values, strict=True)) for values in combined]
     also = [point for point in said.also if not _checked(point, known).keys() & given.keys()]
     if any(point.get("weight") == "xfeat" for point in also) and (lacking := learned.lacking()):
         print(f"left out: weight xfeat; {lacking}")
         also = [point for point in also if point.get("weight") != "xfeat"]
-    points = {}
-    for point in [*found, *also]:
-        label = " ".join(f"{name}={point[name]}" for name in sweep if name in point)
-        points[label or "run"] = point
+    combined = itertools.product(*sweep.values()) if said.sweep or not also else ()
+    points: dict[str, dict[str, Json]] = {}
+    for point in [*(dict(zip(sweep, values, strict=True)) for values in combined), *also]:
+        label = " ".join(f"{name}={point[name]}" for name in sweep if name in point) or "run"
+        points[f"{label} ({len(points) + 1})" if label in points else label] = point
     return points
 
 
@@ -176,7 +178,7 @@ def _known(name: str, known: Mapping[str, Option]) -> Option:
 
 
 def _checked(values: Mapping[str, Json], known: Mapping[str, Option]) -> dict[str, Json]:
-    """Values, of the types that the defaults have, with the fields of groups by their whole names."""
+    """Values, of the types that the defaults have; fields of groups by their whole names."""
     found: dict[str, Json] = {}
     for name, value in values.items():
         wanted = _known(name, known)
@@ -195,7 +197,7 @@ def _checked(values: Mapping[str, Json], known: Mapping[str, Option]) -> dict[st
 
 
 def _read(name: str, text: str, wanted: Option) -> Json:
-    """A value from the command line: text stays text where text is wanted, else it is read as YAML."""
+    """A value from the command line, as YAML where no text is wanted."""
     if isinstance(wanted.default, str):
         return text
     try:
@@ -257,7 +259,7 @@ def run(recipe: Recipe, notebooks: Path) -> tuple[dict[str, dict[str, Path]], li
     each = [name for name in recipe.notebooks if name not in together]
 
     def done(label: str, name: str, given: Mapping[str, Json], steps: Mapping[str, Path]) -> Path | None:
-        """Where its step is; what other points asked for, too, is done once."""
+        """Where its step is; it is made once for all points."""
         values = _values(recipe, name, given, steps)
         key = json.dumps([name, values], sort_keys=True)
         if key not in ran:
@@ -291,12 +293,11 @@ def run(recipe: Recipe, notebooks: Path) -> tuple[dict[str, dict[str, Path]], li
 
 
 def _values(recipe: Recipe, notebook: str, given: Mapping[str, Json], steps: Mapping[str, Path]) -> dict[str, Json]:
-    """What a notebook is given: its own parameters, the steps before it, and a tag where its folder needs one."""
+    """What a notebook is given; with a tag, where its folder needs one."""
     schema = recipe.notebooks[notebook]
     before = {f"{name[3:]}_step": str(folder) for name, folder in steps.items()}
     values = {name: value for name, value in {**before, **given}.items() if name in schema}
-    others = [name for name in recipe.swept if not {name, name.partition(".")[0]} & NAMED]
-    differ = [name for name in others if name in values]
+    differ = [name for name in recipe.swept if name in values and name not in NAMED]
     if differ and "tag" in schema:
         parts = [f"{name.rpartition('.')[2]}{values[name]}" for name in differ]
         if values.get("tag"):
@@ -352,8 +353,7 @@ def execute(notebook: Path, values: Mapping[str, Json], exports: Path) -> Path |
 
 
 class _Lines(io.TextIOBase):
-    """Passes a notebook's output on. Where nobody watches a terminal, a bar that redraws itself becomes a line of
-    the log every ten seconds."""
+    """A notebook's output; where nobody watches a terminal, a bar becomes a line of the log every ten seconds."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.last = stream, -math.inf

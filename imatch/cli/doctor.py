@@ -13,9 +13,9 @@ import http.client
 import shutil
 import subprocess
 import tempfile
-import urllib.request
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,8 @@ from imatch.data import registry
 from imatch.steps import checks
 
 ENOUGH = 2.0
-"""GB of memory, of a GPU's memory and of disk that a small run needs: the demo takes 1 and leaves 0.8 on the disk."""
+"""GB of memory, of a GPU's memory and of disk that a small run needs."""
 NO_GPU = 3
-"""Exit code: torch cannot use a GPU."""
 Check = tuple[str, Callable[[], str]]
 """A subject, and the function that returns what is to be said of it, or raises an ImatchError that says what to do."""
 
@@ -39,7 +38,6 @@ class NotThereError(ImatchError):
 
 
 def _nvidia_smi() -> ElementTree.Element:
-    """What the driver tells of itself and its GPUs, in NVIDIA's own XML."""
     command = shutil.which("nvidia-smi")
     if command is None:
         raise ImatchError(
@@ -159,7 +157,7 @@ def memory() -> str:
 
 
 def _writable(folder: Path, remedy: str) -> None:
-    """Try it, for permission bits do not tell of read-only mounts."""
+    # permission bits do not tell of read-only mounts
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -240,13 +238,16 @@ def weights(data_key: str) -> str:
 def port() -> str:
     """Nothing answers at the port, or JupyterLab does. Inside a container it is the container's."""
     number = settings.jupyter_port()
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{number}/api", timeout=5) as answer:
-            if b'"version"' in answer.read(1000):
-                return f"{number}: JupyterLab answers"
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+    with closing(http.client.HTTPConnection("127.0.0.1", number, timeout=5)) as program:  # by no proxy
+        try:
+            program.request("GET", "/api")
+            said = program.getresponse().read(1000)
+        except ConnectionRefusedError:
             return f"{number} is free"
+        except (OSError, http.client.HTTPException):
+            said = b""
+    if b'"version"' in said:
+        return f"{number}: JupyterLab answers"
     raise ImatchError(f"{number} is taken by another program: set JUPYTER_PORT in docker/.env, or here, to a free one")
 
 

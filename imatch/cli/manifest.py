@@ -200,7 +200,7 @@ def _points(
     weight_set: str,
     parameters: Mapping[str, Json],
 ) -> Iterator[tuple[str, dict[str, Json]]]:
-    """The points of a model, and what each is called by: as its folder, which no other point may have."""
+    """The points of a model, each by the name of its folder, which no other point may have."""
     mode, scale = parameters["resize.mode"], parameters.get("resize.scale", 1.0)
     for key, side, variant in itertools.product(model.weights, model.target_res, variants):
         weight = known.weight(key, weight_set)
@@ -216,7 +216,7 @@ def _points(
 def _image_groups(
     given: Json, of: str, dataset: datasets.Dataset
 ) -> tuple[list[dict[str, Json]], dict[str, list[float]]]:
-    """The groups as 01_embed takes them, and for references the angles, if a rotation says them."""
+    """The groups as 01_embed takes them, and the angles, if a rotation of references says them."""
     for folder, _ in datasets.groups(given, "image_groups"):
         if dataset.captures and folder is not None:
             dataset.captures_named(folder)
@@ -239,7 +239,7 @@ def _image_groups(
 
 
 def _united(first: dict[str, Json], second: dict[str, Json], where: str) -> dict[str, Json]:
-    """Two models that differ in their photographs alone are one point: both write to one folder."""
+    """Two models that differ in their photographs alone are one point."""
     for name in sorted({*first, *second} - {"image_groups"}):
         if first.get(name) != second.get(name):
             raise ImatchError(

@@ -25,9 +25,8 @@ from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.index import kind_of_reference
 
 LISTS = ("all", "ordered", "one")
-"""Lists that need no file: each pair once, N x (N - 1) ordered pairs, one photograph against all others."""
+"""Lists that need no file."""
 COLUMNS = ("query", "candidate")
-"""Columns of a CSV of pairs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a 04_match is and what its pairs were made from, for `start_step`; and the steps of its two sides."""
+    """What a 04_match is, for `start_step`, and the steps of its two sides."""
 
     query: Step
     gallery: Step
@@ -164,8 +163,7 @@ def _nearest(id: str, embeddings: Embeddings) -> str:
 class Retrieved:
     """The queries of a 03_index and the best of what they found.
 
-    A query is matched with its own source, too, where that was not found, so that the error of the geometry is known
-    apart from the retrieval.
+    A query is matched with its own source, too, where that was not found (`match.match_pairs`).
 
     Attributes:
         query, gallery: the two sides; may be the same photographs.
@@ -194,8 +192,9 @@ class Retrieved:
     def candidates(self, q: int) -> list[Candidate]:
         """The candidates of query q, best first."""
         ranking = self._ranking
+        right, believed = ranking.right[q], ranking.scores[q] >= self._believed
         found = [
-            Candidate(int(row), float(score), rank, bool(ranking.right[q, rank]), bool(score >= self._believed))
+            Candidate(int(row), float(score), rank, bool(right[rank]), bool(believed[rank]))
             for rank, (row, score) in enumerate(zip(ranking.rows[q], ranking.scores[q], strict=True))
             if row >= 0
         ][: self._most]
@@ -269,7 +268,8 @@ class Listed:
     def _scored(self, q: int) -> list[Candidate]:
         rows = np.asarray(self._rows(q), np.int64)
         # not @, whose last digit may depend on the number of threads
-        scores = np.einsum("nd,d->n", files.take(self.gallery.vectors, rows), np.asarray(self.query.vectors[q]))
+        vectors = files.take(self.gallery.vectors, rows)
+        scores = np.einsum("nd,d->n", vectors, np.asarray(self.query.vectors[q]))
         shown = self.query.shows[q]
         return [
             Candidate(row, float(scores[i]), rank, True if self.gallery.shows[row] == shown else None, None)
@@ -294,7 +294,6 @@ def _about(judged: QueryRow) -> QueryAbout:
 
 
 def _unmatched(judged: QueryRow, has_truth: bool) -> PairRow:
-    """The row of a query that found nothing."""
     unknown = "candidate score matrix rotation scale reprojection_error true_matrix corner_error accuracy threshold"
     return {
         **dict.fromkeys([*unknown.split(), "rotation_error", "scale_error"]),

@@ -40,16 +40,18 @@ def last_finished(step: str, kind: str, run: str, of: str = "") -> str:
 def _finished(folder: Path) -> list[Step]:
     """The finished steps below a folder, the last one last; neither views without their tokens nor what another step
     has beside it, in other poses or by another backbone."""
-    marks = filter(Path.is_file, (below / "metrics.json" for below in _steps(folder)))
+    marks = filter(Path.is_file, (below / "metrics.json" for below in steps_below(folder)))
     opened = [open_step(mark.parent) for mark in sorted(marks, key=lambda mark: (mark.stat().st_mtime_ns, mark))]
     return [one for one in opened if "part" not in one.about and "upright" not in one.upstream]
 
 
-def _steps(folder: Path) -> Iterator[Path]:
-    for path, below, names in os.walk(folder):
+def steps_below(folder: Path) -> Iterator[Path]:
+    """Yield the folders of steps below a folder; they are not looked into, for they may hold a folder a query."""
+    for path, below, names in os.walk(folder, followlinks=True):
         if "step.json" in names:
             below.clear()
             yield Path(path)
+        below[:] = sorted(name for name in below if not name.startswith("."))
 
 
 def open_embeddings(step: Step, weight: str = "") -> tuple[Stored, Stored]:

@@ -29,7 +29,7 @@ SHARE = {"fp32": 0.6, "bf16": 0.5}
 SAMPLE = 256
 """Photographs whose headers are read for the size that a run will see."""
 WORKERS = (1, 8, 64)
-"""Machines, each like the one that is meant, that hours are told for."""
+"""Machines like this one that hours are told for."""
 LISTED = 600
 """Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl)."""
 
@@ -184,7 +184,8 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
     size, together = _heaviest(sizes, len(ids), resources.batch_size)
     one, problems = _model(parameters, size, used, together)
     pace = sum(rate(device, options["precision"]) for device in {*used})  # several processes of a CPU share it
-    share = sum(h * w for h, w in sizes) / len(sizes) / (size[0] * size[1])  # of the heaviest, on average
+    pixels = sum(h * w for h, w in sizes) / len(sizes)
+    share = pixels / (size[0] * size[1])  # of the heaviest
     network = 3600 * hours(1, one.flop, pace, options["precision"]) * share
     to_decode = decoding([root / id for id in ids[:: -(-len(ids) // 3)]], resize, patch)
     print(f"time         {_time(len(ids), network, to_decode, used)}")
@@ -204,7 +205,7 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
 def _model(
     parameters: Parameters, size: tuple[int, int], used: Sequence[str], batch_size: int
 ) -> tuple[Cost, list[str]]:
-    """Print what the model is and what memory it takes: what a photograph costs, and what does not fit."""
+    """Print what the model is and what memory it takes; what a photograph costs, and what does not fit."""
     from imatch.features import openvino
 
     options = parameters["backbone"]
@@ -233,7 +234,7 @@ def _model(
 
 
 def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
-    """Bytes of one photograph on disk: what is kept of its local descriptors, its global vector, its row."""
+    """Bytes of one photograph on disk."""
     kept = store.kept_bytes(store.keep_of(parameters), tokens // stride_of(parameters["variant"]) ** 2, dimension)
     return kept + 4 * dimension * len(parameters["backbone"]["pooling"].split("+")) + LISTED
 
@@ -249,8 +250,7 @@ def _time(photographs: int, network: float, decoding: float, used: Sequence[str]
 
 
 def decoding(paths: Sequence[Path], resize: Resize, patch: int) -> float:
-    """Seconds of one core's work to decode a photograph, the mean of some (0 if none can be decoded); waiting for the
-    disk is not counted."""
+    """Seconds of one core's work to decode a photograph, the mean of some; 0 if none can be decoded."""
     taken = []
     for path in paths:
         begun = time.process_time()

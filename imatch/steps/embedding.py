@@ -128,14 +128,12 @@ def embed(
 ) -> Stored:
     """Compute the tokens of a step's photographs, those that are missing.
 
-    Headers are checked first; photographs are decoded by threads, go through the backbone in batches of one shape, and
-    a shard is written while the next is computed. What cannot be decoded goes to skipped.jsonl.
+    Headers are checked first. What cannot be decoded goes to skipped.jsonl.
 
     Args:
         step: from `start_embed` or `start_reference_tokens`.
-        resources: who does the work and where; the bytes are the same. Each of several devices gets a process of its
-            own. On a CPU, devices "auto" with engine "processes" or "dask" is one process for every four cores, and at
-            least two.
+        resources: who does the work and where; the bytes are the same. Each of several devices gets a process. On a
+            CPU, devices "auto" with several processes is one for every four cores, and at least two.
         on_error: "skip" leaves bad photographs out and says so; "stop" ends at the first.
         max_skipped: the share of bad photographs past which the run stops by itself (one alone never stops it).
 
@@ -168,8 +166,7 @@ class _Task:
     Attributes:
         about: the ids of the photographs, with what the registry knows of each.
         mine: numbers of shards: a part computes no others, nor looks at their photographs.
-        plan: the ids of each shard. Those on disk of which no photograph has gone stay; other photographs are put into
-            more shards, so that new ones cost their own embedding alone.
+        plan: the ids of each shard. Those of which no photograph has gone stay; other photographs make more shards.
     """
 
     def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
@@ -213,8 +210,7 @@ class _Task:
         return [row["id"] for row in shards.get(n, ())] == self.plan[n]
 
     def _changed(self, recorded: Sequence[PhotoRow]) -> set[str]:
-        """The photographs that are not what they were when their shards were made; these, new ones and those that are
-        gone are refused, unless the step may recompute."""
+        """The photographs that are not what they were; these, and new and lost ones, are refused or said."""
         changed = {row["id"] for row in recorded if row["id"] in self.seen.rows and self._differs(row)}
         # an unfinished run asked for its bad photographs to be mended or removed: that is no difference to refuse
         before = {row["id"] for row in recorded if self.shards.merged or "skipped" not in row}
@@ -282,7 +278,8 @@ class _Task:
     def _thin(self, todo: Sequence[int]) -> None:
         """Write the shards of a variant sub{s}, or of what keeps less, that the finished raw one beside it holds."""
         parameters, folder = self.step.parameters, self.step.folder
-        all_of_it = {key: value for key, value in {**parameters, "variant": "raw"}.items() if key != "keep"}
+        all_of_it = {**parameters, "variant": "raw"}
+        all_of_it.pop("keep", None)
         stride, name = stride_of(parameters["variant"]), f"{parameters['cfg']}_{store.variant_of(parameters)}"
         beside = folder.with_name(folder.name.replace(name, f"{parameters['cfg']}_raw", 1))
         if "pose" in parameters or parameters == all_of_it or not (beside / "metrics.json").is_file():
@@ -307,6 +304,7 @@ class _Task:
 def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]:
     """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
     contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *embeddings.skipped]]
+    decoded = [[id, row["sha256"]] for id, row in embeddings.decodable.items()]
     local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
     metrics = {
         "photographs": len(embeddings),
@@ -314,14 +312,14 @@ def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]
         "global_dimension": embeddings.vectors.shape[1],
         "descriptors": sum(row["n"] for row in embeddings.rows),
         "local_megabytes": round(local / 2**20, 3),
-        "photographs_digest": files.digest([[id, row["sha256"]] for id, row in embeddings.decodable.items()]),
+        "photographs_digest": files.digest(decoded),
     }
     return step.finish(metrics, contents)
 
 
 def devices_of(parameters: Parameters, devices: str, several: bool = False) -> list[str]:
-    """The devices by name; for "auto" every GPU, if the backbone of such parameters runs on GPUs, else the CPU: once,
-    or as often as `several` processes share it well.
+    """The devices by name; "auto" is every GPU, if the backbone of such parameters runs on GPUs, else the CPU: once, or
+    as often as `several` processes share it well.
 
     Raises:
         ImatchError: one that is not there.
@@ -352,8 +350,7 @@ class _Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class _Work:
-    """Embeds shards: photographs are decoded ahead, the next batch is put together while one goes through the backbone,
-    and a shard is written while the next is computed. See `compute.Work`."""
+    """Embeds shards: photographs are decoded ahead, and a shard is written while the next is computed."""
 
     step: Step
     root: Path
@@ -454,7 +451,7 @@ def _read(
 def _write_shard(
     step: Step, shard: _Shard, work: dict[str, float], rows: Sequence[PhotoRow], tokens: Sequence[Tokens]
 ) -> None:
-    """Write a shard, remember its photographs even if the run is killed now, and what the shard took."""
+    """Write a shard, what is known of its photographs, and what it took."""
     started, folder = time.perf_counter(), step.folder
     store.write_kept_shard(folder, shard.number, rows, tokens, store.keep_of(step.parameters))
     lines = b"".join(files.line(known) for known in shard.seen)
@@ -546,8 +543,8 @@ class _Bad:
 
 
 def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Pose]:
-    """The poses that are worth trying with a step's backbone, or another: the upright one alone, which is said, if it
-    turns and zooms with its photographs.
+    """The poses that are worth trying with a step's backbone, or with `weight`: one that turns and zooms with its
+    photographs needs the upright one alone.
 
     Raises:
         StepError: the step was imported, without its photographs.
@@ -603,17 +600,19 @@ def embed_poses(
 
 
 def step_by(source: Step, weight: str) -> Path:
-    """Say where the photographs of a finished step of embeddings are by another backbone: in a finished step of the run
-    that has just these photographs, or else beside the step, where `embed_by` puts them."""
+    """Say where the photographs of a finished step are, by another backbone: in a finished step of the run that has
+    just these, or else beside the step, where `embed_by` puts them."""
     beside = source.folder.with_name(f"{source.folder.name}_{weight}")
     if not (beside / "metrics.json").is_file():
         about = {**source.about, "weight": weight}
-        for path in sorted(Path(source.run, source.name, *about.values()).parent.glob("*/metrics.json")):
+        alike = Path(source.run, source.name, *about.values()).parent
+        for path in sorted(alike.glob("*/metrics.json")):
             other = open_step(path.parent)
-            of_all = not {"pose", "imported"} & other.parameters.keys() and other.parameters["variant"] == "raw"
+            upright = not {"pose", "imported"} & other.parameters.keys()
+            whole = upright and other.parameters["variant"] == "raw"
             digests = {step.metrics["photographs_digest"] for step in (source, other)}
             same = other.linked("photographs") == source.linked("photographs") and len(digests) == 1
-            if of_all and same and store.keep_of(other.parameters) in store.KEEPS_PLACED:
+            if whole and same and store.keep_of(other.parameters) in store.KEEPS_PLACED:
                 return other.folder
     return beside
 
@@ -626,8 +625,7 @@ def embed_by(
     *,
     on_change: str = "refuse",
 ) -> None:
-    """Embed the photographs of a finished step by another backbone, too, as that sees them by default, if they are not
-    there.
+    """Embed the photographs of a finished step by another backbone, as that sees them by default.
 
     Args:
         upright: those of a 01_embed or 02_references.
@@ -652,7 +650,6 @@ def embed_by(
 
 
 def _check_zoom(source: Step, pose: Pose) -> None:
-    """Refuse, before anything is written, a zoom whose sides are no multiple of the patch."""
     if pose.zoom == 1 or (pose_folder(source.folder, pose) / "metrics.json").is_file():
         return
     backbone = base.create_backbone(source.parameters["weight"], source.parameters["backbone"])
@@ -663,7 +660,6 @@ def _check_zoom(source: Step, pose: Pose) -> None:
 
 
 def _check_whole(upright: Stored, embeddings: Stored) -> None:
-    """Refuse photographs that could be decoded for 01_embed, but not any more."""
     seen = embeddings.decodable
     gone = [id for id in upright.ids if id not in seen]
     if gone:

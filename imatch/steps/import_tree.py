@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -114,11 +115,10 @@ def read_tree(tree: Path) -> list[Group]:
     """Sort the per-image files below a folder into the stores that they make; no array is read.
 
     Args:
-        tree: the root, a data set's folder in it or a weight's; data set and weight are the names of folders above
-            the labels' in any case.
+        tree: the root, a data set's folder in it or a weight's.
 
     Returns:
-        Photographs before references, else by data set, weight, configuration and family.
+        Photographs before references.
 
     Raises:
         ImatchError: no such folder, no files, or names that do not say what they are; each is listed.
@@ -251,7 +251,7 @@ def _metas(item: Item) -> dict[str, dict[str, Json]]:
 
 
 def _parameters(group: Group) -> Parameters:
-    """The parameters of the step, as 01_embed would have them; checks that no file is missing."""
+    """The parameters that 01_embed would have; checks that no file is missing."""
     local = any({*item.files} - {"global"} for item in group.items)
     lack = {item.id: "GlobalToken" for item in group.items if "global" not in item.files}
     lack |= {item.id: "PatchToken or PatchGrid" for item in group.items if local and not {*item.files} - {"global"}}
@@ -288,16 +288,15 @@ def _parameters(group: Group) -> Parameters:
 
 
 def _read(group: Group, item: Item, parameters: Parameters, twin: Mapping[str, PhotoRow]) -> tuple[PhotoRow, Tokens]:
-    """One photograph's row and tokens."""
     said = _said(group, item, parameters)
     arrays = {kind: _load(kind, path) for kind, path in item.files.items()}
     local, grid = _local(item, said, arrays)
-    vector = arrays["global"].astype(np.float32)
-    norm = float(np.linalg.norm(arrays["global"].astype(np.float64)))
+    vector, exact = arrays["global"].astype(np.float32), arrays["global"].astype(np.float64)
+    norm = float(np.linalg.norm(exact))
     if abs(norm - 1) < 1e-5:
         norm = 1.0  # normalised already: kept bit for bit
     else:
-        vector = normalise(arrays["global"].astype(np.float64)).astype(np.float32)
+        vector = normalise(exact).astype(np.float32)
     if local is None:
         local = np.zeros((0, len(vector)), np.float32)
     size, xy = _placed(group, item, said, grid)
@@ -322,7 +321,6 @@ def _read(group: Group, item: Item, parameters: Parameters, twin: Mapping[str, P
 
 
 def _source(group: Group, item: Item, said: _Meta, twin: Mapping[str, PhotoRow]) -> tuple[str, str]:
-    """The id and the digest of the photograph that a reference was made from."""
     if (source := twin.get(item.source)) is None:
         return said.source or item.source, said.source_sha256 or _name_digest(group, item.source)
     if said.source_sha256 not in (None, source["sha256"]):
@@ -334,7 +332,6 @@ def _source(group: Group, item: Item, said: _Meta, twin: Mapping[str, PhotoRow])
 
 
 def _described(group: Group, meta: _Meta) -> Parameters:
-    """How a file was made; without a meta, what older exports hold."""
     entry = {"hub_entry": group.hub_entry, "family": group.family} if group.family != "NONE" else {}
     backbone = {
         **entry,
@@ -375,8 +372,8 @@ def _local(
 
 
 def _placed(group: Group, item: Item, said: _Meta, grid: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
-    """The (h, w) of a photograph, as its meta says or else as the backbone saw it, and (n, 2) float32 where its tokens
-    lie: as the meta says, else on a grid over all of it, thinned for sub<s>."""
+    """The (h, w) of a photograph, and (n, 2) where its tokens lie: as its meta says, else on a grid over what the
+    backbone saw."""
     patch = weights.patch_side(group.hub_entry)
     size = (int(said.size[0]), int(said.size[1])) if said.size else None
     if grid is None:
@@ -427,7 +424,7 @@ _Sides = Annotated[list[Annotated[PositiveFloat, Field(multiple_of=1)]], Field(m
 
 
 class _Meta(config.Said, extra="ignore"):
-    """What a meta says. Only what would place tokens or photographs wrongly is refused."""
+    """A meta. Only what would place tokens or photographs wrongly is refused."""
 
     size: _Sides | None = None
     grid: _Sides | None = None
@@ -451,7 +448,7 @@ class _Meta(config.Said, extra="ignore"):
 
 
 def _checked(item: Item) -> dict[str, _Meta]:
-    """What the metas of a photograph's files say; without any, that of the vector says nothing."""
+    """What the metas of a photograph's files say."""
     told = {kind: config.checked(_Meta, per_image.read_meta(path), f"{path}: ") for kind, path in item.metas.items()}
     return told or {"global": _Meta()}
 
@@ -476,15 +473,14 @@ def _said(group: Group, item: Item, parameters: Parameters) -> _Meta:
 
 
 def _name_digest(group: Group, name: str) -> str:
-    """Stands for the SHA-256 of a photograph that is not at hand: of its name, the same for all that show it."""
+    """Stands for the SHA-256 of a photograph that is not at hand."""
     return hashlib.sha256(os.fsencode(f"{group.folder.name}/{name}")).hexdigest()
 
 
 def _about(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     """What a group's step is. Several networks and families of one weight are kept apart."""
-    alike = [
-        g for g in groups if all(getattr(g, k) == getattr(group, k) for k in ("folder", "weight", "cfg", "variant"))
-    ]
+    place = attrgetter("folder", "weight", "cfg", "variant")
+    alike = [other for other in groups if place(other) == place(group)]
     told = [key for key in ("hub_entry", "family") if len({getattr(other, key) for other in alike}) > 1]
     kind = {"kind": "imported"} if group.reference else {}
     name = "_".join(getattr(group, key) for key in ("cfg", "variant", *told))

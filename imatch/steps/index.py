@@ -135,10 +135,9 @@ def _check_ranking(ranking: RankingOptions, query: Step, gallery: Step) -> None:
 def build_index(
     step: Step, gallery: Stored, resources: ComputeOptions = ComputeOptions(), *, device: str = "auto"
 ) -> Searcher:
-    """Build the index of the gallery's global vectors, unless it is there, and open it. It lies beside the gallery, in
-    index/<what was asked for>, for any number of steps that search it.
+    """Build the index of the gallery's global vectors, unless it is there, open it, and print which kind it is and why.
 
-    Prints which kind it is, and why.
+    It lies beside the gallery, in index/<what was asked for>, for any number of steps that search it.
 
     Args:
         step: of `start_index`.
@@ -152,7 +151,8 @@ def build_index(
         PartDoneError: see `compute.do`.
     """
     asked = step.parameters["index"]
-    given = files.digest([asked["options"], asked["memory_gb"]])[:8] if asked["options"] or asked["memory_gb"] else ""
+    changed = [asked["options"], asked["memory_gb"]]
+    given = files.digest(changed)[:8] if any(changed) else ""
     folder = gallery.folder / "index" / "_".join(filter(None, [asked["kind"], given]))
     engine = LOCAL if step.finished else resources.machines
     options = IndexOptions(**asked, device=device)
@@ -166,9 +166,8 @@ def tune_index(step: Step, index: Searcher, query: Stored) -> IndexFigures:
     that reaches the wanted recall (a warning, if none does).
 
     Returns:
-        kind, reason, vectors, dimension, shards, bytes_a_vector (on disk) and estimated_bytes_a_vector, backend,
-        build_ms (without what parts took); k and sample (queries); effort (name and value, None without one),
-        wanted_recall, recall, search_ms and exact_ms a query; curve: effort, recall and ms of each point tried.
+        bytes_a_vector is on disk, build_ms without what parts took, search_ms and exact_ms a query; sample counts
+        queries; effort is None without one; curve: effort, recall and ms of each point tried.
     """
     if step.finished:
         measured = dict(step.metrics["index"])
@@ -177,7 +176,8 @@ def tune_index(step: Step, index: Searcher, query: Stored) -> IndexFigures:
     k = min(step.parameters["k"], len(index.vectors))
     sample = files.take(query.vectors, searcher.sample(len(query)))
     points = index.curve(sample, k)
-    chosen, wanted = index.tune(points, step.parameters["index"]["recall"]), step.parameters["index"]["recall"]
+    wanted = step.parameters["index"]["recall"]
+    chosen = index.tune(points, wanted)
     if chosen is not None and chosen.recall < wanted:
         warnings.warn(
             f"recall@{k} is {chosen.recall:.3f} at most, below the {wanted:g} that was asked for: use another index, "
@@ -227,7 +227,7 @@ def check_index(index: Searcher, gallery: Stored) -> tuple[int, int]:
         gallery: whose vectors they are.
 
     Returns:
-        How many found a twin first (photographs with the same content), and how many an approximate index missed.
+        How many found a twin first (a photograph of the same content), and how many were missed.
 
     Raises:
         StepError: a vector finds something else better than itself in an exact index, or most do in another: rows and
@@ -239,7 +239,8 @@ def check_index(index: Searcher, gallery: Stored) -> tuple[int, int]:
     own = np.einsum("nd,nd->n", vectors, vectors)
     # what came first must score, by the store's own vectors, as high as the vector itself
     found = hits.rows[:, 0] >= 0
-    first = np.where(found, np.einsum("nd,nd->n", vectors, files.take(gallery.vectors, hits.rows[:, 0])), -np.inf)
+    answers = files.take(gallery.vectors, hits.rows[:, 0])
+    first = np.where(found, np.einsum("nd,nd->n", vectors, answers), -np.inf)
     other = hits.rows[:, 0] != row
     wrong = other & (first < own - 1e-5)
     if wrong.any() and (index.kind.exact or wrong.mean() > 0.5):
@@ -253,9 +254,6 @@ def judge_index(
 ) -> tuple[list[QueryRow], Threshold]:
     """Say of every query what it found, and from which score on a hit is to be believed.
 
-    The threshold is calibrated on the queries themselves, each asked twice: as it is, and with its right answers left
-    out of the gallery, when nothing it finds is right (`calibration.calibrate`).
-
     Writes queries.jsonl (one row a query), hits.csv (one row a hit), queries/<id>.json (one file a query), results.json
     (all of these), ids.npy (Q, k) text, "" where there is no hit, and scores.npy (Q, k) float32.
 
@@ -267,10 +265,10 @@ def judge_index(
 
     Returns:
         The rows of queries.jsonl, one a query of the ranking: query, photograph (its source), cluster, crop and angle
-        of a reference, embedded (False: the backbone found nothing in it, so it finds nothing), answers
-        (right ones in the gallery), right_ranks (from 0), score of the first hit, score_without (of the first wrong
-        one), accepted (whether the first hit is believed), metres (of the first hit) and least_metres (of all k).
-        And the threshold.
+        of a reference, embedded (False: the backbone found nothing in it), answers (right ones in the gallery),
+        right_ranks (from 0), score of the first hit, score_without (of the first wrong one), accepted (the first hit
+        is believed), metres (of the first hit) and least_metres (of all k). And the threshold
+        (`calibration.calibrate`).
     """
     about = [{**row, **query.views.get(row["id"], {})} for row in [*query.rows, *query.missed]]
     of = _clusters(query, step.parameters["truth"]["cluster"], about)
@@ -368,10 +366,9 @@ def index_metrics(
     index: IndexFigures,
     checked: tuple[int, int],
 ) -> SearchFigures:
-    """The figures of 03_index: sizes, index (`tune_index`), twins and vectors not_found (`check_index`), retrieval
-    (`metrics.retrieval_metrics`), chance, threshold, stages (`index_stages`), and metres where positions are known.
-    Counted apart: queries that have no answer in the gallery, and photographs that could not be embedded and so never
-    became queries."""
+    """The figures of 03_index: those of `metrics.retrieval_metrics`, `tune_index`, `check_index` and `index_stages`,
+    chance, the threshold and, where positions are known, metres. Counted apart: photographs that never became queries,
+    for they could not be embedded."""
     unit = f"{step.parameters['truth']['cluster']}s"
     return {
         **retrieval_metrics(rows, step.parameters["k"], unit),
@@ -397,9 +394,8 @@ def search(
 ) -> Ranking:
     """Search all queries, without the item itself and, if asked, without its siblings, and say what is right.
 
-    The index goes deep enough to know, too, what each query would find if its right answers were not there. What was
-    asked for to rank better (whiten, rotations, expand, rerank) is added one after the other, each on top of all
-    before, and what each adds is measured on the same queries (`index_stages`).
+    The index goes deep enough to know, too, what each query would find if its right answers were not there. What each
+    option of `RankingOptions` adds to those before is measured on the same queries (`index_stages`).
 
     Writes ranking.npz and stages.json; for whiten also whitening.npy, whitened.npy and index_whitened/, for rerank
     tokens/, for rotations a step a turn beside that of the queries.
@@ -423,11 +419,13 @@ def search(
     here, there = places_of(query, gallery, step.linked("labels") if "labels" in step.links else None)
     truth = truth_of(step.parameters, shows, gallery.shows, here, there, own)
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
-    depth = max(k, min(max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"]), len(gallery)))
+    wanted = max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
+    depth = max(k, min(wanted, len(gallery)))
     turn = partial(embed_poses, resources=resources, on_change=step.on_change)
     ways = Ways(step.folder, step.parameters, index, query, gallery, depth, depth + int(kin.max()), own, turn)
     stages, numbers = ways.stages(), query.vectors.shape[1]
-    block = max(1, HELD // max(ways.deep * asked["rotations"], numbers * (asked["expand"] + asked["rotations"])))
+    vectors = numbers * (asked["expand"] + asked["rotations"])
+    block = max(1, HELD // max(ways.deep * asked["rotations"], vectors))
     parts, without = [], []
     for first in compute.progress(range(0, len(query), block), "search"):
         part = slice(first, min(first + block, len(query)))
@@ -455,7 +453,7 @@ def search(
 
 
 def _clusters(query: Stored, cluster: str, about: Sequence[PhotoRow]) -> list[str]:
-    """What the queries are counted by: those of one photograph, or of one capture, fall or stand together."""
+    """What the queries are counted by: those of one photograph, or capture, stand or fall together."""
     if cluster == "photograph":
         return [row.get("source_sha256", row["sha256"]) for row in about]
     sources = query.sources.decodable
@@ -513,9 +511,7 @@ def audit_index(
         spot_check: how many photographs of each side are embedded again and compared with what is stored; 0 is none.
 
     Returns:
-        One sentence an alarm, each also given as a warning: queries that are photographs of the gallery, photographs
-        that look alike, a Hit@1 that guessing reaches, a threshold that does not hold, a side that could not be
-        checked.
+        One sentence an alarm (`evaluation.alarms`, and sides that could not be checked), each also a warning.
 
     Raises:
         StepError: numbers that belong to other photographs or to another backbone, which make every figure void.
@@ -548,9 +544,10 @@ def _embedded_again(sides: Mapping[str, Stored], n: int) -> list[str]:
         backbone = base.create_backbone(made_by["weight"], made_by["backbone"])
     except ImatchError as error:
         return [*said, f"nothing could be embedded again to compare: {error}"]
-    return said + [
-        alarm for side in there for row in searcher.sample(len(side), n) for alarm in _compared(side, row, backbone)
-    ]
+    for side in there:
+        for row in searcher.sample(len(side), n):
+            said += _compared(side, row, backbone)
+    return said
 
 
 def _compared(embeddings: Stored, row: int, backbone: Backbone) -> list[str]:
@@ -572,8 +569,8 @@ def _compared(embeddings: Stored, row: int, backbone: Backbone) -> list[str]:
 
 
 def kind_of_reference(reference: Step, data: Step) -> str:
-    """The ending that the other side of an index gives to its folder's name, after checking that the two belong
-    together: references made from the photographs, or photographs of another 01_embed (queries of a survey, say)."""
+    """The ending that the other side of an index, references or another 01_embed, gives to its folder's name, after
+    checking that the two belong together."""
     if reference.name == "02_references" and reference.upstream.get("embed") != data.fingerprint:
         raise StepError(f"{reference.folder} was not made from {data.folder} as it is now: run 02_references again")
     comparable(data.parameters, reference.parameters, str(data.folder), str(reference.folder))

@@ -67,15 +67,14 @@ def start_match(
     """Start 04_match: each query of a 03_index against its best candidates, 1:1, or the pairs of a list.
 
     Args:
-        index_step, candidates: folder of a finished 03_index, and how many of each query's hits are matched; of no
-            meaning to a list.
+        index_step, candidates: folder of a finished 03_index, and how many of each query's hits are matched.
         pairs: "" is what 03_index found. A list: "all" (each pair once), "ordered" (a with b and b with a), "one:ID"
             (one photograph against all others), or the path of a CSV with columns query and candidate
             (`candidates.read_pairs`).
         embed_step: of a list, folder of the finished 01_embed that its queries come from.
         gallery_step: folder of another 01_embed, made with the same backbone at the same size, or of the 02_references
-            made from `embed_step`, that its candidates come from; "" is `embed_step` itself. Two different sides
-            have no pair twice, so "all" and "ordered" are every query against every candidate.
+            made from `embed_step`, that its candidates come from ("all" and "ordered" are then every query against
+            every candidate); "" is `embed_step` itself.
         matching, geometry: how descriptors find each other, and what they must agree on.
         outputs: names of `match.OUTPUTS`.
         tag, on_change: as in `start_embed`.
@@ -146,7 +145,7 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
     """Match every query with its candidates, those that are missing.
 
     Of a 03_index, a reference is also matched with its own source when that is not among the candidates (retrieved:
-    false), so that the error of the geometry is known apart from the retrieval; such pairs take no part in re-ranking.
+    false; no part of re-ranking), so that the error of the geometry is known apart from the retrieval.
 
     Args:
         step: of `start_match`.
@@ -156,8 +155,7 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
     Returns:
         One row a pair, by query and rank (by global vectors); `reranked` is its place after re-ranking, from 0.
         pairs/<query>/<rank>.json, .npy and .png hold each in full. A query in which the backbone found nothing has one
-        row without a candidate, in which everything has failed. Where nobody knows whether a pair is right, as of a
-        list, `right` is None.
+        row without a candidate. Where nobody knows whether a pair is right, as of a list, `right` is None.
 
     Raises:
         ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
@@ -195,7 +193,6 @@ def _looks(step: Step) -> list[Look]:
 
 
 def _open_looks(step: Step) -> list[Looked]:
-    """How a 04_match looks at its pairs, one after the other, with the tokens."""
     found = []
     for look in _looks(step):
         query, gallery = open_embeddings(step, look.weight)
@@ -239,8 +236,7 @@ def browse(step: Step | Mapping[str, Step]) -> Explorer | HTML:
     """Explore the matches of a finished 04_match, or of several by name.
 
     Returns:
-        The widget, for a notebook to show; of no step, a line that says so. It needs no model; with the weights of the
-        step's 01_embed it also matches two photographs that are uploaded.
+        The widget; of no step, a line that says so. It needs no model but to match photographs that are uploaded.
     """
     from ipywidgets import HTML
 
@@ -267,7 +263,6 @@ def _blocks(source: Source) -> Iterator[_Block]:
 
 
 def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[PairRow]:
-    """The rows of all pairs, a query at a time, each with its place after re-ranking."""
     for _, of_query in itertools.groupby(blocks, lambda block: block.query):
         rows = [{**row, "reranked": None} for block in of_query for row in files.read_rows(job.done(block))]
         for place, row in enumerate(metrics.rerank(rows)):
@@ -397,7 +392,7 @@ class _Match:
 
 
 def _judged(found: Alignment, size: tuple[int, int], truth: np.ndarray | None) -> Measured:
-    """What was found, and how far it is from the true matrix where that is known: the geometric part of a row."""
+    """What was found, and how far it is from the true matrix where that is known."""
     explained, wanted = found.geometry, None if truth is None else geometry.rotation_scale(truth, size)
     turned, scaled = (None, None)
     if explained.matrix is not None and explained.verified:

@@ -128,7 +128,7 @@ def _are_made(folder: Path, job: _Job) -> bool:
 
 
 def _make_views(job: _Job, step: Step, root: Path) -> dict[str, str | None]:
-    """All views of one photograph; its rows are written last. Returns {"problem": what is wrong, or None}."""
+    """All views of one photograph; its rows are written last."""
     row, name, _ = job
     try:
         photograph = images.decode(root / row["id"])

@@ -1,11 +1,11 @@
-"""05_report: any number of finished runs in one table, one Pareto figure and one page that opens without a kernel."""
+"""05_report: any number of finished runs in one table, and on one page that opens without a kernel."""
 
 from __future__ import annotations
 
 import base64
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from imatch.core.types import ImatchError, StepError
 from imatch.data import store
 from imatch.evaluation import intervals, verdicts
 from imatch.evaluation.calibration import Threshold
+from imatch.steps.chain import steps_below
 from imatch.steps.match import labels_path
 
 COLUMNS = {
@@ -28,7 +29,7 @@ COLUMNS = {
     "hit_at_1": ("Hit@1", "how often the first hit is right; a query that a backbone could not embed counts as missed"),
     "low": ("from", "and to: 95 % interval, by resampling whole photographs (or captures)"),
     "high": ("to", ""),
-    "place": ("place", "best; as good: its paired interval to the best holds 0; worse"),
+    "place": ("place", "as good: its paired interval to the best holds 0; not told apart: there is no interval"),
     "apart": (
         "against the best",
         "Hit@1 minus that of the best, paired on the same queries; of the best, minus that of the next",
@@ -44,7 +45,7 @@ COLUMNS = {
     "metres": ("median m", "metres from the query to its first hit"),
     "coverage": ("believed", "share of answerable queries whose first hit passes the threshold of 'no match'"),
     "held_out_precision": ("right of them", "precision on photographs that the threshold was not calibrated on"),
-    "ms": ("ms", "milliseconds a photograph from file to stored tokens, on the device named below"),
+    "ms": ("ms", "milliseconds a photograph from file to stored tokens, on the device named above"),
     "megabytes": ("MB", "megabytes a photograph on disk"),
     "labelled": ("labelled", "pairs that people accepted or rejected in the explorer"),
     "label_precision": (
@@ -124,7 +125,7 @@ def start_report(steps: Sequence[str], *, run: str, tag: str = "", on_change: st
 
 
 def _measured(step: Step) -> list[Json]:
-    """What a report shows of a step and its fingerprint does not hold: times, the device, alarms, labels."""
+    """What a report shows of a step and its fingerprint does not hold."""
     return [step.work, step.device, step.metrics, _said(step)]
 
 
@@ -138,7 +139,7 @@ def _said(step: Step) -> dict[str, float | None] | None:
 
 def _finished(folder: Path) -> list[Step]:
     """The finished 04_match steps in a folder, and the 03_index steps that none of them goes on from."""
-    read = [open_step(path) for path in _steps(folder) if (path / "metrics.json").is_file()]
+    read = [open_step(path) for path in steps_below(folder) if (path / "metrics.json").is_file()]
     read = [step for step in read if step.name in ("03_index", "04_match") and _whole(step)]
     matched = [step for step in read if step.name == "04_match"]
     below = {step.linked("index") for step in matched}
@@ -153,16 +154,6 @@ def _whole(step: Step) -> bool:
         print(f"left out: {step.folder}, for {error}")
         return False
     return True
-
-
-def _steps(folder: Path) -> Iterator[Path]:
-    """The folders of steps below a folder; it does not look into them, for they may hold a folder a query."""
-    if (folder / "step.json").is_file():
-        yield folder
-        return
-    for below in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if below.is_dir() and not below.name.startswith("."):
-            yield from _steps(below)
 
 
 def chain(step: Step) -> dict[str, Step]:
@@ -180,18 +171,17 @@ def chain(step: Step) -> dict[str, Step]:
     embed = next((side for side in (gallery, query) if side.name == "01_embed"), None)
     embed = embed or open_step(gallery.linked("embed"))
     named = {"01_embed": embed, "03_index": index, "queries": query}
-    if (references := next((side for side in (query, gallery) if side.name == "02_references"), None)) is not None:
-        named["02_references"] = references
-    return {**named, **({"04_match": step} if step.name == "04_match" else {})}
+    named |= {side.name: side for side in (gallery, query) if side.name == "02_references"}
+    return {**named, step.name: step}
 
 
 def tabulate(step: Step) -> list[ReportRow]:
     """One row a configuration: what it found, how exactly, and what it costs.
 
     Configurations answer the same question when they have the same photographs, references, direction and truth; in
-    each question the best by Hit@1 is marked, and every other one is compared with it on the same queries
-    (`intervals.paired_difference`). A query for which a configuration has no vector, or whose answer it could not
-    embed, is missed. The best of many is a little lucky: read the intervals.
+    each question every one is compared with the best by Hit@1 on the same queries (`intervals.paired_difference`). A
+    query for which a configuration has no vector, or whose answer it could not embed, is missed. The best of many is a
+    little lucky: read the intervals.
 
     Returns:
         Rows by question, best first: `name` (of the step in `step.links`), `label` (a short one), `question`, the keys
@@ -260,7 +250,6 @@ def _row(name: str, steps: Mapping[str, Step]) -> ReportRow:
 
 
 def _asks(steps: Mapping[str, Step]) -> str:
-    """What a 03_index step asks: the photographs of both sides, the views of them, and what is right."""
     index = steps["03_index"]
     sides = []
     for side in ("query", "gallery"):
@@ -273,17 +262,18 @@ def _asks(steps: Mapping[str, Step]) -> str:
 
 
 def _count(rows: Sequence[ReportRow]) -> None:
-    """Fill in how often the first hit is right, over all queries that some configuration of the question can answer."""
+    """Fill in Hit@1, over all queries that some configuration of the question can answer."""
     clusters = {id: one["cluster"] for row in rows for id, one in row["queried"].items() if one["answers"]}
     for row in rows:
-        row["values"] = {id: float(id in row["queried"] and 0 in row["queried"][id]["right_ranks"]) for id in clusters}
+        right = {id for id, one in row["queried"].items() if 0 in one["right_ranks"]}
+        row["values"] = {id: float(id in right) for id in clusters}
         hit = intervals.interval([*row["values"].values()], [*clusters.values()], unit=row["unit"])
         row |= {"clusters": clusters, "queries": len(clusters), "hit_at_1": hit.value}
         row |= {"low": hit.low, "high": hit.high, "why": hit.why}
 
 
 def _compare(rows: Sequence[ReportRow]) -> None:
-    """Fill in place and distance to the best of the rows of one question, which are best first."""
+    """Fill in place and distance to the best of one question; rows are best first."""
     best = rows[0]
     for row in rows:
         row |= {"place": "best", "apart": None, "apart_low": None, "apart_high": None}

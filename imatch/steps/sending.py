@@ -137,7 +137,7 @@ def message(results: Mapping[str, Json], row: AnswerRow) -> bytes:
 
 
 def _refuse_same_queries(run: Path, folder: Path, queries: set[str]) -> None:
-    """Raise ImatchError if another step of the run has sent, or begun to send, messages of some of these queries."""
+    """Refuse if another step of the run has begun to send messages of some of these queries."""
     for path in sorted((run / "03_index").rglob("results.json")):
         mark = path.with_name("sent.json")
         if path.parent == folder or not (mark.is_file() and files.read_json(mark)["run"] == run.name):

@@ -1,7 +1,6 @@
-"""Figures of numbers, which compare configurations: how often, how far and how surely.
+"""Figures of numbers, which compare configurations; a sentence in place of one where there is nothing to draw.
 
-What one shows stands above it in the notebook and below it in report.html; where there is nothing to draw, a sentence
-that says why stands in place of the figure.
+What one shows stands above it in the notebook and below it in report.html.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator
 
 from imatch.core import files
 from imatch.core.rows import IndexFigures, PairRow, QueryRow, ReportRow, RetrievalFigures
@@ -36,6 +35,7 @@ STYLE = {
     "axes.grid": True,
     "axes.prop_cycle": cycler(color=COLOURS),
     "axes.titlesize": 9,
+    "figure.constrained_layout.h_pad": 0.1,  # inches; with less, titles of photographs are cut
     "figure.constrained_layout.use": True,
     "font.family": ["DejaVu Sans", *(name for name in KOREAN if name in font_manager.get_font_names())],
     "font.size": 8,
@@ -55,7 +55,7 @@ ERRORS = {
     "rotation_error": ("rotation error, degrees", (1e-3, 180.0)),
     "scale_error": ("scale error (0.01 is 1 %)", (1e-5, 1.0)),
 }
-"""What errors are called, and between which ones they are drawn."""
+"""Their names, and between which ones they are drawn."""
 
 
 @rc_context(STYLE)
@@ -63,8 +63,7 @@ def hit_by_angle(metrics: Mapping[str, RetrievalFigures]) -> Figure | str:
     """How often a rotated and cropped photograph is itself the first hit: a panel a crop, a line a configuration.
 
     Args:
-        metrics: name of a configuration -> `metrics.retrieval_metrics`, of which `by_view` is drawn: crop, angle
-            (degrees counter-clockwise), value, low and high (Hit@1 and its 95 % interval; None without one).
+        metrics: name of a configuration -> `metrics.retrieval_metrics`, of which `by_view` is drawn.
 
     >>> view = {"crop": 0.5, "angle": 0, "value": 1.0, "low": None, "high": None}
     >>> hit_by_angle({"sift": {"by_view": [view]}}).axes[0].get_title()
@@ -181,9 +180,8 @@ def errors(pairs: Mapping[str, Sequence[PairRow]]) -> Figure | str:
     """How exact the found geometry is where the true one is known, over all such pairs and by the reference's angle.
 
     Args:
-        pairs: name of a configuration -> its rows of pairs.jsonl, of which those count that have a true
-            matrix. One without a geometry (corner error), or without a verified one (rotation and scale), counts
-            as infinitely wrong.
+        pairs: name of a configuration -> its rows of pairs.jsonl. One without a geometry (corner error), or without a
+            verified one (rotation and scale), counts as infinitely wrong.
 
     >>> errors({"sift": []})[:13]
     'No true error'
@@ -208,7 +206,8 @@ def errors(pairs: Mapping[str, Sequence[PairRow]]) -> Figure | str:
         for part, look in parts:
             values, at = np.array([number(row[key], math.inf) for row in part]), np.geomspace(*ends, 13)
             _cumulated(axis, values, look)
-            _band(axis, at, [values <= error for error in at], [row["cluster"] for row in part], look["color"])
+            clusters = [row["cluster"] for row in part]
+            _band(axis, at, [values <= error for error in at], clusters, look["color"])
         _log(axis.xaxis)
         axis.set(xlabel=name, ylabel="share of pairs below" if axis is above[0] else "", xlim=ends, ylim=(-0.02, 1.03))
     for row in below:
@@ -231,6 +230,7 @@ def _errors_by_angle(axes: Sequence[Axes], parts: Sequence[tuple[Sequence[PairRo
         _log(axis.yaxis)
     axes[2].set(ylabel="share of pairs not verified", ylim=(-0.02, 1.03))
     for axis in axes:
+        axis.set_xlim(axes[2].get_xlim())  # where all have failed there is no median to make room for
         angles(axis)
 
 
@@ -239,9 +239,8 @@ def metres(rows: Mapping[str, Sequence[QueryRow]]) -> Figure | str:
     """How far from where a query was taken its first hit was, and the nearest of all its hits.
 
     Args:
-        rows: name of a configuration -> its rows of queries.jsonl: metres (of the first hit) and least_metres (of
-            the nearest of all k), None where unknown. As in `truth.position_figures`, queries without any known
-            distance are left out, and a first hit of unknown distance is within no distance.
+        rows: name of a configuration -> its rows of queries.jsonl. As in `truth.position_figures`, queries without any
+            known distance are left out, and a first hit of unknown distance is within no distance.
 
     >>> metres({"sift": [{"metres": None, "least_metres": None}]})[:9]
     'No metres'
@@ -274,11 +273,10 @@ def pareto(table: Sequence[ReportRow], x: str, y: str) -> Figure | str:
     and joined.
 
     Args:
-        table: one row a configuration: name (or label, a shorter one), the cost under the name `x` (above 0), the
-            worth under the name `y` (in [0, 1]), low and high of its 95 % interval (None: no interval), question
-            (what it answers, if rows answer several: only answers to the same one are compared). Rows without a cost or
-            a worth (None) are left out, and counted below.
-        x, y: names of columns, which name the axes too; `MEANS` has words for some.
+        table: one row a configuration: name (or label, a shorter one), `x` (its cost, above 0), `y` (its worth, in
+            [0, 1]), low and high (None: no interval) and, if rows answer several, question. Rows without a cost or a
+            worth (None) are left out, and counted below.
+        x, y: names of columns, which name the axes, too.
 
     Raises:
         ImatchError: a cost is not above 0.
@@ -328,9 +326,7 @@ def recall_curve(index: IndexFigures) -> Figure | str:
     """What an approximate index finds of that which exact search finds, and the time that takes, against its effort.
 
     Args:
-        index: of `steps.index.tune_index`. Drawn: curve (effort, recall in [0, 1] and ms a query of each point that was
-            tried), effort (name and value), wanted_recall, and search_ms and exact_ms (milliseconds a query), which are
-            timed alike, so that search_ms is drawn as the time of the chosen effort.
+        index: of `steps.index.tune_index`.
 
     Returns:
         The figure; a sentence for an index whose effort is not to be chosen: an exact one, or one of FAISS' own keys.
@@ -339,7 +335,8 @@ def recall_curve(index: IndexFigures) -> Figure | str:
     >>> recall_curve(exact)
     'flat is exact: recall 1 by definition; 0.9 ms a query, 1536 bytes a vector.'
     """
-    kind, points, size = files.printable(index["kind"]), index["curve"], f"{index['bytes_a_vector']:.0f} bytes a vector"
+    kind, points = files.printable(index["kind"]), index["curve"]
+    size = f"{index['bytes_a_vector']:.0f} bytes a vector"
     if not points:
         return f"{kind} is exact: recall 1 by definition; {index['search_ms']:.3g} ms a query, {size}."
     if (chosen := index["effort"]) is None:
@@ -349,6 +346,7 @@ def recall_curve(index: IndexFigures) -> Figure | str:
         return f"{kind}: recall {told}, {size}."
     efforts, recalls = [point["effort"] for point in points], [point["recall"] for point in points]
     at = efforts.index(chosen["value"])
+    # the chosen effort by the time that was taken as that of exact search was
     times = [index["search_ms"] if i == at else point["ms"] for i, point in enumerate(points)]
     reached = recalls[at] >= index["wanted_recall"]
     said = f"chosen: {chosen['value']}{'' if reached else ', which FALLS SHORT of the recall asked for'}"
@@ -375,7 +373,8 @@ def _looks(names: Collection[str]) -> dict[str, dict[str, str | float]]:
     """How configurations are drawn: later ones narrower, so that lines that coincide are all seen."""
     n = len(names)
     many = [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 0.88, n))]
-    colours, widths = COLOURS if n <= len(COLOURS) else many, np.linspace(1.2 + min(n - 1, 4), 1.2, n).tolist()
+    colours = COLOURS if n <= len(COLOURS) else many
+    widths = np.linspace(1.2 + min(n - 1, 4), 1.2, n).tolist()
     drawn = zip(names, colours, widths, strict=False)
     return {name: {"color": colour, "linewidth": width, "markersize": 3 + width} for name, colour, width in drawn}
 
@@ -397,11 +396,11 @@ def _cumulated(axis: Axes, values: np.ndarray, look: Mapping[str, str | float]) 
 
 
 def _log(ruler: Axis, steps: Sequence[float] = (1,)) -> None:
-    """A logarithmic axis in plain numbers."""
+    """A logarithmic axis in plain numbers; of less than two decades in those between them, too."""
     ruler.axes.set(**{f"{ruler.axis_name}scale": "log"})
     ruler.set_major_locator(LogLocator(subs=steps))
     ruler.set_major_formatter("{x:g}")
-    ruler.set_minor_formatter(NullFormatter())
+    ruler.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _band(

@@ -51,8 +51,7 @@ BEST, SECOND = "#7fff00", "#ff9f1c"
 class PairCanvas:
     """A figure of two photographs, A on the left and B on the right, each in pixels of its original.
 
-    Artists stay and only their data changes, so that a slider redraws at once. Zooming moves one photograph; the lines
-    follow.
+    Artists stay and only their data changes, so that a slider redraws at once.
 
     Args:
         clicked: called with the side (0 for A, 1 for B) and (x, y) in its pixels when a photograph is clicked.
@@ -76,8 +75,7 @@ class PairCanvas:
         self.widget.mpl_connect("button_press_event", self._pressed)
 
     def show(self, photographs: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
-        """Show two photographs, (h, w, 3) uint8 RGB of any resolution, and nothing over them; everything is drawn in
-        pixels of the originals, whose sizes (h, w) these are."""
+        """Show two photographs, (h, w, 3) uint8 RGB, whose originals have these sizes (h, w), and nothing over them."""
         for side, pixels, size in zip(self.sides, photographs, sizes, strict=True):
             side.show(pixels, size)
         none = np.zeros((0, 2))
@@ -93,8 +91,7 @@ class PairCanvas:
         self.widget.draw_idle()
 
     def outline(self, corners: np.ndarray | None, found: Geometry) -> None:
-        """Draw the outline of A in B, (4, 2) pixels of B: green when verified, else red; dashed in a scene with depth,
-        where it is approximate. None draws none."""
+        """Draw the outline of A, (4, 2) pixels of B: green when verified, else red; dashed where it is approximate."""
         closed = np.zeros((0, 2)) if corners is None else np.vstack([corners, corners[:1]])
         self.sides[1].outline.set_data(*closed.T)
         self.sides[1].outline.set_color(GOOD if found.verified else BAD)
@@ -107,9 +104,9 @@ class PairCanvas:
         Args:
             side: 0 when the token is of A, 1 when it is of B.
             xy: (2,) its pixel.
-            other: the tokens of the other side; cells when they lie on a grid, else dots.
+            other: the tokens of the other side.
             similarity: (n,) cosine with each of them.
-            best: which of them is the most similar and, if there is one, the second best (`pictures.best_two`).
+            best: of `pictures.best_two`.
         """
         ends, colours = other.xy[list(best)], [BEST, SECOND][: len(best)]
         here, there = self.sides[side], self.sides[1 - side]
@@ -212,7 +209,7 @@ def _ipympl_canvas(figure: Figure) -> Canvas:
 
 
 SIDE = 960
-"""The longer side of a photograph on the canvas in pixels: enough to zoom in, little enough to redraw at once."""
+"""Pixels of a photograph's longer side: enough to zoom in, little enough to redraw at once."""
 UNCLEAR = "unclear"
 """What a pair without a label is."""
 
@@ -242,8 +239,7 @@ class Saved:
 
     Attributes:
         matched: the 04_match and what it was made from.
-        photographs: what the queries show (their id; of references that of their source) -> (crop, angle) -> query; a
-            photograph itself has crop 1 and angle 0.
+        photographs: id of what queries show -> (crop, angle), of a photograph itself (1, 0) -> query.
         candidates: query -> its rows of pairs.jsonl, by rank; none where nothing was found.
     """
 
@@ -306,9 +302,7 @@ class Saved:
 class Explorer(widgets.VBox):
     """Choose a pair, move the sliders, click a patch, say whether the pair is right.
 
-    Every pair opens with the geometry that 04_match gave it. The similarity and the RANSAC of the sliders then find it
-    anew from the saved correspondences. A click on one photograph shows how similar that patch is to all of the other
-    and, in a scene with depth, the epipolar line on which it lies there.
+    Every pair opens with the geometry that 04_match gave it; moved sliders find it anew from the saved correspondences.
 
     Args:
         names: of finished 04_match steps.
@@ -462,8 +456,7 @@ class Explorer(widgets.VBox):
         return self.similarity.value, self.model.value, self.threshold.value
 
     def _draw(self) -> None:
-        """Draw the pair: as it was opened or, once a slider says otherwise, with a geometry that is found anew from the
-        saved correspondences."""
+        """Draw the pair, with a geometry that is found anew once a slider says so."""
         if self._opened is None:
             return
         pair, self._clicked = self._opened.pair, None
@@ -476,14 +469,14 @@ class Explorer(widgets.VBox):
             found = estimator(pair.xy_a[alike], pair.xy_b[alike], *pair.sizes, exif.focal_lengths(*pair.paths))
         shown = np.flatnonzero(found.inliers | (not self.inliers.value))[: self.most.value]
         lines = alike[shown]
-        self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], pair.matches.similarity[lines], found.inliers[shown])
+        similarity = pair.matches.similarity[lines]
+        self.canvas.lines(pair.xy_a[lines], pair.xy_b[lines], similarity, found.inliers[shown])
         self.canvas.outline(pictures.outline(found, pair.sizes[0]), found)
         self._geometry = found
         self._say(_found(pair, found, len(alike), len(lines)))
 
     def _click(self, side: int, xy: tuple[float, float]) -> None:
-        """Show how similar the nearest token of one side is to all of the other, and its epipolar line there; a second
-        click ends that."""
+        """Show what the nearest token of one side resembles in the other; a second click ends that."""
         if self._opened is None:
             return
         tokens, other = self._opened.tokens[side], self._opened.tokens[1 - side]

@@ -41,7 +41,8 @@ def descriptors(embeddings: Embeddings, root: Path, n: int = 6, strongest: int =
         xy = xy if meta["grid"] else xy[:strongest]
         h, w = meta["size"]
         told = ", strongest shown" if meta["grid"] is None and meta["n"] > strongest else ""
-        axis.imshow(images.thumbnail(root / meta["id"], meta["size"], 320), extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+        photograph = images.thumbnail(root / meta["id"], meta["size"], 320)
+        axis.imshow(photograph, extent=(-0.5, w - 0.5, h - 0.5, -0.5))
         axis.plot(*xy.T, ".", color="#ffd500", markersize=1.5)
         axis.set_title(f"{_short(meta['id'])}\n{meta['n']} descriptors{told}", fontsize=7)
     return figure
@@ -106,8 +107,8 @@ def reference_sheet(views: Path, rows: Sequence[ReferenceRow], columns: int = 12
 
 
 def reference_kinds(photographs: Path, rows: Sequence[ReferenceRow], resize_to_original: bool = False) -> Figure:
-    """The first photograph turned by every kind of reference, a row a kind, at the step's largest crop: what a kind
-    does to the scale and to the corners, whichever was chosen. Made from a thumbnail, so of any photograph at once.
+    """The first photograph turned by every kind of reference, a row a kind, at the step's largest crop; it is made from
+    a thumbnail.
 
     Args:
         photographs: the folder that the ids of the photographs are relative to.
@@ -185,9 +186,9 @@ def hits_shown(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int,
 
 @rc_context(curves.STYLE)
 def hit_sheet(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int = 6, k: int = 5) -> Figure:
-    """The contact sheet: n queries, evenly spread, down, and across their best k hits: framed green where right,
-    orange where wrong, with the cosine and, where it is known, the distance in metres."""
-    shown, k = hits_shown(query, gallery, ranking, n, k), min(k, ranking.rows.shape[1])
+    """The contact sheet: n queries down, and across their best k hits, framed green where right, orange where wrong."""
+    shown = hits_shown(query, gallery, ranking, n, k)
+    k = max(len(row["hits"]) for row in shown)  # a small gallery has fewer than were asked for
     wide, side = 1.5, 1.6  # a query is so much wider than a hit, which is so many inches wide
     sizes = [[row["size"], *(hit["size"] for hit in row["hits"])] for row in shown]
     tall = [max(h / w * (wide if i == 0 else 1) for i, (h, w) in enumerate(of_row)) for of_row in sizes]
@@ -200,7 +201,7 @@ def hit_sheet(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int =
         first.imshow(images.thumbnail(row["path"], row["size"], 320))
         turned = "" if row["angle"] is None else f", turned by {row['angle']:g} deg"
         first.set_title(f"query{turned}\n{_short(row['id'])}", fontsize=8, fontweight="bold")
-        for hit, axis in zip(row["hits"], others, strict=False):  # a small gallery has fewer hits than places
+        for hit, axis in zip(row["hits"], others, strict=False):
             picture = images.thumbnail(hit["path"], hit["size"], 240)
             axis.imshow(picture)
             metres = "" if hit["metres"] is None else f", {pictures.metres_said(hit['metres'])}"
@@ -214,8 +215,7 @@ def hit_sheet(query: Embeddings, gallery: Embeddings, ranking: Ranking, n: int =
 
 @rc_context(curves.STYLE)
 def match_summary(pairs: Sequence[PairRow], metrics: MatchFigures) -> Figure | str:
-    """What 1:1 matching adds: inliers of right and wrong candidates and, where queries are references, Hit@1 before and
-    after re-ranking by their angle."""
+    """Inliers of right and wrong candidates and, of references, Hit@1 before and after re-ranking by their angle."""
     if not pairs:
         return "Nothing was matched: there was no pair."
     figure = Figure(figsize=(11, 3.6) if metrics["by_view"] else (6, 3.6))
@@ -235,7 +235,8 @@ def match_summary(pairs: Sequence[PairRow], metrics: MatchFigures) -> Figure | s
     for crop in sorted({view["crop"] for view in metrics["by_view"]}, reverse=True):
         views = [view for view in metrics["by_view"] if view["crop"] == crop]
         angles = [view["angle"] for view in views]
-        (line,) = axes[1].plot(angles, [curves.number(v["hit_at_1"]) for v in views], ".-", label=f"crop {crop:g}")
+        first = [curves.number(view["hit_at_1"]) for view in views]
+        (line,) = axes[1].plot(angles, first, ".-", label=f"crop {crop:g}")
         again = [curves.number(view["reranked_hit_at_1"]) for view in views]
         axes[1].plot(angles, again, ":", color=line.get_color(), label=f"crop {crop:g}, re-ranked")
     for axis in axes[1:]:
@@ -261,8 +262,7 @@ def pair_sheet(folder: Path, pairs: Sequence[PairRow], n: int = 4) -> Figure | s
 
 @rc_context(curves.STYLE)
 def pair_views(matched: Matched, pairs: Sequence[PairRow]) -> Figure | str:
-    """The pair with the most inliers in all views that it has: lines; A warped onto B as a checkerboard and as a blend;
-    how similar the patch of its strongest correspondence is to all of B; the principal components of both.
+    """The pair with the most inliers in all views that it has, from lines to the principal components of both.
 
     Args:
         matched: a 04_match.
@@ -312,7 +312,7 @@ def _principal(tokens: Sequence[Tokens], sizes: Sequence[tuple[int, int]]) -> li
 
 
 def _patch(here: Axes, there: Axes, pair: Pair, a: Tokens, b: Tokens) -> None:
-    """The strongest correspondence's patch in A, an inlier if there is one, and how similar all of B is to it."""
+    """The strongest correspondence's patch in A, an inlier if there is one, and the heat of B."""
     patch = int(pair.matches.index_a[pair.geometry.inliers.argmax()])
     similarity = pictures.similarities(a, b, [patch])[0]
     best = [i for i in pictures.best_two(similarity, b) if i is not None]

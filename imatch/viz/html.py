@@ -29,10 +29,9 @@ SIDE, SMALL, GAP = 640, 320, 12
 def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
     """Write a pair as one HTML file.
 
-    Its correspondences answer to the pointer with similarity and pixels, a slider and a box choose among them. Pointing
-    at A shows how similar that patch (of keypoints, the nearest one) is to all of B, with the best and its rival
-    (`pictures.best_two`), and in a scene with depth the epipolar line of the pixel. Photographs of more than `MOST`
-    descriptors are thinned, and the page says so.
+    Pointing at A shows how similar that patch (of keypoints, the nearest one) is to all of B, with the best and its
+    rival (`pictures.best_two`), and in a scene with depth the epipolar line of the pixel. Photographs of more than
+    `MOST` descriptors are thinned, and the page says so.
 
     Args:
         pair: what to show.
@@ -43,8 +42,6 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
         The path.
 
     >>> import tempfile
-    >>> from imatch.core.types import Tokens
-    >>> from imatch.core.types import Pair
     >>> from imatch.core.types import Geometry, Matches
     >>> tokens, nothing = Tokens(np.ones(1), np.eye(4), np.eye(4, 2)), np.zeros(0)
     >>> found = Geometry(None, nothing > 0, np.nan, False, "0 correspondences are too few for homography")
@@ -94,8 +91,7 @@ def pair_page(pair: Pair, a: Tokens, b: Tokens, path: Path) -> Path:
 def sheet_page(
     name: str, query: Embeddings, gallery: Embeddings, ranking: Ranking, path: Path, n: int = 50, k: int = 5
 ) -> Path:
-    """Write the contact sheet of a 03_index as one HTML file: queries down, their hits across, framed green
-    where right and red where wrong, with cosine and, where known, metres. Pointing at a hit shows it large.
+    """Write the contact sheet of a 03_index as one HTML file, in which pointing at a hit shows it large.
 
     Args:
         name: of the 03_index, for the title.
@@ -195,8 +191,8 @@ def _heat(a: Tokens, b: Tokens) -> dict[str, Json]:
 
 
 def _thinned(tokens: Tokens, matched: np.ndarray) -> Tokens:
-    """At most `MOST` of the descriptors: of a grid every second, third, ... row and column, of keypoints those that
-    were matched and then the first ones, which backbones give strongest first."""
+    """At most `MOST` of the descriptors: of a grid every s-th row and column, of keypoints those that were matched and
+    then the strongest, which come first."""
     if len(tokens.xy) <= MOST:
         return tokens
     if tokens.grid is not None:

@@ -67,16 +67,14 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.ndarray:
-    """Both photographs side by side, correspondences as lines, the outline of A where it was found in B (dashed where
-    that is only roughly known), and in words what was found.
+    """Both photographs side by side, correspondences as lines, the outline of A in B, and in words what was found.
 
     Args:
         pair: what to draw.
         side: pixels of a photograph's longer side at most; none is enlarged.
         shown: (m,) bool, which correspondences may be drawn; by default the inliers.
 
-    >>> from imatch.core.types import Pair
-    >>> from imatch.core.types import Geometry, Matches
+    >>> from imatch.core.types import Matches
     >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
     >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
     >>> row = {"query": "a", "candidate": "b", "verified": True, "inliers": 0, "matches": 0, "rotation": None}
@@ -104,9 +102,7 @@ def lines(pair: Pair, side: int = SIDE, shown: np.ndarray | None = None) -> np.n
 
 
 def checkerboard(pair: Pair, side: int = SIDE) -> np.ndarray:
-    """B, with A warped onto it in every other square: what is at one place runs on over the edges of the squares.
-
-    Where A does not reach, B is shown.
+    """B, with A warped onto it in every other square.
 
     Args:
         pair: what to draw.
@@ -115,8 +111,7 @@ def checkerboard(pair: Pair, side: int = SIDE) -> np.ndarray:
     Raises:
         ImatchError: A cannot be warped onto B (`flaw`).
 
-    >>> from imatch.core.types import Pair
-    >>> from imatch.core.types import Geometry, Matches
+    >>> from imatch.core.types import Matches
     >>> found = Geometry(np.eye(3), np.zeros(0, bool), 0.0, True, "")
     >>> files, xy, none = (Path("a.jpg"), Path("b.jpg")), np.zeros((0, 2)), np.zeros(0)
     >>> pair = Pair({}, files, ((20, 30), (40, 60)), xy, xy, Matches(none, none, none), found)

@@ -1,7 +1,7 @@
 """Nearest neighbours among the vectors of a gallery: an index on disk in shards, built and searched.
 
     index.json      what was asked and chosen, and of which gallery, written first
-    trained.faiss   what was learned from a sample (kinds that learn)
+    trained.faiss   the empty index, with what it has learned from a sample
     00000.faiss     a shard: an index of the next rows of the gallery, mapped into memory when it is searched
 
 Shards are what a build that was killed resumes by; an index of another gallery is built again.
@@ -226,7 +226,7 @@ def _plan(asked: IndexOptions, n: int, d: int) -> Plan:
     return {"kind": kind, "options": dict(asked.options), "reason": why}
 
 
-def _check_norms(vectors: np.ndarray, rows: np.ndarray) -> None:
+def _check_norms(vectors: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
     norms = np.linalg.norm(vectors, axis=1)
     wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
     if len(wrong):
@@ -278,7 +278,7 @@ def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, 
     """Add some rows of the gallery."""
     with threadpool_limits(1 if kind.in_order else None, user_api="openmp"):
         for block in blocks(vectors, first, last):
-            _check_norms(block, np.arange(first, last))
+            _check_norms(block, range(first, last))
             index.add(block)
             first += len(block)
 
@@ -520,7 +520,6 @@ def blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iter
     >>> [block.tolist() for block in blocks(np.eye(2), 1)]
     [[[0.0, 1.0]]]
     """
-    """Yield copies of the rows of (N, D) vectors from the first to before the last, `BLOCK` numbers at once."""
     size, last = max(1, BLOCK // max(1, vectors.shape[1])), len(vectors) if last is None else last
     for start in range(first, last, size):
         yield files.take(vectors, slice(start, min(start + size, last)))

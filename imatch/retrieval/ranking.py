@@ -328,7 +328,7 @@ class Ways:
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors as they are compared; those of zeros, which are absent, stay zero."""
-        return self.whiten(vectors) * vectors.any(axis=1, keepdims=True) if self.whiten else vectors
+        return self.whiten(vectors) if self.whiten else vectors
 
     def _found(self, part: slice, index: Searcher, vectors: np.ndarray, turn: float | np.ndarray = 0.0) -> Found:
         """The first `depth` hits that are not left out; vectors of zeros, which are absent, have none."""

@@ -322,14 +322,15 @@ def places(
 
     Raises:
         ImatchError: it is ambiguous which label a photograph has; some photographs have only latitude and longitude,
-            others only x and y.
+            others only x and y; or a position of `exif` cannot be true.
 
     >>> places(["flight/a.jpg", "b.jpg"], [None, None], {"a.jpg": {"x": 3.0, "y": 4.0, "yaw": 350.0}}, [30, 0])
     Places(system='plane', coordinates=array([[ 3.,  4.],
            [nan, nan]]), heading=array([20., nan]))
     """
     if labels is None:
-        said = [row or {} for row in exif]
+        named = zip(exif, (f"position of photograph {id!r}: " for id in ids), strict=True)
+        said = [config.checked(_Numbers, row or {}, where).known for row, where in named]
     else:
         fitting = _fitting({_normal(id) for id in ids}, {_normal(name): label for name, label in labels.items()})
         said = [fitting.get(_normal(id), {}) for id in ids]
@@ -564,7 +565,8 @@ def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tupl
         for row in rows:
             source = row.get("source", row["id"])
             ids.append(f"{side.sources.root.name}/{source}" if apart else source)
-            exif.append(sources.get(source, {}).get("position"))
+            place = sources.get(source, {}).get("position") or {}
+            exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
             turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
     both = places(ids, exif, labels, turned)
     found = []

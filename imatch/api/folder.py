@@ -47,11 +47,8 @@ class FolderMatches:
     def __str__(self) -> str:
         verified = sorted((row for row in self.pairs if row["verified"]), key=lambda row: -row["inliers"])
         wide = max([len(files.printable(row[side])) for row in verified for side in ("query", "candidate")] + [9])
-        lines = (
-            [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  by     rotated  times as large"]
-            if verified
-            else []
-        )
+        head = f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  by     rotated  times as large"
+        lines = [head] if verified else []
         for row in verified:
             shown = (files.printable(row[side]) for side in ("query", "candidate"))
             angle = round(row["rotation"] or 0.0, 1) + 0.0
@@ -99,8 +96,7 @@ def match_folder(
     """Match the photographs of a folder with each other.
 
     All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector, without a second
-    look. By weight "auto" what sift does not verify is asked of xfeat, for the 20 nearest of each. A photograph that
-    cannot be read is left out and named.
+    look. By weight "auto" what sift does not verify is asked of xfeat, for the 20 nearest of each.
 
     Args:
         folder: of the photographs; those in folders below it count, too.
@@ -125,7 +121,8 @@ def match_folder(
     for backbone, other in zip(others, weights[1:], strict=True):
         kept = {name: sources[name] for name in names}
         found, _ = describe(kept, backbone, other, copies=copies.get(other, 1), instead=instead)
-        pairs = [(a, b) for a, b in _nearest(found) if not ((row := rows.get((a.name, b.name))) and row["verified"])]
+        done = {pair for pair, row in rows.items() if row["verified"]}
+        pairs = [(a, b) for a, b in _nearest(found) if (a.name, b.name) not in done]
         for row in _rows(pairs, other, 1):  # its network has threads of its own
             before = rows.get(pair := (row["query"], row["candidate"]))
             both = f"{weights[0]}: {before['reason']}; {other}: {row['reason']}" if before else row["reason"]
@@ -165,8 +162,5 @@ def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
         joined = of.get(a, {a}) | of.get(b, {b})
         for name in joined:
             of[name] = joined
-    return sorted((sorted(group) for group in {id(group): group for group in of.values()}.values()), key=_by_size)
-
-
-def _by_size(group: Sequence[str]) -> tuple[int, Sequence[str]]:
-    return -len(group), group
+    found = {id(group): sorted(group) for group in of.values()}
+    return sorted(found.values(), key=lambda group: (-len(group), group))

@@ -182,9 +182,8 @@ def _by_view(
 
 
 def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
-    """Area under the curve of the share of pairs below an error, from 0 to `threshold`, divided by `threshold`: the
-    figure of HPatches' homography estimation (as Sarlin et al., "SuperGlue", CVPR 2020, compute it: trapezoids between
-    the sorted errors).
+    """Area under the curve of the share of pairs below an error, from 0 to `threshold`, divided by `threshold`, as
+    Sarlin et al., "SuperGlue", CVPR 2020, compute it: trapezoids between the sorted errors.
 
     Args:
         errors: mean corner errors in pixels; infinite where no geometry was found.
@@ -206,8 +205,7 @@ def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
 
 def rerank(pairs: Iterable[PairRow]) -> list[PairRow]:
     """One query's retrieved pairs in a new order: verified ones by their inliers, those of an earlier look first (of
-    another backbone they are not comparable), then the others as retrieval ranked them (inliers that do not verify are
-    chance).
+    another backbone they are not comparable), then the others as retrieval ranked them.
 
     >>> rows = [dict(rank=r, verified=r == 1, inliers=9 * r, retrieved=True) for r in range(3)]
     >>> [row["rank"] for row in rerank(rows)]
@@ -244,13 +242,11 @@ def match_metrics(pairs: Sequence[PairRow], unit: str = "photographs") -> MatchF
         queries with a wrong candidate, the share of which one verifies: how often no match would be believed),
         corner_error_median of the verified right ones in pixels. Of all pairs of a reference with its own source
         (pairs without a geometry count as failed): true_pairs, true_corner_error_median, true_within_8px,
-        corner_auc (by threshold), matching_accuracy (mean share of correspondences within so many pixels of where the
-        true matrix puts them: Mikolajczyk and Schmid, PAMI 2005; Dusmanu et al., "D2-Net", CVPR 2019), inlier_ratio
-        (mean share of correspondences that the found geometry explains), rotation_error_median in degrees and
-        scale_error_median (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1,
-        true_within_8px and reranking (reranked_hit_at_1 - hit_at_1, paired on the same queries). `by_crop` and
-        `by_view` (crop and angle) have the same for parts. Shares are None where
-        nothing could be counted.
+        corner_auc (by threshold), matching_accuracy (mean of `geometry.matching_accuracy`), inlier_ratio (mean share of
+        correspondences that the found geometry explains), rotation_error_median in degrees and scale_error_median
+        (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1, true_within_8px and
+        reranking (reranked_hit_at_1 - hit_at_1, paired on the same queries). `by_crop` and `by_view` (crop and angle)
+        have the same for parts. Shares are None where nothing could be counted.
     """
     best = best_pairs(pairs)
     figures = _figures(pairs, best, unit)

@@ -76,8 +76,8 @@ def label_metrics(pairs: Iterable[PairRow], labels: Mapping[tuple[str, str], str
 
     Returns:
         labelled (how many of the pairs have a label), accepted and rejected of them; precision: the share of verified
-        ones that people accept; recall: the share of those accepted that are verified. Shares are None where nothing
-        could be counted. None when no pair has a label.
+        ones that people accept; recall: the share of those accepted that are verified, None of nothing. None when no
+        pair has a label.
 
     >>> pairs = [{"query": "q", "candidate": c, "verified": c != "c"} for c in "abc"]
     >>> label_metrics(pairs, {("q", "a"): "accept", ("q", "b"): "reject"})

@@ -26,8 +26,7 @@ from imatch.matching.two_view import GeometryOptions as GeometryOptions  # besid
 
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
-"""Inliers that verify a pair of grids, between patches: smooth photographs of the demo that show different things agree
-in up to 34 of 62 correspondences, in one of four rotations."""
+"""Inliers that verify a pair of grids: smooth photographs of different things agree in up to 34 of 62 by chance."""
 CONFIRMED, AROUND = 0.5, 4
 """Share of a coarse plane's inliers that pixels must find again; how many times the threshold they are looked for."""
 ROUNDS = 2
@@ -62,12 +61,11 @@ class Aligner:
 
     Attributes:
         matcher: makes the correspondences.
-        search: the first geometry, from coarse positions. It chooses the pose, and pixels are compared from it. Few and
-            coarse points fix a similarity better than a homography.
+        search: the first geometry, which chooses the pose, and from which pixels are compared. Few and coarse points
+            fix a similarity better than a homography.
         estimator: the geometry that is given back.
-        refinement: "off" (centres of patches), "patch" (`refine.by_patch`) or "pixel" (`refine.by_pixels` after it).
-            What a coarse matcher verifies is compared in pixels, too, unless it is off, and stays as it is where these
-            do not confirm it: light and season may differ.
+        refinement: "off", "patch" (`refine.by_patch`) or "pixel" (`refine.by_pixels` after it). What a coarse matcher
+            verifies is compared in pixels by "patch", too; it stays where they do not confirm it: light may differ.
 
     Raises:
         ImatchError: refinement "pixel" without a geometry to start from.
@@ -105,8 +103,8 @@ class Aligner:
             poses: A's tokens in a pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
             b: B's tokens.
             size_a, size_b: (h, w) of the upright photographs.
-            photographs: gives the pixels of A and of B, both upright and (h, w, 3) uint8 RGB, in their full size.
-                Called at most once, and only where pixels are compared; refinement "pixel" needs them.
+            photographs: gives the pixels of A and of B, upright (h, w, 3) uint8 RGB in full size, once they are wanted;
+                refinement "pixel" needs them.
             focal: their focal lengths in pixels, where known.
         """
         if len(poses) > 1 and (quick := self.matcher.quick):
@@ -120,7 +118,8 @@ class Aligner:
             best = depth
         elif self.refinement == "pixel" and photographs is not None:
             why = f"no first geometry to compare the photographs from: {best.geometry.reason}"
-            best = self._compared(best, views, *photographs()) if _usable(best) else refused(best, why)
+            usable = _usable(best)
+            best = self._compared(best, views, *photographs()) if usable else refused(best, why)
         elif first is not self.estimator:
             best = replace(best, geometry=self.estimator(best.xy_a, best.xy_b, *views))
         if self.matcher.coarse and self.refinement == "patch" and photographs and best.geometry.verified:
@@ -243,9 +242,7 @@ def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = 
     than PoseLib's and a fundamental matrix explains anything: on grids "auto" is a homography.
 
     Args:
-        parameters: of the step.
-        b: tokens of the right photograph; None stands for keypoints.
-        size_b: its (h, w).
+        b, size_b: tokens and (h, w) of the right photograph; None stands for keypoints.
     """
     chosen, refinement = dict(parameters["geometry"]), parameters["refine"]
     patch = 0.0 if b is None or b.grid is None else max(b.spacing)
@@ -270,8 +267,7 @@ class Tried:
     """A pair as one look has aligned it.
 
     Attributes:
-        looked, align: the look, and what aligned the pair by it.
-        found: how A lies on B.
+        looked, align, found: the look, what aligned the pair by it, and how A lies on B.
         seen, b: A's tokens in each pose, and B's.
         sizes, paths: (h, w) of A and of B, upright, and their files.
     """
@@ -303,7 +299,7 @@ class Tried:
         return dict(self.seen)[self.found.pose]
 
     def pair(self, row: PairRow, time_ms: float = 0.0) -> Pair:
-        """Put what was found to the row of the pair, for the sinks."""
+        """Put what was found to its row, for the sinks."""
         found, look, grids = self.found, self.looked.look, (self.a.grid, self.b.grid)
         settings = {
             "matcher": look.matcher,

@@ -86,7 +86,7 @@ def epipolar_line(fundamental: np.ndarray, xy: np.ndarray, size: tuple[int, int]
         size: (h, w) of B.
 
     Returns:
-        (2, 2) its two ends in pixels of B; None where it does not cross B.
+        (2, 2) its ends; None where it does not cross B.
 
     >>> sideways = np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # the camera moved along its rows
     >>> epipolar_line(sideways, np.array([3.0, 5.0]), (10, 20)).tolist()
@@ -124,9 +124,7 @@ def vector_ratios(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
 
 
 def median_similarity(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
-    """Find the similarity A -> B that correspondences of a scene of depth have in the middle.
-
-    Rotation and scale are the medians over pairs of points, the shift is that of the median point.
+    """Find the similarity A -> B with the median rotation, scale and shift of correspondences of a scene of depth.
 
     Args:
         xy_a, xy_b: (n, 2) pixels, n >= 2.

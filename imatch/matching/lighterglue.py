@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE = "xfeat-lighterglue.pt"
 DIMENSION = 64
 CONSTANTS = "confidence_thresholds"
-"""What the network works out by itself, and the file does not hold."""
+"""What the network works out by itself."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ RETURNS = 1.0
 
 def by_patch(a: Tokens, b: Tokens, matches: Matches) -> np.ndarray:
     """Where between the tokens of B's grid each correspondence lies: a soft-argmax of the cosine over the partner and
-    its eight neighbours. At the border of the grid the window reaches no further inwards than outwards: a lopsided one
-    would pull inwards.
+    its eight neighbours; at the border fewer, for a lopsided window would pull inwards.
 
     Source: Luvizon, Tabia and Picard, "Human pose regression by combining indirect part detection and contextual
     information", 2019 (soft-argmax); around a coarse match: Sun et al., "LoFTR", CVPR 2021.
@@ -119,7 +118,7 @@ def by_pixels(
 
 
 def _brought(photograph: np.ndarray, into: np.ndarray, reduction: float, size: tuple[int, int]) -> np.ndarray:
-    """A photograph in grey, warped; smoothed first where it becomes `reduction` times smaller, against aliasing."""
+    """A photograph in grey, warped; smoothed first, against aliasing, where it becomes smaller."""
     grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
     if reduction > 1:
         grey = cv2.GaussianBlur(grey, None, max(0.1, 0.5 * math.sqrt(reduction**2 - 1)))

@@ -19,8 +19,7 @@ MODELS = ("auto", "homography", "fundamental", "affine", "similarity", "off")
 METHODS = {"accurate": cv2.USAC_ACCURATE, "magsac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC}
 """The robust estimators of OpenCV, by its number."""
 FEWEST, SAMPLE = 4, 8
-"""Fewer inliers than this say nothing, whatever `min_inliers` is: any two points fit a similarity; and the smallest
-sample of a fundamental matrix."""
+"""Fewer inliers say nothing, for any two points fit a similarity; the smallest sample of a fundamental matrix."""
 PLANAR, GENERAL = 10, 15
 """Inliers that verify a plane and a scene of depth, of keypoints matched by ratio: of 529 pairs of unrelated
 photographs (the demo's, and a drone's that share no ground; `bench_real.py`) none has more than 4 and 12, at a second
@@ -33,9 +32,8 @@ EPIPOLAR = 2 / 3
 PLANE = 0.8
 """From this share of the fundamental matrix' inliers on a plane explains them (COLMAP's `max_H_inlier_ratio`)."""
 STILL, CELLS, INNER = 3.0, 10, 0.1
-"""Pixels that a caption moves by at most; the picture's cells a side, its outermost ring left out; the share of the
-inner cells with anything in them below which what stands still is a caption, a date stamp, a logo or a part of the
-aircraft: photographs of one view agree all over."""
+"""Pixels that a caption moves by at most; the picture's cells a side; the share of the inner cells with anything in
+them below which what stands still is a caption or a part of the aircraft: photographs of one view agree all over."""
 AGREEMENT = 0.5
 """Length of the mean direction of rotation of inliers, from 0 (any) to 1 (the same), that a scene of depth has."""
 TURNED = 0.03
@@ -137,14 +135,11 @@ class Estimator(GeometryOptions):
             focal: their focal lengths in pixels, where known.
             everywhere: (n, 2) where A and B have local descriptors at all: what stands still in a small part of that
                 is a caption. None stands for all over the photograph.
-
-        Returns:
-            The geometry; `verified` says whether to believe it, `reason` why. What is not verified has no kind but
-            "watermark" or "degenerate".
         """
         if self.model == "off":
             return Geometry(None, np.zeros(len(xy_a), bool), math.nan, False, "geometry is off")
-        whole = _Points(np.asarray(xy_a, np.float64), np.asarray(xy_b, np.float64), size_a, size_b, focal, everywhere)
+        a, b = (np.asarray(xy, np.float64) for xy in (xy_a, xy_b))
+        whole = _Points(a, b, size_a, size_b, focal, everywhere)
         rows = _distinct(whole.a, whole.b)
         still = _standing(whole, rows)
         used = rows[~still]
@@ -154,7 +149,8 @@ class Estimator(GeometryOptions):
         found = replace(found, inliers=inliers)
         if still.any() and not found.verified:
             what = "stand still in a small part of the picture, as a caption or a logo does"
-            reason = f"{still.sum()} of {len(rows)} correspondences {what}; without them {found.reason}"
+            told = f"{still.sum()} of {len(rows)} correspondences {what}"
+            reason = f"{told}; without them {found.reason}"
             return replace(found, kind="watermark", reason=reason)
         return found
 
@@ -198,7 +194,8 @@ class Estimator(GeometryOptions):
         a, b = points.a[inliers], points.b[inliers]
         by_chance = 4 * EPIPOLAR * self.threshold / min(points.size_b)  # of a photograph lies so near to a line
         found = self._judged(None, inliers, m, GENERAL, by_chance)
-        found, about = replace(found, error=float(epipolar_distance(fundamental, a, b).mean())), median_similarity(a, b)
+        found = replace(found, error=float(epipolar_distance(fundamental, a, b).mean()))
+        about = median_similarity(a, b)
         flaw = self._narrow(points, inliers) or _disagreeing(a, b) or degenerate(about, a)
         if found.verified and flaw:
             return replace(found, verified=False, kind="degenerate", reason=flaw)
@@ -213,7 +210,8 @@ class Estimator(GeometryOptions):
     ) -> Geometry:
         """Whether there are inliers enough, and the reason."""
         n = int(inliers.sum())
-        needed = max(FEWEST, (self.min_inliers or round(self.caution * least)) + int(max(self.min_share, share) * m))
+        fixed = self.min_inliers or round(self.caution * least)
+        needed = max(FEWEST, fixed + int(max(self.min_share, share) * m))
         reason = f"{n} inliers of {m} correspondences, {needed} are needed"
         return Geometry(matrix, inliers, math.nan, n >= needed, reason, "planar" if n >= needed else "")
 

@@ -38,8 +38,7 @@ SHARD = 2**30
 BLOCK = 2**24
 """Numbers that are held at once while vectors are read or compared."""
 PRODUCTS = 8
-"""From so many queries on FAISS compares by matrix products. Its own limit, 128,000 numbers, is 333 queries of 384:
-below it every query reads all vectors anew (`make bench` shows both)."""
+"""From so many queries on FAISS compares by matrix products; below, every query reads all vectors anew."""
 EXACT = 10**9
 """n d up to which exact search is fast enough: some 20 ms a query on two cores in batches."""
 TIE = 1e-6
@@ -79,12 +78,8 @@ class IndexOptions:
 
 
 def choose(n: int, d: int, memory: int) -> tuple[str, str]:
-    """The kind of index for n vectors of d numbers, and why: exact while it fits and is fast enough, then whole vectors
-    in lists, then fewer bytes a vector.
-
-    Args:
-        n, d: how many vectors of how many numbers.
-        memory: bytes that the index may take.
+    """The kind of index for n vectors of d numbers, and why: the most exact one that fits into so many bytes of
+    memory and is fast enough.
 
     Raises:
         ImatchError: not even the smallest fits.
@@ -141,7 +136,7 @@ def build(
 
     Args:
         folder: of the index alone.
-        vectors: (N, D) float32, L2-normalised; a memory map is read block by block.
+        vectors: (N, D) float32, L2-normalised.
         gallery: their `digest`.
         asked: what sort of index, and where it is searched.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
@@ -284,14 +279,7 @@ def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, 
 
 
 def in_memory(vectors: np.ndarray, asked: IndexOptions = IndexOptions(), gallery: str = "") -> Searcher:
-    """Index vectors in memory; nothing is written.
-
-    Args:
-        vectors, asked, gallery: as of `build`.
-
-    Raises:
-        ImatchError: as `build`.
-    """
+    """Index vectors in memory; arguments and refusals are those of `build`, and nothing is written."""
     n, d = _shape(vectors)
     plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **_plan(asked, n, d)}
     index = _learned(plan, vectors)
@@ -363,8 +351,8 @@ class Searcher:
     def search(self, queries: np.ndarray, k: int, effort: int | None = None) -> Hits:
         """The k nearest rows of each of (Q, D) queries by cosine, ties by the smaller row.
 
-        Candidates are compared by their vectors in the store (unless the kind's refine is 0), in one order of adding
-        up, so that scores are exact and do not depend on how many queries are asked at once.
+        Unless the kind's refine is 0, candidates are compared by their vectors in the store, in one order of adding up:
+        scores do not depend on how many queries are asked at once.
 
         Args:
             queries: (Q, D) float32, L2-normalised.
@@ -428,13 +416,8 @@ class Searcher:
         return scores
 
     def curve(self, queries: np.ndarray, k: int) -> list[Point]:
-        """Recall@k against exact search and milliseconds a query, over the kind's efforts, until nothing is missed; no
-        points for an exact kind.
-
-        Args:
-            queries: (Q, D) float32, a sample.
-            k: neighbours a query.
-        """
+        """Recall@k against exact search, for a sample of (Q, D) queries, and milliseconds a query, over the kind's
+        efforts until nothing is missed; no points for an exact kind."""
         if self.kind.exact:
             return []
         k = min(k, len(self.vectors))
@@ -455,8 +438,8 @@ class Searcher:
         return points
 
     def tune(self, points: Sequence[Point], wanted: float) -> Point | None:
-        """Search from now on with the smallest effort that reaches the wanted recall, or with the best there is, and
-        remember that beside the index. None for an exact kind."""
+        """Search from now on with the smallest effort that reaches the wanted recall, or with the best there is; the
+        index on disk remembers it."""
         if not points:
             return None
         reached = [point for point in points if point.recall >= wanted]
@@ -468,7 +451,7 @@ class Searcher:
         return chosen
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
-        """The exact k nearest, by comparing with all vectors of the store, block by block; k is at most N."""
+        """The exact k nearest, by comparing with all vectors of the store; k is at most N."""
         queries = np.ascontiguousarray(queries, np.float32)
         _allow_products(queries.shape[1])
         heap, first = faiss.ResultHeap(len(queries), k, keep_max=True), 0

@@ -64,7 +64,8 @@ class Kind:
 
     def learns_from(self, n: int) -> int:
         """Say how many of n vectors it is trained on, 50 per list; 0 when it learns nothing."""
-        return min(n, max(self.seen, 50 * lists(n, self.centroids) if "centroids" in self.options else 0))
+        by_lists = 50 * lists(n, self.centroids) if "centroids" in self.options else 0
+        return min(n, max(self.seen, by_lists))
 
     def empty(self, n: int, d: int) -> faiss.Index:
         """Make an index without vectors, laid out for n vectors of d numbers.
@@ -77,17 +78,18 @@ class Kind:
         if "parts" in self.options and n < 256:
             raise ImatchError(f"it learns 256 patterns and wants as many vectors; there are {n}: use flat")
         parts = self.parts or next(d // size for size in (4, 3, 2, 1) if d % size == 0)
-        key = self.key.replace("{centroids}", str(lists(n, self.centroids))).replace("{parts}", str(parts))
-        key = key.replace("{neighbours}", str(self.neighbours))
+        known = {"centroids": lists(n, self.centroids), "parts": parts, "neighbours": self.neighbours}
+        key = self.key
+        for name, value in known.items():
+            key = key.replace(f"{{{name}}}", str(value))
         try:
             index = faiss.index_factory(d, key, faiss.METRIC_INNER_PRODUCT)
             if self.search:
                 faiss.ParameterSpace().set_index_parameters(index, self.search)
         except RuntimeError as error:
             said = str(error).strip().rpartition(": ")[2]
-            raise ImatchError(
-                f"FAISS makes no index {key!r} of {d} numbers{f' with {self.search!r}' if self.search else ''}: {said}"
-            ) from error
+            extra = f" with {self.search!r}" if self.search else ""
+            raise ImatchError(f"FAISS makes no index {key!r} of {d} numbers{extra}: {said}") from error
         if "construction" in self.options:
             index.hnsw.efConstruction = self.construction
         if "parts" in self.options:
@@ -96,7 +98,7 @@ class Kind:
         return index
 
     def memory(self, n: int, d: int) -> int:
-        """Count the bytes that n vectors of d numbers will take: codes, and lists, patterns or links beside them.
+        """Count the bytes of n vectors of d numbers: codes, and lists, patterns or links beside them.
 
         Raises:
             ImatchError: as `empty`; or FAISS cannot tell.

@@ -66,12 +66,10 @@ Own = tuple[np.ndarray, np.ndarray] | None
 
 
 def same_photograph(query_shows: Sequence[str], gallery_shows: Sequence[str], own: Own = None) -> Truth:
-    """A row of the gallery answers a query when both show the same photograph.
+    """A row of the gallery answers a query when both show the same photograph, and it is not left out.
 
     Args:
-        query_shows: Q names of what the queries show, such as `Embeddings.shows`.
-        gallery_shows: N of the same for the gallery.
-        own: what is left out: the query itself, or its siblings.
+        query_shows, gallery_shows: Q and N names of what they show, such as `Embeddings.shows`.
 
     >>> truth = same_photograph(["a", "b"], ["a", "b", "a"], own=(np.array([0, 1]), np.array([0, 1, 2])))
     >>> truth.first.tolist(), truth.rows.tolist()
@@ -123,20 +121,17 @@ class Places:
 
     @cached_property
     def points(self) -> np.ndarray:
-        """(N, 2) metres of the plane, or (N, 3) on the unit sphere, which has no edges; straight distances between them
-        order as metres do."""
+        """(N, 2) metres of the plane, or (N, 3) on the unit sphere; straight distances order as metres do."""
         if self.system == "plane":
             return self.coordinates
         latitude, longitude = np.radians(self.coordinates).T
-        return np.stack(
-            [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
-        )
+        x, y = np.cos(longitude), np.sin(longitude)
+        return np.stack([np.cos(latitude) * x, np.cos(latitude) * y, np.sin(latitude)], axis=1)
 
     def metres(self, other: Places, rows: np.ndarray) -> np.ndarray:
         """How far each photograph is from some of another set.
 
         Args:
-            other: the other set, in the same system.
             rows: (N, k) int, rows of `other`, -1 for none.
 
         Returns:
@@ -171,11 +166,10 @@ def read_labels(path: Path) -> dict[str, dict[str, float]]:
     """Where photographs were taken, from a file that says so.
 
     Args:
-        path: a .csv with commas and a line of names: id (or imageref, image, filename), then those there are of
-            latitude, longitude (degrees), altitude, x, y, z (metres), yaw (clockwise from north), pitch, roll
-            (degrees), in any order and case, others beside them; or a .json, {"images": [{"imageref": "flight/a.jpg",
-            "position": {"latitude": 37.5, ...}, "attitude": {"yaw": 90, ...}}]}. Either in UTF-8; what is empty, null
-            or absent is unknown.
+        path: a .csv with a line of names: id (or imageref, image, filename), and any of latitude, longitude (degrees),
+            altitude, x, y, z (metres), yaw (clockwise from north), pitch, roll (degrees); or a .json, {"images":
+            [{"imageref": "flight/a.jpg", "position": {"latitude": 37.5, ...}, "attitude": {"yaw": 90, ...}}]}. Either
+            in UTF-8; what is empty, null or absent is unknown.
 
     Returns:
         The photographs' paths as the file has them, in NFC with forward slashes -> the numbers known of each.
@@ -295,7 +289,7 @@ def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, f
 
 
 def _normal(path: str) -> str:
-    """One way to write a path: letters in one piece (a Mac has Korean ones in parts), forward slashes."""
+    """A path with letters in one piece (a Mac has Korean ones in parts) and forward slashes."""
     return unicodedata.normalize("NFC", path).replace("\\", "/")
 
 
@@ -311,11 +305,9 @@ def places(
         ids: N POSIX paths relative to the data set; one may come more than once (the sources of references).
         exif: N of what images.jsonl has as position: {"latitude", "longitude", ...} in degrees, or None.
         labels: what `read_labels` gives. A label belongs to the photograph of that path, else to the one path that
-            ends like it, or that it ends with (a bare name, an absolute path); those that fit none are ignored, and
-            photographs without one stay unknown. Latitude and longitude are used when all photographs with a place
-            have them, else x and y.
-        turned: N degrees counter-clockwise by which references were turned from the photographs; what was that far
-            clockwise of the top is then on top, so the heading is yaw + angle.
+            ends like it, or that it ends with; those that fit none are ignored, and photographs without one stay
+            unknown. Latitude and longitude are used when all photographs with a place have them, else x and y.
+        turned: N degrees counter-clockwise by which references were turned; their heading is yaw + angle.
 
     Returns:
         The N places, or None when not one is known.
@@ -339,9 +331,8 @@ def places(
         return None
     coordinates = [[numbers.get(axis, math.nan) for axis in AXES[system]] for numbers in said]
     yaw = np.array([numbers.get("yaw", math.nan) for numbers in said])
-    return Places(
-        system, np.array(coordinates, np.float64), (yaw + (0 if turned is None else np.asarray(turned))) % 360
-    )
+    heading = (yaw + (0 if turned is None else np.asarray(turned))) % 360
+    return Places(system, np.array(coordinates, np.float64), heading)
 
 
 def _system(ids: Sequence[str], said: Sequence[Mapping[str, float]]) -> str | None:
@@ -392,8 +383,7 @@ def within(
         query, gallery: Q and N places in one system.
         radius: metres, above 0; what is just as far is near.
         max_heading: degrees from 0 to 180 by which the headings may differ; below 180 both must be known.
-        groups: a gallery row of the query's own group is no answer. With ids, a query leaves out itself; with the ids
-            of sources, all that was made from its photograph.
+        groups: what is left out: by ids a query itself, by ids of sources all that was made from its photograph.
 
     Returns:
         Q times (n,) int64, sorted rows; none where the place is unknown.
@@ -419,16 +409,7 @@ def within(
 
 
 def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: Own = None) -> list[np.ndarray]:
-    """The gallery row nearest to each query, and all that are as near to a micrometre.
-
-    Args:
-        query, gallery, max_heading, groups: as in `within`.
-
-    Returns:
-        Q times (n,) int64, sorted rows; none where the place is unknown or nothing is allowed.
-
-    Raises:
-        ImatchError: as in `within`.
+    """The gallery row nearest to each query, and all that are as near to a micrometre; else as `within`.
 
     >>> row = Places("plane", np.array([[0.0, 0], [30, 0], [60, 0]]), np.zeros(3))
     >>> [rows.tolist() for rows in nearest(row, row)]
@@ -511,7 +492,7 @@ def _share(hits: np.ndarray) -> float | None:
 
 
 def left_out(query: Embeddings, gallery: Embeddings, shows: Sequence[str], truth: str, siblings: bool) -> Own:
-    """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
+    """What is no answer for a query: itself, or all that show the same."""
     same = query == gallery
     if siblings and (same or truth != "photograph"):
         codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
@@ -535,8 +516,7 @@ def truth_of(
     there: Places | None,
     own: Own,
 ) -> Truth:
-    """Say which rows of the gallery answer each query: those that show the same, or by position, as a 03_index asked
-    (its truth)."""
+    """Say which rows of the gallery answer each query, as a 03_index asked."""
     asked = parameters["truth"]
     if asked["kind"] == "photograph":
         return same_photograph(query_shows, gallery_shows, own)
@@ -551,11 +531,9 @@ def truth_of(
 
 
 def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tuple[Places | None, Places | None]:
-    """Where the queries, those that were missed last, and the gallery were taken; a reference lies where its source
-    does, and is turned from it.
+    """Where the queries, the missed ones last, and the gallery were taken; references lie where their source does.
 
-    The labels of a file are fitted to both sides at once, so that a name which fits photographs of two data sets is
-    refused.
+    Labels are fitted to both sides at once: a name that fits photographs of two data sets is refused.
     """
     labels = read_labels(file) if file else None
     ids, exif, turned, asked = [], [], [], len(query) + len(query.missed)

@@ -94,8 +94,8 @@ def references(
         Embeddings whose `views` hold a row a reference: source, angle, crop, and matrix (3 x 3, photograph -> view).
 
     Raises:
-        ImatchError: an unknown kind, a number out of its range, a photograph that cannot be read any more, or more than
-            fit into memory.
+        ImatchError: an unknown kind, a number out of its range, a photograph that has changed, or more than fit into
+            memory.
 
     >>> photograph = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     >>> found = references(embed([photograph], "dsift"), angles=[0, 90], crops=[0.5])
@@ -225,7 +225,8 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
         found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
     elif not isinstance(photographs, Sequence):
-        raise ImatchError(f"photographs is a {type(photographs).__name__}: give a folder, or a list of photographs")
+        kind = type(photographs).__name__
+        raise ImatchError(f"photographs is a {kind}: give a folder, or a list of photographs")
     else:
         found = {}
         for i, photograph in enumerate(photographs):
@@ -247,7 +248,8 @@ def source_of(photograph: Photograph, name: str) -> Path | np.ndarray:
     if isinstance(photograph, str | Path):
         return settings.from_workspace(photograph)
     if isinstance(photograph, np.ndarray):
-        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
+        rgb = photograph.ndim == 3 and photograph.shape[2] == 3
+        if photograph.dtype != np.uint8 or not rgb or not photograph.size:
             raise ImatchError(
                 f"{name} is an array {photograph.shape} of {photograph.dtype}: give (h, w, 3) uint8 RGB, 0 to 255"
             )
@@ -294,7 +296,8 @@ def check_memory(held: int, done: int, total: int, instead: str, beside: int = 0
 
     wanted = beside + (held * total // done if done >= min(total, ENOUGH) else held)
     if wanted > psutil.virtual_memory().total // 2:
-        raise ImatchError(f"{total} photographs take about {wanted / 2**30:.0f} GB of memory here: {instead}")
+        size = f"{wanted / 2**30:.0f} GB"
+        raise ImatchError(f"{total} photographs take about {size} of memory here: {instead}")
 
 
 def _bytes(tokens: Tokens) -> int:

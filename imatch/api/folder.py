@@ -29,8 +29,7 @@ class FolderMatches:
 
     Attributes:
         names: of the photographs that were matched, sorted.
-        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, kind, weight, refined,
-            reason.
+        pairs: a row a pair, as `Match.row`.
         groups: names of photographs that belong together, the largest group first; those that match none are in none.
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
@@ -57,7 +56,8 @@ class FolderMatches:
             turned = about + format(angle, ".1f")
             lines.append(f"{text}  {row['inliers']:7d}  {row['weight']:<6} {turned:>7}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
-        lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
+        pairs = f"{len(verified)} of {len(self.pairs)} pairs ({which})"
+        lines += ["", f"{pairs} of {len(self.names)} photographs match"]
         for number, group in enumerate(self.groups, 1):
             lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
         alone = len(self.names) - sum(map(len, self.groups))
@@ -115,7 +115,8 @@ def match_folder(
     names = [one.name for one in found]
     if len(names) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
-        raise ImatchError(f"two photographs are needed, and {folder} holds {len(names)} that can be read{left_out}")
+        held = f"{folder} holds {len(names)} that can be read"
+        raise ImatchError(f"two photographs are needed, and {held}{left_out}")
     pairs = _nearest(found) if len(names) > RETRIEVED else list(itertools.combinations(found, 2))
     rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
     for backbone, other in zip(others, weights[1:], strict=True):

@@ -193,16 +193,18 @@ class Match:
 
         path = settings.from_workspace(path)
         check_ending(path, (".png", ".json"))
-        record = (json.dumps(self.record(), ensure_ascii=False) + "\n").encode(errors="surrogateescape")
-        write(path, encode(self.picture()) if path.suffix.lower() == ".png" else record)
+        if path.suffix.lower() == ".png":
+            write(path, encode(self.picture()))
+        else:
+            text = json.dumps(self.record(), ensure_ascii=False) + "\n"
+            write(path, text.encode(errors="surrogateescape"))
         return path
 
 
 def match(
     a: Photograph, b: Photograph, weight: str = "auto", *, device: str = "auto", data_key: str = settings.DATA_KEY
 ) -> Match:
-    """Match two photographs. Those that do not match get a second look: with more keypoints or, by a backbone that does
-    not rotate with its photographs, with A rotated.
+    """Match two photographs. Those that do not match get a second look: with more keypoints, or with A rotated.
 
     Args:
         a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
@@ -230,11 +232,15 @@ def match(
         for id, why in unread.items():
             name = str(sources[id]) if isinstance(sources[id], Path) else id
             raise PhotographError(f"{files.printable(name)}: {why}")
-        named = (dataclasses.replace(of, name=of.source.name) if isinstance(of.source, Path) else of for of in both)
-        tried.append(look_twice(*named))
+        tried.append(look_twice(*map(_named, both)))
         if tried[-1].verified:
             return tried[-1]
     return _none_of(tried, lacking)
+
+
+def _named(of: Described) -> Described:
+    """A photograph by the name of its file, if it has one."""
+    return dataclasses.replace(of, name=of.source.name) if isinstance(of.source, Path) else of
 
 
 def weights_of(weight: str) -> tuple[tuple[str, ...], str]:
@@ -257,7 +263,8 @@ def device_of(one: str, weight: str, device: str) -> str:
 def _none_of(tried: Sequence[Match], lacking: str) -> Match:
     """The first of several that verified nothing, with the reasons of all."""
     reasons = [f"{one.weight}: {one.reason}" for one in tried] if len(tried) > 1 else [tried[0].reason]
-    return dataclasses.replace(tried[0], reason="; ".join([*reasons, *([lacking] if lacking else [])]))
+    reasons += [lacking] if lacking else []
+    return dataclasses.replace(tried[0], reason="; ".join(reasons))
 
 
 def look_twice(a: Described, b: Described) -> Match:
@@ -393,7 +400,8 @@ def check_ending(path: Path, endings: Sequence[str]) -> None:
     imatch.core.types.ImatchError: a.gif ends in '.gif': give a path that ends in .png or .json
     """
     if path.suffix.lower() not in endings:
-        raise ImatchError(f"{path.name} ends in {path.suffix!r}: give a path that ends in {' or '.join(endings)}")
+        known = " or ".join(endings)
+        raise ImatchError(f"{path.name} ends in {path.suffix!r}: give a path that ends in {known}")
 
 
 def write(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Retrieval in memory: an index of embeddings, searched by others; and the photograph that shows the same, verified."""
+"""Retrieval in memory: embeddings searched by others; and the photograph that shows the same, verified."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Sear
 
 
 def exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> Hits:
-    """Compare (Q, D) queries with all of (N, D) vectors: the k nearest of each by cosine, ties by the smaller row."""
+    """Find the k nearest of all (N, D) vectors to each of (Q, D) queries by cosine, ties by the smaller row."""
     rows = np.full((len(queries), k), -1)
     scores = np.full((len(queries), k), -np.inf, np.float32)
     most = min(k, len(vectors))
@@ -119,7 +119,8 @@ class Answer:
     @property
     def best(self) -> Match:
         """The verified match or, if there is none, that with the most inliers; A is the query."""
-        return self.matches[-1] if self.matches[-1].verified else max(self.matches, key=lambda match: match.inliers)
+        last = self.matches[-1]  # the others did not verify
+        return last if last.verified else max(self.matches, key=lambda match: match.inliers)
 
     def __str__(self) -> str:
         if self:

@@ -195,7 +195,7 @@ def _members(clusters: Sequence[Hashable] | np.ndarray) -> np.ndarray:
 
 
 def _by_effective_size(values: np.ndarray, clusters: Sequence[Hashable] | np.ndarray) -> tuple[float, float]:
-    """Korn and Graubard's interval; from 1 to 0, so of no effect, where clusters do not differ."""
+    """Korn and Graubard's interval; from 1 to 0, of no effect, where clusters do not differ."""
     q, member = len(values), _members(clusters)
     mean, n = values.mean(), member.max() + 1
     off = np.bincount(member, values) - mean * np.bincount(member)

@@ -56,8 +56,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Aligner:
-    """Aligns A with B: matches every pose of A (of a slow matcher the likeliest one), keeps the one with the most
-    inliers, refines it and estimates again.
+    """Aligns A with B: matches every pose of A, keeps the one with the most inliers, refines it and estimates again.
 
     Attributes:
         matcher: makes the correspondences.
@@ -127,7 +126,8 @@ class Aligner:
                 best = self._finer(best, views, *photographs())
         found, repeated = best.geometry, best.matches.repeated
         if not found.verified and repeated > len(best.matches):
-            return refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
+            more = f"{repeated} more were left out, for what they show repeats"
+            return refused(best, f"{found.reason}; {more}")
         return best
 
     def _tried(self, pose: Pose, a: Tokens, b: Tokens, estimator: Estimator, views: Views) -> Alignment:
@@ -163,7 +163,7 @@ class Aligner:
     def _compared(
         self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray
     ) -> Alignment:
-        """The geometry of what is found in the photographs; correspondences that are not stay where they are."""
+        """The geometry of what is found in the photographs; other correspondences stay where they are."""
         best, matrix = None, coarse.geometry.matrix
         for _ in range(ROUNDS):
             xy_b = coarse.xy_b.copy()
@@ -235,8 +235,7 @@ class MatchingOptions:
 
 
 def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:
-    """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for the matcher,
-    and for keypoints or a grid.
+    """What a 04_match aligns a pair with: what was left at 0 or "auto" is chosen for the matcher and the tokens.
 
     Between the centres of patches lies half a patch of noise, in which a homography by OpenCV's graph cut does better
     than PoseLib's and a fundamental matrix explains anything: on grids "auto" is a homography.
@@ -249,7 +248,8 @@ def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = 
     coarse = max(3.0, patch / 2)
     fine = not patch or refinement == "pixel"
     matcher = matchers.create_matcher(parameters["matcher"], parameters["matcher_options"])
-    chosen["threshold"] = chosen["threshold"] or (max(3.0, matcher.coarse * max(size_b)) if fine else coarse)
+    threshold = max(3.0, matcher.coarse * max(size_b)) if fine else coarse
+    chosen["threshold"] = chosen["threshold"] or threshold
     chosen["min_inliers"] = chosen.get("min_inliers") or (0 if fine else COARSE)
     chosen["min_share"] = chosen["min_share"] or matcher.share or (0.1 if fine else 0.3)
     estimator = Estimator(**chosen, caution=matcher.caution)
@@ -286,8 +286,12 @@ class Tried:
     ) -> Tried:
         """Align a pair by one look; where pixels cannot be read by now, it is not verified."""
         align, focal = aligner(looked.settings, b, sizes[1]), exif.focal_lengths(*paths)
+
+        def photographs() -> tuple[np.ndarray, np.ndarray]:
+            return _pixels(paths[0]), _pixels(paths[1])
+
         try:
-            found = align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
+            found = align(seen, b, *sizes, photographs, focal)
         except PhotographError as error:
             found = replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
             found = refused(found, f"the photographs cannot be compared: {error}")

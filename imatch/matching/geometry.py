@@ -33,7 +33,7 @@ def corners(size: tuple[int, int]) -> np.ndarray:
 def degenerate(matrix: np.ndarray, points: np.ndarray) -> str:
     """Say why a matrix is no view of a flat scene as far as these points reach ("" if it may be one).
 
-    Beyond them it may be anything: a right homography of a street folds the sky, for the horizon is in the picture.
+    Beyond them it may be anything: a right homography of a street folds the sky.
 
     Args:
         matrix: (3, 3) A -> B.
@@ -169,7 +169,7 @@ def rotation_scale(matrix: np.ndarray, size: tuple[int, int]) -> tuple[float, fl
 def corner_error(estimate: np.ndarray, truth: np.ndarray, size: tuple[int, int]) -> float:
     """Mean distance in pixels of B between A's corners mapped by the estimate and by the truth.
 
-    Source: DeTone, Malisiewicz and Rabinovich, "SuperPoint", CVPR workshops 2018 (homography estimation on HPatches).
+    Source: DeTone, Malisiewicz and Rabinovich, "SuperPoint", CVPR workshops 2018.
 
     >>> corner_error(np.eye(3), np.array([[1.0, 0, 3], [0, 1, 4], [0, 0, 1]]), (10, 10))
     5.0
@@ -184,8 +184,7 @@ def matching_accuracy(
 ) -> list[float] | None:
     """The share of correspondences that lie within so many pixels of where the truth puts them.
 
-    Source: Mikolajczyk and Schmid, "A performance evaluation of local descriptors", PAMI 2005; as "mean matching
-    accuracy" over pairs: Dusmanu et al., "D2-Net", CVPR 2019.
+    Source: Mikolajczyk and Schmid, PAMI 2005; as "mean matching accuracy" over pairs: Dusmanu et al., CVPR 2019.
 
     Args:
         xy_a, xy_b: (m, 2) correspondences in pixels of A and of B.

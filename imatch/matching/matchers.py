@@ -73,14 +73,14 @@ def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
 
 
 TILE, ROWS = 2**20, 256
-"""Cosines in memory at once, 4 MB, which stay in the processor's cache; rows that are copied to look along columns."""
+"""Cosines in memory at once, which stay in the processor's cache; rows that are copied to look along columns."""
 SAME = 0.95
 """Cosine from which on two descriptors show the same: where a rival comes near to that, too, what they show repeats."""
 _BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
 
 
 class _Side(NamedTuple):
-    """Descriptors that can be compared: their rows in the tokens, rising, directions of norm 1, and positions."""
+    """Descriptors that can be compared: rows in the tokens, rising, directions of norm 1, positions."""
 
     rows: np.ndarray
     directions: np.ndarray
@@ -88,7 +88,7 @@ class _Side(NamedTuple):
 
 
 class _Nearest(NamedTuple):
-    """The k best partners of each of n rows, best first, of equally good ones the smaller index first: (n, k) each."""
+    """The k best partners of each of n rows, best first, ties by the smaller index: (n, k) each."""
 
     score: np.ndarray
     index: np.ndarray
@@ -139,7 +139,7 @@ def _largest(scores: np.ndarray, k: int) -> _Nearest:
 
 
 def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
-    """The k largest scores of each row and of each column of tiles, one below the other; they are overwritten."""
+    """The k largest scores of each row and each column of tiles below each other; these are overwritten."""
     of_rows: list[_Nearest] = []
     of_columns, first = _Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
     for part in (tile[n : n + ROWS] for tile in tiles for n in range(0, max(1, len(tile)), ROWS)):
@@ -155,7 +155,7 @@ def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
 
 
 def _mutual(of_a: _Nearest, of_b: _Nearest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs in which each is among the other's nearest: rows of A, rising, rows of B, and scores, (m,) each."""
+    """The pairs of rows in which each is among the other's nearest, by rows of A, and scores: (m,) each."""
     i = np.arange(len(of_a.index))[:, None]
     chosen = (of_b.index[of_a.index] == i[..., None]).any(axis=2)
     return np.nonzero(chosen)[0], of_a.index[chosen], of_a.score[chosen]
@@ -243,8 +243,7 @@ class Ratio(Matcher):
     is looked for outside a circle around the best, of `apart` times the `spacing` of that photograph's positions. An
     unrelated descriptor, at 90 degrees, is always among the rivals.
 
-    Source: Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 2004, section 7.1; angles in place
-    of distances as in his published program, nearly the same where angles are small.
+    Source: Lowe, IJCV 2004, section 7.1; angles in place of distances as in his published program.
 
     Attributes:
         max_ratio: of the two angles, above 0 and at most 1; smaller is stricter. Asked of both photographs, 0.85 keeps
@@ -331,7 +330,7 @@ class DualSoftmax(Matcher):
 
     The probability of a pair is the softmax of its cosine over all of B times that over all of A.
 
-    Source: Sun et al., "LoFTR: Detector-free local feature matching with transformers", CVPR 2021, equation 3.
+    Source: Sun et al., "LoFTR", CVPR 2021, equation 3.
 
     Attributes:
         temperature: what cosines are divided by before the softmax, from 0.001 on; smaller is sharper. LoFTR's 0.1 is

@@ -25,8 +25,7 @@ PLANAR, GENERAL = 10, 15
 photographs (the demo's, and a drone's that share no ground; `bench_real.py`) none has more than 4 and 12, at a second
 look 13. 15 is COLMAP's number, too."""
 SURE = 2 * GENERAL
-"""Inliers from which on a pose is stated, for a wrong one misleads: of 21 between a drone's frames 6 were wrong, and it
-was off by 90 degrees."""
+"""Inliers from which on a pose is stated: of 21 between a drone's frames 6 were wrong, and it was off by 90 degrees."""
 EPIPOLAR = 2 / 3
 """What an epipolar distance may be of a reprojection error: it has one coordinate of the two."""
 PLANE = 0.8
@@ -77,7 +76,7 @@ class GeometryOptions:
 
 @dataclass(frozen=True)
 class _Points:
-    """Correspondences (m, 2) float64, the strongest first, the photographs' (h, w), and what `Estimator` is told."""
+    """Correspondences (m, 2) float64, the strongest first, and what else `Estimator` is told."""
 
     a: np.ndarray
     b: np.ndarray
@@ -102,9 +101,8 @@ class Estimator(GeometryOptions):
         threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0; from an
             epipolar line it is two thirds of that.
         min_inliers, min_share: verified takes min_inliers + min_share * n inliers, where n counts the correspondences,
-            of a planar model those that it puts inside B. The form is Brown and Lowe's ("Automatic panoramic image
-            stitching using invariant features", IJCV 2007; they use 8 and 0.3). min_inliers 0 is 10 for planar models
-            and 15 for the fundamental one, both times `caution`. Fewer than 4 inliers are never enough.
+            of a planar model those that it puts inside B. The form is Brown and Lowe's (IJCV 2007; they use 8 and 0.3).
+            min_inliers 0 is 10 for planar models and 15 for the fundamental one, both times `caution`.
         caution: how many times as many inliers the correspondences have by chance as those of the ratio test.
 
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
@@ -216,11 +214,12 @@ class Estimator(GeometryOptions):
         return Geometry(matrix, inliers, math.nan, n >= needed, reason, "planar" if n >= needed else "")
 
     def _narrow(self, points: _Points, inliers: np.ndarray) -> str:
-        """Why inliers fix no geometry ("" if they do): in a photograph they lie in one place or on one line."""
+        """Why inliers fix no geometry ("" if they do)."""
         for xy in (points.a[inliers], points.b[inliers]):
             wide, narrow = np.linalg.svd(xy - xy.mean(axis=0), compute_uv=False) / math.sqrt(len(xy))
             if narrow < self.threshold:
-                return f"all {len(xy)} inliers lie {'in one place' if wide < 2 * self.threshold else 'on one line'}"
+                where = "in one place" if wide < 2 * self.threshold else "on one line"
+                return f"all {len(xy)} inliers lie {where}"
         return ""
 
     @property
@@ -230,7 +229,8 @@ class Estimator(GeometryOptions):
     def _estimated(self, a: np.ndarray, b: np.ndarray, model: str) -> tuple[np.ndarray | None, np.ndarray]:
         method = _methods(model)[0] if self.method == "auto" else self.method
         if method == "poselib":
-            matrix, told = poselib.estimate_homography(a, b, {**self._draws, "max_reproj_error": self.threshold})
+            options = {**self._draws, "max_reproj_error": self.threshold}
+            matrix, told = poselib.estimate_homography(a, b, options)
             return matrix / (matrix[2, 2] or 1), np.array(told["inliers"], bool)
         estimate = {
             "similarity": cv2.estimateAffinePartial2D,
@@ -238,8 +238,9 @@ class Estimator(GeometryOptions):
             "homography": cv2.findHomography,
         }[model]
         limits = {"maxIters": self.iterations, "confidence": self.confidence}
+        limits["ransacReprojThreshold"] = self.threshold
         try:
-            found, mask = estimate(a, b, method=METHODS[method], ransacReprojThreshold=self.threshold, **limits)
+            found, mask = estimate(a, b, method=METHODS[method], **limits)
         except cv2.error:  # an assertion of OpenCV's USAC, where points fix no matrix
             found, mask = None, None
         inliers = np.zeros(len(a), bool) if mask is None else mask.ravel().astype(bool)
@@ -269,8 +270,11 @@ def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
     still = np.linalg.norm(a - b, axis=1) <= STILL
     if points.size_a != points.size_b or still.sum() <= FEWEST:
         return np.zeros(len(rows), bool)
-    all_over = (CELLS - 2) ** 2 if points.everywhere is None else _inner_cells(points.everywhere, points.size_a)
-    return np.asarray(still & (_inner_cells(a[still], points.size_a) < max(1, INNER * all_over)))
+    all_over = (CELLS - 2) ** 2
+    if points.everywhere is not None:
+        all_over = _inner_cells(points.everywhere, points.size_a)
+    small = _inner_cells(a[still], points.size_a) < max(1, INNER * all_over)
+    return np.asarray(still & small)
 
 
 def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
@@ -283,7 +287,9 @@ def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
     """Why inliers are no view of one scene ("" if they are): chance and mirrors rotate them all round."""
     ratios = vector_ratios(a, b)
     agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
-    return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
+    if agreement >= AGREEMENT:
+        return ""
+    return f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
 
 
 def _cameras(points: _Points) -> list[np.ndarray]:
@@ -295,7 +301,7 @@ def _cameras(points: _Points) -> list[np.ndarray]:
 
 
 def _rotation(planar: Geometry, matrix: np.ndarray, points: _Points) -> Geometry:
-    """A planar geometry, of kind "rotation" if a camera that only rotates, about another axis than its own, sees it."""
+    """A planar geometry, of kind "rotation" if a camera only rotated, about another axis than its own."""
     of_a, of_b = _cameras(points)
     rays = np.linalg.inv(of_b) @ matrix @ of_a
     rays /= np.cbrt(np.linalg.det(rays))

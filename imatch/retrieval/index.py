@@ -140,7 +140,7 @@ def build(
         gallery: their `digest`.
         asked: what sort of index, and where it is searched.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
-        engine: of `ComputeOptions.machines`, by which shards are made. Their bytes are the same with all of them.
+        engine: of `ComputeOptions.machines`, by which shards are made.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
@@ -155,7 +155,8 @@ def build(
     [[1], [2]]
     """
     n, d = _shape(vectors)
-    made_by = {name: value for name, value in asdict(asked).items() if name in ("kind", "options", "memory_gb")}
+    given = asdict(asked)
+    made_by = {name: given[name] for name in ("kind", "options", "memory_gb")}
     wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
     begun = any(folder.glob("*.faiss"))  # looked for first, for other parts write index.json first
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
@@ -225,7 +226,8 @@ def _check_norms(vectors: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
     norms = np.linalg.norm(vectors, axis=1)
     wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
     if len(wrong):
-        raise ImatchError(f"vector {rows[wrong[0]]} has norm {norms[wrong[0]]:.4g}, not 1: embed the gallery again")
+        row, norm = rows[wrong[0]], norms[wrong[0]]
+        raise ImatchError(f"vector {row} has norm {norm:.4g}, not 1: embed the gallery again")
 
 
 def _trained(folder: Path, plan: Plan, vectors: np.ndarray) -> faiss.Index:
@@ -397,7 +399,8 @@ class Searcher:
 
     def _nearest(self, queries: np.ndarray, depth: int) -> Hits:
         if self.gpus and depth > 2048:
-            raise ImatchError(f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu")
+            why = f"a GPU finds at most 2,048 neighbours a query, {depth} are needed"
+            raise ImatchError(f"{why}: set device to cpu")
         scores, rows = self._all.search(queries, depth)
         scores[rows < 0] = -np.inf
         if self.kind.refine:
@@ -464,7 +467,8 @@ class Searcher:
 
     def stored(self) -> int:
         """Bytes of its shards on disk; 0 of one in memory."""
-        return sum(path.stat().st_size for path in _shards(self.folder, self.plan)) if self.folder else 0
+        paths = _shards(self.folder, self.plan) if self.folder else []
+        return sum(path.stat().st_size for path in paths)
 
 
 def _sorted(rows: np.ndarray, scores: np.ndarray) -> Hits:

@@ -25,16 +25,13 @@ class Kind:
         key: FAISS' factory string (its wiki, "The index factory"), in which options stand in braces.
         options: those of the fields below, and of `key`, that may be given.
         exact: whether its answers are those of an exact search.
-        effort: what is raised for more recall and more time: "nprobe", "efSearch", or "" where there is no such thing.
+        effort: what is raised for more recall and more time: "nprobe", "efSearch", or "".
         gpu: whether FAISS has it on GPUs.
-        in_order: whether it depends on the order in which vectors are added, so that one thread must build it.
-        centroids: number of inverted lists; 0 chooses by the number of vectors (`lists`). Only the `nprobe` lists
-            nearest to a query are compared (Sivic and Zisserman, "Video Google", ICCV 2003).
+        in_order: whether one thread must build it, for it depends on the order of vectors.
+        centroids: number of inverted lists (Sivic and Zisserman, "Video Google", ICCV 2003); 0 is that of `lists`.
         parts: bytes of a vector, one of 256 patterns for each of so many parts, which must divide the dimension (Jegou,
-            Douze and Schmid, "Product quantization for nearest neighbor search", TPAMI 2011); 0 takes a part for every
-            4 numbers.
-        neighbours: M, links of a vector in a graph; twice as many on its lowest level (Malkov and Yashunin, TPAMI
-            2020).
+            Douze and Schmid, TPAMI 2011); 0 takes a part for every 4 numbers.
+        neighbours: M, links of a vector in a graph (Malkov and Yashunin, TPAMI 2020).
         construction: efConstruction, how widely neighbours are looked for when the graph is built.
         search: what is set before searching, such as "nprobe=16".
         refine: how many times k candidates are compared by their vectors in the store; 0 believes its own scores.

@@ -99,10 +99,11 @@ class Whitening:
         """
         rows = searcher.sample(len(vectors), FITTED // vectors.shape[1])
         n, d = len(rows), vectors.shape[1]
-        if not 1 <= dimension <= min(d, n - 1):
+        most = max(0, min(d, n - 1))
+        if not 1 <= dimension <= most:
             raise ImatchError(
-                f"whitening to {dimension} dimensions: {n} vectors of {d} numbers give at most {max(0, min(d, n - 1))} "
-                "axes: ask for no more, or leave it out"
+                f"whitening to {dimension} dimensions: {n} vectors of {d} numbers give at most {most} axes: "
+                "ask for no more, or leave it out"
             )
         seen = vectors[rows].astype(np.float64)
         check_finite("vector", seen, rows)
@@ -195,8 +196,9 @@ class Found:
     def without(self, gone: np.ndarray, most: int | None = None) -> Found:
         """Without some of them, (q, n) bool; the others move up, and of these the first `most` are kept."""
         order = np.argsort(gone, axis=1, kind="stable")[:, :most]
-        left = np.where(gone, -1, self.rows), np.where(gone, -np.inf, self.scores), np.where(gone, np.nan, self.turn)
-        return Found(*left).taken(order)
+        rows, scores = np.where(gone, -1, self.rows), np.where(gone, -np.inf, self.scores)
+        turn = np.where(gone, np.nan, self.turn)
+        return Found(rows, scores, turn).taken(order)
 
 
 def best_turn(turned: Sequence[Found]) -> Found:
@@ -210,7 +212,8 @@ def best_turn(turned: Sequence[Found]) -> Found:
     """
     found = joined(turned, axis=1)
     found = found.taken(np.lexsort([found.turn, -found.scores, found.rows], axis=1))
-    found = found.without((np.diff(found.rows, axis=1, prepend=-1) == 0) | (found.rows < 0))  # the best comes first
+    again = np.diff(found.rows, axis=1, prepend=-1) == 0  # the best comes first
+    found = found.without(again | (found.rows < 0))
     return found.taken(np.lexsort([found.rows, -found.scores], axis=1))
 
 
@@ -300,7 +303,7 @@ class Ways:
         return self._found(part, self.index, expand(queries, neighbours, scores), degrees[:, None])
 
     def by_tokens(self, part: slice, before: Found) -> Found:
-        """The first hits in the order of how alike their aggregated tokens are; the others stay behind them."""
+        """The first hits in the order of how alike their aggregated tokens are; the others behind them."""
         m = min(self.asked["rerank"], self.depth)
         better = np.full((len(before.rows), m), -np.inf)
         _, degrees = self._as_turned(part, before)
@@ -314,7 +317,7 @@ class Ways:
         return before.taken(np.hstack([np.argsort(-better, axis=1, kind="stable"), behind]))
 
     def _as_turned(self, part: slice, before: Found) -> tuple[np.ndarray, np.ndarray]:
-        """(q, D) vectors of the queries as they found their first hit, and (q,) the degrees they were turned by."""
+        """(q, D) vectors of the queries as they found their first hit, and (q,) the degrees of their turns."""
         degrees = np.nan_to_num(before.turn[:, 0])
         queries = np.zeros((len(degrees), self.query.vectors.shape[1]), np.float32)
         for pose, vectors in self.posed.vectors(part):
@@ -380,8 +383,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def search_by(stages: Sequence[Stage], part: slice, truth: Truth, k: int) -> tuple[Found, np.ndarray]:
-    """What some queries find, the first k hits, and (q,) float32 the score of the first hit when their right answers
-    are not there."""
+    """The first k hits of some queries, and (q,) float32 the score of the first one without their right answers."""
     found, again = None, None
     for i, stage in enumerate(stages):
         if stage.asks_again:

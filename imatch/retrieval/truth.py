@@ -135,7 +135,7 @@ class Places:
             rows: (N, k) int, rows of `other`, -1 for none.
 
         Returns:
-            (N, k) float64 metres, on the globe along great circles; NaN where a place is unknown or there is none.
+            (N, k) float64 metres, along great circles; NaN where a place is unknown or there is none.
 
         Raises:
             ImatchError: the systems differ.
@@ -251,8 +251,9 @@ def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, fl
                 continue
             if len(row) != len(columns):
                 raise ImatchError(f"{line}: {len(row)} cells for {len(columns)} columns: correct the line")
-            given = {name: _float(cell) for name, cell in zip(columns, row, strict=True) if name in NUMBERS and cell}
-            name = next(cell for name, cell in zip(columns, row, strict=True) if name in NAMES)
+            cell_of = dict(zip(columns, row, strict=True))
+            given = {name: _float(cell_of[name]) for name in NUMBERS if cell_of.get(name)}
+            name = next(cell_of[name] for name in NAMES if name in cell_of)
             yield line, name, config.checked(_Numbers, given, f"{line}: ").known
     except csv.Error as error:
         raise ImatchError(f"{where}, line {reader.line_num}: no CSV ({error}): correct the quotes") from error
@@ -285,7 +286,8 @@ def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, f
     except json.JSONDecodeError as error:
         raise ImatchError(f"{where}, line {error.lineno}: no JSON ({error.msg}): correct it") from error
     for i, said in enumerate(whole.images):
-        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position.known | said.attitude.known
+        numbers = said.position.known | said.attitude.known
+        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, numbers
 
 
 def _normal(path: str) -> str:
@@ -313,8 +315,8 @@ def places(
         The N places, or None when not one is known.
 
     Raises:
-        ImatchError: it is ambiguous which label a photograph has; some photographs have only latitude and longitude,
-            others only x and y; or a position of `exif` cannot be true.
+        ImatchError: it is ambiguous which label a photograph has; some have only latitude and longitude, others only
+            x and y; or a position of `exif` cannot be true.
 
     >>> places(["flight/a.jpg", "b.jpg"], [None, None], {"a.jpg": {"x": 3.0, "y": 4.0, "yaw": 350.0}}, [30, 0])
     Places(system='plane', coordinates=array([[ 3.,  4.],
@@ -324,7 +326,8 @@ def places(
         named = zip(exif, (f"position of photograph {id!r}: " for id in ids), strict=True)
         said = [config.checked(_Numbers, row or {}, where).known for row, where in named]
     else:
-        fitting = _fitting({_normal(id) for id in ids}, {_normal(name): label for name, label in labels.items()})
+        named_so = {_normal(name): label for name, label in labels.items()}
+        fitting = _fitting({_normal(id) for id in ids}, named_so)
         said = [fitting.get(_normal(id), {}) for id in ids]
     system = _system(ids, said)
     if system is None:
@@ -420,7 +423,9 @@ def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: 
     tree, there, answers = _looked_at(query, gallery, max_heading)
     for q in np.flatnonzero(query.known) if len(there) else ():
         for k in (16, 1024, len(there)):  # more where the first k may not hold the answer
-            straight, near = tree.query(query.points[q], k) if k < len(there) else ([np.inf], np.arange(len(there)))
+            straight, near = [np.inf], np.arange(len(there))
+            if k < len(there):
+                straight, near = tree.query(query.points[q], k)
             metres = _metres(query, gallery, q, there[near], max_heading, groups)
             if straight[-1] > _reach(query.system, metres.min() + EQUAL):
                 break
@@ -453,8 +458,10 @@ def _metres(query: Places, gallery: Places, q: int, g: np.ndarray, max_heading: 
     metres = _distance(query.system, query.points[q], gallery.points[g])
     if max_heading < 180:
         apart = np.abs((query.heading[q] - gallery.heading[g] + 180) % 360 - 180)
-        metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # 359.9 and 0.1 are 0.2 apart but for rounding
-    return metres if groups is None else np.where(groups[0][q] == groups[1][g], np.inf, metres)
+        metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # more, for rounding
+    if groups is None:
+        return metres
+    return np.where(groups[0][q] == groups[1][g], np.inf, metres)
 
 
 def position_figures(metres: np.ndarray) -> PositionFigures:
@@ -521,9 +528,10 @@ def truth_of(
     if asked["kind"] == "photograph":
         return same_photograph(query_shows, gallery_shows, own)
     if here is None or there is None:
+        side = "gallery" if here else "queries"
         raise ImatchError(
-            f"truth.kind is {asked['kind']}, but no photograph of the {'gallery' if here else 'queries'} has a "
-            "position in its EXIF: give them in a CSV or JSON, and set truth.labels to its path"
+            f"truth.kind is {asked['kind']}, but no photograph of the {side} has a position in its EXIF: "
+            "give them in a CSV or JSON, and set truth.labels to its path"
         )
     if asked["kind"] == "radius":
         return Truth.of(within(here, there, asked["radius"], asked["heading"], own))

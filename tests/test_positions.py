@@ -287,6 +287,26 @@ def test_exif_places_and_labels_replace_them_as_a_whole():
     assert truth.places(["a.jpg"], [None], {"a.jpg": {"yaw": 5.0}}) is None
 
 
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        ({"latitude": 95, "longitude": 0}, "latitude must be less than or equal to 90, got 95"),
+        ({"latitude": 5, "longitude": "east"}, "longitude must be a valid number, got 'east'"),
+        ({"latitude": 5, "longitude": 6, "yaw": "north"}, "yaw must be a valid number"),
+    ],
+    ids=str,
+)
+def test_a_photographs_position_that_cannot_be_true_is_refused(position, message):
+    """An imported tree has them from its metas, as they are."""
+    with pytest.raises(ImatchError, match=f"position of photograph 'a.jpg': {message}"):
+        truth.places(["a.jpg"], [position])
+
+
+def test_an_imported_position_may_have_empty_numbers():
+    found = truth.places(["a.jpg"] * 2, [{"latitude": 5, "longitude": 6, "yaw": yaw} for yaw in (None, 370)])
+    np.testing.assert_array_equal(found.heading, [np.nan, 10])
+
+
 def test_which_system_labels_are_in():
     on_globe, on_plane = {"latitude": 1.0, "longitude": 2.0}, {"x": 3.0, "y": 4.0}
 

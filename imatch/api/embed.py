@@ -94,8 +94,8 @@ def references(
         Embeddings whose `views` hold a row a reference: source, angle, crop, and matrix (3 x 3, photograph -> view).
 
     Raises:
-        ImatchError: an unknown kind, a number out of its range, a photograph that cannot be read any more, or more than
-            fit into memory.
+        ImatchError: an unknown kind, a number out of its range, a photograph that has changed, or more than fit into
+            memory.
 
     >>> photograph = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     >>> found = references(embed([photograph], "dsift"), angles=[0, 90], crops=[0.5])
@@ -114,8 +114,10 @@ def references(
         pixels = _unchanged(photographs, row)
         for crop in crops:
             for angle in angles:
-                id, view = kinds.name(about["id"], angle, crop), kinds.REFERENCES[kind](pixels, angle, crop)
-                made[id], views[id] = view.pixels, kinds.record(view, id, about, kind, angle, crop)
+                id = kinds.name(about["id"], angle, crop)
+                view = kinds.REFERENCES[kind](pixels, angle, crop)
+                made[id] = view.pixels
+                views[id] = kinds.record(view, id, about, kind, angle, crop)
                 held += view.pixels.nbytes
         check_memory(held, row + 1, len(photographs), REFERENCES)
     found = make_tokens(made, backbone, parameters, batch_size, views, beside=held, instead=REFERENCES)
@@ -135,16 +137,11 @@ def _unchanged(photographs: Embeddings, row: int) -> np.ndarray:
 
 
 def embed_sources(sources: Sources, backbone: Backbone, parameters: Parameters, batch_size: int = 8) -> Embeddings:
-    """Embed photographs by a backbone that is there.
+    """Embed photographs by a backbone that is there; else as `embed`.
 
     Args:
         sources: the photographs, in the order of the rows.
-        backbone: of `create_backbone`.
-        parameters: of `seen_by`, with that backbone.
-        batch_size: photographs a forward pass.
-
-    Raises:
-        ImatchError: none could be used, or more than fit into memory.
+        backbone, parameters: of `create_backbone`, and of `seen_by` with that.
     """
     return _embeddings(make_tokens(sources, backbone, parameters, batch_size), sources, parameters, {})
 
@@ -165,12 +162,8 @@ def make_tokens(
     Args:
         sources, backbone, parameters, batch_size: as of `embed_sources`.
         views: of references, their rows.
-        beside: bytes that are held beside the tokens.
+        beside, instead: as of `check_memory`.
         copies: how many times as many tokens will be held, such as those of other rotations.
-        instead: what to do where it does not fit into memory.
-
-    Returns:
-        The rows and tokens of all, and of those that were skipped why.
 
     Raises:
         ImatchError: more than fit into memory, or batch_size is below 1.
@@ -232,7 +225,8 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
         found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
     elif not isinstance(photographs, Sequence):
-        raise ImatchError(f"photographs is a {type(photographs).__name__}: give a folder, or a list of photographs")
+        kind = type(photographs).__name__
+        raise ImatchError(f"photographs is a {kind}: give a folder, or a list of photographs")
     else:
         found = {}
         for i, photograph in enumerate(photographs):
@@ -246,19 +240,16 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
 
 
 def source_of(photograph: Photograph, name: str) -> Path | np.ndarray:
-    """Say where a photograph lies, or give its upright pixels.
-
-    Args:
-        photograph: a path, an array (h, w, 3) uint8 RGB, or a Pillow image.
-        name: what one without a file is called in messages.
+    """Say where a photograph lies, or give its upright pixels; `name` is what messages call one without a file.
 
     Raises:
-        ImatchError: it is none of these.
+        ImatchError: it is no path, no array (h, w, 3) uint8 RGB, and no Pillow image.
     """
     if isinstance(photograph, str | Path):
         return settings.from_workspace(photograph)
     if isinstance(photograph, np.ndarray):
-        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or not photograph.size:
+        rgb = photograph.ndim == 3 and photograph.shape[2] == 3
+        if photograph.dtype != np.uint8 or not rgb or not photograph.size:
             raise ImatchError(
                 f"{name} is an array {photograph.shape} of {photograph.dtype}: give (h, w, 3) uint8 RGB, 0 to 255"
             )
@@ -279,11 +270,12 @@ def seen_by(weight: str, backbone: Backbone, resize: Resize) -> Parameters:
     """
     limit = resize.limit or backbone.side
     scaled = {"scale": resize.scale, **({"limit": limit} if limit else {})}
+    chosen = scaled if resize.mode == "scale" else {"long_side": resize.long_side}
     return {
         "weight": weight,
         "backbone": backbone_identity(backbone),
         "weights_digest": backbone.digest,
-        "resize": {"mode": resize.mode, **(scaled if resize.mode == "scale" else {"long_side": resize.long_side})},
+        "resize": {"mode": resize.mode, **chosen},
         "pixels": images.RESAMPLING[backbone.resampling],
     }
 
@@ -294,7 +286,7 @@ def check_memory(held: int, done: int, total: int, instead: str, beside: int = 0
     Args:
         held: bytes of what is done.
         done, total: how many photographs.
-        instead: what to do instead.
+        instead: what a message says to do.
         beside: bytes that are held in any case.
 
     Raises:
@@ -304,7 +296,8 @@ def check_memory(held: int, done: int, total: int, instead: str, beside: int = 0
 
     wanted = beside + (held * total // done if done >= min(total, ENOUGH) else held)
     if wanted > psutil.virtual_memory().total // 2:
-        raise ImatchError(f"{total} photographs take about {wanted / 2**30:.0f} GB of memory here: {instead}")
+        size = f"{wanted / 2**30:.0f} GB"
+        raise ImatchError(f"{total} photographs take about {size} of memory here: {instead}")
 
 
 def _bytes(tokens: Tokens) -> int:

@@ -29,8 +29,7 @@ class FolderMatches:
 
     Attributes:
         names: of the photographs that were matched, sorted.
-        pairs: a row a pair: query, candidate, verified, inliers, matches, rotation, scale, kind, weight, refined,
-            reason.
+        pairs: a row a pair, as `Match.row`.
         groups: names of photographs that belong together, the largest group first; those that match none are in none.
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
@@ -47,11 +46,8 @@ class FolderMatches:
     def __str__(self) -> str:
         verified = sorted((row for row in self.pairs if row["verified"]), key=lambda row: -row["inliers"])
         wide = max([len(files.printable(row[side])) for row in verified for side in ("query", "candidate")] + [9])
-        lines = (
-            [f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  by     rotated  times as large"]
-            if verified
-            else []
-        )
+        head = f"{'photograph':<{wide}}  {'shown by':<{wide}}  inliers  by     rotated  times as large"
+        lines = [head] if verified else []
         for row in verified:
             shown = (files.printable(row[side]) for side in ("query", "candidate"))
             angle = round(row["rotation"] or 0.0, 1) + 0.0
@@ -60,7 +56,8 @@ class FolderMatches:
             turned = about + format(angle, ".1f")
             lines.append(f"{text}  {row['inliers']:7d}  {row['weight']:<6} {turned:>7}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
-        lines += ["", f"{len(verified)} of {len(self.pairs)} pairs ({which}) of {len(self.names)} photographs match"]
+        pairs = f"{len(verified)} of {len(self.pairs)} pairs ({which})"
+        lines += ["", f"{pairs} of {len(self.names)} photographs match"]
         for number, group in enumerate(self.groups, 1):
             lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
         alone = len(self.names) - sum(map(len, self.groups))
@@ -99,8 +96,7 @@ def match_folder(
     """Match the photographs of a folder with each other.
 
     All pairs are matched or, of more than 200 photographs, each with its 20 nearest by global vector, without a second
-    look. By weight "auto" what sift does not verify is asked of xfeat, for the 20 nearest of each. A photograph that
-    cannot be read is left out and named.
+    look. By weight "auto" what sift does not verify is asked of xfeat, for the 20 nearest of each.
 
     Args:
         folder: of the photographs; those in folders below it count, too.
@@ -119,13 +115,15 @@ def match_folder(
     names = [one.name for one in found]
     if len(names) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
-        raise ImatchError(f"two photographs are needed, and {folder} holds {len(names)} that can be read{left_out}")
+        held = f"{folder} holds {len(names)} that can be read"
+        raise ImatchError(f"two photographs are needed, and {held}{left_out}")
     pairs = _nearest(found) if len(names) > RETRIEVED else list(itertools.combinations(found, 2))
     rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
     for backbone, other in zip(others, weights[1:], strict=True):
         kept = {name: sources[name] for name in names}
         found, _ = describe(kept, backbone, other, copies=copies.get(other, 1), instead=instead)
-        pairs = [(a, b) for a, b in _nearest(found) if not ((row := rows.get((a.name, b.name))) and row["verified"])]
+        done = {pair for pair, row in rows.items() if row["verified"]}
+        pairs = [(a, b) for a, b in _nearest(found) if (a.name, b.name) not in done]
         for row in _rows(pairs, other, 1):  # its network has threads of its own
             before = rows.get(pair := (row["query"], row["candidate"]))
             both = f"{weights[0]}: {before['reason']}; {other}: {row['reason']}" if before else row["reason"]
@@ -165,8 +163,5 @@ def groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
         joined = of.get(a, {a}) | of.get(b, {b})
         for name in joined:
             of[name] = joined
-    return sorted((sorted(group) for group in {id(group): group for group in of.values()}.values()), key=_by_size)
-
-
-def _by_size(group: Sequence[str]) -> tuple[int, Sequence[str]]:
-    return -len(group), group
+    found = {id(group): sorted(group) for group in of.values()}
+    return sorted(found.values(), key=lambda group: (-len(group), group))

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 SETTINGS: Parameters = {"refine": "patch", "geometry": {"threshold": 0, "min_share": 0}}
 """What 04_match does by default, too."""
 FIRST, CLOSER, TURNS = Sift.max_keypoints, 8000, (90, 180, 270)
-"""Keypoints of a first and of a second look at two photographs; degrees by which one is rotated in the second, by a
-backbone that does not rotate with its photographs."""
+"""Keypoints of a first and of a second look; degrees by which A is rotated in the second."""
 AUTO = ("sift", "xfeat")
 """The backbones of weight "auto": what the first does not verify is asked of the second."""
 
@@ -70,19 +69,16 @@ class Match:
         reason: why, with the numbers.
         inliers: how many correspondences the geometry explains.
         correspondences: all of them.
-        kind: "planar", "rotation" (of the camera alone) or "general" (a scene with depth); where not verified
-            "watermark", "degenerate" or "" (`core.types.Geometry`).
-        matrix: (3, 3) float64, pixels of A -> pixels of B; None where there is none. Of kind "general" it says roughly
-            where A lies.
-        fundamental: (3, 3) float64, x_b^T F x_a = 0, of kind "general".
-        pose: R (3, 3) and t (3,), x_b ~ R x_a + t, where both files say their focal length (`core/types.py`).
+        kind: "planar", "rotation" or "general"; where not verified "watermark", "degenerate" or "".
+        matrix: (3, 3) float64, pixels of A -> pixels of B, or None.
+        fundamental, pose: where they are known (`core.types.Geometry`).
         rotation: degrees counter-clockwise by which B shows A rotated; None where not verified.
         scale: how many times as large B shows it; None where not verified.
         sizes: (h, w) in pixels of A and of B.
         descriptors: how many local descriptors each has.
         names: of the two photographs.
         weight: backbone that gave this answer.
-        refined: whether pixels of the photographs were compared to make positions and geometry exact.
+        refined: whether pixels were compared to make positions and geometry exact.
     """
 
     verified: bool
@@ -188,10 +184,7 @@ class Match:
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write it: `.png` is the picture, `.json` is `record`.
-
-        Returns:
-            The path.
+        """Write it, and give the path back: `.png` is the picture, `.json` is `record`.
 
         Raises:
             ImatchError: another ending, or a place that cannot be written to.
@@ -200,16 +193,18 @@ class Match:
 
         path = settings.from_workspace(path)
         check_ending(path, (".png", ".json"))
-        record = (json.dumps(self.record(), ensure_ascii=False) + "\n").encode(errors="surrogateescape")
-        write(path, encode(self.picture()) if path.suffix.lower() == ".png" else record)
+        if path.suffix.lower() == ".png":
+            write(path, encode(self.picture()))
+        else:
+            text = json.dumps(self.record(), ensure_ascii=False) + "\n"
+            write(path, text.encode(errors="surrogateescape"))
         return path
 
 
 def match(
     a: Photograph, b: Photograph, weight: str = "auto", *, device: str = "auto", data_key: str = settings.DATA_KEY
 ) -> Match:
-    """Match two photographs. Those that do not match get a second look: with more keypoints or, by a backbone that does
-    not rotate with its photographs, with A rotated.
+    """Match two photographs. Those that do not match get a second look: with more keypoints, or with A rotated.
 
     Args:
         a, b: paths, arrays (h, w, 3) uint8 RGB, or Pillow images.
@@ -237,11 +232,15 @@ def match(
         for id, why in unread.items():
             name = str(sources[id]) if isinstance(sources[id], Path) else id
             raise PhotographError(f"{files.printable(name)}: {why}")
-        named = (dataclasses.replace(of, name=of.source.name) if isinstance(of.source, Path) else of for of in both)
-        tried.append(look_twice(*named))
+        tried.append(look_twice(*map(_named, both)))
         if tried[-1].verified:
             return tried[-1]
     return _none_of(tried, lacking)
+
+
+def _named(of: Described) -> Described:
+    """A photograph by the name of its file, if it has one."""
+    return dataclasses.replace(of, name=of.source.name) if isinstance(of.source, Path) else of
 
 
 def weights_of(weight: str) -> tuple[tuple[str, ...], str]:
@@ -264,7 +263,8 @@ def device_of(one: str, weight: str, device: str) -> str:
 def _none_of(tried: Sequence[Match], lacking: str) -> Match:
     """The first of several that verified nothing, with the reasons of all."""
     reasons = [f"{one.weight}: {one.reason}" for one in tried] if len(tried) > 1 else [tried[0].reason]
-    return dataclasses.replace(tried[0], reason="; ".join([*reasons, *([lacking] if lacking else [])]))
+    reasons += [lacking] if lacking else []
+    return dataclasses.replace(tried[0], reason="; ".join(reasons))
 
 
 def look_twice(a: Described, b: Described) -> Match:
@@ -349,17 +349,19 @@ def describe(
 
 def described(embeddings: Embeddings, row: int, backbone: Backbone) -> Described:
     """A photograph of a set that was embedded by this backbone."""
-    id, (h, w), resize = embeddings.ids[row], embeddings.rows[row]["size"], Resize(**embeddings.parameters["resize"])
-    weight = str(embeddings.parameters["weight"])
+    id, (h, w) = embeddings.ids[row], embeddings.rows[row]["size"]
+    weight, resize = str(embeddings.parameters["weight"]), Resize(**embeddings.parameters["resize"])
     source, tokens = embeddings.photograph(row), embeddings.tokens(row)
     return Described(id, source, (h, w), tokens, weight, backbone, resize)
 
 
 def matched(a: Described, b: Described, rotate: bool = False) -> Match:
     """Match two photographs, A also rotated if asked."""
-    matcher, options = matcher_for(a.weight), {"device": a.backbone.device} if a.weight == "xfeat" else {}
-    align = aligner({**SETTINGS, "matcher": matcher, "matcher_options": options}, b.tokens, b.size)
-    poses, focal = [(UPRIGHT, a.tokens), *(a.rotated if rotate else ())], exif.focal_lengths(a.source, b.source)
+    options = {"device": a.backbone.device} if a.weight == "xfeat" else {}
+    parameters: Parameters = {**SETTINGS, "matcher": matcher_for(a.weight), "matcher_options": options}
+    align = aligner(parameters, b.tokens, b.size)
+    poses = [(UPRIGHT, a.tokens), *(a.rotated if rotate else ())]
+    focal = exif.focal_lengths(a.source, b.source)
     found = align(poses, b.tokens, a.size, b.size, lambda: (_pixels(a), _pixels(b)), focal)
     explained = found.geometry
     angle, scaled = (None, None)
@@ -398,7 +400,8 @@ def check_ending(path: Path, endings: Sequence[str]) -> None:
     imatch.core.types.ImatchError: a.gif ends in '.gif': give a path that ends in .png or .json
     """
     if path.suffix.lower() not in endings:
-        raise ImatchError(f"{path.name} ends in {path.suffix!r}: give a path that ends in {' or '.join(endings)}")
+        known = " or ".join(endings)
+        raise ImatchError(f"{path.name} ends in {path.suffix!r}: give a path that ends in {known}")
 
 
 def write(path: Path, data: bytes) -> None:
@@ -410,10 +413,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_table(path: str | Path, rows: Sequence[MatchRow], unasked: Sequence[Mapping[str, Json]] = ()) -> Path:
-    """Write rows as a CSV, last those of what was not matched, which have some of the columns.
-
-    Returns:
-        The path.
+    """Write rows as a CSV, last those of what was not matched, which have some of the columns; give the path back.
 
     Raises:
         ImatchError: another ending than .csv, or a place that cannot be written to.

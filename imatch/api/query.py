@@ -1,4 +1,4 @@
-"""Retrieval in memory: an index of embeddings, searched by others; and the photograph that shows the same, verified."""
+"""Retrieval in memory: embeddings searched by others; and the photograph that shows the same, verified."""
 
 from __future__ import annotations
 
@@ -84,14 +84,17 @@ def search(queries: Embeddings, gallery: Embeddings, k: int = 10, *, index: Sear
 
 
 def exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> Hits:
-    """Compare (Q, D) queries with all of (N, D) vectors: the k nearest of each by cosine, ties by the smaller row."""
-    most, pad = min(k, len(vectors)), ((0, 0), (0, max(0, k - len(vectors))))
-    rows, scores = np.empty((len(queries), most), np.int64), np.empty((len(queries), most), np.float32)
+    """Find the k nearest of all (N, D) vectors to each of (Q, D) queries by cosine, ties by the smaller row."""
+    rows = np.full((len(queries), k), -1)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    most = min(k, len(vectors))
     for first in range(0, len(queries), BLOCK):
-        cosine = queries[first : first + BLOCK] @ vectors.T
+        part = slice(first, first + BLOCK)
+        cosine = queries[part] @ vectors.T
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :most]
-        rows[first : first + BLOCK], scores[first : first + BLOCK] = order, np.take_along_axis(cosine, order, 1)
-    return Hits(np.pad(rows, pad, constant_values=-1), np.pad(scores, pad, constant_values=-np.inf))
+        rows[part, :most] = order
+        scores[part, :most] = np.take_along_axis(cosine, order, 1)
+    return Hits(rows, scores)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class Answer:
     @property
     def best(self) -> Match:
         """The verified match or, if there is none, that with the most inliers; A is the query."""
-        return self.matches[-1] if self.matches[-1].verified else max(self.matches, key=lambda match: match.inliers)
+        last = self.matches[-1]  # the others did not verify
+        return last if last.verified else max(self.matches, key=lambda match: match.inliers)
 
     def __str__(self) -> str:
         if self:
@@ -153,15 +157,14 @@ class Answers:
         return "\n".join([*map(str, self.answers), *left_out])
 
     def save(self, path: str | Path) -> Path:
-        """Write them as a CSV, a line a query, those that could not be asked last: query, candidate, verified and the
-        other numbers of `Match.row`; of a query without an answer, of the closest candidate.
+        """Write them as a CSV, a line a query (`Match.row` of `Answer.best`), those that could not be asked last.
 
         Raises:
             ImatchError: another ending than .csv, or a place that cannot be written to.
         """
-        left_out: list[dict[str, Json]] = [
-            {"query": id, "verified": False, "reason": why} for id, why in self.skipped.items()
-        ]
+        left_out: list[dict[str, Json]] = []
+        for id, why in self.skipped.items():
+            left_out.append({"query": id, "verified": False, "reason": why})
         return write_table(path, [answer.best.row for answer in self.answers], left_out)
 
 

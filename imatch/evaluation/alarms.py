@@ -10,8 +10,7 @@ from imatch.core.rows import SearchFigures, ThresholdRecord
 from imatch.data.embeddings import Embeddings
 
 SAME = 0.9999
-"""Cosine that a photograph embedded again has with its stored vector at least: rounding on another device costs a third
-of that, and some backbones give different photographs 0.99."""
+"""Cosine of a photograph embedded again with its stored vector at least; other devices round by a third of that."""
 LOOK = 25
 """Bits of 256 that the looks of near-duplicates differ by at most: compressed, halved, brighter copies do."""
 NEAREST = 8

@@ -27,9 +27,8 @@ class Threshold:
         wanted: the precision asked for, in (0, 1).
         precision: share of right ones among the accepted, on the instances it was calibrated on; None without a value.
         coverage: share of the queries that have an answer which are accepted; None when no query has one.
-        held_out_precision: of what the two halves of the clusters accept, each by the threshold of the other; None
-            when there is no such figure.
-        held_out_coverage: likewise. A half that reaches no threshold accepts nothing of the other.
+        held_out_precision, held_out_coverage: of what the two halves of the clusters accept, each by the threshold of
+            the other; None when there is no such figure.
         why: why there is no threshold or no held-out figure, "" otherwise.
     """
 
@@ -57,16 +56,15 @@ def calibrate(
 ) -> Threshold:
     """The lowest score from which best hits are right as often as wanted.
 
-    Every query is asked twice (`metrics.asked_twice`): with its answers in the gallery, and with them left out, a known
-    negative. So half of the instances have no match; where matches are rarer, the precision is lower.
+    Every query is asked twice (`metrics.asked_twice`), so half of the instances have no match; where matches are rarer,
+    the precision is lower.
 
     The threshold is the lowest score at which the one-sided 95 % Clopper-Pearson bound of the precision (Biometrika 26,
     1934) is at least the wanted one. Two things make this bound too kind. It takes instances as independent, while
-    those of one photograph are not: the held-out figure, by cluster, is the check. And it is looked at for every score,
-    not for one chosen before (Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017,
-    divide the risk by the number of looks, which costs 7 to 28 points of coverage). Simulated for 0.95, the true
-    precision fell short in 2 to 5 % of the data sets where instances are independent, in 6 to 15 % where photographs
-    shift the scores of all their queries.
+    those of one photograph are not: the held-out figure, by cluster, is the check. And it is looked at for every score
+    (Geifman and El-Yaniv, NeurIPS 2017, divide the risk by the number of looks, which costs 7 to 28 points of
+    coverage). Simulated for 0.95, the true precision fell short in 2 to 5 % of the data sets where instances are
+    independent, in 6 to 15 % where photographs shift the scores of all their queries.
 
     Args:
         scores: (n,) of the best hits, higher is better; -inf for an instance without any hit, which is never accepted.
@@ -124,9 +122,8 @@ def curve(
         scores, right, has_answer: as for `calibrate`.
 
     Returns:
-        thresholds: (m,) float64, the distinct scores, descending, without -inf.
-        precision: (m,) in [0, 1], share of right ones among the instances of at least this score.
-        coverage: (m,) in [0, 1], share of the queries that have an answer among them; NaN when no query has one.
+        (m,) float64 each: the distinct scores, descending, without -inf; precision among the instances of at least this
+        score; coverage, the share of the queries that have an answer among them, NaN when no query has one.
 
     Raises:
         ImatchError: a score is NaN or inf.
@@ -175,7 +172,8 @@ def _lowest(scores: np.ndarray, right: np.ndarray, wanted: float) -> tuple[float
         return float(thresholds[reached[-1]]), ""
     best = int(bound.argmax())
     least = math.ceil(math.log(RISK) / math.log(wanted))
+    there = f"from score {thresholds[best]:.4g} on, where {good[best]} of {accepted[best]} are right"
     return None, (
-        f"no score shows a precision of {wanted:g}: the best lower bound is {bound[best]:.3f}, from score "
-        f"{thresholds[best]:.4g} on, where {good[best]} of {accepted[best]} are right ({least} of {least} would do)"
+        f"no score shows a precision of {wanted:g}: the best lower bound is {bound[best]:.3f}, "
+        f"{there} ({least} of {least} would do)"
     )

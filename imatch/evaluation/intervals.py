@@ -19,7 +19,7 @@ from imatch.core.types import ImatchError
 MIN_CLUSTERS = 8
 """With fewer clusters there is no interval."""
 TAIL = 0.025
-"""How often the true value may lie below an interval, and how often above: 95 % are inside."""
+"""How often the true value may lie below an interval, and how often above."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,16 @@ def interval(
 ) -> Interval:
     """The mean of per-query shares with a 95 % bootstrap interval clustered by photograph.
 
-    Clusters are drawn with replacement and the mean over their queries is a ratio of sums, for clusters differ in size.
     The ends are expanded percentiles: T. Hesterberg, "What Teachers Should Know About the Bootstrap", The American
     Statistician 69 (2015), because plain ones are too narrow with few clusters.
 
     Near 0 and 1 that is too narrow still, for what few photographs have not yet shown cannot be drawn again, so no end
     lies nearer to the mean than Korn and Graubard's: Clopper-Pearson with the number of independent queries that would
-    scatter as much as the clusters do ("Confidence intervals for proportions with small expected number of positive
-    counts estimated from survey data", Survey Methodology 24, 1998). And no interval promises more than that of G
+    scatter as much as the clusters do (Survey Methodology 24, 1998). And no interval promises more than that of G
     clusters that are all right, or all wrong: one wrong query more makes nothing surer.
 
     Where every cluster has the same mean c the bootstrap has no width. Of G clusters none differs, so up to a share u
-    may (Clopper-Pearson, 0 of G; one trial a cluster), by any value there is: [c - u c, c + u (1 - c)]. For c = 0 and
-    c = 1, all wrong and all right, this is the Clopper-Pearson interval itself.
+    may (Clopper-Pearson, 0 of G), by any value there is: [c - u c, c + u (1 - c)].
 
     Simulated (20 to 40 clusters of 6 to 24 queries, correlation within one 0.1 to 0.4) 94 to 96 % of the intervals
     held a true mean of 0.7, 97 to 98 % one of 0.9, and 98 to 100 % one of 0.95 and 0.98.
@@ -116,14 +113,12 @@ def paired_difference(
 
     Simulated as there, 92 to 96 % of the intervals held the true difference, for means of 0.3 to 0.95.
 
-    Where every cluster has the same difference d, such as 0 for two configurations that agree on every query, the ends
-    are d - u (d + 1) and d + u (1 - d): up to a share u of clusters may differ, by anything from -1 to 1. For d = 0
-    this is [-u, u].
+    Where every cluster has the same difference d, such as 0, the ends are d - u (d + 1) and d + u (1 - d): up to a
+    share u of clusters may differ, by anything from -1 to 1.
 
     Args:
         first, second: query id -> hit (0 or 1) or share in [0, 1], of two configurations.
         clusters: query id -> the photograph or capture that it comes from.
-        unit, resamples, seed: as for `interval`.
 
     Raises:
         ImatchError: the queries are not the same, or a value is NaN or outside [0, 1].
@@ -200,7 +195,7 @@ def _members(clusters: Sequence[Hashable] | np.ndarray) -> np.ndarray:
 
 
 def _by_effective_size(values: np.ndarray, clusters: Sequence[Hashable] | np.ndarray) -> tuple[float, float]:
-    """Korn and Graubard's interval of a share; from 1 to 0, so of no effect, where clusters do not differ."""
+    """Korn and Graubard's interval; from 1 to 0, of no effect, where clusters do not differ."""
     q, member = len(values), _members(clusters)
     mean, n = values.mean(), member.max() + 1
     off = np.bincount(member, values) - mean * np.bincount(member)

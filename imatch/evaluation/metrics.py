@@ -38,7 +38,7 @@ def hit_at_k(right: np.ndarray, k: int) -> np.ndarray:
 
 def recall_at_k(right: np.ndarray, answers: np.ndarray, k: int) -> np.ndarray:
     """Recall@K: the share of a query's right answers that are among its first k hits (Manning, Raghavan and Schuetze,
-    "Introduction to Information Retrieval", 2008, chapter 8). With one right answer it is Hit@K.
+    "Introduction to Information Retrieval", 2008, chapter 8).
 
     Args:
         right: (Q, K) bool.
@@ -92,7 +92,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def right_hits(rows: Sequence[QueryRow], k: int) -> np.ndarray:
-    """Which hits are right: (Q, k) bool, from Q rows of queries.jsonl, which name the ranks of right hits (from 0).
+    """Which hits are right: (Q, k) bool, from Q rows of queries.jsonl.
 
     >>> right_hits([{"right_ranks": [1]}, {"right_ranks": []}], 2).tolist()
     [[False, True], [False, False]]
@@ -104,8 +104,7 @@ def right_hits(rows: Sequence[QueryRow], k: int) -> np.ndarray:
 
 
 def asked_twice(rows: Sequence[QueryRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Every query asked twice, for `calibrate`: as it is, if it has an answer, and with its answers left out of the
-    gallery, when nothing that it finds is right.
+    """Every query asked twice, for `calibrate`: as it is, if it has an answer, and with its answers left out.
 
     Args:
         rows: of queries.jsonl: answers, right_ranks, score and score_without (None: no hit), cluster.
@@ -135,12 +134,10 @@ def retrieval_metrics(rows: Sequence[QueryRow], k: int, unit: str = "photographs
 
     Returns:
         k, queries, without_answer (counted apart, in nothing else), missed (the backbone found nothing in them, so they
-        find nothing and are wrong everywhere), hit_at_K, recall_at_K and precision_at_K for K of `DEPTHS`: the share of
-        the first K hits that are right, places that the gallery could not fill count as wrong (Manning et al.,
-        chapter 8); map_at_k; mrr_at_k, the mean of 1 / rank of the first right hit, 0 without one (Voorhees, "The
-        TREC-8 Question Answering Track Report", 1999); `intervals` of hit_at_1, map and mrr, 95 %, by
-        `intervals.interval`; `by_view`: hit_at_1 with its interval for each crop and angle. Figures are None where
-        nothing could be counted.
+        are wrong everywhere), hit_at_K, recall_at_K and precision_at_K for K of `DEPTHS`: the share of the first K hits
+        that are right, places that the gallery could not fill count as wrong; map_at_k; mrr_at_k, the mean of 1 / rank
+        of the first right hit, 0 without one (Voorhees, TREC-8, 1999); `intervals` of hit_at_1, map and mrr;
+        `by_view`: hit_at_1 with its interval for each crop and angle. Figures are None where nothing could be counted.
     """
     counted = [row for row in rows if row["answers"]]
     right, answers = right_hits(counted, k), np.array([row["answers"] for row in counted], int)
@@ -182,9 +179,8 @@ def _by_view(
 
 
 def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
-    """Area under the curve of the share of pairs below an error, from 0 to `threshold`, divided by `threshold`: the
-    figure of HPatches' homography estimation (as Sarlin et al., "SuperGlue", CVPR 2020, compute it: trapezoids between
-    the sorted errors).
+    """Area under the curve of the share of pairs below an error, from 0 to `threshold`, divided by `threshold`, as
+    Sarlin et al., "SuperGlue", CVPR 2020, compute it: trapezoids between the sorted errors.
 
     Args:
         errors: mean corner errors in pixels; infinite where no geometry was found.
@@ -206,8 +202,7 @@ def corner_auc(errors: Sequence[float], threshold: float) -> float | None:
 
 def rerank(pairs: Iterable[PairRow]) -> list[PairRow]:
     """One query's retrieved pairs in a new order: verified ones by their inliers, those of an earlier look first (of
-    another backbone they are not comparable), then the others as retrieval ranked them (inliers that do not verify are
-    chance).
+    another backbone they are not comparable), then the others as retrieval ranked them.
 
     >>> rows = [dict(rank=r, verified=r == 1, inliers=9 * r, retrieved=True) for r in range(3)]
     >>> [row["rank"] for row in rerank(rows)]
@@ -244,13 +239,11 @@ def match_metrics(pairs: Sequence[PairRow], unit: str = "photographs") -> MatchF
         queries with a wrong candidate, the share of which one verifies: how often no match would be believed),
         corner_error_median of the verified right ones in pixels. Of all pairs of a reference with its own source
         (pairs without a geometry count as failed): true_pairs, true_corner_error_median, true_within_8px,
-        corner_auc (by threshold), matching_accuracy (mean share of correspondences within so many pixels of where the
-        true matrix puts them: Mikolajczyk and Schmid, PAMI 2005; Dusmanu et al., "D2-Net", CVPR 2019), inlier_ratio
-        (mean share of correspondences that the found geometry explains), rotation_error_median in degrees and
-        scale_error_median (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1,
-        true_within_8px and reranking (reranked_hit_at_1 - hit_at_1, paired on the same queries). `by_crop` and
-        `by_view` (crop and angle) have the same for parts. Shares are None where
-        nothing could be counted.
+        corner_auc (by threshold), matching_accuracy (mean of `geometry.matching_accuracy`), inlier_ratio (mean share of
+        correspondences that the found geometry explains), rotation_error_median in degrees and scale_error_median
+        (0.01 is one hundredth too large or too small). `intervals` of hit_at_1, reranked_hit_at_1, true_within_8px and
+        reranking (reranked_hit_at_1 - hit_at_1, paired on the same queries). `by_crop` and `by_view` (crop and angle)
+        have the same for parts. Shares are None where nothing could be counted.
     """
     best = best_pairs(pairs)
     figures = _figures(pairs, best, unit)
@@ -283,6 +276,9 @@ def _figures(pairs: Sequence[PairRow], best: Sequence[PairRow], unit: str) -> Pa
             wrong[row["query"]] = wrong.get(row["query"], False) or row["verified"]
     true = [row for row in pairs if row["has_truth"]]
     errors = [_or_inf(row["corner_error"]) for row in true]
+    nothing = [0.0] * len(ACCURACY)
+    shares = [row["accuracy"] if row["matches"] and row["accuracy"] else nothing for row in true]
+    accuracy = [mean(of[i] for of in shares) for i in range(len(ACCURACY))]
     each = {
         "hit_at_1": (first, [row["right"] for row in first]),
         "reranked_hit_at_1": (counted, [row["right"] for row in counted]),
@@ -307,10 +303,7 @@ def _figures(pairs: Sequence[PairRow], best: Sequence[PairRow], unit: str) -> Pa
         "true_corner_error_median": _median(errors),
         "true_within_8px": measured["true_within_8px"].value,
         "corner_auc": {str(pixels): corner_auc(errors, pixels) for pixels in PIXELS},
-        "matching_accuracy": {
-            str(pixels): mean(row["accuracy"][i] if row["matches"] and row["accuracy"] else 0.0 for row in true)
-            for i, pixels in enumerate(ACCURACY)
-        },
+        "matching_accuracy": dict(zip(map(str, ACCURACY), accuracy, strict=True)),
         "inlier_ratio": mean(row["inliers"] / max(1, row["matches"]) for row in true),
         "rotation_error_median": _median([_or_inf(row["rotation_error"]) for row in true]),
         "scale_error_median": _median([_or_inf(row["scale_error"]) for row in true]),

@@ -87,21 +87,17 @@ def _believed(threshold: ThresholdRecord) -> list[str]:
         f"{threshold['wanted']:g}: {_cell(threshold['coverage'])} of the queries that have an answer"
     )
     held = threshold["held_out_precision"]
-    short = ", BELOW what was asked for: do not rely on it" if held is not None and held < threshold["wanted"] else ""
-    rest = (
-        threshold["why"]
-        if held is None
-        else (
-            f"on photographs that it was not calibrated on: precision {_cell(held)}{short}; coverage "
-            f"{_cell(threshold['held_out_coverage'])}"
-        )
-    )
-    return [said, f"             {rest}"]
+    if held is None:
+        return [said, f"             {threshold['why']}"]
+    short = ", BELOW what was asked for: do not rely on it" if held < threshold["wanted"] else ""
+    apart = f"precision {_cell(held)}{short}; coverage {_cell(threshold['held_out_coverage'])}"
+    return [said, f"             on photographs that it was not calibrated on: {apart}"]
 
 
 def _metres(figures: PositionFigures) -> list[str]:
     within = "   ".join(f"{_cell(share)} within {metres} m" for metres, share in figures["within"].items())
-    unknown = f" ({figures['unknown']} queries without a position are not counted)" if figures["unknown"] else ""
+    lost = figures["unknown"]
+    unknown = f" ({lost} queries without a position are not counted)" if lost else ""
     return [
         f"{'metres':<12} first hit {_cell(figures['top1_metres_median'])} (median), nearest of all hits "
         f"{_cell(figures['least_metres_median'])}{unknown}",
@@ -122,20 +118,23 @@ def summary_table(finished: Mapping[str, MatchFigures]) -> str:
     lines = [f"{'Hit@1':<{wide}}  crop " + " ".join(heads)] if shown else []
     for name, metrics in shown.items():
         for part in reversed(metrics["by_crop"]):
-            hits = {view["angle"]: view["hit_at_1"] for view in metrics["by_view"] if view["crop"] == part["crop"]}
+            views = [view for view in metrics["by_view"] if view["crop"] == part["crop"]]
+            hits = {view["angle"]: view["hit_at_1"] for view in views}
             cells = [_cell(hits.get(angle), 5) for angle in angles]
             mean = intervals.Interval(**part["intervals"]["hit_at_1"])
             lines.append(f"{name:<{wide}}  {part['crop']:<4g} {' '.join(cells)}  {mean}")
     for name, metrics in finished.items():
-        hit, again = (intervals.Interval(**metrics["intervals"][key]) for key in ("hit_at_1", "reranked_hit_at_1"))
+        of = metrics["intervals"]
+        hit, again = (intervals.Interval(**of[key]) for key in ("hit_at_1", "reranked_hit_at_1"))
         if hit.value is None and "pairs_verified" in metrics and metrics["pairs"]:
             said = f"{metrics['pairs_verified']} of {metrics['pairs']} pairs verified"
             lines += ["", f"{name}: {said}; no query has a right answer that is known, so there is no Hit@1"]
         else:
-            lines += ["", f"{name}: {metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"]
-            lines += _reranked(metrics)
-        if metrics["corner_error_median"] is not None:
-            lines.append(f"  median corner error of verified right matches: {metrics['corner_error_median']:.2f} px")
+            said = f"{metrics['queries']} queries, Hit@1 {hit}, re-ranked by 1:1 matching {again}"
+            lines += ["", f"{name}: {said}", *_reranked(metrics)]
+        error = metrics["corner_error_median"]
+        if error is not None:
+            lines.append(f"  median corner error of verified right matches: {error:.2f} px")
         if metrics["true_pairs"]:
             lines.append(
                 f"  of all {metrics['true_pairs']} pairs of a reference and its source: median corner error "
@@ -146,8 +145,8 @@ def summary_table(finished: Mapping[str, MatchFigures]) -> str:
                 f"  labelled by hand: {told['labelled']} pairs, {told['accepted']} accepted; of the verified ones "
                 f"{_cell(told['precision'])} are accepted, of the accepted ones {_cell(told['recall'])} are verified"
             )
-        if metrics.get("queries_skipped"):
-            lines.append(f"  not counted above: {metrics['queries_skipped']} queries that could not be decoded")
+        if skipped := metrics.get("queries_skipped"):
+            lines.append(f"  not counted above: {skipped} queries that could not be decoded")
     return "\n".join(lines)
 
 

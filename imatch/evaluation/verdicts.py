@@ -1,8 +1,7 @@
 """What people say of matched pairs: accept or reject, one CSV for a data set (not the positions that 03_index reads).
 
-A label is about two photographs, so it holds whatever backbone or matcher found the pair. References of another kind
-are other photographs and have a file of their own. The file lies beside the steps, not in one of them: it is a person's
-work, and a step's folder goes when the step is computed anew.
+A label is about two photographs, so it holds whatever found the pair. References of another kind are other photographs
+and have a file of their own. It lies beside the steps: a person's work must not go when a step is computed anew.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ def read(file: Path) -> Labels:
     """
     if not file.is_file():
         return {}
-    lines = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig", errors="surrogateescape"), newline=""))
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    lines = csv.DictReader(io.StringIO(text, newline=""))
     if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise ImatchError(f"{file} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)}")
     labels: Labels = {}
@@ -45,9 +45,11 @@ def read(file: Path) -> Labels:
         where = f"{file}, line {lines.line_num}"
         pair, label = (row["query"], row["candidate"]), row["label"]
         if label not in LABELS:
-            raise ImatchError(f"{where}: label {label!r} is not known: use {' or '.join(LABELS)}, or remove the line")
+            known = " or ".join(LABELS)
+            raise ImatchError(f"{where}: label {label!r} is not known: use {known}, or remove the line")
         if labels.setdefault(pair, label) != label:
-            raise ImatchError(f"{where}: {files.printable(pair[0])} and {files.printable(pair[1])} have both labels")
+            query, candidate = map(files.printable, pair)
+            raise ImatchError(f"{where}: {query} and {candidate} have both labels")
     return labels
 
 
@@ -76,8 +78,8 @@ def label_metrics(pairs: Iterable[PairRow], labels: Mapping[tuple[str, str], str
 
     Returns:
         labelled (how many of the pairs have a label), accepted and rejected of them; precision: the share of verified
-        ones that people accept; recall: the share of those accepted that are verified. Shares are None where nothing
-        could be counted. None when no pair has a label.
+        ones that people accept; recall: the share of those accepted that are verified, None of nothing. None when no
+        pair has a label.
 
     >>> pairs = [{"query": "q", "candidate": c, "verified": c != "c"} for c in "abc"]
     >>> label_metrics(pairs, {("q", "a"): "accept", ("q", "b"): "reject"})

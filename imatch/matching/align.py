@@ -26,8 +26,7 @@ from imatch.matching.two_view import GeometryOptions as GeometryOptions  # besid
 
 REFINEMENTS = ("off", "patch", "pixel")
 COARSE = 20
-"""Inliers that verify a pair of grids, between patches: smooth photographs of the demo that show different things agree
-in up to 34 of 62 correspondences, in one of four rotations."""
+"""Inliers that verify a pair of grids: smooth photographs of different things agree in up to 34 of 62 by chance."""
 CONFIRMED, AROUND = 0.5, 4
 """Share of a coarse plane's inliers that pixels must find again; how many times the threshold they are looked for."""
 ROUNDS = 2
@@ -57,17 +56,15 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Aligner:
-    """Aligns A with B: matches every pose of A (of a slow matcher the likeliest one), keeps the one with the most
-    inliers, refines it and estimates again.
+    """Aligns A with B: matches every pose of A, keeps the one with the most inliers, refines it and estimates again.
 
     Attributes:
         matcher: makes the correspondences.
-        search: the first geometry, from coarse positions. It chooses the pose, and pixels are compared from it. Few and
-            coarse points fix a similarity better than a homography.
+        search: the first geometry, which chooses the pose, and from which pixels are compared. Few and coarse points
+            fix a similarity better than a homography.
         estimator: the geometry that is given back.
-        refinement: "off" (centres of patches), "patch" (`refine.by_patch`) or "pixel" (`refine.by_pixels` after it).
-            What a coarse matcher verifies is compared in pixels, too, unless it is off, and stays as it is where these
-            do not confirm it: light and season may differ.
+        refinement: "off", "patch" (`refine.by_patch`) or "pixel" (`refine.by_pixels` after it). What a coarse matcher
+            verifies is compared in pixels by "patch", too; it stays where they do not confirm it: light may differ.
 
     Raises:
         ImatchError: refinement "pixel" without a geometry to start from.
@@ -105,8 +102,8 @@ class Aligner:
             poses: A's tokens in a pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
             b: B's tokens.
             size_a, size_b: (h, w) of the upright photographs.
-            photographs: gives the pixels of A and of B, both upright and (h, w, 3) uint8 RGB, in their full size.
-                Called at most once, and only where pixels are compared; refinement "pixel" needs them.
+            photographs: gives the pixels of A and of B, upright (h, w, 3) uint8 RGB in full size, once they are wanted;
+                refinement "pixel" needs them.
             focal: their focal lengths in pixels, where known.
         """
         if len(poses) > 1 and (quick := self.matcher.quick):
@@ -120,7 +117,8 @@ class Aligner:
             best = depth
         elif self.refinement == "pixel" and photographs is not None:
             why = f"no first geometry to compare the photographs from: {best.geometry.reason}"
-            best = self._compared(best, views, *photographs()) if _usable(best) else refused(best, why)
+            usable = _usable(best)
+            best = self._compared(best, views, *photographs()) if usable else refused(best, why)
         elif first is not self.estimator:
             best = replace(best, geometry=self.estimator(best.xy_a, best.xy_b, *views))
         if self.matcher.coarse and self.refinement == "patch" and photographs and best.geometry.verified:
@@ -128,7 +126,8 @@ class Aligner:
                 best = self._finer(best, views, *photographs())
         found, repeated = best.geometry, best.matches.repeated
         if not found.verified and repeated > len(best.matches):
-            return refused(best, f"{found.reason}; {repeated} more were left out, for what they show repeats")
+            more = f"{repeated} more were left out, for what they show repeats"
+            return refused(best, f"{found.reason}; {more}")
         return best
 
     def _tried(self, pose: Pose, a: Tokens, b: Tokens, estimator: Estimator, views: Views) -> Alignment:
@@ -164,7 +163,7 @@ class Aligner:
     def _compared(
         self, coarse: Alignment, views: Views, photograph_a: np.ndarray, photograph_b: np.ndarray
     ) -> Alignment:
-        """The geometry of what is found in the photographs; correspondences that are not stay where they are."""
+        """The geometry of what is found in the photographs; other correspondences stay where they are."""
         best, matrix = None, coarse.geometry.matrix
         for _ in range(ROUNDS):
             xy_b = coarse.xy_b.copy()
@@ -236,23 +235,21 @@ class MatchingOptions:
 
 
 def aligner(parameters: Parameters, b: Tokens | None, size_b: tuple[int, int] = (0, 0)) -> Aligner:
-    """What a 04_match with such parameters aligns a pair with; what was left at 0 or "auto" is chosen for the matcher,
-    and for keypoints or a grid.
+    """What a 04_match aligns a pair with: what was left at 0 or "auto" is chosen for the matcher and the tokens.
 
     Between the centres of patches lies half a patch of noise, in which a homography by OpenCV's graph cut does better
     than PoseLib's and a fundamental matrix explains anything: on grids "auto" is a homography.
 
     Args:
-        parameters: of the step.
-        b: tokens of the right photograph; None stands for keypoints.
-        size_b: its (h, w).
+        b, size_b: tokens and (h, w) of the right photograph; None stands for keypoints.
     """
     chosen, refinement = dict(parameters["geometry"]), parameters["refine"]
     patch = 0.0 if b is None or b.grid is None else max(b.spacing)
     coarse = max(3.0, patch / 2)
     fine = not patch or refinement == "pixel"
     matcher = matchers.create_matcher(parameters["matcher"], parameters["matcher_options"])
-    chosen["threshold"] = chosen["threshold"] or (max(3.0, matcher.coarse * max(size_b)) if fine else coarse)
+    threshold = max(3.0, matcher.coarse * max(size_b)) if fine else coarse
+    chosen["threshold"] = chosen["threshold"] or threshold
     chosen["min_inliers"] = chosen.get("min_inliers") or (0 if fine else COARSE)
     chosen["min_share"] = chosen["min_share"] or matcher.share or (0.1 if fine else 0.3)
     estimator = Estimator(**chosen, caution=matcher.caution)
@@ -270,8 +267,7 @@ class Tried:
     """A pair as one look has aligned it.
 
     Attributes:
-        looked, align: the look, and what aligned the pair by it.
-        found: how A lies on B.
+        looked, align, found: the look, what aligned the pair by it, and how A lies on B.
         seen, b: A's tokens in each pose, and B's.
         sizes, paths: (h, w) of A and of B, upright, and their files.
     """
@@ -290,8 +286,12 @@ class Tried:
     ) -> Tried:
         """Align a pair by one look; where pixels cannot be read by now, it is not verified."""
         align, focal = aligner(looked.settings, b, sizes[1]), exif.focal_lengths(*paths)
+
+        def photographs() -> tuple[np.ndarray, np.ndarray]:
+            return _pixels(paths[0]), _pixels(paths[1])
+
         try:
-            found = align(seen, b, *sizes, photographs=lambda: (_pixels(paths[0]), _pixels(paths[1])), focal=focal)
+            found = align(seen, b, *sizes, photographs, focal)
         except PhotographError as error:
             found = replace(align, refinement="patch")(seen, b, *sizes, focal=focal)
             found = refused(found, f"the photographs cannot be compared: {error}")
@@ -303,7 +303,7 @@ class Tried:
         return dict(self.seen)[self.found.pose]
 
     def pair(self, row: PairRow, time_ms: float = 0.0) -> Pair:
-        """Put what was found to the row of the pair, for the sinks."""
+        """Put what was found to its row, for the sinks."""
         found, look, grids = self.found, self.looked.look, (self.a.grid, self.b.grid)
         settings = {
             "matcher": look.matcher,

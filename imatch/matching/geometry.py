@@ -33,7 +33,7 @@ def corners(size: tuple[int, int]) -> np.ndarray:
 def degenerate(matrix: np.ndarray, points: np.ndarray) -> str:
     """Say why a matrix is no view of a flat scene as far as these points reach ("" if it may be one).
 
-    Beyond them it may be anything: a right homography of a street folds the sky, for the horizon is in the picture.
+    Beyond them it may be anything: a right homography of a street folds the sky.
 
     Args:
         matrix: (3, 3) A -> B.
@@ -86,7 +86,7 @@ def epipolar_line(fundamental: np.ndarray, xy: np.ndarray, size: tuple[int, int]
         size: (h, w) of B.
 
     Returns:
-        (2, 2) its two ends in pixels of B; None where it does not cross B.
+        (2, 2) its ends; None where it does not cross B.
 
     >>> sideways = np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # the camera moved along its rows
     >>> epipolar_line(sideways, np.array([3.0, 5.0]), (10, 20)).tolist()
@@ -124,9 +124,7 @@ def vector_ratios(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
 
 
 def median_similarity(xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
-    """Find the similarity A -> B that correspondences of a scene of depth have in the middle.
-
-    Rotation and scale are the medians over pairs of points, the shift is that of the median point.
+    """Find the similarity A -> B with the median rotation, scale and shift of correspondences of a scene of depth.
 
     Args:
         xy_a, xy_b: (n, 2) pixels, n >= 2.
@@ -171,7 +169,7 @@ def rotation_scale(matrix: np.ndarray, size: tuple[int, int]) -> tuple[float, fl
 def corner_error(estimate: np.ndarray, truth: np.ndarray, size: tuple[int, int]) -> float:
     """Mean distance in pixels of B between A's corners mapped by the estimate and by the truth.
 
-    Source: DeTone, Malisiewicz and Rabinovich, "SuperPoint", CVPR workshops 2018 (homography estimation on HPatches).
+    Source: DeTone, Malisiewicz and Rabinovich, "SuperPoint", CVPR workshops 2018.
 
     >>> corner_error(np.eye(3), np.array([[1.0, 0, 3], [0, 1, 4], [0, 0, 1]]), (10, 10))
     5.0
@@ -186,8 +184,7 @@ def matching_accuracy(
 ) -> list[float] | None:
     """The share of correspondences that lie within so many pixels of where the truth puts them.
 
-    Source: Mikolajczyk and Schmid, "A performance evaluation of local descriptors", PAMI 2005; as "mean matching
-    accuracy" over pairs: Dusmanu et al., "D2-Net", CVPR 2019.
+    Source: Mikolajczyk and Schmid, PAMI 2005; as "mean matching accuracy" over pairs: Dusmanu et al., CVPR 2019.
 
     Args:
         xy_a, xy_b: (m, 2) correspondences in pixels of A and of B.

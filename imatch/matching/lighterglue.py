@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE = "xfeat-lighterglue.pt"
 DIMENSION = 64
 CONSTANTS = "confidence_thresholds"
-"""What the network works out by itself, and the file does not hold."""
+"""What the network works out by itself."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class LighterGlue(Matcher):
 
     What it pairs agrees with some geometry by itself, so agreement says less: it takes more inliers (`caution`).
 
-    Sources: Lindenberger, Sarlin and Pollefeys, "LightGlue: local feature matching at light speed", ICCV 2023; the
-    network is kornia's, the weights are those that XFeat's authors trained (`imatch.core.learned`).
+    Source: Lindenberger, Sarlin and Pollefeys, "LightGlue", ICCV 2023; the weights are XFeat's authors'.
 
     Attributes:
         min_probability: 0 to 1; a pair below it is dropped. 0.1 is LightGlue's.
@@ -107,7 +106,8 @@ def network(device: str) -> LightGlue:
     flash = torch.backends.cuda.flash_sdp_enabled()  # kornia sets it for the whole process
     made = LightGlue(None, **{**LightGlue.features["xfeat"], "weights": None, "flash": False})
     torch.backends.cuda.enable_flash_sdp(flash)
-    tensors = {_name(name): tensor for name, tensor in learned.read(FILE).items() if name.startswith("matcher.")}
+    held = learned.read(FILE).items()
+    tensors = {_name(name): tensor for name, tensor in held if name.startswith("matcher.")}
     lost = made.load_state_dict(tensors, strict=False)
     if lost.unexpected_keys or set(lost.missing_keys) - {CONSTANTS}:
         raise ImatchError(f"this kornia does not know the weights of lighterglue: {learned.REMEDY}")

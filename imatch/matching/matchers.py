@@ -47,8 +47,7 @@ class Matcher:
     def __call__(self, a: Tokens, b: Tokens, sizes: Sizes | None = None) -> Matches:
         """Correspondences between A's and B's local descriptors, one to one unless asked otherwise.
 
-        Any local descriptors with positions will do; those of norm 0 are never matched. Exchanging A and B exchanges
-        the sides of the answer, but where pairs are equally strong.
+        Those of norm 0 are never matched. Exchanging A and B exchanges the sides, but where pairs are equally strong.
 
         Args:
             a, b: their tokens, xy in pixels of the photographs as the backbone saw them.
@@ -74,14 +73,14 @@ def create_matcher(matcher: str, options: Options | None = None) -> Matcher:
 
 
 TILE, ROWS = 2**20, 256
-"""Cosines in memory at once, 4 MB, which stay in the processor's cache; rows that are copied to look along columns."""
+"""Cosines in memory at once, which stay in the processor's cache; rows that are copied to look along columns."""
 SAME = 0.95
 """Cosine from which on two descriptors show the same: where a rival comes near to that, too, what they show repeats."""
 _BLAS, _BLAS_LOCK = ThreadpoolController().select(user_api="blas"), Lock()
 
 
 class _Side(NamedTuple):
-    """Descriptors that can be compared: their rows in the tokens, rising, directions of norm 1, and positions."""
+    """Descriptors that can be compared: rows in the tokens, rising, directions of norm 1, positions."""
 
     rows: np.ndarray
     directions: np.ndarray
@@ -89,7 +88,7 @@ class _Side(NamedTuple):
 
 
 class _Nearest(NamedTuple):
-    """The k best partners of each of n rows, best first, of equally good ones the smaller index first: (n, k) each."""
+    """The k best partners of each of n rows, best first, ties by the smaller index: (n, k) each."""
 
     score: np.ndarray
     index: np.ndarray
@@ -140,7 +139,7 @@ def _largest(scores: np.ndarray, k: int) -> _Nearest:
 
 
 def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
-    """The k largest scores of each row and of each column of tiles, one below the other; they are overwritten."""
+    """The k largest scores of each row and each column of tiles below each other; these are overwritten."""
     of_rows: list[_Nearest] = []
     of_columns, first = _Nearest(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)), 0
     for part in (tile[n : n + ROWS] for tile in tiles for n in range(0, max(1, len(tile)), ROWS)):
@@ -156,7 +155,7 @@ def _nearest(tiles: Iterable[np.ndarray], k: int) -> tuple[_Nearest, _Nearest]:
 
 
 def _mutual(of_a: _Nearest, of_b: _Nearest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs in which each is among the other's nearest: rows of A, rising, rows of B, and scores, (m,) each."""
+    """The pairs of rows in which each is among the other's nearest, by rows of A, and scores: (m,) each."""
     i = np.arange(len(of_a.index))[:, None]
     chosen = (of_b.index[of_a.index] == i[..., None]).any(axis=2)
     return np.nonzero(chosen)[0], of_a.index[chosen], of_a.score[chosen]
@@ -173,10 +172,7 @@ def _strongest(a: _Side, b: _Side, i: np.ndarray, j: np.ndarray, max_matches: in
 
 
 def _cosines(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Of pairs of rows, once more, in float64: equal pairs are equally strong, wherever they stood.
-
-    Their order counts, for robust estimators draw by it.
-    """
+    """Of pairs of rows, in float64: equal pairs are equally strong anywhere, for estimators draw by their order."""
     found = np.empty(len(i), np.float32)
     for part in (slice(first, first + ROWS) for first in range(0, len(i), ROWS)):
         x, y = a[i[part]], b[j[part]]
@@ -244,13 +240,10 @@ class Ratio(Matcher):
 
     A pair is kept when its angle is below `max_ratio` times the angle to its rival, the second most similar descriptor
     of the same photograph. Beside the best descriptor of a grid lies one that shows nearly the same, so there the rival
-    is looked for outside a circle around the best; Lowe, too, takes the second neighbour from another object. The
-    circle's radius is `apart` times the spacing of that photograph's positions: the median distance from a position to
-    its nearest other one, which is the side of a cell (turned or not). An unrelated descriptor, at 90 degrees, is
-    always among the rivals, for where there is no other.
+    is looked for outside a circle around the best, of `apart` times the `spacing` of that photograph's positions. An
+    unrelated descriptor, at 90 degrees, is always among the rivals.
 
-    Source: Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 2004, section 7.1; angles in place
-    of distances as in his published program, nearly the same where angles are small.
+    Source: Lowe, IJCV 2004, section 7.1; angles in place of distances as in his published program.
 
     Attributes:
         max_ratio: of the two angles, above 0 and at most 1; smaller is stricter. Asked of both photographs, 0.85 keeps
@@ -301,7 +294,7 @@ def spacing(xy: np.ndarray) -> float:
     """The median distance in pixels from a position to its nearest other one; 0 where there are less than two.
 
     Args:
-        xy: (n, 2) float; positions that occur more than once, as keypoints of several directions do, count once.
+        xy: (n, 2) float; those that occur more than once, as of keypoints of several directions, count once.
 
     >>> spacing(np.array([[0.0, 0], [0, 0], [3, 0], [3, 4], [7, 4]]))
     3.5
@@ -333,12 +326,11 @@ def _angle(cosine: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DualSoftmax(Matcher):
-    """Pairs that are each other's most probable partner, where probable is what stands out among all the others.
+    """Pairs that are each other's most probable partner: a descriptor that resembles many has none that is likely.
 
-    The probability of a pair is the softmax of its cosine over all of B times that over all of A, so a descriptor
-    that resembles many has none that is likely.
+    The probability of a pair is the softmax of its cosine over all of B times that over all of A.
 
-    Source: Sun et al., "LoFTR: Detector-free local feature matching with transformers", CVPR 2021, equation 3.
+    Source: Sun et al., "LoFTR", CVPR 2021, equation 3.
 
     Attributes:
         temperature: what cosines are divided by before the softmax, from 0.001 on; smaller is sharper. LoFTR's 0.1 is
@@ -367,7 +359,7 @@ class DualSoftmax(Matcher):
 
 
 def _log_probabilities(a: _Side, b: _Side, temperature: float) -> Iterator[np.ndarray]:
-    """Tiles (t, n_b) float32: the sums over rows and columns in a first pass, the probabilities in a second one."""
+    """Tiles: the sums over rows and columns in a first pass, the probabilities in a second one."""
     if not (len(a.rows) and len(b.rows)):
         yield from _products(a, b)  # the empty tile, of which there is no sum
         return

@@ -13,19 +13,16 @@ from imatch.matching.geometry import rotation_scale, transform
 TEMPERATURE = 0.05
 """Of the softmax over the tokens around a partner; the smaller, the nearer to the most similar one."""
 WINDOW, LEVELS = 15, 2
-"""Side of the square that the flow compares, in pixels of the coarser photograph; how often its pyramid halves: it
-reaches about 30 pixels."""
+"""Side of the square that the flow compares; how often its pyramid halves: it reaches about 30 pixels."""
 RETURNS = 1.0
 """By how many pixels of the coarser photograph a point may miss its beginning on the way back."""
 
 
 def by_patch(a: Tokens, b: Tokens, matches: Matches) -> np.ndarray:
     """Where between the tokens of B's grid each correspondence lies: a soft-argmax of the cosine over the partner and
-    its eight neighbours. At the border of the grid the window reaches no further inwards than outwards: a lopsided one
-    would pull inwards.
+    its eight neighbours; at the border fewer, for a lopsided window would pull inwards.
 
-    Source: Luvizon, Tabia and Picard, "Human pose regression by combining indirect part detection and contextual
-    information", 2019 (soft-argmax); around a coarse match: Sun et al., "LoFTR", CVPR 2021.
+    Source: Luvizon, Tabia and Picard, 2019 (soft-argmax); around a coarse match: Sun et al., "LoFTR", CVPR 2021.
 
     Args:
         a: A's tokens, on a grid or not.
@@ -67,9 +64,8 @@ def by_pixels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where in B each point of A lies, by optical flow on the photographs, starting where a first geometry puts it.
 
-    A is brought onto B by the matrix, both at the resolution of the coarser one, so that only what the matrix leaves
-    is tracked: by pyramidal Lucas-Kanade (Bouguet, Intel, 2001), there and back. A point that does not return to
-    where it began was not found (Kalal, Mikolajczyk and Matas, "Forward-backward error", ICPR 2010).
+    What the matrix leaves is tracked at the resolution of the coarser one, by pyramidal Lucas-Kanade (Bouguet, Intel,
+    2001), there and back (Kalal, Mikolajczyk and Matas, "Forward-backward error", ICPR 2010).
 
     Args:
         photograph_a, photograph_b: (h, w, 3) uint8 RGB, of any two sizes.
@@ -78,7 +74,7 @@ def by_pixels(
         matrix: (3, 3) A -> B; from it the flow starts.
 
     Returns:
-        xy_b (m, 2) float32, and found (m,) bool. Points are not found outside B or where there is no texture.
+        xy_b (m, 2) float32, and found (m,) bool: not outside B, and not where there is no texture.
 
     >>> noise = np.random.default_rng(0).integers(0, 255, (80, 90, 1), np.uint8)
     >>> b = cv2.GaussianBlur(np.repeat(noise, 3, axis=2), None, 2)
@@ -119,7 +115,7 @@ def by_pixels(
 
 
 def _brought(photograph: np.ndarray, into: np.ndarray, reduction: float, size: tuple[int, int]) -> np.ndarray:
-    """A photograph in grey, warped; smoothed first where it becomes `reduction` times smaller, against aliasing."""
+    """A photograph in grey, warped; smoothed first, against aliasing, where it becomes smaller."""
     grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
     if reduction > 1:
         grey = cv2.GaussianBlur(grey, None, max(0.1, 0.5 * math.sqrt(reduction**2 - 1)))

@@ -19,23 +19,20 @@ MODELS = ("auto", "homography", "fundamental", "affine", "similarity", "off")
 METHODS = {"accurate": cv2.USAC_ACCURATE, "magsac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC}
 """The robust estimators of OpenCV, by its number."""
 FEWEST, SAMPLE = 4, 8
-"""Fewer inliers than this say nothing, whatever `min_inliers` is: any two points fit a similarity; and the smallest
-sample of a fundamental matrix."""
+"""Fewer inliers say nothing, for any two points fit a similarity; the smallest sample of a fundamental matrix."""
 PLANAR, GENERAL = 10, 15
 """Inliers that verify a plane and a scene of depth, of keypoints matched by ratio: of 529 pairs of unrelated
 photographs (the demo's, and a drone's that share no ground; `bench_real.py`) none has more than 4 and 12, at a second
 look 13. 15 is COLMAP's number, too."""
 SURE = 2 * GENERAL
-"""Inliers from which on a pose is stated, for a wrong one misleads: of 21 between a drone's frames 6 were wrong, and it
-was off by 90 degrees."""
+"""Inliers from which on a pose is stated: of 21 between a drone's frames 6 were wrong, and it was off by 90 degrees."""
 EPIPOLAR = 2 / 3
 """What an epipolar distance may be of a reprojection error: it has one coordinate of the two."""
 PLANE = 0.8
 """From this share of the fundamental matrix' inliers on a plane explains them (COLMAP's `max_H_inlier_ratio`)."""
 STILL, CELLS, INNER = 3.0, 10, 0.1
-"""Pixels that a caption moves by at most; the picture's cells a side, its outermost ring left out; the share of the
-inner cells with anything in them below which what stands still is a caption, a date stamp, a logo or a part of the
-aircraft: photographs of one view agree all over."""
+"""Pixels that a caption moves by at most; the picture's cells a side; the share of the inner cells with anything in
+them below which what stands still is a caption or a part of the aircraft: photographs of one view agree all over."""
 AGREEMENT = 0.5
 """Length of the mean direction of rotation of inliers, from 0 (any) to 1 (the same), that a scene of depth has."""
 TURNED = 0.03
@@ -79,7 +76,7 @@ class GeometryOptions:
 
 @dataclass(frozen=True)
 class _Points:
-    """Correspondences (m, 2) float64, the strongest first, the photographs' (h, w), and what `Estimator` is told."""
+    """Correspondences (m, 2) float64, the strongest first, and what else `Estimator` is told."""
 
     a: np.ndarray
     b: np.ndarray
@@ -104,9 +101,8 @@ class Estimator(GeometryOptions):
         threshold: reprojection error in pixels of B up to which a correspondence is an inlier, above 0; from an
             epipolar line it is two thirds of that.
         min_inliers, min_share: verified takes min_inliers + min_share * n inliers, where n counts the correspondences,
-            of a planar model those that it puts inside B. The form is Brown and Lowe's ("Automatic panoramic image
-            stitching using invariant features", IJCV 2007; they use 8 and 0.3). min_inliers 0 is 10 for planar models
-            and 15 for the fundamental one, both times `caution`. Fewer than 4 inliers are never enough.
+            of a planar model those that it puts inside B. The form is Brown and Lowe's (IJCV 2007; they use 8 and 0.3).
+            min_inliers 0 is 10 for planar models and 15 for the fundamental one, both times `caution`.
         caution: how many times as many inliers the correspondences have by chance as those of the ratio test.
 
     >>> xy = np.random.default_rng(0).uniform(0, 99, (40, 2))
@@ -137,14 +133,11 @@ class Estimator(GeometryOptions):
             focal: their focal lengths in pixels, where known.
             everywhere: (n, 2) where A and B have local descriptors at all: what stands still in a small part of that
                 is a caption. None stands for all over the photograph.
-
-        Returns:
-            The geometry; `verified` says whether to believe it, `reason` why. What is not verified has no kind but
-            "watermark" or "degenerate".
         """
         if self.model == "off":
             return Geometry(None, np.zeros(len(xy_a), bool), math.nan, False, "geometry is off")
-        whole = _Points(np.asarray(xy_a, np.float64), np.asarray(xy_b, np.float64), size_a, size_b, focal, everywhere)
+        a, b = (np.asarray(xy, np.float64) for xy in (xy_a, xy_b))
+        whole = _Points(a, b, size_a, size_b, focal, everywhere)
         rows = _distinct(whole.a, whole.b)
         still = _standing(whole, rows)
         used = rows[~still]
@@ -154,7 +147,8 @@ class Estimator(GeometryOptions):
         found = replace(found, inliers=inliers)
         if still.any() and not found.verified:
             what = "stand still in a small part of the picture, as a caption or a logo does"
-            reason = f"{still.sum()} of {len(rows)} correspondences {what}; without them {found.reason}"
+            told = f"{still.sum()} of {len(rows)} correspondences {what}"
+            reason = f"{told}; without them {found.reason}"
             return replace(found, kind="watermark", reason=reason)
         return found
 
@@ -198,7 +192,8 @@ class Estimator(GeometryOptions):
         a, b = points.a[inliers], points.b[inliers]
         by_chance = 4 * EPIPOLAR * self.threshold / min(points.size_b)  # of a photograph lies so near to a line
         found = self._judged(None, inliers, m, GENERAL, by_chance)
-        found, about = replace(found, error=float(epipolar_distance(fundamental, a, b).mean())), median_similarity(a, b)
+        found = replace(found, error=float(epipolar_distance(fundamental, a, b).mean()))
+        about = median_similarity(a, b)
         flaw = self._narrow(points, inliers) or _disagreeing(a, b) or degenerate(about, a)
         if found.verified and flaw:
             return replace(found, verified=False, kind="degenerate", reason=flaw)
@@ -213,16 +208,18 @@ class Estimator(GeometryOptions):
     ) -> Geometry:
         """Whether there are inliers enough, and the reason."""
         n = int(inliers.sum())
-        needed = max(FEWEST, (self.min_inliers or round(self.caution * least)) + int(max(self.min_share, share) * m))
+        fixed = self.min_inliers or round(self.caution * least)
+        needed = max(FEWEST, fixed + int(max(self.min_share, share) * m))
         reason = f"{n} inliers of {m} correspondences, {needed} are needed"
         return Geometry(matrix, inliers, math.nan, n >= needed, reason, "planar" if n >= needed else "")
 
     def _narrow(self, points: _Points, inliers: np.ndarray) -> str:
-        """Why inliers fix no geometry ("" if they do): in a photograph they lie in one place or on one line."""
+        """Why inliers fix no geometry ("" if they do)."""
         for xy in (points.a[inliers], points.b[inliers]):
             wide, narrow = np.linalg.svd(xy - xy.mean(axis=0), compute_uv=False) / math.sqrt(len(xy))
             if narrow < self.threshold:
-                return f"all {len(xy)} inliers lie {'in one place' if wide < 2 * self.threshold else 'on one line'}"
+                where = "in one place" if wide < 2 * self.threshold else "on one line"
+                return f"all {len(xy)} inliers lie {where}"
         return ""
 
     @property
@@ -232,7 +229,8 @@ class Estimator(GeometryOptions):
     def _estimated(self, a: np.ndarray, b: np.ndarray, model: str) -> tuple[np.ndarray | None, np.ndarray]:
         method = _methods(model)[0] if self.method == "auto" else self.method
         if method == "poselib":
-            matrix, told = poselib.estimate_homography(a, b, {**self._draws, "max_reproj_error": self.threshold})
+            options = {**self._draws, "max_reproj_error": self.threshold}
+            matrix, told = poselib.estimate_homography(a, b, options)
             return matrix / (matrix[2, 2] or 1), np.array(told["inliers"], bool)
         estimate = {
             "similarity": cv2.estimateAffinePartial2D,
@@ -240,8 +238,9 @@ class Estimator(GeometryOptions):
             "homography": cv2.findHomography,
         }[model]
         limits = {"maxIters": self.iterations, "confidence": self.confidence}
+        limits["ransacReprojThreshold"] = self.threshold
         try:
-            found, mask = estimate(a, b, method=METHODS[method], ransacReprojThreshold=self.threshold, **limits)
+            found, mask = estimate(a, b, method=METHODS[method], **limits)
         except cv2.error:  # an assertion of OpenCV's USAC, where points fix no matrix
             found, mask = None, None
         inliers = np.zeros(len(a), bool) if mask is None else mask.ravel().astype(bool)
@@ -271,8 +270,11 @@ def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
     still = np.linalg.norm(a - b, axis=1) <= STILL
     if points.size_a != points.size_b or still.sum() <= FEWEST:
         return np.zeros(len(rows), bool)
-    all_over = (CELLS - 2) ** 2 if points.everywhere is None else _inner_cells(points.everywhere, points.size_a)
-    return np.asarray(still & (_inner_cells(a[still], points.size_a) < max(1, INNER * all_over)))
+    all_over = (CELLS - 2) ** 2
+    if points.everywhere is not None:
+        all_over = _inner_cells(points.everywhere, points.size_a)
+    small = _inner_cells(a[still], points.size_a) < max(1, INNER * all_over)
+    return np.asarray(still & small)
 
 
 def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
@@ -285,7 +287,9 @@ def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:
     """Why inliers are no view of one scene ("" if they are): chance and mirrors rotate them all round."""
     ratios = vector_ratios(a, b)
     agreement = abs((ratios / np.abs(ratios)).sum()) / max(1, len(ratios))
-    return "" if agreement >= AGREEMENT else f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
+    if agreement >= AGREEMENT:
+        return ""
+    return f"its {len(a)} inliers agree on no rotation ({agreement:.2f} of 1)"
 
 
 def _cameras(points: _Points) -> list[np.ndarray]:
@@ -297,7 +301,7 @@ def _cameras(points: _Points) -> list[np.ndarray]:
 
 
 def _rotation(planar: Geometry, matrix: np.ndarray, points: _Points) -> Geometry:
-    """A planar geometry, of kind "rotation" if a camera that only rotates, about another axis than its own, sees it."""
+    """A planar geometry, of kind "rotation" if a camera only rotated, about another axis than its own."""
     of_a, of_b = _cameras(points)
     rays = np.linalg.inv(of_b) @ matrix @ of_a
     rays /= np.cbrt(np.linalg.det(rays))

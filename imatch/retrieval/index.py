@@ -1,7 +1,7 @@
 """Nearest neighbours among the vectors of a gallery: an index on disk in shards, built and searched.
 
     index.json      what was asked and chosen, and of which gallery, written first
-    trained.faiss   what was learned from a sample (kinds that learn)
+    trained.faiss   the empty index, with what it has learned from a sample
     00000.faiss     a shard: an index of the next rows of the gallery, mapped into memory when it is searched
 
 Shards are what a build that was killed resumes by; an index of another gallery is built again.
@@ -38,8 +38,7 @@ SHARD = 2**30
 BLOCK = 2**24
 """Numbers that are held at once while vectors are read or compared."""
 PRODUCTS = 8
-"""From so many queries on FAISS compares by matrix products. Its own limit, 128,000 numbers, is 333 queries of 384:
-below it every query reads all vectors anew (`make bench` shows both)."""
+"""From so many queries on FAISS compares by matrix products; below, every query reads all vectors anew."""
 EXACT = 10**9
 """n d up to which exact search is fast enough: some 20 ms a query on two cores in batches."""
 TIE = 1e-6
@@ -79,12 +78,8 @@ class IndexOptions:
 
 
 def choose(n: int, d: int, memory: int) -> tuple[str, str]:
-    """The kind of index for n vectors of d numbers, and why: exact while it fits and is fast enough, then whole vectors
-    in lists, then fewer bytes a vector.
-
-    Args:
-        n, d: how many vectors of how many numbers.
-        memory: bytes that the index may take.
+    """The kind of index for n vectors of d numbers, and why: the most exact one that fits into so many bytes of
+    memory and is fast enough.
 
     Raises:
         ImatchError: not even the smallest fits.
@@ -141,11 +136,11 @@ def build(
 
     Args:
         folder: of the index alone.
-        vectors: (N, D) float32, L2-normalised; a memory map is read block by block.
+        vectors: (N, D) float32, L2-normalised.
         gallery: their `digest`.
         asked: what sort of index, and where it is searched.
         shard_rows: vectors a shard; 0 fills `SHARD` bytes.
-        engine: of `ComputeOptions.machines`, by which shards are made. Their bytes are the same with all of them.
+        engine: of `ComputeOptions.machines`, by which shards are made.
 
     Raises:
         ImatchError: no vectors, or not finite, or not normalised; options that do not fit; more than the memory; a part
@@ -160,7 +155,8 @@ def build(
     [[1], [2]]
     """
     n, d = _shape(vectors)
-    made_by = {name: value for name, value in asdict(asked).items() if name in ("kind", "options", "memory_gb")}
+    given = asdict(asked)
+    made_by = {name: given[name] for name in ("kind", "options", "memory_gb")}
     wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
     begun = any(folder.glob("*.faiss"))  # looked for first, for other parts write index.json first
     plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
@@ -226,11 +222,12 @@ def _plan(asked: IndexOptions, n: int, d: int) -> Plan:
     return {"kind": kind, "options": dict(asked.options), "reason": why}
 
 
-def _check_norms(vectors: np.ndarray, rows: np.ndarray) -> None:
+def _check_norms(vectors: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
     norms = np.linalg.norm(vectors, axis=1)
     wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
     if len(wrong):
-        raise ImatchError(f"vector {rows[wrong[0]]} has norm {norms[wrong[0]]:.4g}, not 1: embed the gallery again")
+        row, norm = rows[wrong[0]], norms[wrong[0]]
+        raise ImatchError(f"vector {row} has norm {norm:.4g}, not 1: embed the gallery again")
 
 
 def _trained(folder: Path, plan: Plan, vectors: np.ndarray) -> faiss.Index:
@@ -278,20 +275,13 @@ def _add(index: faiss.Index, kind: kinds.Kind, vectors: np.ndarray, first: int, 
     """Add some rows of the gallery."""
     with threadpool_limits(1 if kind.in_order else None, user_api="openmp"):
         for block in blocks(vectors, first, last):
-            _check_norms(block, np.arange(first, last))
+            _check_norms(block, range(first, last))
             index.add(block)
             first += len(block)
 
 
 def in_memory(vectors: np.ndarray, asked: IndexOptions = IndexOptions(), gallery: str = "") -> Searcher:
-    """Index vectors in memory; nothing is written.
-
-    Args:
-        vectors, asked, gallery: as of `build`.
-
-    Raises:
-        ImatchError: as `build`.
-    """
+    """Index vectors in memory; arguments and refusals are those of `build`, and nothing is written."""
     n, d = _shape(vectors)
     plan = {"gallery": gallery, "vectors": n, "dimension": d, "rows": n, "build_ms": 0.0, **_plan(asked, n, d)}
     index = _learned(plan, vectors)
@@ -363,8 +353,8 @@ class Searcher:
     def search(self, queries: np.ndarray, k: int, effort: int | None = None) -> Hits:
         """The k nearest rows of each of (Q, D) queries by cosine, ties by the smaller row.
 
-        Candidates are compared by their vectors in the store (unless the kind's refine is 0), in one order of adding
-        up, so that scores are exact and do not depend on how many queries are asked at once.
+        Unless the kind's refine is 0, candidates are compared by their vectors in the store, in one order of adding up:
+        scores do not depend on how many queries are asked at once.
 
         Args:
             queries: (Q, D) float32, L2-normalised.
@@ -409,7 +399,8 @@ class Searcher:
 
     def _nearest(self, queries: np.ndarray, depth: int) -> Hits:
         if self.gpus and depth > 2048:
-            raise ImatchError(f"a GPU finds at most 2,048 neighbours a query, {depth} are needed: set device to cpu")
+            why = f"a GPU finds at most 2,048 neighbours a query, {depth} are needed"
+            raise ImatchError(f"{why}: set device to cpu")
         scores, rows = self._all.search(queries, depth)
         scores[rows < 0] = -np.inf
         if self.kind.refine:
@@ -428,13 +419,8 @@ class Searcher:
         return scores
 
     def curve(self, queries: np.ndarray, k: int) -> list[Point]:
-        """Recall@k against exact search and milliseconds a query, over the kind's efforts, until nothing is missed; no
-        points for an exact kind.
-
-        Args:
-            queries: (Q, D) float32, a sample.
-            k: neighbours a query.
-        """
+        """Recall@k against exact search, for a sample of (Q, D) queries, and milliseconds a query, over the kind's
+        efforts until nothing is missed; no points for an exact kind."""
         if self.kind.exact:
             return []
         k = min(k, len(self.vectors))
@@ -455,8 +441,8 @@ class Searcher:
         return points
 
     def tune(self, points: Sequence[Point], wanted: float) -> Point | None:
-        """Search from now on with the smallest effort that reaches the wanted recall, or with the best there is, and
-        remember that beside the index. None for an exact kind."""
+        """Search from now on with the smallest effort that reaches the wanted recall, or with the best there is; the
+        index on disk remembers it."""
         if not points:
             return None
         reached = [point for point in points if point.recall >= wanted]
@@ -468,7 +454,7 @@ class Searcher:
         return chosen
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
-        """The exact k nearest, by comparing with all vectors of the store, block by block; k is at most N."""
+        """The exact k nearest, by comparing with all vectors of the store; k is at most N."""
         queries = np.ascontiguousarray(queries, np.float32)
         _allow_products(queries.shape[1])
         heap, first = faiss.ResultHeap(len(queries), k, keep_max=True), 0
@@ -481,7 +467,8 @@ class Searcher:
 
     def stored(self) -> int:
         """Bytes of its shards on disk; 0 of one in memory."""
-        return sum(path.stat().st_size for path in _shards(self.folder, self.plan)) if self.folder else 0
+        paths = _shards(self.folder, self.plan) if self.folder else []
+        return sum(path.stat().st_size for path in paths)
 
 
 def _sorted(rows: np.ndarray, scores: np.ndarray) -> Hits:
@@ -520,7 +507,6 @@ def blocks(vectors: np.ndarray, first: int = 0, last: int | None = None) -> Iter
     >>> [block.tolist() for block in blocks(np.eye(2), 1)]
     [[[0.0, 1.0]]]
     """
-    """Yield copies of the rows of (N, D) vectors from the first to before the last, `BLOCK` numbers at once."""
     size, last = max(1, BLOCK // max(1, vectors.shape[1])), len(vectors) if last is None else last
     for start in range(first, last, size):
         yield files.take(vectors, slice(start, min(start + size, last)))

@@ -25,16 +25,13 @@ class Kind:
         key: FAISS' factory string (its wiki, "The index factory"), in which options stand in braces.
         options: those of the fields below, and of `key`, that may be given.
         exact: whether its answers are those of an exact search.
-        effort: what is raised for more recall and more time: "nprobe", "efSearch", or "" where there is no such thing.
+        effort: what is raised for more recall and more time: "nprobe", "efSearch", or "".
         gpu: whether FAISS has it on GPUs.
-        in_order: whether it depends on the order in which vectors are added, so that one thread must build it.
-        centroids: number of inverted lists; 0 chooses by the number of vectors (`lists`). Only the `nprobe` lists
-            nearest to a query are compared (Sivic and Zisserman, "Video Google", ICCV 2003).
+        in_order: whether one thread must build it, for it depends on the order of vectors.
+        centroids: number of inverted lists (Sivic and Zisserman, "Video Google", ICCV 2003); 0 is that of `lists`.
         parts: bytes of a vector, one of 256 patterns for each of so many parts, which must divide the dimension (Jegou,
-            Douze and Schmid, "Product quantization for nearest neighbor search", TPAMI 2011); 0 takes a part for every
-            4 numbers.
-        neighbours: M, links of a vector in a graph; twice as many on its lowest level (Malkov and Yashunin, TPAMI
-            2020).
+            Douze and Schmid, TPAMI 2011); 0 takes a part for every 4 numbers.
+        neighbours: M, links of a vector in a graph (Malkov and Yashunin, TPAMI 2020).
         construction: efConstruction, how widely neighbours are looked for when the graph is built.
         search: what is set before searching, such as "nprobe=16".
         refine: how many times k candidates are compared by their vectors in the store; 0 believes its own scores.
@@ -64,7 +61,8 @@ class Kind:
 
     def learns_from(self, n: int) -> int:
         """Say how many of n vectors it is trained on, 50 per list; 0 when it learns nothing."""
-        return min(n, max(self.seen, 50 * lists(n, self.centroids) if "centroids" in self.options else 0))
+        by_lists = 50 * lists(n, self.centroids) if "centroids" in self.options else 0
+        return min(n, max(self.seen, by_lists))
 
     def empty(self, n: int, d: int) -> faiss.Index:
         """Make an index without vectors, laid out for n vectors of d numbers.
@@ -77,17 +75,18 @@ class Kind:
         if "parts" in self.options and n < 256:
             raise ImatchError(f"it learns 256 patterns and wants as many vectors; there are {n}: use flat")
         parts = self.parts or next(d // size for size in (4, 3, 2, 1) if d % size == 0)
-        key = self.key.replace("{centroids}", str(lists(n, self.centroids))).replace("{parts}", str(parts))
-        key = key.replace("{neighbours}", str(self.neighbours))
+        known = {"centroids": lists(n, self.centroids), "parts": parts, "neighbours": self.neighbours}
+        key = self.key
+        for name, value in known.items():
+            key = key.replace(f"{{{name}}}", str(value))
         try:
             index = faiss.index_factory(d, key, faiss.METRIC_INNER_PRODUCT)
             if self.search:
                 faiss.ParameterSpace().set_index_parameters(index, self.search)
         except RuntimeError as error:
             said = str(error).strip().rpartition(": ")[2]
-            raise ImatchError(
-                f"FAISS makes no index {key!r} of {d} numbers{f' with {self.search!r}' if self.search else ''}: {said}"
-            ) from error
+            extra = f" with {self.search!r}" if self.search else ""
+            raise ImatchError(f"FAISS makes no index {key!r} of {d} numbers{extra}: {said}") from error
         if "construction" in self.options:
             index.hnsw.efConstruction = self.construction
         if "parts" in self.options:
@@ -96,7 +95,7 @@ class Kind:
         return index
 
     def memory(self, n: int, d: int) -> int:
-        """Count the bytes that n vectors of d numbers will take: codes, and lists, patterns or links beside them.
+        """Count the bytes of n vectors of d numbers: codes, and lists, patterns or links beside them.
 
         Raises:
             ImatchError: as `empty`; or FAISS cannot tell.

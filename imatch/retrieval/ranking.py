@@ -71,8 +71,7 @@ class Whitening:
 
     Attributes:
         mean: (D,) float32, of the gallery.
-        matrix: (D, D') float32, the D' widest axes, widest first, each divided by the gallery's standard deviation
-            along it; a column of zeros where the gallery does not vary (see `fit`).
+        matrix: (D, D') float32, the widest axes first, each divided by the gallery's standard deviation along it.
 
     >>> gallery = np.random.default_rng(0).normal(size=(500, 3)) * [9, 3, 1] + 5
     >>> whitening = Whitening.fit(gallery, 2)
@@ -87,11 +86,9 @@ class Whitening:
     def fit(cls, vectors: np.ndarray, dimension: int) -> Whitening:
         """Learn it from the gallery alone: no query and no truth is looked at.
 
-        The principal axes come from the (D, D) scatter or, when there are fewer vectors than dimensions, from their
-        (N, N) products, in float64. The sign of each axis makes its largest number positive, so that the same vectors
-        give the same bytes with the same number of threads, and all but the last digits with another. Axes along which
-        the variance is at most `FLOOR` of the widest one's, as there are when many vectors are equal, get a column of
-        zeros: a query would otherwise be ranked by what the gallery lacks.
+        The sign of each axis makes its largest number positive: the same vectors give the same bytes with the same
+        number of threads. Axes narrower than `FLOOR`, as there are when many vectors are equal, get a column of zeros:
+        a query would otherwise be ranked by what the gallery lacks.
 
         Args:
             vectors: (N, D) float of the gallery; of more than `FITTED` numbers as many evenly spaced rows.
@@ -102,10 +99,11 @@ class Whitening:
         """
         rows = searcher.sample(len(vectors), FITTED // vectors.shape[1])
         n, d = len(rows), vectors.shape[1]
-        if not 1 <= dimension <= min(d, n - 1):
+        most = max(0, min(d, n - 1))
+        if not 1 <= dimension <= most:
             raise ImatchError(
-                f"whitening to {dimension} dimensions: {n} vectors of {d} numbers give at most {max(0, min(d, n - 1))} "
-                "axes: ask for no more, or leave it out"
+                f"whitening to {dimension} dimensions: {n} vectors of {d} numbers give at most {most} axes: "
+                "ask for no more, or leave it out"
             )
         seen = vectors[rows].astype(np.float64)
         check_finite("vector", seen, rows)
@@ -155,14 +153,12 @@ def expand(queries: np.ndarray, neighbours: np.ndarray, scores: np.ndarray) -> n
 def token_score(query: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """How alike two sets of tokens are: each token's best cosine on the other side, averaged over both sides.
 
-    The mean over the query's tokens is the late interaction of ColBERT (Khattab and Zaharia, "ColBERT: efficient and
-    effective passage search via contextualized late interaction over BERT", SIGIR 2020), also known as Chamfer
-    similarity; here it is taken in both directions, and these are averaged, so that a candidate is not the better for
-    all else that it shows.
+    The mean over the query's tokens is the late interaction of ColBERT (Khattab and Zaharia, SIGIR 2020), also known as
+    Chamfer similarity; the other direction counts, too, lest a candidate be the better for all else that it shows.
 
     Args:
         query: (K, d) float32, L2-normalised; rows of zeros are no tokens.
-        candidates: (m, L, d) float32, likewise, of each of m candidates.
+        candidates: (m, L, d) float32, likewise.
 
     Returns:
         (m,) float32 in [-1, 1]; 0 where either side has no token.
@@ -200,8 +196,9 @@ class Found:
     def without(self, gone: np.ndarray, most: int | None = None) -> Found:
         """Without some of them, (q, n) bool; the others move up, and of these the first `most` are kept."""
         order = np.argsort(gone, axis=1, kind="stable")[:, :most]
-        left = np.where(gone, -1, self.rows), np.where(gone, -np.inf, self.scores), np.where(gone, np.nan, self.turn)
-        return Found(*left).taken(order)
+        rows, scores = np.where(gone, -1, self.rows), np.where(gone, -np.inf, self.scores)
+        turn = np.where(gone, np.nan, self.turn)
+        return Found(rows, scores, turn).taken(order)
 
 
 def best_turn(turned: Sequence[Found]) -> Found:
@@ -215,7 +212,8 @@ def best_turn(turned: Sequence[Found]) -> Found:
     """
     found = joined(turned, axis=1)
     found = found.taken(np.lexsort([found.turn, -found.scores, found.rows], axis=1))
-    found = found.without((np.diff(found.rows, axis=1, prepend=-1) == 0) | (found.rows < 0))  # the best comes first
+    again = np.diff(found.rows, axis=1, prepend=-1) == 0  # the best comes first
+    found = found.without(again | (found.rows < 0))
     return found.taken(np.lexsort([found.rows, -found.scores], axis=1))
 
 
@@ -240,8 +238,7 @@ class Ways:
     """The ways to search that a step asks for, each on top of the one before.
 
     Attributes:
-        folder: where what they learn is kept.
-        parameters: of a 03_index.
+        folder, parameters: of a 03_index; what the ways learn is kept there.
         index: of the gallery; once there is one, that of the whitened gallery.
         query, gallery: the two sides.
         depth: hits that are kept a query.
@@ -292,10 +289,11 @@ class Ways:
 
     def turned(self, part: slice, _: Found) -> Found:
         """Each candidate by the best of the query's turns."""
-        posed = self.posed.vectors(part)
-        return best_turn(
-            [self._found(part, self.index, self._whitened(vectors), pose.turn) for pose, vectors in posed]
-        ).taken(np.arange(self.depth)[None])
+        found = [
+            self._found(part, self.index, self._whitened(vectors), pose.turn)
+            for pose, vectors in self.posed.vectors(part)
+        ]
+        return best_turn(found).taken(np.arange(self.depth)[None])
 
     def expanded(self, part: slice, before: Found) -> Found:
         """The query and its first neighbours together; turned, as it found the first of them."""
@@ -305,7 +303,7 @@ class Ways:
         return self._found(part, self.index, expand(queries, neighbours, scores), degrees[:, None])
 
     def by_tokens(self, part: slice, before: Found) -> Found:
-        """The first hits in the order of how alike their aggregated tokens are; the others stay behind them."""
+        """The first hits in the order of how alike their aggregated tokens are; the others behind them."""
         m = min(self.asked["rerank"], self.depth)
         better = np.full((len(before.rows), m), -np.inf)
         _, degrees = self._as_turned(part, before)
@@ -319,7 +317,7 @@ class Ways:
         return before.taken(np.hstack([np.argsort(-better, axis=1, kind="stable"), behind]))
 
     def _as_turned(self, part: slice, before: Found) -> tuple[np.ndarray, np.ndarray]:
-        """(q, D) vectors of the queries as they found their first hit, and (q,) the degrees they were turned by."""
+        """(q, D) vectors of the queries as they found their first hit, and (q,) the degrees of their turns."""
         degrees = np.nan_to_num(before.turn[:, 0])
         queries = np.zeros((len(degrees), self.query.vectors.shape[1]), np.float32)
         for pose, vectors in self.posed.vectors(part):
@@ -327,8 +325,7 @@ class Ways:
         return self._whitened(queries), degrees
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
-        """Vectors as they are compared; those of zeros, which are absent, stay zero."""
-        return self.whiten(vectors) * vectors.any(axis=1, keepdims=True) if self.whiten else vectors
+        return self.whiten(vectors) if self.whiten else vectors
 
     def _found(self, part: slice, index: Searcher, vectors: np.ndarray, turn: float | np.ndarray = 0.0) -> Found:
         """The first `depth` hits that are not left out; vectors of zeros, which are absent, have none."""
@@ -386,8 +383,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def search_by(stages: Sequence[Stage], part: slice, truth: Truth, k: int) -> tuple[Found, np.ndarray]:
-    """What some queries find, the first k hits, and (q,) float32 the score of the first hit when their right answers
-    are not there."""
+    """The first k hits of some queries, and (q,) float32 the score of the first one without their right answers."""
     found, again = None, None
     for i, stage in enumerate(stages):
         if stage.asks_again:

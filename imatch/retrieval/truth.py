@@ -66,12 +66,10 @@ Own = tuple[np.ndarray, np.ndarray] | None
 
 
 def same_photograph(query_shows: Sequence[str], gallery_shows: Sequence[str], own: Own = None) -> Truth:
-    """A row of the gallery answers a query when both show the same photograph.
+    """A row of the gallery answers a query when both show the same photograph, and it is not left out.
 
     Args:
-        query_shows: Q names of what the queries show, such as `Embeddings.shows`.
-        gallery_shows: N of the same for the gallery.
-        own: what is left out: the query itself, or its siblings.
+        query_shows, gallery_shows: Q and N names of what they show, such as `Embeddings.shows`.
 
     >>> truth = same_photograph(["a", "b"], ["a", "b", "a"], own=(np.array([0, 1]), np.array([0, 1, 2])))
     >>> truth.first.tolist(), truth.rows.tolist()
@@ -123,24 +121,21 @@ class Places:
 
     @cached_property
     def points(self) -> np.ndarray:
-        """(N, 2) metres of the plane, or (N, 3) on the unit sphere, which has no edges; straight distances between them
-        order as metres do."""
+        """(N, 2) metres of the plane, or (N, 3) on the unit sphere; straight distances order as metres do."""
         if self.system == "plane":
             return self.coordinates
         latitude, longitude = np.radians(self.coordinates).T
-        return np.stack(
-            [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
-        )
+        x, y = np.cos(longitude), np.sin(longitude)
+        return np.stack([np.cos(latitude) * x, np.cos(latitude) * y, np.sin(latitude)], axis=1)
 
     def metres(self, other: Places, rows: np.ndarray) -> np.ndarray:
         """How far each photograph is from some of another set.
 
         Args:
-            other: the other set, in the same system.
             rows: (N, k) int, rows of `other`, -1 for none.
 
         Returns:
-            (N, k) float64 metres, on the globe along great circles; NaN where a place is unknown or there is none.
+            (N, k) float64 metres, along great circles; NaN where a place is unknown or there is none.
 
         Raises:
             ImatchError: the systems differ.
@@ -171,11 +166,10 @@ def read_labels(path: Path) -> dict[str, dict[str, float]]:
     """Where photographs were taken, from a file that says so.
 
     Args:
-        path: a .csv with commas and a line of names: id (or imageref, image, filename), then those there are of
-            latitude, longitude (degrees), altitude, x, y, z (metres), yaw (clockwise from north), pitch, roll
-            (degrees), in any order and case, others beside them; or a .json, {"images": [{"imageref": "flight/a.jpg",
-            "position": {"latitude": 37.5, ...}, "attitude": {"yaw": 90, ...}}]}. Either in UTF-8; what is empty, null
-            or absent is unknown.
+        path: a .csv with a line of names: id (or imageref, image, filename), and any of latitude, longitude (degrees),
+            altitude, x, y, z (metres), yaw (clockwise from north), pitch, roll (degrees); or a .json, {"images":
+            [{"imageref": "flight/a.jpg", "position": {"latitude": 37.5, ...}, "attitude": {"yaw": 90, ...}}]}. Either
+            in UTF-8; what is empty, null or absent is unknown.
 
     Returns:
         The photographs' paths as the file has them, in NFC with forward slashes -> the numbers known of each.
@@ -257,8 +251,9 @@ def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, fl
                 continue
             if len(row) != len(columns):
                 raise ImatchError(f"{line}: {len(row)} cells for {len(columns)} columns: correct the line")
-            given = {name: _float(cell) for name, cell in zip(columns, row, strict=True) if name in NUMBERS and cell}
-            name = next(cell for name, cell in zip(columns, row, strict=True) if name in NAMES)
+            cell_of = dict(zip(columns, row, strict=True))
+            given = {name: _float(cell_of[name]) for name in NUMBERS if cell_of.get(name)}
+            name = next(cell_of[name] for name in NAMES if name in cell_of)
             yield line, name, config.checked(_Numbers, given, f"{line}: ").known
     except csv.Error as error:
         raise ImatchError(f"{where}, line {reader.line_num}: no CSV ({error}): correct the quotes") from error
@@ -291,11 +286,12 @@ def _json_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, f
     except json.JSONDecodeError as error:
         raise ImatchError(f"{where}, line {error.lineno}: no JSON ({error.msg}): correct it") from error
     for i, said in enumerate(whole.images):
-        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, said.position.known | said.attitude.known
+        numbers = said.position.known | said.attitude.known
+        yield f"{where}: images[{i}] ({said.imageref})", said.imageref, numbers
 
 
 def _normal(path: str) -> str:
-    """One way to write a path: letters in one piece (a Mac has Korean ones in parts), forward slashes."""
+    """A path with letters in one piece (a Mac has Korean ones in parts) and forward slashes."""
     return unicodedata.normalize("NFC", path).replace("\\", "/")
 
 
@@ -311,36 +307,35 @@ def places(
         ids: N POSIX paths relative to the data set; one may come more than once (the sources of references).
         exif: N of what images.jsonl has as position: {"latitude", "longitude", ...} in degrees, or None.
         labels: what `read_labels` gives. A label belongs to the photograph of that path, else to the one path that
-            ends like it, or that it ends with (a bare name, an absolute path); those that fit none are ignored, and
-            photographs without one stay unknown. Latitude and longitude are used when all photographs with a place
-            have them, else x and y.
-        turned: N degrees counter-clockwise by which references were turned from the photographs; what was that far
-            clockwise of the top is then on top, so the heading is yaw + angle.
+            ends like it, or that it ends with; those that fit none are ignored, and photographs without one stay
+            unknown. Latitude and longitude are used when all photographs with a place have them, else x and y.
+        turned: N degrees counter-clockwise by which references were turned; their heading is yaw + angle.
 
     Returns:
         The N places, or None when not one is known.
 
     Raises:
-        ImatchError: it is ambiguous which label a photograph has; some photographs have only latitude and longitude,
-            others only x and y.
+        ImatchError: it is ambiguous which label a photograph has; some have only latitude and longitude, others only
+            x and y; or a position of `exif` cannot be true.
 
     >>> places(["flight/a.jpg", "b.jpg"], [None, None], {"a.jpg": {"x": 3.0, "y": 4.0, "yaw": 350.0}}, [30, 0])
     Places(system='plane', coordinates=array([[ 3.,  4.],
            [nan, nan]]), heading=array([20., nan]))
     """
     if labels is None:
-        said = [row or {} for row in exif]
+        named = zip(exif, (f"position of photograph {id!r}: " for id in ids), strict=True)
+        said = [config.checked(_Numbers, row or {}, where).known for row, where in named]
     else:
-        fitting = _fitting({_normal(id) for id in ids}, {_normal(name): label for name, label in labels.items()})
+        named_so = {_normal(name): label for name, label in labels.items()}
+        fitting = _fitting({_normal(id) for id in ids}, named_so)
         said = [fitting.get(_normal(id), {}) for id in ids]
     system = _system(ids, said)
     if system is None:
         return None
     coordinates = [[numbers.get(axis, math.nan) for axis in AXES[system]] for numbers in said]
     yaw = np.array([numbers.get("yaw", math.nan) for numbers in said])
-    return Places(
-        system, np.array(coordinates, np.float64), (yaw + (0 if turned is None else np.asarray(turned))) % 360
-    )
+    heading = (yaw + (0 if turned is None else np.asarray(turned))) % 360
+    return Places(system, np.array(coordinates, np.float64), heading)
 
 
 def _system(ids: Sequence[str], said: Sequence[Mapping[str, float]]) -> str | None:
@@ -391,8 +386,7 @@ def within(
         query, gallery: Q and N places in one system.
         radius: metres, above 0; what is just as far is near.
         max_heading: degrees from 0 to 180 by which the headings may differ; below 180 both must be known.
-        groups: a gallery row of the query's own group is no answer. With ids, a query leaves out itself; with the ids
-            of sources, all that was made from its photograph.
+        groups: what is left out: by ids a query itself, by ids of sources all that was made from its photograph.
 
     Returns:
         Q times (n,) int64, sorted rows; none where the place is unknown.
@@ -418,16 +412,7 @@ def within(
 
 
 def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: Own = None) -> list[np.ndarray]:
-    """The gallery row nearest to each query, and all that are as near to a micrometre.
-
-    Args:
-        query, gallery, max_heading, groups: as in `within`.
-
-    Returns:
-        Q times (n,) int64, sorted rows; none where the place is unknown or nothing is allowed.
-
-    Raises:
-        ImatchError: as in `within`.
+    """The gallery row nearest to each query, and all that are as near to a micrometre; else as `within`.
 
     >>> row = Places("plane", np.array([[0.0, 0], [30, 0], [60, 0]]), np.zeros(3))
     >>> [rows.tolist() for rows in nearest(row, row)]
@@ -438,7 +423,9 @@ def nearest(query: Places, gallery: Places, max_heading: float = 180.0, groups: 
     tree, there, answers = _looked_at(query, gallery, max_heading)
     for q in np.flatnonzero(query.known) if len(there) else ():
         for k in (16, 1024, len(there)):  # more where the first k may not hold the answer
-            straight, near = tree.query(query.points[q], k) if k < len(there) else ([np.inf], np.arange(len(there)))
+            straight, near = [np.inf], np.arange(len(there))
+            if k < len(there):
+                straight, near = tree.query(query.points[q], k)
             metres = _metres(query, gallery, q, there[near], max_heading, groups)
             if straight[-1] > _reach(query.system, metres.min() + EQUAL):
                 break
@@ -471,8 +458,10 @@ def _metres(query: Places, gallery: Places, q: int, g: np.ndarray, max_heading: 
     metres = _distance(query.system, query.points[q], gallery.points[g])
     if max_heading < 180:
         apart = np.abs((query.heading[q] - gallery.heading[g] + 180) % 360 - 180)
-        metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # 359.9 and 0.1 are 0.2 apart but for rounding
-    return metres if groups is None else np.where(groups[0][q] == groups[1][g], np.inf, metres)
+        metres = np.where(apart <= max_heading + 1e-9, metres, np.inf)  # more, for rounding
+    if groups is None:
+        return metres
+    return np.where(groups[0][q] == groups[1][g], np.inf, metres)
 
 
 def position_figures(metres: np.ndarray) -> PositionFigures:
@@ -510,7 +499,7 @@ def _share(hits: np.ndarray) -> float | None:
 
 
 def left_out(query: Embeddings, gallery: Embeddings, shows: Sequence[str], truth: str, siblings: bool) -> Own:
-    """(Q,) and (N,) whole numbers, equal where a row is no answer for a query: itself, or all that show the same."""
+    """What is no answer for a query: itself, or all that show the same."""
     same = query == gallery
     if siblings and (same or truth != "photograph"):
         codes = np.unique([*shows, *gallery.shows], return_inverse=True)[1]
@@ -534,15 +523,15 @@ def truth_of(
     there: Places | None,
     own: Own,
 ) -> Truth:
-    """Say which rows of the gallery answer each query: those that show the same, or by position, as a 03_index asked
-    (its truth)."""
+    """Say which rows of the gallery answer each query, as a 03_index asked."""
     asked = parameters["truth"]
     if asked["kind"] == "photograph":
         return same_photograph(query_shows, gallery_shows, own)
     if here is None or there is None:
+        side = "gallery" if here else "queries"
         raise ImatchError(
-            f"truth.kind is {asked['kind']}, but no photograph of the {'gallery' if here else 'queries'} has a "
-            "position in its EXIF: give them in a CSV or JSON, and set truth.labels to its path"
+            f"truth.kind is {asked['kind']}, but no photograph of the {side} has a position in its EXIF: "
+            "give them in a CSV or JSON, and set truth.labels to its path"
         )
     if asked["kind"] == "radius":
         return Truth.of(within(here, there, asked["radius"], asked["heading"], own))
@@ -550,11 +539,9 @@ def truth_of(
 
 
 def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tuple[Places | None, Places | None]:
-    """Where the queries, those that were missed last, and the gallery were taken; a reference lies where its source
-    does, and is turned from it.
+    """Where the queries, the missed ones last, and the gallery were taken; references lie where their source does.
 
-    The labels of a file are fitted to both sides at once, so that a name which fits photographs of two data sets is
-    refused.
+    Labels are fitted to both sides at once: a name that fits photographs of two data sets is refused.
     """
     labels = read_labels(file) if file else None
     ids, exif, turned, asked = [], [], [], len(query) + len(query.missed)
@@ -564,7 +551,8 @@ def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tupl
         for row in rows:
             source = row.get("source", row["id"])
             ids.append(f"{side.sources.root.name}/{source}" if apart else source)
-            exif.append(sources.get(source, {}).get("position"))
+            place = sources.get(source, {}).get("position") or {}
+            exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
             turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
     both = places(ids, exif, labels, turned)
     found = []

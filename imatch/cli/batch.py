@@ -414,7 +414,8 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     if shard:
         read.parameters["compute.shard"] = shard
     compute.check_parts(read.parameters.get("compute.shard", ""), read.parameters.get("on_change", "refuse"))
-    if {"dataset", "data_key"} <= read.parameters.keys():
+    named = {"dataset", "data_key"}
+    if named <= read.parameters.keys() and not any(named & point.keys() for point in read.points.values()):
         # all points need it: one message in place of one each
         registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
     finished, failures = run(read, folder)

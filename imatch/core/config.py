@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import json
+import os
 import re
 import typing
 import unicodedata
@@ -21,6 +22,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from imatch.core import files
 from imatch.core.rows import Json, Options
 from imatch.core.settings import from_workspace
 from imatch.core.types import ImatchError
@@ -236,15 +238,27 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
+"""Names that are none on Windows, whatever follows: exports may lie on a disk of it."""
+
+
 def folder_name(name: str, what: str) -> str:
-    """`name` if it may be the name of a folder anywhere: keys and configurations name folders of results.
+    """`name` if it may be the name of a folder anywhere: runs, tags, keys and configurations name folders of results.
+
+    Refused are ways out of the folder, what hides a folder or is an option to a command (a dot or - in front), what
+    Windows cannot have (a device, a dot at the end), and what is too long.
+
+    Raises:
+        ImatchError: it may not.
 
     >>> folder_name("vits16+", "weight")
     'vits16+'
     """
-    if not name.strip(".") or not all(c.isalnum() or c in "-_.+" for c in name):
+    plain = all(c.isalnum() or c in "-_.+" for c in name) and not name.startswith((".", "-")) and not name.endswith(".")
+    if not plain or not name or DEVICE.fullmatch(name) or len(os.fsencode(name)) > files.NAME:
         said = "it becomes the name of a folder: use letters, digits, '-', '_', '.', '+'"
-        raise ImatchError(f"{what} {name!r}: {said}")
+        limits = f"first no '-' or '.', last no '.', {files.NAME} bytes at most, and no device of Windows, such as NUL"
+        raise ImatchError(f"{what} {name!r}: {said}; {limits}")
     return name
 
 

@@ -8,8 +8,10 @@ import itertools
 import json
 import mmap
 import os
+import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,8 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         ImatchError: the disk is full; nothing is left behind and what was finished stays valid.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # other machines have the same process ids
+    # random, for other machines have the same process ids; of a long name the beginning, so that there is room for both
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -187,7 +190,79 @@ def flat_name(id: str) -> str:
     >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
     ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
     """
-    name, data = id.replace("/", "__"), os.fsencode(id)
-    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
+    name = id.replace("/", "__")
+    if any(twice in id for twice in ("__", "_/", "/_")):  # such as of a__b and a/b
+        name += f"~{name_digest(id)[:8]}"
+    return short_name(name)
+
+
+NAME = 200
+"""Bytes of a name at most: file systems take 255, and endings follow it."""
+
+
+def short_name(name: str, most: int = NAME, digits: int = 16) -> str:
+    """The name of a file or folder or, where that is too long, its beginning and a digest of all of it.
+
+    Args:
+        name: without slashes.
+        most: bytes, which are more than characters: three for a Korean letter.
+        digits: of the digest; 16 are never the same for two names, of 8 somebody has to look whether they are.
+
+    >>> short_name("a.jpg"), short_name("\ube44" * 100, most=20)
+    ('a.jpg', '\ube44~f46984c41b1332e7')
+    """
+    data = os.fsencode(name)
+    if len(data) <= most:
         return name
-    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"
+    return f"{data[: most - digits - 1].decode(errors='ignore')}~{name_digest(name)[:digits]}"
+
+
+def name_digest(name: str) -> str:
+    """The SHA-256 of a name as it is on the disk.
+
+    >>> name_digest("a.jpg")[:8]
+    '509b0d46'
+    """
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def one_name(text: str) -> str:
+    """Text from a file or from the disk as the name of one file or folder: what it would leave its folder by is gone.
+
+    >>> one_name("flight 1"), one_name("../x")
+    ('flight 1', '.._x~d6b96a97')
+    """
+    name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", text)
+    if name != text or not name.strip("."):
+        name += f"~{name_digest(text)[:8]}"
+    return short_name(name)
+
+
+def folded(name: str) -> str:
+    """What names have in common that are one to a disk of Windows or of a Mac.
+
+    >>> folded("A.JPG") == folded("a.jpg")
+    True
+    """
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def check_apart(folder: Path, ids: Iterable[str]) -> None:
+    """Refuse ids whose files in a folder would take each other's place.
+
+    Args:
+        folder: of a step, on whose disk it is looked whether A and a are one name.
+        ids: of photographs.
+
+    Raises:
+        ImatchError: they are, and two of the ids differ in that alone.
+    """
+    if not (folder / "STEP.JSON").exists():
+        return
+    seen: dict[str, str] = {}
+    for id in ids:
+        if (other := seen.setdefault(folded(id), id)) != id:
+            raise ImatchError(
+                f"{printable(other)} and {printable(id)} are one name on the disk of {folder}: rename one of the "
+                "photographs, or choose another disk for exports"
+            )

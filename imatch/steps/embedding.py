@@ -22,7 +22,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
-from imatch.core.step import Step, open_step, start_step, tagged
+from imatch.core.step import Step, open_step, run_folder, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
@@ -72,8 +72,7 @@ def start_embed(
     Raises:
         ImatchError: no such folder, weight, option or weight file; see also `step.start_step`.
     """
-    if not run:
-        raise ImatchError("run is empty: name this piece of work as run")
+    home = run_folder(run)
     stride_of(storage.variant)
     weight_set, _, weight = weight.rpartition("/")
     photographs = registry.dataset(dataset, data_key)
@@ -90,7 +89,7 @@ def start_embed(
     links = {"photographs": photographs.root}
     if photographs.registered:
         links["data_key"] = settings.from_workspace(data_key)
-    return start_step(settings.root("EXPORT_ROOT") / run, "01_embed", about, parameters, {}, links, on_change)
+    return start_step(home, "01_embed", about, parameters, {}, links, on_change)
 
 
 def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOptions = StorageOptions()) -> Parameters:

@@ -322,6 +322,7 @@ def _write_hits(
     timing = {"embed": round(1000 * work, 4), "search": index["search_ms"]}
     timing["total"] = round(sum(timing.values()), 4)
     records = []
+    files.check_apart(step.folder, queries)
     for q, id in compute.progress(list(enumerate(queries)), "write hits"):
         hits: list[HitRow] = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):

@@ -166,6 +166,7 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
         _check_memory(job.source)
         _embed_looks(step, job.source, resources)
         blocks = list(_blocks(job.source))
+        files.check_apart(step.folder, job.source.query.ids)
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
         work, cores = compute.Each(job, job.is_done, resources.workers, "match"), ["cpu"] * settings.cores()
         for _ in compute.do(resources.machines, work, blocks, cores):

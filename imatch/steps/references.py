@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -80,7 +79,7 @@ def make_references(step: Step, resources: ComputeOptions = ComputeOptions()) ->
     """Make the views that are missing and finish the step of views.
 
     Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg (or a PNG, .png), with a PNG mask
-    in masks/ when a corner is empty, and a row of references.jsonl.
+    in masks/ when a corner is empty, and a row of references.jsonl. Long names are shortened (`files.short_name`).
 
     Args:
         step: of `start_references`.
@@ -161,22 +160,21 @@ def _make_views(job: _Job, step: Step, root: Path) -> dict[str, str | None]:
 
 def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
     """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix, or a hash of the id, in the stem
-    where two would be one."""
+    where two would be one; names that are too long are shortened."""
 
-    def place(id: str) -> Path:
+    def named(id: str, stem: str) -> str:
         folder = Path(id).parent.as_posix()
-        return Path(f"references_{dataset}") / f"R{dataset if folder == '.' else folder}"
+        place = f"references_{dataset}/R{dataset if folder == '.' else folder}/{stem}"
+        return "/".join(map(files.one_name, place.split("/")))
 
-    plain = {id: (place(id) / Path(id).stem).as_posix() for id in ids}
-    longer = {id: (place(id) / Path(id).name.replace(".", "_")).as_posix() for id in ids}
-    count: dict[str, int] = {}
-    for name in plain.values():
-        count[name.lower()] = count.get(name.lower(), 0) + 1
-    names = {id: plain[id] if count[plain[id].lower()] == 1 else longer[id] for id in ids}
+    plain = {id: named(id, Path(id).stem) for id in ids}
+    longer = {id: named(id, Path(id).name.replace(".", "_")) for id in ids}
+    count = Counter(map(files.folded, plain.values()))
+    names = {id: plain[id] if count[files.folded(plain[id])] == 1 else longer[id] for id in ids}
     taken: dict[str, str] = {}
     for id, name in names.items():
-        if taken.setdefault(name.lower(), id) != id:
-            names[id] = f"{name}-{hashlib.sha256(os.fsencode(id)).hexdigest()[:8]}"
+        if taken.setdefault(files.folded(name), id) != id:
+            names[id] = f"{name}-{files.name_digest(id)[:8]}"
     return names
 
 

@@ -24,6 +24,7 @@ from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
 from imatch.data.pairs import pair_path
 from imatch.data.store import Stored
+from imatch.viz.html import sheet_page
 from tests import grouped
 from tests.grouped import by
 from tests.test_images import STORED, orientation, png_of_zeros
@@ -584,10 +585,11 @@ def test_two_photographs_with_equal_content(tmp_path):
 
 
 def test_hard_names_go_through_every_step(tmp_path):
-    """Korean ones; one of 250 bytes in a folder of 249; both in a data set whose own name is as long and has two lines;
-    and one that a spreadsheet would compute."""
+    """Korean ones; one of 250 bytes in a folder of 249; all in a data set whose own name is as long and has two lines;
+    one that a spreadsheet would compute, and one that a browser would."""
     folder = write(tmp_path / f"부산\n{'사진' * 40}", 4)
-    names = ["=1+2.jpg", "가 나 1.jpg", f"{'비' * 83}/{'x' * 150}{'비행' * 16}.jpg", "한글 폴더/비행 사진.jpg"]
+    long = f"{'비' * 83}/{'x' * 150}{'비행' * 16}.jpg"
+    names = ["<img src=x onerror=alert(1)>.jpg", "=1+2.jpg", long, "한글 폴더/비행 사진.jpg"]
     for path, name in zip(sorted(folder.glob("*.jpg")), names, strict=True):
         (folder / name).parent.mkdir(exist_ok=True)
         path.rename(folder / name)
@@ -596,15 +598,18 @@ def test_hard_names_go_through_every_step(tmp_path):
     references = Stored(references_of(step).folder)
     assert sorted({view["source"] for view in references.views.values()}) == names
     assert all((references.root / id).is_file() for id in references.ids)
-    _, _, index_step = neighbours(step)
-    with pytest.warns(ImatchWarning, match="2 photographs are not in .*such as '가 나 1.jpg'"):
+    ranking, _, index_step = neighbours(step)
+    sheet = sheet_page("<u>", embeddings, embeddings, ranking, tmp_path / "sheet.html").read_text(encoding="utf-8")
+    assert not re.search("<(img|u>)", sheet)
+    assert sheet.count("&lt;img src=x") >= 4  # as a query with its label, and as a hit
+    with pytest.warns(ImatchWarning, match="2 photographs are not in .*such as '<img"):
         pairs, match_step = matched(index_step, outputs=["json", "png", "colmap"])
     assert [row["query"] for row in pairs] == names
     assert len(list(match_step.folder.rglob("*비행 사진*/00.png"))) == 1
     assert all(pair_path(match_step.folder, row).with_suffix(".json").is_file() for row in pairs)
-    assert all((match_step.folder / "colmap" / "keypoints" / f"{names[i]}.txt").is_file() for i in (0, 2))
+    assert all((match_step.folder / "colmap" / "keypoints" / f"{names[i]}.txt").is_file() for i in (1, 2))
     with (index_step.folder / "hits.csv").open(newline="", encoding="utf-8") as file:
-        assert {row["query"] for row in csv.DictReader(file)} == {"'=1+2.jpg", *names[1:]}
+        assert {row["query"] for row in csv.DictReader(file)} == {f"'{names[1]}", names[0], *names[2:]}
     assert imatch.export_per_image(embeddings, ["global.npy"]) == 2 * len(names)
     assert max(len(path.name.encode()) for path in (tmp_path / "내보내기 1").rglob("*")) < 255
 

@@ -62,7 +62,9 @@ class Group(click.Group):
         except KeyboardInterrupt:  # click would exit with 1, which means "no match"
             click.echo("stopped", err=True)
             context.exit(130)
-        click.echo(f"error: {said}", err=True)
+        from imatch.core.files import printable
+
+        click.echo("error: " + "\n".join(map(printable, said.split("\n"))), err=True)
         context.exit(2)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import mmap
@@ -65,12 +67,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def printable(id: str) -> str:
-    """An id for people: bytes that are no text become a question mark.
+    """An id for people: bytes that are no text, and signs that move a terminal's cursor, become a question mark.
 
-    >>> printable("caf\\udce9.jpg")
-    'caf\ufffd.jpg'
+    >>> printable("caf\\udce9.jpg"), printable("a\\x1b[2J.jpg")
+    ('caf\ufffd.jpg', 'a\ufffd[2J.jpg')
     """
-    return os.fsencode(id).decode(errors="replace")
+    text = os.fsencode(id).decode(errors="replace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "\ufffd", text)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -116,6 +119,44 @@ def write_array(path: Path, array: np.ndarray) -> None:
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data.cast("B") if array.size else b"")  # not tofile, which hides why it wrote too little
+
+
+_COMPUTED = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
+"""How text begins that a spreadsheet computes, with the marks before it; four of the signs are of full width, too."""
+
+
+def csv_bytes(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> bytes:
+    """A CSV: a line of names, and a line a row, whose other keys are left out.
+
+    Text that a spreadsheet would compute gets an apostrophe in front; numbers are numbers.
+
+    >>> csv_bytes(["id", "x"], [{"id": "=1+2.jpg", "x": -1}])
+    b"id,x\\n'=1+2.jpg,-1\\n"
+    """
+    text = _Lines(newline="")
+    table = csv.DictWriter(text, list(columns), restval="", extrasaction="ignore", lineterminator="\r\n")
+    table.writeheader()
+    for row in rows:
+        computed = {name: f"'{cell}" for name, cell in row.items() if isinstance(cell, str) and _COMPUTED.match(cell)}
+        table.writerow({**row, **computed})
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+class _Lines(io.StringIO):
+    """Lines that end in a line feed alone, though csv was told of both signs, for it quotes cells that hold a sign of
+    those."""
+
+    def write(self, text: str) -> int:
+        return super().write(text.removesuffix("\r\n") + "\n")
+
+
+def unmarked(cell: str) -> str:
+    """A cell of a CSV without the apostrophe that `csv_bytes` put in front.
+
+    >>> unmarked("'=1+2.jpg"), unmarked("'a.jpg")
+    ('=1+2.jpg', "'a.jpg")
+    """
+    return cell[1:] if cell[:1] == "'" and _COMPUTED.match(cell) else cell
 
 
 def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:

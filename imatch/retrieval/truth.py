@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, model_validator
 from scipy.spatial import cKDTree
 
-from imatch.core import config
+from imatch.core import config, files
 from imatch.core.rows import Parameters, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
 from imatch.data.embeddings import Embeddings
@@ -246,7 +246,7 @@ def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, fl
     try:
         columns = _columns(next(reader, []), f"{where}, line 1")
         for cells in reader:
-            line, row = f"{where}, line {reader.line_num}", [cell.strip() for cell in cells]
+            line, row = f"{where}, line {reader.line_num}", [files.unmarked(cell.strip()) for cell in cells]
             if not any(row):  # spreadsheets leave empty lines at the end
                 continue
             if len(row) != len(columns):

@@ -128,7 +128,7 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
         if lacking := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise ImatchError(f"pairs {path} has no column {lacking[0]!r}: its first line must be query,candidate")
         for line in reader:
-            ids = [line[name] or "" for name in COLUMNS]
+            ids = [files.unmarked(line[name] or "") for name in COLUMNS]
             known = [id in of for id, of in zip(ids, rows, strict=True)]
             for side, id in enumerate(ids):
                 if not known[side] and id not in skipped[side]:

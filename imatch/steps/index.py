@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 import warnings
@@ -346,15 +344,13 @@ def _write_hits(
     files.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
     files.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
     files.write_array(step.folder / "scores.npy", ranking.scores)
-    text = io.StringIO()
     columns = ("query", "rank", "id", "score", "right", "accepted", "metres", "turn")
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for record in records:
-        for hit in record["hits"]:
-            said = {name: int(hit[name]) for name in ("right", "accepted")}
-            table.writerow({"query": record["query"], **hit, **said})
-    files.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
+    table = (
+        {"query": record["query"], **hit, "right": int(hit["right"]), "accepted": int(hit["accepted"])}
+        for record in records
+        for hit in record["hits"]
+    )
+    files.write_bytes(step.folder / "hits.csv", files.csv_bytes(columns, table))
 
 
 def index_metrics(

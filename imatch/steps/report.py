@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,11 +359,8 @@ def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     files.write_json(step.folder / "table.json", shown)
     prints = [{f"{of} fingerprint": value for of, value in row["fingerprints"].items()} for row in rows]
     columns = ["question", *COLUMNS, "k", "device", "name", *sorted({name for of in prints for name in of})]
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore")
-    table.writeheader()
-    table.writerows(row | of for row, of in zip(rows, prints, strict=True))
-    files.write_bytes(step.folder / "table.csv", text.getvalue().encode(errors="surrogateescape"))
+    table = ({**row, **of} for row, of in zip(rows, prints, strict=True))
+    files.write_bytes(step.folder / "table.csv", files.csv_bytes(columns, table))
     files.write_bytes(page, html(rows, step.folder).encode(errors="surrogateescape"))
     return page
 

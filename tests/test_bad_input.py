@@ -328,7 +328,7 @@ def test_an_unreadable_folder_is_named(open_folder):
 
 def test_on_error_is_skip_or_stop(tmp_path):
     step = start(write(tmp_path / "data", 1), tmp_path / "exports")
-    with pytest.raises(ImatchError, match="on_error 'ignore' is not known: use skip or stop"):
+    with pytest.raises(ImatchError, match="on_error must be 'skip' or 'stop', got 'ignore'"):
         imatch.steps.embed(step, resources=by(workers=0), on_error="ignore")
 
 

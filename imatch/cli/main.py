@@ -189,7 +189,7 @@ def send(step: str, ttl_hours: float) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ImatchWarning)
         try:
-            print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+            print(sending.send(opened, to="redis", ttl=sending.SendOptions("redis", ttl_hours).ttl))
         except ImatchWarning as waiting:
             click.echo(f"warning: {waiting}", err=True)
             return 1

@@ -17,12 +17,14 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from imatch.core.config import NAME
 from imatch.core.types import ImatchError, StepError
 
+M = TypeVar("M", bound=Mapping[str, object])
 LINES = 1000
 """How many rows are read at once: their keys are then held once for all of them, half of the memory."""
 
@@ -72,8 +74,7 @@ def printable(id: str) -> str:
     >>> printable("caf\\udce9.jpg"), printable("a\\x1b[2J.jpg")
     ('caf\ufffd.jpg', 'a\ufffd[2J.jpg')
     """
-    text = os.fsencode(id).decode(errors="replace")
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "\ufffd", text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", "\ufffd", id)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -125,7 +126,7 @@ _COMPUTED = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
 """How text begins that a spreadsheet computes, with the marks before it; four of the signs are of full width, too."""
 
 
-def csv_bytes(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> bytes:
+def csv_bytes(columns: Iterable[str], rows: Iterable[M]) -> bytes:
     """A CSV: a line of names, and a line a row, whose other keys are left out.
 
     Text that a spreadsheet would compute gets an apostrophe in front; numbers are numbers.
@@ -143,8 +144,7 @@ def csv_bytes(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> b
 
 
 class _Lines(io.StringIO):
-    """Lines that end in a line feed alone, though csv was told of both signs, for it quotes cells that hold a sign of
-    those."""
+    """Lines that end in a line feed alone; csv is told of both signs, for it quotes cells that hold one of those."""
 
     def write(self, text: str) -> int:
         return super().write(text.removesuffix("\r\n") + "\n")
@@ -237,17 +237,10 @@ def flat_name(id: str) -> str:
     return short_name(name)
 
 
-NAME = 200
-"""Bytes of a name at most: file systems take 255, and endings follow it."""
-
-
 def short_name(name: str, most: int = NAME, digits: int = 16) -> str:
-    """The name of a file or folder or, where that is too long, its beginning and a digest of all of it.
+    """A name without slashes or, where it has more than `most` bytes, its beginning and so many digits of its digest.
 
-    Args:
-        name: without slashes.
-        most: bytes, which are more than characters: three for a Korean letter.
-        digits: of the digest; 16 are never the same for two names, of 8 somebody has to look whether they are.
+    16 digits are never those of two names; of 8, whoever asks for them has to look.
 
     >>> short_name("a.jpg"), short_name("\ube44" * 100, most=20)
     ('a.jpg', '\ube44~f46984c41b1332e7')
@@ -279,30 +272,14 @@ def one_name(text: str) -> str:
     return short_name(name)
 
 
-def folded(name: str) -> str:
-    """What names have in common that are one to a disk of Windows or of a Mac.
-
-    >>> folded("A.JPG") == folded("a.jpg")
-    True
-    """
-    return unicodedata.normalize("NFC", name).lower()
-
-
 def check_apart(folder: Path, ids: Iterable[str]) -> None:
-    """Refuse ids whose files in a folder would take each other's place.
+    """Refuse ids that the disk of a step's folder takes for one, as those of Windows and Macs do with A.jpg and a.jpg.
 
-    Args:
-        folder: of a step, on whose disk it is looked whether A and a are one name.
-        ids: of photographs.
-
-    Raises:
-        ImatchError: they are, and two of the ids differ in that alone.
+    >>> check_apart(Path("nowhere"), ["A.jpg", "a.jpg"])
     """
-    if not (folder / "STEP.JSON").exists():
-        return
     seen: dict[str, str] = {}
-    for id in ids:
-        if (other := seen.setdefault(folded(id), id)) != id:
+    for id in ids if (folder / "STEP.JSON").exists() else ():
+        if (other := seen.setdefault(unicodedata.normalize("NFC", id).lower(), id)) != id:
             raise ImatchError(
                 f"{printable(other)} and {printable(id)} are one name on the disk of {folder}: rename one of the "
                 "photographs, or choose another disk for exports"

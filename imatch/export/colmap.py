@@ -64,25 +64,21 @@ class Colmap(Sink):
     def gather(self, folder: Path, pairs: Iterable[tuple[Path, PairRow]]) -> None:
         """See `Sink`. Refined positions are of one pair alone, so a photograph's keypoints are all that its pairs have.
 
-        A photograph whose name holds a space, or is so long that no .txt can follow it, is left out with a warning: a
+        A photograph whose name holds a space, or is so long that no .txt can follow it, is left out, with a warning: a
         list of matches cannot name the one, nor a folder hold the other's keypoints.
-
-        Raises:
-            ImatchError: names that would leave the folder, or be one file on its disk.
         """
         tables: dict[tuple[str, str], tuple[Path, bool]] = {}
         left_out = set()
         for path, row in pairs:
             names = (row["query"], row["candidate"])
-            unfit = {name for name in names if any(c.isspace() for c in name) or len(_file(name)) > 255}
+            unfit = {name for name in names if any(c.isspace() for c in name) or os.fsencode(Path(name).name)[251:]}
             left_out |= unfit
             if not unfit and names[0] != names[1] and names[::-1] not in tables:  # COLMAP has one for both orders
                 tables[names] = path.with_name(path.name + ".colmap"), row["verified"]
         if left_out:
             warnings.warn(
                 f"{len(left_out)} photographs are not in {folder}, such as {min(left_out)!r}: COLMAP's lists of "
-                "matches cannot hold names with spaces, nor its folders names of more than 251 bytes; rename them if "
-                "you need them there",
+                "matches cannot hold names with spaces, nor folders longer ones; rename them if you need them there",
                 ImatchWarning,
                 stacklevel=2,
             )
@@ -93,8 +89,7 @@ class Colmap(Sink):
         files.check_apart(folder.parent, keypoints)
         for name, points in keypoints.items():
             lines = [f"{len(points)} 128", *(f"{p.real:.3f} {p.imag:.3f} {DESCRIPTOR}" for p in points)]
-            file = below(f"{name}.txt", "photograph", folder)
-            files.write_bytes(folder / "keypoints" / file, _text(lines))
+            files.write_bytes(folder / "keypoints" / below(f"{name}.txt", "photograph", folder), _text(lines))
         for name, only_inliers in (("matches.txt", False), ("inliers.txt", True)):
             with files.atomic(folder / name) as temporary, temporary.open("wb") as file:
                 for names, (path, verified) in tables.items():
@@ -105,11 +100,6 @@ class Colmap(Sink):
                         places = [np.searchsorted(keypoints[name], points).tolist() for name, points in found]
                         rows = (f"{a} {b}" for a, b in zip(*places, strict=True))
                         file.write(_text([" ".join(names), *rows, ""]))
-
-
-def _file(name: str) -> bytes:
-    """What the file of a photograph's keypoints is called, without its folders."""
-    return os.fsencode(f"{name}.txt").rpartition(b"/")[2]
 
 
 def _points(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

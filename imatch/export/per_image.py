@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ import numpy as np
 from imatch.core import compute, config
 from imatch.core.files import (
     digest,
-    folded,
     name_digest,
     refuse_or_say,
     relative,
@@ -119,9 +119,9 @@ def names(rows: Sequence[PhotoRow], dataset: str, data_key: Path | None = None) 
     labels |= {row["capture"]: row["label"] for row in rows if row.get("capture") and row.get("label")}
     shared = Counter(_label(label).lower() for label in labels.values() if label)
     found = {row["id"]: _name(row, dataset, shared) for row in rows}
-    count = Counter(folded("/".join(name)) for name in found.values())
+    count = Counter(map(_folded, found.values()))
     for id, (label, frame) in found.items():
-        if count[folded(f"{label}/{frame}")] > 1:
+        if count[_folded((label, frame))] > 1:
             found[id] = label, f"{frame}~{name_digest(id)[:8]}"
     return found
 
@@ -156,6 +156,10 @@ def _plain(text: str, before: str = "") -> str:
 def _short(text: str, most: int = 48) -> str:
     """`text` of at most so many bytes, so that no file's name is longer than 200; `names` looks whether two are one."""
     return short_name(text, most, digits=8)
+
+
+def _folded(name: tuple[str, str]) -> str:
+    return unicodedata.normalize("NFC", "/".join(name)).lower()
 
 
 def read_meta(path: Path) -> dict[str, Json]:
@@ -241,7 +245,7 @@ class _Export:
                 view = self.views.get(row["id"], row)
                 rotation = references.name("", view["angle"], view["crop"] or 1.0).removeprefix("_")
                 place += f"/{rotation if self.several else rotation.partition('_crop')[0]}"
-            if (other := taken.setdefault(folded(f"{place}_{frame}"), row["id"])) != row["id"]:
+            if (other := taken.setdefault(f"{place}_{frame}".lower(), row["id"])) != row["id"]:
                 raise ImatchError(f"{row['id']} and {other} would share the files of {place}, {frame}: rename one")
             own = digest([made_by, row["sha256"]])
             for output in outputs:

@@ -39,6 +39,7 @@ from imatch.retrieval.truth import (
     read_labels,
     truth_of,
 )
+from imatch.steps import groups
 from imatch.steps.embedding import embed_poses, worth_trying
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
@@ -74,10 +75,7 @@ def start_index(
             rerank, and a side kept too little for it.
         ImatchError: an unknown direction; see also `step.start_step`.
     """
-    if direction not in DIRECTIONS:
-        raise ImatchError(config.unknown("direction", direction, DIRECTIONS))
-    if k < 1:
-        raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+    groups.check({"direction": direction, "k": k})
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
     found = {"data": open_step(step_folder(embed_step))}
     kind = ""

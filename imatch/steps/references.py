@@ -18,6 +18,7 @@ from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, references
 from imatch.data.store import Stored
+from imatch.steps import groups
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 _Job = tuple[PhotoRow, str, int]
@@ -57,10 +58,7 @@ def start_references(
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.check(kind, angles, crops, resize_to_original)
-    if file_type not in FILE_TYPES:
-        raise ImatchError(f"file_type {file_type!r} is not known: use jpg, or png, which is lossless")
-    if not 1 <= quality <= 100:
-        raise ImatchError(f"quality {quality} must lie between 1 and 100")
+    groups.check({"file_type": file_type, "quality": quality})
     about = {"dataset": source.about["dataset"], "kind": f"{kind}{tagged(tag)}", "part": "views"}
     parameters = {
         "kind": kind,
@@ -169,11 +167,11 @@ def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
 
     plain = {id: named(id, Path(id).stem) for id in ids}
     longer = {id: named(id, Path(id).name.replace(".", "_")) for id in ids}
-    count = Counter(map(files.folded, plain.values()))
-    names = {id: plain[id] if count[files.folded(plain[id])] == 1 else longer[id] for id in ids}
+    count = Counter(map(str.lower, plain.values()))
+    names = {id: plain[id] if count[plain[id].lower()] == 1 else longer[id] for id in ids}
     taken: dict[str, str] = {}
     for id, name in names.items():
-        if taken.setdefault(files.folded(name), id) != id:
+        if taken.setdefault(name.lower(), id) != id:
             names[id] = f"{name}-{files.name_digest(id)[:8]}"
     return names
 

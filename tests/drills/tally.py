@@ -15,8 +15,6 @@ from imatch.core.types import ImatchError
 
 LISTED = 20
 """So many faults of a kind are listed."""
-LONG = 600
-"""Characters of a message that is still one line for a reader."""
 
 
 def asked(doc: str | None, **numbers: int) -> argparse.Namespace:
@@ -83,11 +81,10 @@ def quiet() -> Iterator[None]:
 
 
 def outcome(call: Callable[[], object]) -> tuple[str, object]:
-    """("done", what it returns), ("refused", the message) or ("traceback", what was raised, in a line)."""
+    """Give ("done", what it returns), ("refused", the message) or ("traceback", what was raised, in a line)."""
     try:
         return "done", call()
     except ImatchError as error:
-        said = str(error)
-        return ("refused", said) if said and len(said) <= LONG else ("traceback", f"a message of {len(said)} letters")
+        return "refused", str(error)
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}".replace("\n", " ")[:200]

@@ -152,7 +152,7 @@ def judge(path: Path, form: str, kind: str, expected: Any, tally: Tally) -> bool
         if what == "traceback":
             tally.fault("tracebacks", form, f"{path.name}: {decoded}")
         elif what == "refused" and "\n" in str(decoded):
-            tally.fault("reasons of several lines", form, f"{path.name}: {decoded!r}")
+            tally.fault("reasons longer than a line", form, f"{path.name}: {decoded!r}")
     if kind == "foreign" and "done" in (came[0][0], came[1][0]):
         tally.fault("decoded, but of no documented format", form, path.name)
     elif "done" not in (came[0][0], came[1][0]):
@@ -198,7 +198,7 @@ def embed(folder: Path, refused: Mapping[str, bool], tally: Tally) -> None:
         tally.fault("silent wrong", "01_embed took what decode refuses", name)
     for name, reason in skipped.items():
         if not reason or "\n" in reason or len(reason) > 300:
-            tally.fault("reasons of several lines", "01_embed", f"{name}: {reason!r}")
+            tally.fault("reasons longer than a line", "01_embed", f"{name}: {reason!r}")
     tally.counts["rows of 01_embed"], tally.counts["skipped by it"] = len(found.ids), len(skipped)
 
 

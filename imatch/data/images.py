@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
@@ -24,9 +25,21 @@ from imatch.core import config
 from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
-)
+_HEIF = frozenset((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ())
+SUFFIXES = _HEIF | {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"),
+    *(".avif", ".jp2", ".j2k"),
+}
+"""In lower case, what the names of files end in that are listed as photographs."""
+_REMEDIES = {
+    "install the extra heif": ".heic .heif .hif",
+    "raw of a camera: develop it to TIFF or JPEG": ".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .srw .raf .orf .rw2 "
+    ".pef .x3f .iiq .3fr .fff .erf .mrw",
+    "convert it to TIFF or PNG": ".jxl .psd .exr .jpx .tga .fits",
+    "a video: take its frames out": ".mp4 .mov .avi .mkv",
+}
+OTHERS = {one: why for why, those in _REMEDIES.items() for one in those.split() if one not in SUFFIXES}
+"""What photographs come as, too, and imatch does not list: suffix -> what to do."""
 UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and values out of range need nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

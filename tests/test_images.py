@@ -551,6 +551,69 @@ def test_the_list_is_sorted_and_leaves_out_what_is_no_photograph(tmp_path):
     assert images.list_photographs(tmp_path) == ["a.PNG", "b.jpg", "sub/c.TIFF", "sub/deep/d.jpeg"]
 
 
+SYSTEMS = {  # a folder, how many pictures lie in it -> what is said of it
+    ("@eaDir/a.jpg", 2): "2 in @eaDir (thumbnails of a NAS)",
+    ("@EADIR/a.jpg", 1): "1 in @EADIR (thumbnails of a NAS)",
+    ("trip/@__thumb", 1): "1 in @__thumb (thumbnails of a NAS)",
+    ("#recycle", 1): "1 in #recycle (deleted files)",
+    ("$RECYCLE.BIN/S-1-5", 3): "3 in $RECYCLE.BIN (deleted files)",
+    ("#snapshot/monday", 1): "all in #snapshot (older copies)",
+    (".Trash-1000/files", 1): "all in .Trash-1000 (hidden)",
+    (".thumbnails", 1): "all in .thumbnails (hidden)",
+    ("__MACOSX/trip", 1): "1 in __MACOSX (of the system)",
+    ("System Volume Information", 1): "1 in System Volume Information (of the system)",
+    ("Catalog Previews.lrdata/0", 1): "1 in Catalog Previews.lrdata (previews of Lightroom)",
+    ("Mac.photoslibrary/resources/derivatives", 1): "1 in resources (copies in a photo library)",
+}
+
+
+@pytest.mark.parametrize(("folder", "many"), SYSTEMS)
+def test_folders_of_systems_hold_no_photographs(tmp_path, folder, many):
+    touch(tmp_path, "a.jpg", *(f"{folder}/{i}.jpg" for i in range(many)))
+    found = images.list_photographs(tmp_path)
+    assert (found, found.left_out) == (["a.jpg"], SYSTEMS[folder, many])
+
+
+def test_folders_of_ones_own_hold_photographs(tmp_path):
+    names = [
+        "#recycled/a.jpg",
+        "@home/b.jpg",
+        "eaDir/c.jpg",
+        "library/previews/e.jpg",
+        "x.photoslibrary/originals/d.jpg",
+    ]
+    touch(tmp_path, *names, "@eaDir/note.txt")
+    found = images.list_photographs(tmp_path)
+    assert (found, found.left_out) == (names, "")
+    touch(tmp_path, "#recycle/back/a.jpg")
+    assert images.list_photographs(tmp_path / "#recycle") == ["back/a.jpg"]  # who names it, means it
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    touch(tmp_path, "a.jpg", "b.NEF", "B.nef", "sub/c.dng", "sub/c.jpg", "d.mp4", "._a.jpg", ".DS_Store", "e.csv", "f")
+    found = images.list_photographs(tmp_path)
+    raw = "1 .dng, 2 .nef (raw of a camera: develop it to TIFF or JPEG)"
+    hidden, video = "1 hidden (their names begin with a dot)", "1 .mp4 (a video: take its frames out)"
+    assert found == ["a.jpg", "sub/c.jpg"]
+    assert found.left_out == f"{video}, {raw}, {hidden}, 2 other files"
+
+
+def test_a_closed_folder_of_the_system_is_no_error(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "lost+found/b.jpg", "trip/c.jpg")
+    closed, scandir = "lost+found", os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == closed:
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert images.list_photographs(tmp_path).left_out == "all in lost+found (of the system)"
+    closed = "trip"
+    with pytest.raises(ImatchError, match=r"folder .*trip cannot be listed: Permission denied"):
+        images.list_photographs(tmp_path)
+
+
 def test_names_of_any_letters_are_listed(tmp_path):
     names = ["한글 사진/비행 1.jpg", "a b  c.jpg", "é#%'\"[1].jpg", os.fsdecode(b"\xff\xfe.jpg")]
     touch(tmp_path, *names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -211,7 +212,8 @@ def _read(
 
 
 def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
-    """Say where photographs are, by id: those of a folder, or those given.
+    """Say where photographs are, by id: those of a folder, or those given; what a folder holds besides is printed on
+    standard error.
 
     Raises:
         ImatchError: none, one that is no photograph, or one given twice.
@@ -223,7 +225,12 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
         root = settings.from_workspace(photographs)
         if not root.is_dir():
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
-        found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
+        ids = images.list_photographs(root)
+        found: dict[str, Path | np.ndarray] = {id: root / id for id in ids}
+        if not ids:
+            raise ImatchError(f"no photographs were given, or the folder holds none: {root}{ids.note}")
+        if ids.left_out:
+            print(f"{len(ids)} photographs in {root}{ids.note}", file=sys.stderr)
     elif not isinstance(photographs, Sequence):
         kind = type(photographs).__name__
         raise ImatchError(f"photographs is a {kind}: give a folder, or a list of photographs")
@@ -235,7 +242,7 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
                 raise ImatchError(f"{files.printable(id)} was given twice")
             found[id] = source_of(photograph, f"photograph {i}")
     if not found:
-        raise ImatchError("no photographs were given, or the folder holds none")
+        raise ImatchError("no photographs were given: the list is empty")
     return found
 
 

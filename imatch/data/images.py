@@ -9,10 +9,14 @@ import hashlib
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
@@ -40,6 +44,22 @@ _REMEDIES = {
 }
 OTHERS = {one: why for why, those in _REMEDIES.items() for one in those.split() if one not in SUFFIXES}
 """What photographs come as, too, and imatch does not list: suffix -> what to do."""
+PICTURES = SUFFIXES | OTHERS.keys()
+HIDDEN, OLDER = "hidden", "older copies"
+UNSEEN = (HIDDEN, OLDER)
+"""Kinds of folders that are not looked into: they may hold all of a disk once more."""
+SYSTEM = {
+    "thumbnails of a NAS": ("@eadir", "@__thumb"),
+    "previews of Lightroom": ("*.lrdata",),
+    "copies in a photo library": (
+        *("*.photoslibrary/resources", "*.photolibrary/previews", "*.photolibrary/thumbnails"),
+        *("*.aplibrary/previews", "*.aplibrary/thumbnails"),
+    ),
+    "deleted files": ("#recycle", "@recycle", "$recycle.bin", "recycler", "network trash folder"),
+    OLDER: ("#snapshot", "@recently-snapshot"),
+    "of the system": ("system volume information", "lost+found", "__macosx"),
+}
+"""What folders hold that systems and programs make between photographs -> how they are called, in lower case."""
 UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and values out of range need nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -187,39 +207,102 @@ class Decoded:
         return np.asarray((xy + 0.5) * factor + origin - 0.5, np.float32)
 
 
-def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
+class Listed(list[str]):
+    """Ids of photographs.
+
+    Attributes:
+        left_out: what else lies there, in words; "" for nothing.
+    """
+
+    left_out = ""
+
+    @property
+    def note(self) -> str:
+        """What is left out, to end a sentence about those that are there.
+
+        >>> Listed().note
+        ''
+        """
+        return f"; left out: {self.left_out}" if self.left_out else ""
+
+
+def list_photographs(root: Path, leave_out: Path | None = None) -> Listed:
     """The ids of all photographs below `root`, but for those below `leave_out`: POSIX paths relative to it, sorted.
 
-    Linked folders are followed, a link back to a folder above itself is not. Hidden files are left out.
+    Linked folders are followed, a link back to a folder above itself is not. Hidden files and folders, folders of
+    systems and programs (`SYSTEM`) and files of other kinds are left out and counted; what is no picture is counted
+    as one sum, and hidden folders and older copies are not looked into.
 
     Raises:
         ImatchError: a folder cannot be listed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for name in ("b.jpg", "a.PNG", "notes.txt"):
+    ...     for name in ("b.jpg", "a.PNG", "notes.txt", "c.cr2", "d.DNG"):
     ...         _ = (Path(folder) / name).write_bytes(b"")
-    ...     list_photographs(Path(folder))
-    ['a.PNG', 'b.jpg']
+    ...     found = list_photographs(Path(folder))
+    >>> found, found.left_out
+    (['a.PNG', 'b.jpg'], '1 .cr2, 1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 other files')
     """
-    found = []
-    for name, folders, files in os.walk(root, onerror=_unlisted, followlinks=True):
+    found: list[Path] = []
+    left_out = Counter[tuple[str, str]]()
+    system: dict[Path, tuple[str, str]] = {}
+
+    def unlisted(error: OSError) -> None:
+        if (folder := Path(error.filename)) not in system:
+            raise ImatchError(
+                f"folder {folder} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
+            ) from error
+        left_out[system[folder]] += 0
+
+    for name, folders, files in os.walk(root, onerror=unlisted, followlinks=True):
         folder = Path(name)
         if folder == leave_out:
             folders.clear()
             continue
+        if folder in system:
+            if pictures := sum(_suffix(one) in PICTURES for one in files):
+                left_out[system[folder]] += pictures
+            folders[:] = [one for one in folders if not (folder / one).is_symlink()]
+            system |= {folder / one: system[folder] for one in folders}
+            continue
         above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
-        shown = [one for one in folders if not one.startswith(".")]
-        folders[:] = [one for one in shown if os.path.realpath(folder / one) not in above]
-        shown = [one for one in files if not one.startswith(".")]
-        found += [folder / one for one in shown if Path(one).suffix.lower() in SUFFIXES]
-    return sorted(path.relative_to(root).as_posix() for path in found)
+        folders[:] = [one for one in folders if os.path.realpath(folder / one) not in above]
+        system |= {folder / one: (why, f"in {one}") for one in folders if (why := _system(folder, one))}
+        unseen = {one for one in folders if system.get(folder / one, ("",))[0] in UNSEEN}
+        left_out.update({system[folder / one]: 0 for one in unseen})
+        folders[:] = [one for one in folders if one not in unseen]
+        for one in files:
+            if (suffix := _suffix(one)) in SUFFIXES and not one.startswith("."):
+                found.append(folder / one)
+            elif suffix in PICTURES and one.startswith("."):
+                left_out["their names begin with a dot", "hidden"] += 1
+            elif not one.startswith("."):
+                left_out[(OTHERS[suffix], suffix) if suffix in OTHERS else ("", "other files")] += 1
+    listed = Listed(sorted(path.relative_to(root).as_posix() for path in found))
+    listed.left_out = _said(left_out)
+    return listed
 
 
-def _unlisted(error: OSError) -> None:
-    raise ImatchError(
-        f"folder {error.filename} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
-    ) from error
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _system(above: Path, name: str) -> str:
+    """What a folder that holds no photographs of the user's own holds; "" for all others."""
+    if name.startswith("."):
+        return HIDDEN
+    path = f"/{above.name}/{name}".lower()
+    return next((why for why, those in SYSTEM.items() for one in those if fnmatchcase(path, f"*/{one}")), "")
+
+
+def _said(left_out: Counter[tuple[str, str]]) -> str:
+    """How many of each kind, those of one reason together; without a number, all that is in a folder."""
+    reasons = []
+    for why, kinds in groupby(sorted(left_out, key=lambda kind: (not kind[0], kind)), key=itemgetter(0)):
+        counted = ", ".join(f"{left_out[kind] or 'all'} {kind[1]}" for kind in kinds if kind in left_out)
+        reasons.append(f"{counted} ({why})" if why else counted)
+    return ", ".join(reasons)
 
 
 def check_header(path: Path) -> tuple[int, int]:

@@ -163,10 +163,11 @@ def preflight(step: Step, resources: ComputeOptions = ComputeOptions()) -> None:
         ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
             by how much, and what would fit.
     """
-    ids = sorted(chosen(step))
+    found, left_out = chosen(step)
+    ids = sorted(found)
     root = step.linked("photographs")
     megabytes = sum((root / id).stat().st_size for id in ids if (root / id).is_file()) / 2**20
-    print(f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB")
+    print(f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB{left_out}")
     if step.finished:
         print("all of it    is there already")
         return
@@ -311,7 +312,8 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     known = registry.load(data_key)
     lines = [f"{'data set':14} {'photographs':>11}  where"]
     for key, dataset in sorted(known.datasets.items()):
-        lines.append(f"{key:14} {_photographs(dataset):>11}  {dataset.root}")
+        count, left_out = _photographs(dataset)
+        lines.append(f"{key:14} {count:>11}  {dataset.root}{left_out}")
     device = compute.resolved("auto")
     precision = "bf16" if computes_in_bf16(device) else "fp32"
     free = free_memory(device)
@@ -335,13 +337,14 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     return "\n".join(lines)
 
 
-def _photographs(dataset: datasets.Dataset) -> str:
+def _photographs(dataset: datasets.Dataset) -> tuple[str, str]:
     if not dataset.root.is_dir():
-        return "not there"
+        return "not there", ""
     try:
-        return str(len(dataset.select(images.list_photographs(dataset.root))))
+        ids = images.list_photographs(dataset.root)
+        return str(len(dataset.select(ids))), ids.note
     except ImatchError as error:
-        return str(error)
+        return str(error), ""
 
 
 def weight_file(filename: str) -> tuple[str, str, str]:

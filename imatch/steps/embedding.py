@@ -103,10 +103,11 @@ def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOp
     }
 
 
-def chosen(step: Step) -> dict[str, About]:
-    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame)."""
+def chosen(step: Step) -> tuple[dict[str, About], str]:
+    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame); and in words what
+    of their folder is left out."""
     if views := view_rows(step):
-        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}
+        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}, ""
     root = step.linked("photographs")
     if "data_key" in step.links:
         dataset = registry.load(step.linked("data_key")).dataset(step.parameters["dataset"])
@@ -115,8 +116,12 @@ def chosen(step: Step) -> dict[str, About]:
     ids = images.list_photographs(root, leave_out=step.run.parent)
     chosen = dataset.select(ids, step.parameters["image_groups"])
     if not chosen:
-        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
-    return {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+        ends = ", ".join(sorted(images.SUFFIXES))
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {ends}{ids.note}")
+    if others := len(ids) - len(chosen):
+        ids.left_out = ", ".join(filter(None, [f"{others} not in image_groups or the registry", ids.left_out]))
+    known = {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+    return known, ids.note
 
 
 def embed(
@@ -171,7 +176,7 @@ class _Task:
 
     def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
         self.step, self.shards, self.root = step, Shards(step.folder), step.linked("photographs")
-        self.about = chosen(step)
+        self.about, _ = chosen(step)
         first, of = compute.numbered("" if self.shards.merged else part)
         self.mine = range(first, sys.maxsize, of)
         self.plan = self._planned()

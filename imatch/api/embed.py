@@ -228,9 +228,9 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
         ids = images.list_photographs(root)
         found: dict[str, Path | np.ndarray] = {id: root / id for id in ids}
         if not ids:
-            raise ImatchError(f"no photographs were given, or the folder holds none: {root}{ids.note}")
+            raise ImatchError(f"no photographs were given, or the folder holds none: {root}{ids.left_out}")
         if ids.left_out:
-            print(f"{len(ids)} photographs in {root}{ids.note}", file=sys.stderr)
+            print(f"{len(ids)} photographs in {root}{ids.left_out}", file=sys.stderr)
     elif not isinstance(photographs, Sequence):
         kind = type(photographs).__name__
         raise ImatchError(f"photographs is a {kind}: give a folder, or a list of photographs")

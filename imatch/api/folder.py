@@ -34,7 +34,7 @@ class FolderMatches:
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
         lacking: what weight "auto" had to do without.
-        left_out: what else the folder holds, in words.
+        left_out: what else the folder holds (`images.Listed`).
     """
 
     names: list[str]
@@ -59,13 +59,12 @@ class FolderMatches:
             lines.append(f"{text}  {row['inliers']:7d}  {row['weight']:<6} {turned:>7}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
         pairs = f"{len(verified)} of {len(self.pairs)} pairs ({which})"
-        lines += ["", f"{pairs} of {len(self.names)} photographs match"]
+        lines += ["", f"{pairs} of {len(self.names)} photographs match{self.left_out}"]
         for number, group in enumerate(self.groups, 1):
             lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
         alone = len(self.names) - sum(map(len, self.groups))
         lines += [f"{alone} photographs match no other"] if alone else []
         lines += [self.lacking] if self.lacking else []
-        lines += [f"left out: {self.left_out}"] if self.left_out else []
         lines += [f"left out: {files.printable(name)}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines).lstrip("\n")
 
@@ -121,7 +120,7 @@ def match_folder(
     if len(names) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
         held = f"{folder} holds {len(names)} that can be read"
-        raise ImatchError(f"two photographs are needed, and {held}{left_out}{listed.note}")
+        raise ImatchError(f"two photographs are needed, and {held}{left_out}{listed.left_out}")
     pairs = _nearest(found) if len(names) > RETRIEVED else list(itertools.combinations(found, 2))
     rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
     for backbone, other in zip(others, weights[1:], strict=True):

@@ -16,7 +16,15 @@ ReportRow = dict[str, Json]
 """A configuration in the table of 05_report (`steps.report.tabulate` says what each key is)."""
 
 
-class Position(TypedDict):
+class Held(TypedDict, total=False):
+    """How a camera was held: degrees clockwise from north and above the horizon, metres above the take-off."""
+
+    yaw: float
+    pitch: float
+    relative_altitude: float
+
+
+class Position(Held):
     """Where a photograph was taken: degrees, and metres above the sea."""
 
     latitude: float
@@ -37,12 +45,14 @@ class About(TypedDict, total=False):
 class PhotoRow(About):
     """Of images.jsonl (`Embeddings.rows` says what each is), and of skipped.jsonl: those have `skipped`, and a
     size, position and look where they could be decoded; sha256 is None of a file that cannot be read. Imported ones
-    have a name and a global_norm, and of references an angle and a crop."""
+    have a name and a global_norm, and of references an angle and a crop; `doubt` says what of a position its header
+    has that is not taken."""
 
     id: str
     sha256: str
     size: NotRequired[tuple[int, int]]
     position: NotRequired[Position | None]
+    doubt: NotRequired[str]
     look: NotRequired[str | None]
     skipped: NotRequired[str]
     grid: NotRequired[tuple[int, int] | None]

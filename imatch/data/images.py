@@ -10,7 +10,7 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, SupportsFloat
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -28,6 +28,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from imatch.core import config
 from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
+from imatch.data.exif import position as position_of
 
 _HEIF = frozenset((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ())
 SUFFIXES = _HEIF | {
@@ -51,10 +52,7 @@ UNSEEN = (HIDDEN, OLDER)
 SYSTEM = {
     "thumbnails of a NAS": ("@eadir", "@__thumb"),
     "previews of Lightroom": ("*.lrdata",),
-    "copies in a photo library": (
-        *("*.photoslibrary/resources", "*.photolibrary/previews", "*.photolibrary/thumbnails"),
-        *("*.aplibrary/previews", "*.aplibrary/thumbnails"),
-    ),
+    "copies in a photo library": ("*.photoslibrary/resources", "*.p*library/previews", "*.p*library/thumbnails"),
     "deleted files": ("#recycle", "@recycle", "$recycle.bin", "recycler", "network trash folder"),
     OLDER: ("#snapshot", "@recently-snapshot"),
     "of the system": ("system volume information", "lost+found", "__macosx"),
@@ -181,11 +179,12 @@ class Decoded:
         pixels: (h, w, 3) uint8 RGB, upright, resized as asked.
         size: (H, W) of the upright photograph before resizing.
         sha256: hexadecimal digest of the file's bytes.
-        position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
+        position: where it was taken, and how it was held (`exif.position`), or None.
         box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
         look: what `look` says of the pixels, "" if nobody asked.
         turned: (3, 3), where the pixels were before they were rotated (`rotations.turned`), and the (h, w) of all of
             them then; None when nobody rotated them.
+        doubt: what of its position is not taken, and why; "" for nothing.
     """
 
     pixels: np.ndarray
@@ -195,6 +194,7 @@ class Decoded:
     box: tuple[float, float, float, float]
     look: str = ""
     turned: tuple[np.ndarray, tuple[int, int]] | None = None
+    doubt: str = ""
 
     def to_original(self, xy: np.ndarray) -> np.ndarray:
         """Positions (n, 2) in `pixels` as float32 positions in the upright photograph as it lies on disk."""
@@ -208,22 +208,9 @@ class Decoded:
 
 
 class Listed(list[str]):
-    """Ids of photographs.
-
-    Attributes:
-        left_out: what else lies there, in words; "" for nothing.
-    """
+    """Ids of photographs. `left_out` says what else lies there, to follow them: "; left out: ...", "" for nothing."""
 
     left_out = ""
-
-    @property
-    def note(self) -> str:
-        """What is left out, to end a sentence about those that are there.
-
-        >>> Listed().note
-        ''
-        """
-        return f"; left out: {self.left_out}" if self.left_out else ""
 
 
 def list_photographs(root: Path, leave_out: Path | None = None) -> Listed:
@@ -242,7 +229,7 @@ def list_photographs(root: Path, leave_out: Path | None = None) -> Listed:
     ...         _ = (Path(folder) / name).write_bytes(b"")
     ...     found = list_photographs(Path(folder))
     >>> found, found.left_out
-    (['a.PNG', 'b.jpg'], '1 .cr2, 1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 other files')
+    (['a.PNG', 'b.jpg'], '; left out: 1 .cr2, 1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 other files')
     """
     found: list[Path] = []
     left_out = Counter[tuple[str, str]]()
@@ -302,7 +289,7 @@ def _said(left_out: Counter[tuple[str, str]]) -> str:
     for why, kinds in groupby(sorted(left_out, key=lambda kind: (not kind[0], kind)), key=itemgetter(0)):
         counted = ", ".join(f"{left_out[kind] or 'all'} {kind[1]}" for kind in kinds if kind in left_out)
         reasons.append(f"{counted} ({why})" if why else counted)
-    return ", ".join(reasons)
+    return f"; left out: {', '.join(reasons)}" if reasons else ""
 
 
 def check_header(path: Path) -> tuple[int, int]:
@@ -357,7 +344,7 @@ def _decoded(
 ) -> Decoded:
     _check_size(image)
     exif = _exif(image)
-    position = _position(exif)
+    position, doubt = position_of(exif, image.info.get("xmp", b""))
     turn = _turn(image, exif)
     lying = turn >= 5
     size = image.size if lying else image.size[::-1]
@@ -373,7 +360,7 @@ def _decoded(
     pixels = _resized(image, target, box, by)
     if turn in UPRIGHT:
         pixels = np.asarray(Image.fromarray(pixels).transpose(UPRIGHT[turn]))
-    return Decoded(pixels, size, sha256, position, (left, top, right, bottom))
+    return Decoded(pixels, size, sha256, position, (left, top, right, bottom), doubt=doubt)
 
 
 def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -515,30 +502,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _position(exif: Image.Exif) -> Position | None:
-    try:
-        gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
-        latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
-        longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef], "EW")
-    except Exception:  # absent or malformed: the photograph has no position, which is what None says
-        return None
-    if not (abs(latitude) <= 90 and abs(longitude) <= 180):  # so written, NaN is refused too
-        return None
-    return {"latitude": latitude, "longitude": longitude, "altitude": _altitude(gps)}
-
-
-def _degrees(parts: Sequence[SupportsFloat], side: str, sides: str) -> float:
-    """Degrees from (degrees, minutes, seconds), negative on the second of two `sides`."""
-    degrees = sum(float(part) / 60**power for power, part in enumerate(parts))
-    return degrees * (1, -1)[sides.index(side[0])]
-
-
-def _altitude(gps: Mapping[int, SupportsFloat | bytes]) -> float | None:
-    try:
-        metres = float(gps[ExifTags.GPS.GPSAltitude])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    below = gps.get(ExifTags.GPS.GPSAltitudeRef) in (b"\1", 1)
-    return (-metres if below else metres) if math.isfinite(metres) else None

@@ -82,7 +82,8 @@ class Made:
                 self._skip({"id": id, "sha256": None}, str(photograph))
                 continue
             found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
-            self.rows[id] = {"id": id, **found, **about}
+            doubt: PhotoRow = {"doubt": photograph.doubt} if photograph.doubt else {}
+            self.rows[id] = {"id": id, **found, **doubt, **about}
             yield id, photograph
 
     def take(self, batch: Batch, tokens: list[Tokens]) -> None:

@@ -342,7 +342,7 @@ def _photographs(dataset: datasets.Dataset) -> tuple[str, str]:
         return "not there", ""
     try:
         ids = images.list_photographs(dataset.root)
-        return str(len(dataset.select(ids))), ids.note
+        return str(len(dataset.select(ids))), ids.left_out
     except ImatchError as error:
         return str(error), ""
 

@@ -24,7 +24,7 @@ from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
 from imatch.core.step import Step, open_step, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
-from imatch.data import images, registry, store
+from imatch.data import exif, images, registry, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.shards import Shards
@@ -117,11 +117,11 @@ def chosen(step: Step) -> tuple[dict[str, About], str]:
     chosen = dataset.select(ids, step.parameters["image_groups"])
     if not chosen:
         ends = ", ".join(sorted(images.SUFFIXES))
-        raise ImatchError(f"no photographs in {root}: none of its files ends in {ends}{ids.note}")
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {ends}{ids.left_out}")
     if others := len(ids) - len(chosen):
-        ids.left_out = ", ".join(filter(None, [f"{others} not in image_groups or the registry", ids.left_out]))
+        ids.left_out = f"; not chosen by image_groups or the registry: {others}{ids.left_out}"
     known = {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
-    return known, ids.note
+    return known, ids.left_out
 
 
 def embed(
@@ -162,6 +162,8 @@ def embed(
         task.merge()
     embeddings = Stored(step.folder)
     task.bad.warn(embeddings)
+    for doubt in exif.doubts(embeddings.decodable) if "pose" not in step.parameters else ():
+        print(doubt)
     return embeddings
 
 

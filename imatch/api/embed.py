@@ -227,8 +227,6 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
         ids = images.list_photographs(root)
         found: dict[str, Path | np.ndarray] = {id: root / id for id in ids}
-        if not ids:
-            raise ImatchError(f"no photographs were given, or the folder holds none: {root}{ids.left_out}")
         if ids.left_out:
             print(f"{len(ids)} photographs in {root}{ids.left_out}", file=sys.stderr)
     elif not isinstance(photographs, Sequence):
@@ -242,7 +240,7 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
                 raise ImatchError(f"{files.printable(id)} was given twice")
             found[id] = source_of(photograph, f"photograph {i}")
     if not found:
-        raise ImatchError("no photographs were given: the list is empty")
+        raise ImatchError("no photographs were given, or the folder holds none")
     return found
 
 

@@ -16,20 +16,15 @@ ReportRow = dict[str, Json]
 """A configuration in the table of 05_report (`steps.report.tabulate` says what each key is)."""
 
 
-class Held(TypedDict, total=False):
-    """How a camera was held: degrees clockwise from north and above the horizon, metres above the take-off."""
-
-    yaw: float
-    pitch: float
-    relative_altitude: float
-
-
-class Position(Held):
-    """Where a photograph was taken: degrees, and metres above the sea."""
+class Position(TypedDict):
+    """Where a photograph was taken, and how the camera was held: degrees and metres (`exif.position`)."""
 
     latitude: float
     longitude: float
     altitude: float | None
+    yaw: NotRequired[float]
+    pitch: NotRequired[float]
+    relative_altitude: NotRequired[float]
 
 
 class About(TypedDict, total=False):

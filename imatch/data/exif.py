@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from imatch.core import config
-from imatch.core.rows import Held, PhotoRow, Position
+from imatch.core.rows import PhotoRow, Position
 
 DIAGONAL_35MM = math.hypot(36, 24)
 """Millimetres, which a focal length "in 35 mm film" is for (CIPA DCG-001)."""
@@ -43,8 +43,8 @@ XMP = {
 _SAID = re.compile(
     rf"""\b({"|".join(name for names in XMP.values() for name in names)})\s*(?:=\s*["']|>)\s*([^"'<>]+)"""
 )
-DJI = {"yaw": (10, 7), "pitch": (9,), "roll": (11,)}
-"""Tags of DJI's MakerNote: the camera's, else the aircraft's."""
+DJI = {7: "yaw", 9: "pitch", 10: "yaw", 11: "roll"}
+"""Tags of DJI's MakerNote, the aircraft's before the camera's, which stands for it."""
 
 
 def position(exif: Image.Exif, xmp: bytes | str) -> tuple[Position | None, str]:
@@ -70,8 +70,8 @@ def position(exif: Image.Exif, xmp: bytes | str) -> tuple[Position | None, str]:
         return None, f"its GPS block cannot be read ({error})"
     written, doubt = [], ""
     if 2 in gps or 4 in gps:
-        below = gps.get(5) in (1, b"\1", "1", "\1")
-        written.append(((gps.get(2), gps.get(1)), (gps.get(4), gps.get(3)), _number(gps.get(6)) * (-1) ** below))
+        metres, below = _number(gps.get(6)), gps.get(5) in (1, b"\1", "1", "\1")
+        written.append(((gps.get(2), gps.get(1)), (gps.get(4), gps.get(3)), -abs(metres) if below else metres))
     if "latitude" in said and "longitude" in said:
         sides = _side(said["latitude"], "NS"), _side(said["longitude"], "EW")
         written.append((*sides, _number(said.get("altitude"))))
@@ -85,8 +85,8 @@ def position(exif: Image.Exif, xmp: bytes | str) -> tuple[Position | None, str]:
             doubt = doubt or "0 N 0 E, which is written where a receiver knows no place"
             continue
         above = metres if abs(metres) < HIGHEST else None  # so written, NaN is unknown, too
-        found: Position = {"latitude": place[0], "longitude": place[1], "altitude": above, **_held(exif, gps, said)}
-        return found, f"altitude is none: {metres:,.0f} m" if abs(metres) >= HIGHEST else ""
+        found = {"latitude": place[0], "longitude": place[1], "altitude": above, **_held(exif, gps, said)}
+        return cast("Position", found), f"altitude is none: {metres:,.0f} m" if abs(metres) >= HIGHEST else ""
     return None, doubt
 
 
@@ -108,7 +108,7 @@ def doubts(rows: Mapping[str, PhotoRow]) -> list[str]:
 
 def _xmp(packet: bytes | str) -> dict[str, str]:
     """What a packet says, by the keys of `XMP`. No parser of XML: a packet is often broken, and can hold bombs."""
-    text = _text(packet)
+    text = str(_text(packet))
     text = text.partition("CameraOrientationNED")[2] + text  # Skydio gives angles in several frames
     said: dict[str, str] = {}
     for name, value in _SAID.findall(text):
@@ -154,23 +154,21 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _held(exif: Image.Exif, gps: Mapping[int, Any], said: Mapping[str, str]) -> Held:
+def _held(exif: Image.Exif, gps: Mapping[int, Any], said: Mapping[str, str]) -> dict[str, float]:
     """Angles and the height above the take-off, those that are known."""
     held = {key: _number(said.get(key)) for key in ("yaw", "pitch", "roll", "relative_altitude")}
     if math.isnan(held["yaw"]):
-        note = _maker_note(exif)
-        tags = {key: next((tag for tag in those if tag in note), None) for key, those in DJI.items()}
-        held |= {key: note[tag] for key, tag in tags.items() if tag}
+        held |= _maker_note(exif)
     if math.isnan(held["yaw"]):
         held["yaw"] = _number(gps.get(ExifTags.GPS.GPSImgDirection))
     if abs(held["roll"]) > 90 and held["pitch"] < -45:  # DJI writes it so where the camera looks straight down
         held["yaw"] += 180
     within = {"yaw": 540, "pitch": 360, "relative_altitude": HIGHEST}
-    return cast("Held", {key: round(held[key], 4) for key, most in within.items() if abs(held[key]) <= most})
+    return {key: round(held[key], 4) for key, most in within.items() if abs(held[key]) <= most}
 
 
-def _maker_note(exif: Image.Exif) -> dict[int, float]:
-    """Tag -> number of DJI's MakerNote, which is little-endian, whatever the EXIF around it is."""
+def _maker_note(exif: Image.Exif) -> dict[str, float]:
+    """The angles of DJI's MakerNote, which is little-endian, whatever the EXIF around it is."""
     if not str(exif.get(ExifTags.Base.Make, "")).startswith("DJI"):
         return {}
     try:
@@ -178,7 +176,8 @@ def _maker_note(exif: Image.Exif) -> dict[int, float]:
     except Exception:  # absent or broken: the angles are not known
         return {}
     rows = min(int.from_bytes(note[:2], "little"), (len(note) - 2) // 12)
-    return {tag: x for tag, kind, n, x in struct.iter_unpack("<HHIf", note[2 : 2 + 12 * rows]) if (kind, n) == (11, 1)}
+    said = {tag: x for tag, kind, n, x in struct.iter_unpack("<HHIf", note[2 : 2 + 12 * rows]) if (kind, n) == (11, 1)}
+    return {key: said[tag] for tag, key in DJI.items() if tag in said}
 
 
 def focal_lengths(a: Path | np.ndarray, b: Path | np.ndarray) -> tuple[float, float] | None:

@@ -35,7 +35,7 @@ class TruthOptions:
 
     Attributes:
         kind: "photograph" (it shows the query's own) or by position: "nearest", or all within the "radius".
-        labels: a CSV or JSON of positions and headings (`read_labels`); "" takes positions from the EXIF.
+        labels: a CSV or JSON of positions and headings (`read_labels`); "" takes them from EXIF and XMP.
         radius: metres.
         heading: degrees by which two headings may differ; 180 asks for none.
         exclude_siblings: leave out what was made from the query's own photograph: its other references and, with truth
@@ -310,7 +310,7 @@ def places(
 
     Args:
         ids: N POSIX paths relative to the data set; one may come more than once (the sources of references).
-        exif: N of what images.jsonl has as position: {"latitude", "longitude", ...} in degrees, or None.
+        exif: N of what images.jsonl has as position: {"latitude", "longitude", "yaw", ...} in degrees, or None.
         labels: what `read_labels` gives. A label belongs to the photograph of that path, else to the one path that
             ends like it, or that it ends with; those that fit none are ignored, and photographs without one stay
             unknown. Latitude and longitude are used when all photographs with a place have them, else x and y.
@@ -597,8 +597,7 @@ def _plausible(found: Places, ids: Sequence[str], shows: Sequence[str], trusted:
     far = f"lie more than {FAR / 1000:,.0f} km from all others"
     for why, doubt in (("are 0 N 0 E", _nowhere), ("are one and the same", _stuck), (far, _far_off)):
         one = first[found.known[first]]
-        wrong = doubt(found, one) if found.system == "globe" and len(one) else np.zeros(len(ids), bool)
-        if not wrong.any():
+        if found.system == "plane" or not len(one) or not (wrong := doubt(found, one)).any():
             continue
         keep, names = trusted and doubt != _nowhere, sorted({ids[row] for row in np.flatnonzero(wrong)})
         so = "but count, for the labels say so" if keep else "and do not count (give true ones in truth.labels)"

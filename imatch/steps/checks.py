@@ -312,8 +312,7 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     known = registry.load(data_key)
     lines = [f"{'data set':14} {'photographs':>11}  where"]
     for key, dataset in sorted(known.datasets.items()):
-        count, left_out = _photographs(dataset)
-        lines.append(f"{key:14} {count:>11}  {dataset.root}{left_out}")
+        lines.append(f"{key:14} {_photographs(dataset):>11}  {dataset.root}")
     device = compute.resolved("auto")
     precision = "bf16" if computes_in_bf16(device) else "fp32"
     free = free_memory(device)
@@ -337,14 +336,14 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
     return "\n".join(lines)
 
 
-def _photographs(dataset: datasets.Dataset) -> tuple[str, str]:
+def _photographs(dataset: datasets.Dataset) -> str:
     if not dataset.root.is_dir():
-        return "not there", ""
+        return "not there"
     try:
         ids = images.list_photographs(dataset.root)
-        return str(len(dataset.select(ids))), ids.left_out
+        return f"{len(dataset.select(ids))}{ids.left_out}"
     except ImatchError as error:
-        return str(error), ""
+        return str(error)
 
 
 def weight_file(filename: str) -> tuple[str, str, str]:

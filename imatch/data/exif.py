@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from imatch.data.images import UPRIGHT
+from imatch.data.formats import opened
+from imatch.data.tiff import UPRIGHT
 
 DIAGONAL_35MM = math.hypot(36, 24)
 """Millimetres, which a focal length "in 35 mm film" is for (CIPA DCG-001)."""
@@ -73,7 +74,8 @@ def _header(path: Path, behind: bool = False) -> Header:
 
 @lru_cache(maxsize=4096)
 def _read(path: Path, behind: bool, _changed: int) -> Header:
-    with Image.open(path) as photograph:
+    with path.open("rb") as file:
+        photograph = opened(file)
         late = photograph.format == "PNG" and "exif" not in photograph.info and not behind
         exif = Image.Exif() if late else photograph.getexif()
         said = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,13 +16,13 @@ from tqdm import tqdm
 
 from imatch.core import compute, files, settings
 from imatch.core.rows import About, Options, Parameters, ReferenceRow
-from imatch.core.types import ImatchError, PhotographError, Tokens
+from imatch.core.types import ImatchError, ImatchWarning, PhotographError, Tokens
 from imatch.data import images
 from imatch.data import references as kinds
 from imatch.data.embeddings import COMPARED, Embeddings, vector_digest
 from imatch.data.images import Decoded, Resize
 from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for
-from imatch.features.pipeline import Made, passed
+from imatch.features.pipeline import Made, assumed, passed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -182,6 +183,8 @@ def make_tokens(
             held, done = held + copies * sum(map(_bytes, tokens)), done + len(batch)
             check_memory(held, done, total, instead, beside)
             del batch, tokens  # not to be held while the next one is put together
+    if told := assumed(made.rows.values()):
+        warnings.warn(told, ImatchWarning, stacklevel=2)
     return made
 
 

@@ -39,9 +39,8 @@ class About(TypedDict, total=False):
 
 class PhotoRow(About):
     """Of images.jsonl (`Embeddings.rows` says what each is), and of skipped.jsonl: those have `skipped`, and a
-    size, position and look where they could be decoded; sha256 is None of a file that cannot be read. Imported ones
-    have a name and a global_norm, and of references an angle and a crop; `doubt` says what of a position its header
-    has that is not taken."""
+    size, position, look and note where they could be decoded; sha256 is None of a file that cannot be read. Imported
+    ones have a name and a global_norm, and of references an angle and a crop."""
 
     id: str
     sha256: str
@@ -49,6 +48,7 @@ class PhotoRow(About):
     position: NotRequired[Position | None]
     doubt: NotRequired[str]
     look: NotRequired[str | None]
+    note: NotRequired[str]
     skipped: NotRequired[str]
     grid: NotRequired[tuple[int, int] | None]
     xy: NotRequired[bool]

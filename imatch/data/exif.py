@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 
 from imatch.core import config
 from imatch.core.rows import PhotoRow, Position
+from imatch.data.formats import opened
 
 DIAGONAL_35MM = math.hypot(36, 24)
 """Millimetres, which a focal length "in 35 mm film" is for (CIPA DCG-001)."""
@@ -231,7 +232,8 @@ def _header(path: Path, behind: bool = False) -> Header:
 
 @lru_cache(maxsize=4096)
 def _read(path: Path, behind: bool, _changed: int) -> Header:
-    with Image.open(path) as photograph:
+    with path.open("rb") as file:
+        photograph = opened(file)
         late = photograph.format == "PNG" and "exif" not in photograph.info and not behind
         exif = Image.Exif() if late else photograph.getexif()
         said = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}

@@ -31,7 +31,7 @@ from imatch.data.shards import Shards
 from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_folder, view_rows
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, stride_of
-from imatch.features.pipeline import Made, passed
+from imatch.features.pipeline import Made, assumed, passed
 
 ON_ERROR = ("skip", "stop")
 GROUP = 4
@@ -547,6 +547,8 @@ class _Bad:
             more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {file}"
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
             warnings.warn(message, ImatchWarning, stacklevel=3)
+        if told := assumed(embeddings.rows):
+            warnings.warn(told, ImatchWarning, stacklevel=3)
 
 
 def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Pose]:

@@ -6,11 +6,11 @@ import math
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import SupportsFloat, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -44,6 +44,8 @@ XMP = {
 _SAID = re.compile(
     rf"""\b({"|".join(name for names in XMP.values() for name in names)})\s*(?:=\s*["']|>)\s*([^"'<>]+)"""
 )
+Written = str | bytes | SupportsFloat | Sequence[SupportsFloat] | None
+"""What a header holds where a number, a side or an angle is looked for."""
 DJI = {7: "yaw", 9: "pitch", 10: "yaw", 11: "roll"}
 """Tags of DJI's MakerNote, the aircraft's before the camera's, which stands for it."""
 
@@ -66,7 +68,7 @@ def position(exif: Image.Exif, xmp: bytes | str) -> tuple[Position | None, str]:
     """
     said = _xmp(xmp)
     try:
-        gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        gps: dict[int, Written] = exif.get_ifd(ExifTags.IFD.GPSInfo)
     except Exception as error:  # decoders raise what they like on broken bytes
         return None, f"its GPS block cannot be read ({error})"
     written, doubt = [], ""
@@ -109,7 +111,7 @@ def doubts(rows: Mapping[str, PhotoRow]) -> list[str]:
 
 def _xmp(packet: bytes | str) -> dict[str, str]:
     """What a packet says, by the keys of `XMP`. No parser of XML: a packet is often broken, and can hold bombs."""
-    text = str(_text(packet))
+    text = _text(packet)
     text = text.partition("CameraOrientationNED")[2] + text  # Skydio gives angles in several frames
     said: dict[str, str] = {}
     for name, value in _SAID.findall(text):
@@ -117,8 +119,8 @@ def _xmp(packet: bytes | str) -> dict[str, str]:
     return {key: next(said[one] for one in names if one in said) for key, names in XMP.items() if said.keys() & names}
 
 
-def _text(value: Any) -> Any:
-    return value.replace(b"\0", b"").decode("latin-1") if isinstance(value, bytes) else value
+def _text(value: Written) -> str:
+    return value.replace(b"\0", b"").decode("latin-1") if isinstance(value, bytes) else str(value or "")
 
 
 def _side(text: str, sides: str) -> tuple[str, str]:
@@ -128,11 +130,13 @@ def _side(text: str, sides: str) -> tuple[str, str]:
     return text.lstrip("+-"), sides[text.startswith("-")]
 
 
-def _degrees(name: str, value: Any, side: Any, sides: str, most: int) -> float:
+def _degrees(name: str, value: Written, side: Written, sides: str, most: int) -> float:
     """Degrees of degrees, minutes and seconds, negative on the second of two `sides`; ValueError says what is wrong."""
-    letter = str(_text(side) or "").strip(" \0")[:1].upper()
-    value = re.findall(r"[-+\d./]+", text) if isinstance(text := _text(value), str) else value
-    numbers = [_number(part) for part in (value if isinstance(value, tuple | list) else [value])]
+    letter = _text(side).strip(" \0")[:1].upper()
+    parts = value if isinstance(value, Sequence) else [value]
+    if isinstance(value, str | bytes):
+        parts = re.findall(r"[-+\d./]+", _text(value))
+    numbers = [*map(_number, parts)]
     # what has decimals is the last that is not 0
     angle = not any(number % 1 and any(numbers[i + 1 :]) for i, number in enumerate(numbers))
     inside = all(0 <= number <= limit for number, limit in zip(numbers, (math.inf, 60, 60), strict=False))
@@ -146,16 +150,18 @@ def _degrees(name: str, value: Any, side: Any, sides: str, most: int) -> float:
     return degrees * (1, -1)[sides.index(letter)]
 
 
-def _number(value: Any) -> float:
+def _number(value: Written) -> float:
     """A number as a header has it, text such as "33/1", too; NaN for what is none."""
     try:
-        above, _, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+        if isinstance(value, SupportsFloat):
+            return float(value)
+        above, _, below = _text(value).partition("/")
         return float(above) / float(below or 1)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError):
         return math.nan
 
 
-def _held(exif: Image.Exif, gps: Mapping[int, Any], said: Mapping[str, str]) -> dict[str, float]:
+def _held(exif: Image.Exif, gps: Mapping[int, Written], said: Mapping[str, str]) -> dict[str, float]:
     """Angles and the height above the take-off, those that are known."""
     held = {key: _number(said.get(key)) for key in ("yaw", "pitch", "roll", "relative_altitude")}
     if math.isnan(held["yaw"]):

@@ -81,7 +81,7 @@ class FolderMatches:
             "groups": self.groups,
             "skipped": self.skipped,
             "lacking": self.lacking,
-            "left_out": self.left_out,
+            "left_out": self.left_out.removeprefix("; left out: "),
         }
 
     def save(self, path: str | Path) -> Path:

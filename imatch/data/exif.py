@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from imatch.core import config
+from imatch.core.files import printable
 from imatch.core.rows import PhotoRow, Position
 from imatch.data.formats import opened
 
@@ -46,6 +47,8 @@ _SAID = re.compile(
 )
 Written = str | bytes | SupportsFloat | Sequence[SupportsFloat] | None
 """What a header holds where a number, a side or an angle is looked for."""
+FLOAT = 11, 1
+"""TIFF's type of number and how many, of one in 32 bits."""
 DJI = {7: "yaw", 9: "pitch", 10: "yaw", 11: "roll"}
 """Tags of DJI's MakerNote, the aircraft's before the camera's, which stands for it."""
 
@@ -103,10 +106,11 @@ def doubts(rows: Mapping[str, PhotoRow]) -> list[str]:
     for id, row in sorted(rows.items()):
         if doubt := row.get("doubt"):
             found[doubt.partition(":")[0]].append(id)
-    said = ((rows[ids[0]]["doubt"], ids) for _, ids in sorted(found.items()))
-    return [
-        f"not taken from the headers of {len(ids)} photographs ({doubt}): {config.names(ids)}" for doubt, ids in said
-    ]
+    said = []
+    for _, ids in sorted(found.items()):
+        which = f"{len(ids)} photographs ({rows[ids[0]]['doubt']})"
+        said.append(f"not taken from the headers of {which}: {config.names(map(printable, ids))}")
+    return said
 
 
 def _xmp(packet: bytes | str) -> dict[str, str]:
@@ -116,7 +120,11 @@ def _xmp(packet: bytes | str) -> dict[str, str]:
     said: dict[str, str] = {}
     for name, value in _SAID.findall(text):
         said.setdefault(name, value.strip())
-    return {key: next(said[one] for one in names if one in said) for key, names in XMP.items() if said.keys() & names}
+    found = {}
+    for key, names in XMP.items():
+        if there := [said[name] for name in names if name in said]:
+            found[key] = there[0]
+    return found
 
 
 def _text(value: Written) -> str:
@@ -183,7 +191,10 @@ def _maker_note(exif: Image.Exif) -> dict[str, float]:
     except Exception:  # absent or broken: the angles are not known
         return {}
     rows = min(int.from_bytes(note[:2], "little"), (len(note) - 2) // 12)
-    said = {tag: x for tag, kind, n, x in struct.iter_unpack("<HHIf", note[2 : 2 + 12 * rows]) if (kind, n) == (11, 1)}
+    said = {}
+    for tag, kind, n, number in struct.iter_unpack("<HHIf", note[2 : 2 + 12 * rows]):
+        if (kind, n) == FLOAT and tag in DJI:
+            said[tag] = number
     return {key: said[tag] for tag, key in DJI.items() if tag in said}
 
 

@@ -27,6 +27,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from imatch.core import config
+from imatch.core.files import printable
 from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import formats, jpeg, tiff
@@ -251,10 +252,12 @@ def list_photographs(root: Path, leave_out: Path | None = None) -> Listed:
             continue
         above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
         folders[:] = [one for one in folders if os.path.realpath(folder / one) not in above]
-        system |= {folder / one: (why, f"in {one}") for one in folders if (why := _system(folder, one))}
-        unseen = {one for one in folders if system.get(folder / one, ("",))[0] in UNSEEN}
-        left_out.update({system[folder / one]: 0 for one in unseen})
-        folders[:] = [one for one in folders if one not in unseen]
+        for one in folders.copy():
+            if why := _system(folder, one):
+                system[folder / one] = kind = why, f"in {printable(one)}"
+                if why in UNSEEN:
+                    left_out[kind] += 0
+                    folders.remove(one)
         for one in files:
             if (suffix := _suffix(one)) in SUFFIXES and not one.startswith("."):
                 found.append(folder / one)
@@ -276,14 +279,18 @@ def _system(above: Path, name: str) -> str:
     if name.startswith("."):
         return HIDDEN
     path = f"/{above.name}/{name}".lower()
-    return next((why for why, those in SYSTEM.items() for one in those if fnmatchcase(path, f"*/{one}")), "")
+    for why, those in SYSTEM.items():
+        if any(fnmatchcase(path, f"*/{one}") for one in those):
+            return why
+    return ""
 
 
 def _said(left_out: Counter[tuple[str, str]]) -> str:
     """How many of each kind, those of one reason together; without a number, all that is in a folder."""
     reasons = []
-    for why, kinds in groupby(sorted(left_out, key=lambda kind: (not kind[0], kind)), key=itemgetter(0)):
-        counted = ", ".join(f"{left_out[kind] or 'all'} {kind[1]}" for kind in kinds if kind in left_out)
+    kinds = sorted(left_out, key=lambda kind: (not kind[0], kind))
+    for why, alike in groupby(kinds, key=itemgetter(0)):
+        counted = ", ".join(f"{left_out[kind] or 'all'} {kind[1]}" for kind in alike)
         reasons.append(f"{counted} ({why})" if why else counted)
     return f"; left out: {', '.join(reasons)}" if reasons else ""
 

@@ -20,6 +20,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from scipy.spatial import cKDTree
 
 from imatch.core import config
+from imatch.core.files import printable
 from imatch.core.rows import Parameters, PhotoRow, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
 from imatch.data.embeddings import Embeddings
@@ -599,7 +600,7 @@ def _plausible(found: Places, ids: Sequence[str], shows: Sequence[str], trusted:
         one = first[found.known[first]]
         if found.system == "plane" or not len(one) or not (wrong := doubt(found, one)).any():
             continue
-        keep, names = trusted and doubt != _nowhere, sorted({ids[row] for row in np.flatnonzero(wrong)})
+        keep, names = trusted and doubt != _nowhere, sorted({printable(ids[row]) for row in np.flatnonzero(wrong)})
         so = "but count, for the labels say so" if keep else "and do not count (give true ones in truth.labels)"
         said.append(f"positions of {len(names)} photographs {why}, {so}: {config.names(names)}")
         if not keep:

@@ -601,7 +601,8 @@ def _plausible(found: Places, ids: Sequence[str], shows: Sequence[str], trusted:
         one = first[found.known[first]]
         if found.system == "plane" or not len(one) or not (wrong := doubt(found, one)).any():
             continue
-        keep, names = trusted and doubt != _nowhere, sorted({files.printable(ids[row]) for row in np.flatnonzero(wrong)})
+        keep = trusted and doubt != _nowhere
+        names = sorted({files.printable(ids[row]) for row in np.flatnonzero(wrong)})
         so = "but count, for the labels say so" if keep else "and do not count (give true ones in truth.labels)"
         said.append(f"positions of {len(names)} photographs {why}, {so}: {config.names(names)}")
         if not keep:

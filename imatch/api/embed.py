@@ -298,10 +298,8 @@ def check_memory(held: int, done: int, total: int, instead: str, beside: int = 0
     Raises:
         ImatchError: it will not fit.
     """
-    import psutil
-
     wanted = beside + (held * total // done if done >= min(total, ENOUGH) else held)
-    if wanted > psutil.virtual_memory().total // 2:
+    if wanted > (held + compute.free_memory()) // 2:
         size = f"{wanted / 2**30:.0f} GB"
         raise ImatchError(f"{total} photographs take about {size} of memory here: {instead}")
 

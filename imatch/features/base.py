@@ -274,7 +274,7 @@ def decoded_for(
         return error
 
 
-DECODED = 5
+DECODED = 8
 """Bytes that decoding takes for each pixel in the file, and the photograph that comes out (tests/test_checks.py)."""
 RESERVE = 8
 """One part in so many of the free memory is for what waits beside the photograph that is worked on."""
@@ -286,7 +286,7 @@ def free_for(backbone: Backbone) -> dict[str, int]:
     >>> [*free_for(create_backbone("sift"))]
     ['cpu']
     """
-    return {device: compute.free_memory(device) for device in ("cpu", backbone.device)}
+    return {device: compute.free_memory(device) for device in {"cpu", backbone.device}}
 
 
 def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[str, int]:
@@ -297,7 +297,7 @@ def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[st
         resize: how the backbone sees it.
 
     >>> needed((6000, 8000), Resize(), create_backbone("sift"))
-    {'cpu': 11760000000}
+    {'cpu': 11904000000}
     """
     (h, w), (high, wide) = size, resize.target(size, backbone.patch)
     forward = {backbone.device: round(backbone.bytes_per_pixel * high * wide)}
@@ -313,7 +313,7 @@ def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Map
 
     >>> free = {"cpu": 8 * 2**30}
     >>> lacking((6000, 8000), Resize(), create_backbone("sift"), free)
-    '48 megapixels need 11.0 GB of 7.0 GB of memory: set resize.limit 6300 or less, or use a machine with more'
+    '48 megapixels need 11.1 GB of 7.0 GB of memory: set resize.limit 6200 or less, or use a machine with more'
     >>> lacking((6000, 8000), Resize(limit=3072), create_backbone("sift"), free)
     ''
     """

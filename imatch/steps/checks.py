@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from imatch.core.step import Step
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import datasets, images, registry, store
 from imatch.data.images import Resize
-from imatch.features.base import stride_of
+from imatch.features.base import create_backbone, free_for, stride_of
 from imatch.features.cost import Cost, cost
 from imatch.features.weights import check_name, find, patch_side
 from imatch.steps.embedding import chosen, devices_of
@@ -98,7 +99,10 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
     parameters, root = step.parameters, step.linked("photographs")
     options, resize = parameters["backbone"], Resize(**parameters["resize"])
     used, patch = devices_of(parameters, resources.devices), patch_side(options["hub_entry"])
+    backbone = create_backbone(parameters["weight"], options, device=used[0])
+    most = free_for(backbone)[used[0]] / backbone.bytes_per_pixel
     sizes = _sizes(root, ids, resize, patch)
+    sizes = [size for size in sizes if math.prod(size) <= most] or sizes  # `embed` leaves out the others
     size, together = _heaviest(sizes, len(ids), resources.batch_size)
     one, problems = _model(parameters, size, used, together)
     pace = sum(rate(device, options["precision"]) for device in {*used})  # several processes of a CPU share it

@@ -109,8 +109,10 @@ OWN = frozenset(
     | {errno.EINVAL, errno.ENXIO}
 )
 """What the system says of a file that is itself at fault; all else is of the disk, the network or this process."""
-NO_MEMORY = ("memoryerror", "outofmemory", "out of memory", "insufficient memory", "bad alloc", "bad_alloc")
-NO_MEMORY += ("can't allocate", "cannot allocate", "can't start new thread")
+NO_MEMORY = (
+    *("memoryerror", "outofmemory", "out of memory", "insufficient memory", "bad alloc", "bad_alloc"),
+    *("can't allocate", "cannot allocate", "can't start new thread"),
+)
 """How Python, OpenCV, Pillow, torch and OpenVINO say it, each in an error of its own."""
 
 

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import pickle
+import re
 import signal
 import sys
 import traceback
@@ -44,21 +45,25 @@ def resolved(device: str) -> str:
     >>> resolved("cpu")
     'cpu'
     """
+    check_device(device)
     if device == "cpu":
         return device
     import torch  # which takes a second, and only a GPU needs it
 
     if device == "auto":  # device_count, for is_available would keep processes forked later from using the GPU
         return "cuda" if torch.cuda.device_count() else "cpu"
-    try:
-        kind = torch.device(device or "none")
-    except RuntimeError as error:
-        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1") from error
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ImatchError(f"device {device} is not there, torch sees {torch.cuda.device_count()} GPUs: use auto or cpu")
-    if kind.type not in ("cpu", "cuda") or device.startswith("cpu:"):
-        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
     return device
+
+
+def check_device(device: str) -> None:
+    """Refuse what is no device, here or anywhere.
+
+    >>> check_device("cuda:1")
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
 
 
 GROUPS, LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -122,8 +127,8 @@ def out_of_memory(error: BaseException) -> bool:
     >>> out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), out_of_memory(ValueError("no"))
     (True, False)
     """
-    said = f"{type(error).__name__}: {error}".lower()
-    return any(words in said for words in NO_MEMORY)
+    told = error.strerror if isinstance(error, OSError) and error.strerror else error  # not the name of the file
+    return any(words in f"{type(error).__name__}: {told}".lower() for words in NO_MEMORY)
 
 
 def passing(error: BaseException) -> bool:
@@ -311,6 +316,8 @@ class ComputeOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "compute")
+        for device in self.devices.split(","):
+            check_device(device.strip())
         numbered(self.shard)
         _ = self.machines
 

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, model_validator
 from scipy.spatial import cKDTree
 
-from imatch.core import config
+from imatch.core import config, files, settings
 from imatch.core.rows import Parameters, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
 from imatch.data.embeddings import Embeddings
@@ -56,6 +56,8 @@ class TruthOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "truth")
+        if self.labels and not (path := settings.from_workspace(self.labels)).is_file():
+            raise ImatchError(f"labels {path} cannot be read (no such file): give the path of a file")
         for what, value, known in (("truth", self.kind, TRUTHS), ("cluster", self.cluster, CLUSTERS)):
             if value not in known:
                 raise ImatchError(config.unknown(what, value, known))
@@ -246,7 +248,7 @@ def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, fl
     try:
         columns = _columns(next(reader, []), f"{where}, line 1")
         for cells in reader:
-            line, row = f"{where}, line {reader.line_num}", [cell.strip() for cell in cells]
+            line, row = f"{where}, line {reader.line_num}", [files.unmarked(cell.strip()) for cell in cells]
             if not any(row):  # spreadsheets leave empty lines at the end
                 continue
             if len(row) != len(columns):

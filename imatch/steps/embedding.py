@@ -24,7 +24,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
-from imatch.core.step import Step, open_step, start_step, tagged
+from imatch.core.step import Step, open_step, run_folder, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PassingError, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
@@ -34,6 +34,7 @@ from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_fo
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, stride_of
 from imatch.features.pipeline import Made, passed
+from imatch.steps import groups
 
 ON_ERROR = ("skip", "stop")
 GROUP = 4
@@ -76,9 +77,7 @@ def start_embed(
     Raises:
         ImatchError: no such folder, weight, option or weight file; see also `step.start_step`.
     """
-    if not run:
-        raise ImatchError("run is empty: name this piece of work as run")
-    stride_of(storage.variant)
+    check_asked(run, weight, backbone_options or {}, data_key, storage)
     weight_set, _, weight = weight.rpartition("/")
     photographs = registry.dataset(dataset, data_key)
     backbone = base.create_backbone(weight, backbone_options or {}, weight_set=weight_set, data_key=data_key)
@@ -94,14 +93,29 @@ def start_embed(
     links = {"photographs": photographs.root}
     if photographs.registered:
         links["data_key"] = settings.from_workspace(data_key)
-    return start_step(settings.root("EXPORT_ROOT") / run, "01_embed", about, parameters, {}, links, on_change)
+    return start_step(run_folder(run), "01_embed", about, parameters, {}, links, on_change)
+
+
+def check_asked(run: str, weight: str, backbone_options: Options, data_key: str, storage: StorageOptions) -> None:
+    """Refuse what a 01_embed cannot be asked. Arguments as of `start_embed`; no weight file is looked at.
+
+    >>> check_asked("demo", "sift", {"max_keypoints": 500}, settings.DATA_KEY, StorageOptions())
+    """
+    run_folder(run)
+    stride_of(storage.variant)
+    if storage.cfg:
+        config.folder_name(storage.cfg, "cfg")
+    weight_set, _, key = weight.rpartition("/")
+    name, given = base.named(key, backbone_options, weight_set, data_key)
+    if name in base.NAMED or backbone_options:  # torch, which a network's options wait for, takes a second
+        config.create(base.BACKBONES, "weight", name, given, make=False)
 
 
 def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOptions = StorageOptions()) -> Parameters:
     """How photographs go through a backbone, and what is kept: the parameters that are not about the data set."""
     return {
         **seen_by(weight, backbone, resize),
-        "cfg": config.folder_name(storage.cfg, "cfg") if storage.cfg else str(resize),
+        "cfg": storage.cfg or str(resize),
         "variant": storage.variant,
         **store.keep_parameter(storage.keep, weight),
     }
@@ -150,8 +164,7 @@ def embed(
             now. What was finished stays.
         PartDoneError: see `compute.do`.
     """
-    if on_error not in ON_ERROR:
-        raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
+    groups.check({"on_error": on_error, "max_skipped": max_skipped})
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
     task = _Task(step, engine.shard, on_error, max_skipped)
@@ -713,7 +726,7 @@ def embed_poses(
 def step_by(source: Step, weight: str) -> Path:
     """Say where the photographs of a finished step are, by another backbone: in a finished step of the run that has
     just these, or else beside the step, where `embed_by` puts them."""
-    beside = source.folder.with_name(f"{source.folder.name}_{weight}")
+    beside = source.folder.with_name(files.short_name(f"{source.folder.name}_{weight}"))
     if not (beside / "metrics.json").is_file():
         about = {**source.about, "weight": weight}
         alike = Path(source.run, source.name, *about.values()).parent
@@ -749,7 +762,7 @@ def embed_by(
         PartDoneError: see `compute.do`.
     """
     source = open_step(upright.folder)
-    if folder != source.folder.with_name(f"{source.folder.name}_{weight}"):
+    if folder != source.folder.with_name(files.short_name(f"{source.folder.name}_{weight}")):
         return  # another 01_embed made it
     data_key = source.linked("data_key") if "data_key" in source.links else settings.DATA_KEY
     backbone = base.create_backbone(weight, data_key=str(data_key))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 import warnings
@@ -41,6 +39,7 @@ from imatch.retrieval.truth import (
     read_labels,
     truth_of,
 )
+from imatch.steps import groups
 from imatch.steps.embedding import embed_poses, worth_trying
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
@@ -76,10 +75,7 @@ def start_index(
             rerank, and a side kept too little for it.
         ImatchError: an unknown direction; see also `step.start_step`.
     """
-    if direction not in DIRECTIONS:
-        raise ImatchError(config.unknown("direction", direction, DIRECTIONS))
-    if k < 1:
-        raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+    groups.check({"direction": direction, "k": k})
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
     found = {"data": open_step(step_folder(embed_step))}
     kind = ""
@@ -322,6 +318,7 @@ def _write_hits(
     timing = {"embed": round(1000 * work, 4), "search": index["search_ms"]}
     timing["total"] = round(sum(timing.values()), 4)
     records = []
+    files.check_apart(step.folder, queries)
     for q, id in compute.progress(list(enumerate(queries)), "write hits"):
         hits: list[HitRow] = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):
@@ -345,15 +342,13 @@ def _write_hits(
     files.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
     files.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
     files.write_array(step.folder / "scores.npy", ranking.scores)
-    text = io.StringIO()
     columns = ("query", "rank", "id", "score", "right", "accepted", "metres", "turn")
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for record in records:
-        for hit in record["hits"]:
-            said = {name: int(hit[name]) for name in ("right", "accepted")}
-            table.writerow({"query": record["query"], **hit, **said})
-    files.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
+    table = (
+        {"query": record["query"], **hit, "right": int(hit["right"]), "accepted": int(hit["accepted"])}
+        for record in records
+        for hit in record["hits"]
+    )
+    files.write_bytes(step.folder / "hits.csv", files.csv_bytes(columns, table))
 
 
 def index_metrics(

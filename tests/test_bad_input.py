@@ -517,6 +517,20 @@ def test_passing_trouble_is_left_to_the_next_run(tmp_path, monkeypatch, error, w
     assert results(step.folder) == results(whole.folder)
 
 
+def test_exports_that_cannot_be_written_just_now_are_said(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", 2)
+    step = start(folder, tmp_path / "exports")
+
+    def failed(*_):
+        raise PASSING[0]
+
+    with monkeypatch.context() as bad:
+        bad.setattr(Path, "replace", failed)
+        with pytest.raises(ImatchError, match=r"^01_embed could not go on \(.*run the same command again"):
+            imatch.steps.embed(step, by(workers=0))
+    assert embedded(folder, tmp_path / "exports")[2]["skipped"] == 0
+
+
 def test_what_fails_once_is_read_once_more(tmp_path, monkeypatch):
     folder = write(tmp_path / "data", 4)
     failing(monkeypatch, ["01.jpg"], PASSING[0], times=1)

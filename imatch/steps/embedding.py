@@ -168,13 +168,19 @@ def embed(
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
     task = _Task(step, engine.shard, on_error, max_skipped)
-    task.take_stock(resources)
-    if not task.shards.merged:
-        task.compute(engine, resources)
-        task.read_back()
-    task.seen.save()
-    if not task.shards.merged:
-        task.merge()
+    try:
+        task.take_stock(resources)
+        if not task.shards.merged:
+            task.compute(engine, resources)
+            task.read_back()
+        task.seen.save()
+        if not task.shards.merged:
+            task.merge()
+    except OSError as error:  # of what is written, or of whatever else of this process
+        if not compute.passing(error):
+            raise
+        again = "run the same command again; what was finished stays"
+        raise ImatchError(f"{step.name} could not go on ({error}): {again}") from error
     embeddings = Stored(step.folder)
     task.bad.warn(embeddings)
     return embeddings

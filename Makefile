@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "pip>=25.1" setuptools
 	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks,dinov3,learned,$(FAISS),demo,redis,dask,openvino]" --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[notebooks,dinov3,learned,$(FAISS),demo,heif,redis,dask,openvino]" --group dev
 	rm -f .venv/ready-* && touch $@
 
 demo: $(READY)  ## the whole chain on 18 real photographs, a table and pictures

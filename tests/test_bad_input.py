@@ -639,6 +639,21 @@ def test_a_folder_without_photographs(tmp_path, names):
         embedded(tmp_path / "data", tmp_path / "exports")
 
 
+def test_what_a_folder_holds_besides_is_said_first(tmp_path, capsys):
+    write(tmp_path / "data" / "trip", 2)
+    for name in ("@eaDir/00.jpg/SYNO_THUMB_M.jpg", "trip/00.DNG"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    step = start(tmp_path / "data", tmp_path / "exports")
+    imatch.steps.preflight(step)
+    said = "1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 in @eaDir (thumbnails of a NAS)"
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"photographs  2 in {tmp_path}/data, ")
+    assert line.endswith(f" MB; left out: {said}")
+    assert imatch.embed(tmp_path / "data", "dsift").ids == ["trip/00.jpg", "trip/01.jpg"]
+    assert capsys.readouterr().err.endswith(f"; left out: {said}\n")
+
+
 def test_a_folder_that_was_empty_is_used_when_photographs_came(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(ImatchError, match="no photographs in"):

@@ -772,6 +772,16 @@ def test_headings_may_differ_so_much_and_no_more(pixels, tmp_path):
     assert [row["right_ranks"] for row in files.read_rows(step.folder / "queries.jsonl")] == [[0], [0], []]
 
 
+def test_headings_come_from_photographs_too(pixels, capsys):
+    rows = files.read_rows(pixels.folder / "images.jsonl")
+    for row, yaw in zip(rows, ({"yaw": 350.0}, {"yaw": 10.0}, {}), strict=True):
+        row["position"] |= yaw
+    files.write_rows(pixels.folder / "images.jsonl", rows)
+    step, *_ = searched(pixels, None, "data-data", truth="radius", heading=30.0)
+    assert [row["answers"] for row in files.read_rows(step.folder / "queries.jsonl")] == [1, 1, 0]
+    assert "1 of 3 photographs (query side) have no heading and do not count" in capsys.readouterr().out
+
+
 def test_a_reference_lies_where_its_source_does_and_is_turned_from_it(pixels, tmp_path):
     _, references = referenced(pixels, angles=(0, 170, 180), file_type="png")
     labels = labelled(tmp_path, PLANE)
@@ -836,7 +846,7 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
             match=rf"truth.kind is {truth}, but no photograph of the queries .* set truth.labels to",
         ):
             searched(data, references, "reference-data", truth=truth, tag=truth)
-    with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):
+    with pytest.raises(ImatchError, match=r"truth\.heading 90 wants headings, and not one of the queries is known"):
         searched(pixels, None, "data-data", truth="radius", heading=90.0)
     elsewhere = labelled(tmp_path, "id,x,y\nflight 9/z.png,0,0\n")
     with pytest.raises(ImatchError, match=r"names none of the photographs .*such as a\.png"):

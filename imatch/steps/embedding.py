@@ -26,14 +26,14 @@ from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
 from imatch.core.step import Step, open_step, run_folder, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PassingError, PhotographError, StepError, Tokens
-from imatch.data import images, registry, store
+from imatch.data import exif, images, registry, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.shards import Shards
 from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_folder, view_rows
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, stride_of
-from imatch.features.pipeline import Made, passed
+from imatch.features.pipeline import Made, assumed, passed
 from imatch.steps import groups
 
 ON_ERROR = ("skip", "stop")
@@ -121,10 +121,11 @@ def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOp
     }
 
 
-def chosen(step: Step) -> dict[str, About]:
-    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame)."""
+def chosen(step: Step) -> tuple[dict[str, About], str]:
+    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame); and in words what
+    of their folder is left out."""
     if views := view_rows(step):
-        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}
+        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}, ""
     root = step.linked("photographs")
     if "data_key" in step.links:
         dataset = registry.load(step.linked("data_key")).dataset(step.parameters["dataset"])
@@ -133,8 +134,12 @@ def chosen(step: Step) -> dict[str, About]:
     ids = images.list_photographs(root, leave_out=step.run.parent)
     chosen = dataset.select(ids, step.parameters["image_groups"])
     if not chosen:
-        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
-    return {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+        ends = ", ".join(sorted(images.SUFFIXES))
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {ends}{ids.left_out}")
+    if others := len(ids) - len(chosen):
+        ids.left_out = f"; not chosen by image_groups or the registry: {others}{ids.left_out}"
+    known = {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+    return known, ids.left_out
 
 
 def embed(
@@ -183,6 +188,8 @@ def embed(
         raise ImatchError(f"{step.name} could not go on ({error}): {again}") from error
     embeddings = Stored(step.folder)
     task.bad.warn(embeddings)
+    for doubt in exif.doubts(embeddings.decodable) if "pose" not in step.parameters else ():
+        print(doubt)
     return embeddings
 
 
@@ -197,7 +204,7 @@ class _Task:
 
     def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
         self.step, self.shards, self.root = step, Shards(step.folder), step.linked("photographs")
-        self.about = chosen(step)
+        self.about, _ = chosen(step)
         first, of = compute.numbered("" if self.shards.merged else part)
         self.mine = range(first, sys.maxsize, of)
         self.plan = self._planned()
@@ -670,6 +677,8 @@ class _Bad:
             more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {file}"
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
             warnings.warn(message, ImatchWarning, stacklevel=3)
+        if told := assumed(embeddings.rows):
+            warnings.warn(told, ImatchWarning, stacklevel=3)
 
 
 def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Pose]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -411,8 +412,8 @@ def search(
     k, about = step.parameters["k"], [*query.rows, *lost]
     shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
     own = left_out(query, gallery, shows, judged["kind"], judged["exclude_siblings"])
-    here, there = places_of(query, gallery, step.linked("labels") if "labels" in step.links else None)
-    truth = truth_of(step.parameters, shows, gallery.shows, here, there, own)
+    here, there, doubted = places_of(query, gallery, _labels(step))
+    truth = truth_of(step.parameters, shows, gallery.shows, here, there, own, doubted)
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
     wanted = max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
     depth = max(k, min(wanted, len(gallery)))
@@ -445,6 +446,10 @@ def search(
     names, of = [row["id"] for row in about], _clusters(query, judged["cluster"], about)
     files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, of, f"{judged['cluster']}s"))
     return Ranking(**ranking)
+
+
+def _labels(step: Step) -> Path | None:
+    return step.linked("labels") if "labels" in step.links else None
 
 
 def _clusters(query: Stored, cluster: str, about: Sequence[PhotoRow]) -> list[str]:
@@ -521,7 +526,7 @@ def audit_index(
     ]
     said += [*_embedded_again(sides, spot_check), *copies_of(query, gallery)]
     said += [*alike(query, gallery, step.parameters["truth"]["kind"]), *guessing(metrics)]
-    said += promise_broken(metrics["threshold"])
+    said += [*promise_broken(metrics["threshold"]), *places_of(query, gallery, _labels(step))[2]]
     for alarm in said:
         warnings.warn(alarm, ImatchWarning, stacklevel=2)
     return said

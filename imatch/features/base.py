@@ -284,8 +284,8 @@ def decoded_for(
         return error
 
 
-DECODED = 8
-"""Bytes that decoding takes for each pixel in the file, and the photograph that comes out (tests/test_checks.py)."""
+DECODED, DEEP = 8, 22
+"""Bytes that decoding takes for each pixel in the file: as a rule, and at most (16 bits, WebP)."""
 RESERVE = 8
 """One part in so many of the free memory is for what waits beside the photograph that is worked on."""
 
@@ -307,11 +307,12 @@ def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[st
         resize: how the backbone sees it.
 
     >>> needed((6000, 8000), Resize(), create_backbone("sift"))
-    {'cpu': 11904000000}
+    {'cpu': 11808000000}
     """
-    (h, w), (high, wide) = size, resize.target(size, backbone.patch)
-    forward = {backbone.device: round(backbone.bytes_per_pixel * high * wide)}
-    return dict(Counter({"cpu": DECODED * h * w}) + Counter(forward))
+    forward = (backbone.bytes_per_pixel + 6) * math.prod(
+        resize.target(size, backbone.patch)
+    )  # its RGB lies there twice
+    return dict(Counter({"cpu": DEEP * math.prod(size)}) | Counter({backbone.device: round(forward)}))
 
 
 def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Mapping[str, int]) -> str:
@@ -323,21 +324,19 @@ def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Map
 
     >>> free = {"cpu": 8 * 2**30}
     >>> lacking((6000, 8000), Resize(), create_backbone("sift"), free)
-    '48 megapixels need 11.1 GB of 7.0 GB of memory: set resize.limit 6200 or less, or use a machine with more'
+    '48 megapixels need 11.0 GB of 7.0 GB of memory: set resize.limit 6300 or less, or use a machine with more'
     >>> lacking((6000, 8000), Resize(limit=3072), create_backbone("sift"), free)
     ''
     """
-    (h, w), seen = size, resize.target(size, backbone.patch)
-    forward = backbone.bytes_per_pixel * math.prod(seen)
+    pixels, side = math.prod(size), max(resize.target(size, backbone.patch))
     for device, wanted in needed(size, resize, backbone).items():
-        most = free[device] * (RESERVE - 1) // RESERVE
+        most = max(0, free[device] * (RESERVE - 1) // RESERVE)
         if wanted > most:
-            share = (most - wanted + forward) / forward if device == backbone.device else 0
-            side = int(max(seen) * math.sqrt(max(0, share)) // 100 * 100)
+            fitting = int(side * math.sqrt(most / wanted) // 100 * 100) if most >= DEEP * pixels else 0
             field = "limit" if resize.mode == "scale" else "long_side"
-            smaller = f"set resize.{field} {side} or less, or " if side else ""
+            smaller = f"set resize.{field} {fitting} or less, or " if fitting else ""
             return (
-                f"{h * w / 1e6:.0f} megapixels need {wanted / 2**30:.1f} GB of {most / 2**30:.1f} GB of memory: "
+                f"{pixels / 1e6:.0f} megapixels need {wanted / 2**30:.1f} GB of {most / 2**30:.1f} GB of memory: "
                 f"{smaller}use a machine with more"
             )
     return ""

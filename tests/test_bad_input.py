@@ -4,11 +4,13 @@ What can be decoded is decoded rightly; what cannot is listed, counted and named
 """
 
 import csv
+import errno
 import itertools
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 from PIL import Image
 
 import imatch
+from imatch.core import compute
 from imatch.core.files import read_json, read_rows, write_json
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
@@ -28,6 +31,7 @@ from imatch.viz.html import sheet_page
 from tests import grouped
 from tests.grouped import by
 from tests.test_images import STORED, orientation, png_of_zeros
+from tests.test_resume import opened
 from tests.test_steps import indexed, judged, without_times
 
 NOBODY = 65534
@@ -443,6 +447,162 @@ def test_nothing_but_bad_files_is_said(tmp_path, how):
         how(path)
     with pytest.raises(ImatchError, match=r"none of the 3 photographs in .* could be used, the first: 00\.jpg: "):
         embedded(folder, tmp_path / "exports", max_skipped=1.0)
+
+
+# --- no fault of the photographs --------------------------------------------------------------------------
+
+
+def failing(monkeypatch, name, error, times=10**9):
+    """Let the next reads of photographs so named fail."""
+    left, read = itertools.count(1), Path.read_bytes
+
+    def failed(path):
+        if path.name in name and next(left) <= times:
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failed)
+
+
+def test_a_photograph_too_large_for_the_memory_is_named_and_taken_where_there_is_more(tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path / "data", 5)
+    Image.fromarray(picture(9, 480, 640)).save(folder / "zz.jpg")
+    whole, _, _ = embedded(folder, tmp_path / "whole")
+    with monkeypatch.context() as small:
+        small.setattr(compute, "free_memory", lambda _="cpu": 2**26)
+        why = "0 megapixels need 0.1 GB of 0.1 GB of memory: set resize.limit 500 or less, or use a machine with more"
+        with pytest.raises(PhotographError, match=f"zz.jpg: {why}"):
+            embedded(folder, tmp_path / "stopped", on_error="stop")
+        capsys.readouterr()
+        for _ in range(2):
+            with pytest.warns(ImatchWarning, match=f"1 of 6 photographs were skipped:\n  zz.jpg: {why}"):
+                step, _, metrics = embedded(folder, tmp_path / "exports", on_error="skip")
+            assert skipped(step) == {"zz.jpg": why}
+            assert (metrics["photographs"], metrics["skipped"]) == (5, 1)
+        assert re.search(f"01_embed: zz.jpg is left out: {why}\n.*embed: +0%", capsys.readouterr().out)
+        lacking = step.fingerprint
+    step, _, metrics = embedded(folder, tmp_path / "exports")
+    assert (metrics["photographs"], metrics["skipped"]) == (6, 0)
+    assert step.fingerprint == whole.fingerprint != lacking
+    assert results(step.folder) == results(whole.folder)
+    with monkeypatch.context() as small:  # and is not taken away again where there is less
+        small.setattr(compute, "free_memory", lambda _="cpu": 2**26)
+        assert embedded(folder, tmp_path / "exports")[2]["skipped"] == 0
+
+
+PASSING = [OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "error", [*PASSING, MemoryError()], ids=lambda error: error.strerror if error.args else "memory"
+)
+def test_passing_trouble_is_left_to_the_next_run(tmp_path, monkeypatch, error, workers):
+    folder = write(tmp_path / "data", 6)
+    whole, _, _ = embedded(folder, tmp_path / "whole", shard_size=2)
+    with monkeypatch.context() as bad:
+        failing(bad, ["02.jpg", "03.jpg"], error)
+        for _ in range(2):
+            with pytest.raises(
+                ImatchError, match=r"2 of 6 photographs could not be read just now:\n  02\.jpg: "
+            ) as said:
+                embedded(folder, tmp_path / "exports", workers, shard_size=2)
+        assert (error.strerror if error.args else "no memory was left") in str(said.value)
+        assert "Run the same command again, it computes what is missing" in str(said.value)
+    step = start(folder, tmp_path / "exports", shard_size=2)
+    assert sorted(path.name for path in (step.folder / "local").glob("*.jsonl")) == ["00000.jsonl", "00002.jsonl"]
+    with opened(folder) as read:
+        step, _, metrics = embedded(folder, tmp_path / "exports", workers, shard_size=2)
+    assert (read, metrics["skipped"]) == ({"02.jpg", "03.jpg"}, 0)
+    assert results(step.folder) == results(whole.folder)
+
+
+def test_exports_that_cannot_be_written_just_now_are_said(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", 2)
+    step = start(folder, tmp_path / "exports")
+
+    def failed(*_):
+        raise PASSING[0]
+
+    with monkeypatch.context() as bad:
+        bad.setattr(Path, "replace", failed)
+        with pytest.raises(ImatchError, match=r"^01_embed could not go on \(.*run the same command again"):
+            imatch.steps.embed(step, by(workers=0))
+    assert embedded(folder, tmp_path / "exports")[2]["skipped"] == 0
+
+
+def test_what_fails_once_is_read_once_more(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", 4)
+    failing(monkeypatch, ["01.jpg"], PASSING[0], times=1)
+    assert embedded(folder, tmp_path / "exports")[2]["skipped"] == 0
+
+
+def test_a_header_that_cannot_be_read_just_now_is_no_bad_header(tmp_path, monkeypatch):
+    folder, look, left = write(tmp_path / "data", 4), Image.open, itertools.count(1)
+    whole, _, _ = embedded(folder, tmp_path / "whole")
+
+    def failed(file, *given, **named):
+        if file == folder / "01.jpg" and next(left) == 1:
+            raise PASSING[0]
+        return look(file, *given, **named)
+
+    monkeypatch.setattr(Image, "open", failed)
+    step, _, metrics = embedded(folder, tmp_path / "exports")
+    assert metrics["skipped"] == 0
+    assert results(step.folder) == results(whole.folder)
+    seen = [(one.folder / "seen.jsonl").read_bytes() for one in (step, whole)]
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "silent"])
+def test_a_drive_that_drops_ends_the_run_in_one_line(tmp_path, monkeypatch, how):
+    """Its folder is gone, or empty, or gives errors for each file: nothing is skipped for it."""
+    folder, read = write(tmp_path / "data", 40), Path.read_bytes
+    whole, _, _ = embedded(folder, tmp_path / "whole")
+
+    def dropping(path):
+        if how == "silent" and path.parent == folder and path.name > "10":
+            raise PASSING[2]
+        if path.name == "10.jpg" and folder.exists():
+            folder.rename(tmp_path / "away")
+            if how == "empty":
+                folder.mkdir()
+        return read(path)
+
+    with monkeypatch.context() as dropped:
+        dropped.setattr(Path, "read_bytes", dropping)
+        many = "16" if how == "silent" else "1"
+        with pytest.raises(
+            ImatchError, match=rf"^{folder} gives no photographs any more \({many} in a row, such as .*\): "
+        ):
+            embedded(folder, tmp_path / "exports", max_skipped=1.0)
+    if how != "silent":
+        shutil.rmtree(folder, ignore_errors=True)
+        (tmp_path / "away").rename(folder)
+    step, _, metrics = embedded(folder, tmp_path / "exports")
+    assert metrics["skipped"] == 0
+    assert results(step.folder) == results(whole.folder)
+
+
+def test_memory_that_runs_out_in_opencv_is_no_fault_of_the_photograph(tmp_path):
+    """With a limit on the process that is not known beforehand."""
+    folder = write(tmp_path / "data", 2)
+    Image.fromarray(picture(9, 960, 1280)).save(folder / "zz.jpg")
+    code = (
+        "import imatch, psutil, resource\n"
+        "from imatch.core import compute\n"
+        "compute.free_memory = lambda _='cpu': 2**40\n"
+        f"step = imatch.steps.start_embed({str(folder)!r}, run='r', storage=imatch.StorageOptions(shard_size=1))\n"
+        "import numpy, imatch.features.sift\n"
+        "numpy.ones((300, 300)) @ numpy.ones((300, 300))\n"
+        "most = psutil.Process().memory_info().vms + 2**28\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "imatch.steps.embed(step, imatch.ComputeOptions(workers=0))\n"
+    )
+    environment = {**os.environ, "EXPORT_ROOT": str(tmp_path / "exports"), "OPENBLAS_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert "1 of 3 photographs could not be read just now:\n  zz.jpg: cpu had no memory left for" in ran.stderr
+    assert len([*(tmp_path / "exports").rglob("*.xy.npy")]) == 2
 
 
 # --- links ------------------------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import click
 import pytest
 
-from imatch.core import files
-from imatch.data import registry, store
+from imatch.core import compute, files
+from imatch.data import images, registry, store
+from imatch.data.images import Resize
+from imatch.features import base
 from imatch.steps import checks
 from imatch.steps.checks import cost
 from tests.command import command
@@ -145,4 +149,67 @@ def test_parameters_are_those_that_meta_publishes():
 
 def test_a_rate_is_measured():
     assert checks.rate("cpu", "fp32") > 1e9
-    assert checks.free_memory("cpu") > 2**20
+
+
+# --- memory
+
+
+@pytest.mark.parametrize(("version", "group"), [(2, "/"), (2, "/user/job"), (1, "/"), (1, "/docker/of-the-host")])
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, version, group):
+    """4 MB of which 3 MB are taken, a half of them by pages of files, which make room; the groups above take more."""
+    limit, used, kind, prefix = {
+        2: ("max", "current", "", ""),
+        1: ("limit_in_bytes", "usage_in_bytes", "memory", "total_"),
+    }[version]
+    (tmp_path / "groups").write_text(f"3:cpu:/else\n0:{kind}:{group}\n")
+    inner = tmp_path / kind / ("" if "host" in group else group[1:])  # which a container's tree does not hold
+    inner.mkdir(parents=True, exist_ok=True)
+    (tmp_path / kind / f"memory.{limit}").write_text("max" if version == 2 else str(2**63 - 4096))
+    (inner / f"memory.{limit}").write_text(f"{2**22}\n")
+    for folder in {inner, tmp_path / kind}:
+        (folder / f"memory.{used}").write_text(f"{3 * 2**20}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file {2**20}\n{prefix}active_file {2**19}\n")
+    monkeypatch.setattr(compute, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(compute, "LIMITS", tmp_path)
+    assert compute.free_memory() == 2**20 + 2**19 + 2**20
+
+
+PEAKS = """
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from imatch.data import images
+from imatch.features import base
+
+def taken(work):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    held = status("VmRSS")
+    work()
+    return status("VmHWM") - held
+
+def status(name):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+photograph = np.random.default_rng(0).integers(0, 255, (75, 100, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+Image.fromarray(photograph).save(sys.argv[1])
+images.decode(photograph[:64, :64])
+backbones = [base.create_backbone(name) for name in ("dsift", "sift")]
+for one in backbones:
+    one.load(), one(photograph[None, :320, :320].copy())
+work = [lambda: images.decode(Path(sys.argv[1])), *(lambda one=one: one(photograph[None]) for one in backbones)]
+print(*map(taken, work))
+"""
+
+
+def test_the_memory_that_a_photograph_takes_is_what_is_said(tmp_path):
+    """Of decoding, and of backbones without a network, at 2 megapixels; `test_variants` looks at a network."""
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAKS, str(tmp_path / "a.png")], capture_output=True, text=True, check=True
+    )
+    decoding, *of = (int(number) / (1200 * 1600) for number in ran.stdout.split())
+    assert decoding < base.DECODED + images.STRIP * 16 / (1200 * 1600)  # some pixels lie there twice for a while
+    for name, taken in zip(("dsift", "sift"), of, strict=True):
+        said = base.needed((1200, 1600), Resize(), base.create_backbone(name))["cpu"] / (1200 * 1600)
+        assert 0.4 * said < taken < 1.05 * said, name

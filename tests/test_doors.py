@@ -2,15 +2,14 @@
 
 from dataclasses import replace
 from io import BytesIO
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 import imatch
 from imatch.api import match
+from imatch.core import compute
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, rotations
 from imatch.data.shards import Shards
@@ -148,7 +147,7 @@ def test_what_does_not_fit_is_refused(few_photographs, tmp_path, monkeypatch):
     views = imatch.references(sift, [0], [0.5])
     with pytest.raises(ImatchError, match="these are references already: give the photographs"):
         imatch.references(views)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=2**30))
+    monkeypatch.setattr(compute, "free_memory", lambda device="": 2**40 if device else 0)
     with pytest.raises(ImatchError, match=r"2 photographs take about .* GB of memory here: use imatch\.steps"):
         imatch.embed([a, b])
 

@@ -164,6 +164,7 @@ def test_what_is_no_row_is_told():
     row = json.loads('{"id": "a", "stat": [1, "2"], "problem": null, "more": 1}')
     assert [line.split(" is no")[0] for line in wrong(row, rows.SeenRow, "row")] == [
         "row lacks sha256",
+        "row lacks size",
         "row has more, too",
         "row.stat[]: '2'",
     ]

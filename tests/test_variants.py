@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core import settings
+from imatch.core import compute, settings
 from imatch.core.files import read_json
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, StepError
@@ -356,17 +356,17 @@ def test_preflight_tells_and_refuses_what_cannot_fit(dinov3, capsys, monkeypatch
         assert part in said
     one = checks.cost("dinov3_vits16", (96, 96))
     with monkeypatch.context() as small:
-        small.setattr(checks, "free_memory", lambda _: one.weights + int(2.5 * one.working))
+        small.setattr(compute, "free_memory", lambda _: one.weights + int(2.5 * one.working))
         with pytest.raises(
             ImatchError, match=r"at 96 x 96 needs 0\.09 GB, cpu has 0\.08 GB free: use compute.batch_size 2"
         ):
             imatch.steps.preflight(step, resources=by(batch_size=8))
         imatch.steps.preflight(step, resources=by(batch_size=2))
-        small.setattr(checks, "free_memory", lambda _: one.weights - 1)
+        small.setattr(compute, "free_memory", lambda _: one.weights - 1)
         with pytest.raises(ImatchError, match="use a smaller model or size, or precision bf16"):
             imatch.steps.preflight(step, resources=by(batch_size=1))
         by_openvino = dinov3(backbone_options={"precision": "fp32", "engine_forward": "openvino"}, tag="openvino")
-        small.setattr(checks, "free_memory", lambda _: 4 * one.weights)
+        small.setattr(compute, "free_memory", lambda _: 4 * one.weights)
         with pytest.raises(ImatchError, match="use a smaller model or size, or engine_forward torch"):
             imatch.steps.preflight(by_openvino, resources=by(batch_size=1))
     with monkeypatch.context() as full:

@@ -21,7 +21,7 @@ from imatch.data import images
 from imatch.data import references as kinds
 from imatch.data.embeddings import COMPARED, Embeddings, vector_digest
 from imatch.data.images import Decoded, Resize
-from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for
+from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for, free_for
 from imatch.features.pipeline import Made, assumed, passed
 
 if TYPE_CHECKING:
@@ -174,13 +174,15 @@ def make_tokens(
         raise ImatchError(f"batch_size is {batch_size}: give at least 1")
     made, held, done, total = Made(), 0, 0, len(sources)
     backbone.load()
-    read, workers = partial(_read, backbone, Resize(**parameters["resize"]), views or {}), settings.cores()
+    read = partial(_read, backbone, Resize(**parameters["resize"]), views or {}, free_for(backbone))
+    workers = settings.cores()
     decoded = compute.ahead(read, sources.items(), workers, batch_size + 2 * workers)
     coming = made.photographs(tqdm(decoded, "embed", total, disable=None, delay=1))
     with closing(decoded), closing(passed(backbone, coming, batch_size)) as batches:
         for batch, tokens, *_ in batches:
             made.take(batch, tokens)
-            held, done = held + copies * sum(map(_bytes, tokens)), done + len(batch)
+            held += copies * sum(_bytes(one) for one in tokens if isinstance(one, Tokens))
+            done += len(batch)
             check_memory(held, done, total, instead, beside)
             del batch, tokens  # not to be held while the next one is put together
     if told := assumed(made.rows.values()):
@@ -203,15 +205,19 @@ def _embeddings(made: Made, sources: Sources, parameters: Parameters, views: Map
 
 
 def _read(
-    backbone: Backbone, resize: Resize, views: Mapping[str, ReferenceRow], photograph: tuple[str, Path | np.ndarray]
+    backbone: Backbone,
+    resize: Resize,
+    views: Mapping[str, ReferenceRow],
+    free: Mapping[str, int],
+    photograph: tuple[str, Path | np.ndarray],
 ) -> tuple[str, About, Decoded | PhotographError]:
     id, source = photograph
     if (view := views.get(id)) is None:
-        return id, {}, decoded_for(source, resize, backbone, 0)
+        return id, {}, decoded_for(source, resize, backbone, 0, free)
     # a part of a photograph is seen at the scale of all of it
     resize = resize.like(view["source_size"]) if resize.limit else resize
     about: About = {"source": view["source"], "source_sha256": view["source_sha256"]}
-    return id, about, decoded_for(source, resize, backbone, 0)
+    return id, about, decoded_for(source, resize, backbone, 0, free)
 
 
 def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
@@ -300,10 +306,8 @@ def check_memory(held: int, done: int, total: int, instead: str, beside: int = 0
     Raises:
         ImatchError: it will not fit.
     """
-    import psutil
-
     wanted = beside + (held * total // done if done >= min(total, ENOUGH) else held)
-    if wanted > psutil.virtual_memory().total // 2:
+    if wanted > (held + compute.free_memory()) // 2:
         size = f"{wanted / 2**30:.0f} GB"
         raise ImatchError(f"{total} photographs take about {size} of memory here: {instead}")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from imatch.core import settings
+from imatch.core import compute, settings
 from imatch.core.types import ImatchError
 from imatch.data import registry
 from imatch.steps import checks
@@ -147,7 +147,7 @@ def faiss_cpu() -> str:
 
 def memory() -> str:
     """What is free of the machine's memory."""
-    free = checks.free_memory("cpu") / 2**30
+    free = compute.free_memory() / 2**30
     if free < ENOUGH:
         raise ImatchError(
             f"{free:.1f} GB free, {ENOUGH:.0f} wanted: close other programs; on Windows, give WSL more (memory= in "

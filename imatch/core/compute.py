@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import pickle
@@ -20,9 +21,11 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
+import psutil
 from pydantic import Field, PositiveInt
 from threadpoolctl import threadpool_limits
 
@@ -63,11 +66,93 @@ def check_device(device: str) -> None:
         raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
 
 
+GROUPS, LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Where Linux says in which groups this process is, and what they may take."""
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that are free on a device: a GPU's own memory, or what the machine, the limits of the container (of Docker,
+    Kubernetes, Slurm) and that of the process (`ulimit -v`) leave this process, whichever is least.
+
+    >>> free_memory() > 0
+    True
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()  # what torch keeps for later is free, too
+        return int(torch.cuda.mem_get_info(device)[0])
+    left = [psutil.virtual_memory().available, *_left_by_groups()]
+    if os.name == "posix":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        left += [limit - psutil.Process().memory_info().vms] if limit != resource.RLIM_INFINITY else []
+    return max(0, min(left))
+
+
+def _left_by_groups() -> Iterator[int]:
+    """What each control group of this process has left, in version 2 and 1; psutil knows the host's memory alone."""
+    for line in GROUPS.read_text().splitlines() if GROUPS.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = LIMITS / "memory" if kinds else LIMITS
+        limit, used, file = ("limit_in_bytes", "usage_in_bytes", "total_") if kinds else ("max", "current", "")
+        inner = root / path.lstrip("/")
+        for group in (inner, *inner.parents):  # in a container the path can be the host's: then the root tells
+            if group.is_relative_to(root) and (group / f"memory.{limit}").is_file():
+                most = (group / f"memory.{limit}").read_text().strip()
+                told = dict(pair.split() for pair in (group / "memory.stat").read_text().splitlines())
+                kept = sum(int(told.get(f"{file}{which}_file", 0)) for which in ("active", "inactive"))  # of files
+                if most != "max":
+                    yield int(most) - int((group / f"memory.{used}").read_text()) + kept
+
+
+OWN = frozenset(
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+    | {errno.EINVAL, errno.ENXIO}
+)
+"""What the system says of a file that is itself at fault; all else is of the disk, the network or this process."""
+NO_MEMORY = (
+    *("memoryerror", "outofmemory", "out of memory", "insufficient memory", "bad alloc", "bad_alloc"),
+    *("can't allocate", "cannot allocate", "can't start new thread"),
+)
+"""How Python, OpenCV, Pillow, torch and OpenVINO say it, each in an error of its own."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, or room for another thread, has run out.
+
+    >>> out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), out_of_memory(ValueError("no"))
+    (True, False)
+    """
+    told = error.strerror if isinstance(error, OSError) and error.strerror else error  # not the name of the file
+    return any(words in f"{type(error).__name__}: {told}".lower() for words in NO_MEMORY)
+
+
+def passing(error: BaseException) -> bool:
+    """Whether an error that came with a file is no fault of the file: the same can go well on the next run.
+
+    >>> passing(OSError(errno.EIO, "Input/output error")), passing(OSError(errno.EACCES, "Permission denied"))
+    (True, False)
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    return out_of_memory(error) or (number is not None and number not in OWN)
+
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Generator[R, None, None]:
+def ahead(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    depth: int,
+    weigh: Callable[[T], int] = lambda _: 0,
+    most: int = 0,
+) -> Generator[R, None, None]:
     """`function(item)` for every item, in order, computed by threads some items ahead.
 
     Args:
@@ -75,6 +160,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: i
         items: may come one by one; they are taken in this thread.
         workers: threads; 0 runs here.
         depth: results that wait at most.
+        weigh, most: what an item takes, and all that are begun and wait may take together; a heavier one is alone.
 
     >>> list(ahead(abs, [-1, 2], workers=2, depth=4))
     [1, 2]
@@ -82,12 +168,18 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: i
     if not workers:
         yield from map(function, items)
         return
-    pool, waiting = ThreadPoolExecutor(workers), deque[Future[R]]()
+    pool, waiting, weights = ThreadPoolExecutor(workers), deque[Future[R]](), deque[int]()
     try:
         for item in items:
+            weight = weigh(item)
+            while waiting and sum(weights) + weight > most:
+                weights.popleft()
+                yield waiting.popleft().result()
             waiting.append(pool.submit(function, item))
+            weights.append(weight)
             del item  # not to be held while the next one comes
             if len(waiting) >= depth:
+                weights.popleft()
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -39,8 +39,9 @@ class About(TypedDict, total=False):
 
 class PhotoRow(About):
     """Of images.jsonl (`Embeddings.rows` says what each is), and of skipped.jsonl: those have `skipped`, and a
-    size, position, look and note where they could be decoded; sha256 is None of a file that cannot be read. Imported
-    ones have a name and a global_norm, and of references an angle and a crop."""
+    size, position, look and note where they could be decoded, and memory where that is what was wanting: a run that has
+    more takes them; sha256 is None of a file that cannot be read. Imported ones have a name and a global_norm, and of
+    references an angle and a crop."""
 
     id: str
     sha256: str
@@ -50,6 +51,7 @@ class PhotoRow(About):
     look: NotRequired[str | None]
     note: NotRequired[str]
     skipped: NotRequired[str]
+    memory: NotRequired[bool]
     grid: NotRequired[tuple[int, int] | None]
     xy: NotRequired[bool]
     shard: NotRequired[int]
@@ -63,18 +65,22 @@ class PhotoRow(About):
 
 
 class SeenRow(TypedDict):
-    """Of seen.jsonl: what is known of a photograph's file; `stat` is its bytes and its time of change."""
+    """Of seen.jsonl: what is known of a photograph's file; `stat` is its bytes and its time of change, None of one that
+    is to be looked at again; `size` is the (h, w) of its header, and `problem` then why it did not fit into memory."""
 
     id: str
     stat: list[int] | None
     problem: str | None
+    size: tuple[int, int] | None
     sha256: str | None
 
 
 class ShardRow(TypedDict):
-    """What an engine gets of a shard that was embedded: id -> why it was skipped, and where it was."""
+    """What an engine gets of a shard that was embedded: id -> why it was skipped, and where it was. Of one with
+    photographs that could not be had just now, `passing`, nothing was written."""
 
     skipped: dict[str, str]
+    passing: dict[str, str]
     device: str
 
 

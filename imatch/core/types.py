@@ -25,6 +25,11 @@ class PhotographError(ImatchError):
     """One photograph that cannot be used; the message is the reason."""
 
 
+class PassingError(PhotographError):
+    """A photograph that could not be had just now, by no fault of its own: a disk or network drive that does not
+    answer, too many open files, no memory left. It is never remembered: the next run tries again."""
+
+
 class StepError(ImatchError):
     """A step on disk that cannot be used as asked: absent, unfinished or made from something else."""
 

@@ -26,10 +26,10 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from imatch.core import config
+from imatch.core import compute, config
 from imatch.core.files import printable
 from imatch.core.rows import Position
-from imatch.core.types import ImatchError, PhotographError
+from imatch.core.types import ImatchError, PassingError, PhotographError
 from imatch.data import formats, jpeg, tiff
 from imatch.data.exif import position as position_of
 from imatch.data.tiff import UPRIGHT, Tiff
@@ -423,10 +423,10 @@ def _reasons() -> Iterator[None]:
         raise
     except Image.UnidentifiedImageError:
         raise PhotographError("not a photograph: no decoder knows its bytes") from None
-    except OSError as error:
-        raise PhotographError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise what they like; one file must not end a run
-        raise PhotographError(f"{type(error).__name__}: {error}") from error
+        kind = PassingError if compute.passing(error) else PhotographError
+        said = (error.strerror or str(error)) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise kind("no memory was left to decode it" if compute.out_of_memory(error) else said) from error
 
 
 def _exif(image: Image.Image | Tiff) -> Image.Exif:

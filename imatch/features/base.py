@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
-from imatch.core import config, settings
+from imatch.core import compute, config, settings
 from imatch.core.rows import Json, Options, Parameters
-from imatch.core.types import ImatchError, PhotographError, StepError, Tokens
+from imatch.core.types import ImatchError, PassingError, PhotographError, StepError, Tokens
 from imatch.data import images, registry, rotations, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
@@ -55,6 +58,14 @@ class Backbone(Protocol):
     @property
     def side(self) -> int:
         """Pixels that the longer side has at most, unless another size was asked for; 0 is no limit."""
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights, in memory."""
+
+    @property
+    def bytes_per_pixel(self) -> float:
+        """What a forward pass takes on the device for each pixel of one photograph, beside the weights."""
 
     @property
     def digest(self) -> str:
@@ -255,15 +266,80 @@ def stride_of(variant: str) -> int:
 
 
 def decoded_for(
-    photograph: Path | np.ndarray, resize: Resize, backbone: Backbone, degrees: float
+    photograph: Path | np.ndarray,
+    resize: Resize,
+    backbone: Backbone,
+    degrees: float,
+    free: Mapping[str, int] | None = None,
 ) -> Decoded | PhotographError:
-    """Read a photograph for a backbone, turned, with its look; a broken one is given back as its error."""
+    """Read a photograph for a backbone, turned, with its look; a broken one, or one that needs more memory than is
+    free (of `free_for`), is given back as its error."""
     try:
         decoded = images.decode(photograph, resize, backbone.patch, backbone.resampling)
+        if free and (why := lacking(decoded.size, resize, backbone, free)):
+            return PassingError(why)
         decoded = replace(decoded, look=images.look(decoded.pixels))
         return rotations.turned(decoded, degrees, backbone.patch) if degrees else decoded
     except PhotographError as error:
         return error
+
+
+DECODED, DEEP = 8, 22
+"""Bytes that decoding takes for each pixel in the file: as a rule, and at most (16 bits, WebP)."""
+RESERVE = 8
+"""One part in so many of the free memory is for what waits beside the photograph that is worked on."""
+
+
+def free_for(backbone: Backbone) -> dict[str, int]:
+    """Bytes that are free, of "cpu" and of the backbone's device.
+
+    >>> [*free_for(create_backbone("sift"))]
+    ['cpu']
+    """
+    return {device: compute.free_memory(device) for device in {"cpu", backbone.device}}
+
+
+def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[str, int]:
+    """Bytes that one photograph takes, from its file to its tokens, of "cpu" and of the backbone's device.
+
+    Args:
+        size: its (h, w) in the file.
+        resize: how the backbone sees it.
+
+    >>> needed((6000, 8000), Resize(), create_backbone("sift"))
+    {'cpu': 11808000000}
+    """
+    forward = (backbone.bytes_per_pixel + 6) * math.prod(
+        resize.target(size, backbone.patch)
+    )  # its RGB lies there twice
+    return dict(Counter({"cpu": DEEP * math.prod(size)}) | Counter({backbone.device: round(forward)}))
+
+
+def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Mapping[str, int]) -> str:
+    """Say why a photograph does not fit into memory, and what to do; "" if it does.
+
+    Args:
+        size, resize: as of `needed`.
+        free: of `free_for`; one part in `RESERVE` is left to what waits beside.
+
+    >>> free = {"cpu": 8 * 2**30}
+    >>> lacking((6000, 8000), Resize(), create_backbone("sift"), free)
+    '48 megapixels need 11.0 GB of 7.0 GB of memory: set resize.limit 6300 or less, or use a machine with more'
+    >>> lacking((6000, 8000), Resize(limit=3072), create_backbone("sift"), free)
+    ''
+    """
+    pixels, side = math.prod(size), max(resize.target(size, backbone.patch))
+    for device, wanted in needed(size, resize, backbone).items():
+        most = max(0, free[device] * (RESERVE - 1) // RESERVE)
+        if wanted > most:
+            fitting = int(side * math.sqrt(most / wanted) // 100 * 100) if most >= DEEP * pixels else 0
+            field = "limit" if resize.mode == "scale" else "long_side"
+            smaller = f"set resize.{field} {fitting} or less, or " if fitting else ""
+            return (
+                f"{pixels / 1e6:.0f} megapixels need {wanted / 2**30:.1f} GB of {most / 2**30:.1f} GB of memory: "
+                f"{smaller}use a machine with more"
+            )
+    return ""
 
 
 def embed_one(path: Path, backbone: Backbone, parameters: Parameters, pose: Pose = UPRIGHT) -> Embedded:

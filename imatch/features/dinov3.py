@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from imatch.core import compute, config
 from imatch.core.types import ImatchError, Tokens, grid_xy
 from imatch.features import base, openvino, weights
+from imatch.features.cost import cost
 
 MEAN_STD = {
     "LVD": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -103,6 +104,12 @@ class Dinov3:
         return sum(parameter.nbytes for parameter in weights.skeleton(self.hub_entry).parameters())
 
     @property
+    def bytes_per_pixel(self) -> float:
+        """As counted on a model without memory."""
+        side = 16 * self.patch
+        return cost(self.hub_entry, (side, side), self.precision).working / side**2
+
+    @property
     def patch(self) -> int:
         """16 pixels; 32 for a ConvNeXt."""
         return weights.patch_side(self.hub_entry)
@@ -116,11 +123,6 @@ class Dinov3:
     def resampling(self) -> str:
         """torch, whose bicubic has antialiasing, as Meta's training had."""
         return "torch"
-
-    @cached_property
-    def _most(self) -> dict[tuple[int, int], int]:
-        """Shape -> how many fit into the memory at once, where it ran out."""
-        return {}
 
     @cached_property
     def path(self) -> Path:
@@ -230,28 +232,8 @@ class Dinov3:
         return Features(cls, registers, patches.unflatten(1, (h, w)), before)
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
-        """Tokens of (B, h, w, 3) uint8 RGB photographs on a grid of (h / patch, w / patch).
-
-        Where a batch does not fit into the device's memory, this one and all later ones of its shape are halved.
-
-        Raises:
-            ImatchError: the device has not enough memory for a single photograph.
-        """
-        n, h, w = photographs.shape[:3]
-        if n > (most := self._most.get((h, w), n)):
-            return [tokens for first in range(0, n, most) for tokens in self(photographs[first : first + most])]
-        try:
-            seen = self.features(torch.from_numpy(np.ascontiguousarray(photographs)))
-        except torch.OutOfMemoryError as error:
-            if n == 1:
-                raise ImatchError(
-                    f"{self.device} has no memory for a photograph of {w} x {h}: use a smaller size or model, or "
-                    "precision bf16"
-                ) from error
-            self._most[h, w] = n // 2
-            seen = None
-        if seen is None:  # here, for the error holds what was in memory
-            return self(photographs)
+        """Tokens of (B, h, w, 3) uint8 RGB photographs on a grid of (h / patch, w / patch)."""
+        seen = self.features(torch.from_numpy(np.ascontiguousarray(photographs)))
         with torch.inference_mode():
             vectors = base.pool(self.pooling, seen.cls, seen.grid.flatten(1, 2), seen.before).cpu().numpy()
             local = seen.grid.flatten(1, 2).half().cpu().numpy()

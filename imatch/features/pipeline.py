@@ -12,7 +12,7 @@ import numpy as np
 
 from imatch.core import compute, files
 from imatch.core.rows import About, PhotoRow
-from imatch.core.types import ImatchError, PhotographError, Tokens
+from imatch.core.types import ImatchError, PassingError, PhotographError, Tokens
 from imatch.data.images import Decoded
 from imatch.features.base import Backbone, placed_tokens
 
@@ -20,24 +20,48 @@ HELD = 2**28
 """Bytes of decoded photographs that may wait for others of their shape."""
 Batch = list[tuple[str, Decoded]]
 """The ids and photographs of one shape."""
+Told = list[Tokens | PassingError]
+"""The tokens of a batch, and why there are none of one for which there was no memory."""
 
 
 def passed(
     backbone: Backbone, photographs: Iterable[tuple[str, Decoded]], size: int
-) -> Generator[tuple[Batch, list[Tokens], float, float], None, None]:
+) -> Generator[tuple[Batch, Told, float, float], None, None]:
     """Pass photographs through a backbone in batches of one shape; the next is put together meanwhile.
 
     Returns:
         Batches, each with its tokens, and when its pass began and ended (`time.perf_counter`).
     """
 
-    def timed(one: tuple[Batch, np.ndarray]) -> tuple[Batch, list[Tokens], float, float]:
+    most: dict[tuple[int, ...], int] = {}
+
+    def timed(one: tuple[Batch, np.ndarray]) -> tuple[Batch, Told, float, float]:
         batch, pixels = one
         began = time.perf_counter()
-        tokens = backbone(pixels)
+        tokens = _told(backbone, pixels, most)
         return batch, tokens, began, time.perf_counter()
 
     return compute.ahead(timed, _batches(photographs, size), 1, 2)
+
+
+def _told(backbone: Backbone, pixels: np.ndarray, most: dict[tuple[int, ...], int]) -> Told:
+    """The tokens of a batch. Where memory runs out, this one and all later ones of its shape are halved; a photograph
+    that is alone is tried twice."""
+    n, shape = len(pixels), pixels.shape[1:]
+    at_once = most.get(shape, n)
+    if n > at_once:
+        parts = (pixels[first : first + at_once] for first in range(0, n, at_once))
+        return [one for part in parts for one in _told(backbone, part, most)]
+    for _ in range(2 if n == 1 else 1):
+        try:
+            return [*backbone(pixels)]
+        except Exception as error:
+            if not compute.out_of_memory(error):
+                raise
+    if n == 1:  # here, for the error holds what was in memory
+        return [PassingError(f"{backbone.device} had no memory left for its {shape[1]} x {shape[0]} pixels")]
+    most[shape] = n // 2
+    return _told(backbone, pixels, most)
 
 
 def _batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -60,7 +84,7 @@ def _stacked(batch: Batch) -> tuple[Batch, np.ndarray]:
 
 class Made:
     """What becomes of some photographs: their rows in order, and their tokens by id; `empty` are those in which the
-    backbone found nothing.
+    backbone found nothing, `passing` those of `PassingError`, with its words.
 
     Args:
         stride: of a grid, every so many rows and columns are kept.
@@ -72,6 +96,7 @@ class Made:
         self.rows: dict[str, PhotoRow] = {}
         self.tokens: dict[str, Tokens] = {}
         self.empty: dict[str, Tokens] = {}
+        self.passing: dict[str, str] = {}
 
     def photographs(
         self, decoded: Iterable[tuple[str, About, Decoded | PhotographError]]
@@ -79,7 +104,7 @@ class Made:
         """Take photographs with what is known of them; those that were decoded are passed on."""
         for id, about, photograph in decoded:
             if isinstance(photograph, PhotographError):
-                self._skip({"id": id, "sha256": None}, str(photograph))
+                self._skip({"id": id, "sha256": None}, photograph)
                 continue
             found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
             self.rows[id] = {"id": id, **found, **about}
@@ -89,29 +114,34 @@ class Made:
                 self.rows[id]["note"] = photograph.note
             yield id, photograph
 
-    def take(self, batch: Batch, tokens: list[Tokens]) -> None:
+    def take(self, batch: Batch, tokens: Told) -> None:
         """Put a batch's tokens to its photographs.
 
         Raises:
             ImatchError: numbers that are not finite.
         """
         for (id, photograph), one in zip(batch, tokens, strict=True):
-            if not np.isfinite(one.vector).all():
+            if isinstance(one, PassingError):
+                self._skip(self.rows[id], one)
+            elif not np.isfinite(one.vector).all():
                 raise ImatchError(
                     f"{id}: the backbone's numbers are not finite: its weights are broken, download them again"
                 )
-            if one.vector.any():
+            elif one.vector.any():
                 self.tokens[id] = placed_tokens(one, photograph, self.stride)
             else:
                 h, w = photograph.size
                 self.empty[id] = one
-                why = f": {photograph.note}" if photograph.note else ""
-                self._skip(self.rows[id], f"nothing to describe: no texture was found in its {w} x {h} pixels{why}")
+                note = f": {photograph.note}" if photograph.note else ""
+                why = f"nothing to describe: no texture was found in its {w} x {h} pixels{note}"
+                self._skip(self.rows[id], PhotographError(why))
 
-    def _skip(self, row: PhotoRow, reason: str) -> None:
+    def _skip(self, row: PhotoRow, reason: PhotographError) -> None:
         if self.stop:
             raise PhotographError(f"{row['id']}: {reason} (on_error is stop; what was finished stays)")
-        self.rows[row["id"]] = {**row, "skipped": reason}
+        if isinstance(reason, PassingError):
+            self.passing[row["id"]] = str(reason)
+        self.rows[row["id"]] = {**row, "skipped": str(reason)}
 
 
 def assumed(rows: Iterable[PhotoRow]) -> str:

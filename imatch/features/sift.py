@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from imatch.core import config, settings
+from imatch.core import compute, config, settings
 from imatch.core.types import Tokens, grid_xy, normalise
 
 PIXELS = 16_000_000
-"""How many pixels are worked on at once: OpenCV's scale space takes some 225 bytes a pixel."""
+"""How many pixels are worked on at once."""
 GLOBAL = 2000
 """Keypoints of the global vector: of the demo's references at crop 0.5, 1,000 find 0.85 first, 2,000 and 4,000 0.94."""
 VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
@@ -29,9 +29,20 @@ class _Classical:
     device: ClassVar[str] = "cpu"
     resampling: ClassVar[str] = "opencv"
     side: ClassVar[int] = 3072  # a square of which takes 2.3 GB
+    bytes: ClassVar[int] = 0
+    bytes_per_pixel: ClassVar[float]
 
     def __post_init__(self) -> None:
         config.check(self)
+
+    def _each(self, photographs: np.ndarray, most: int) -> list[Tokens]:
+        """The tokens of photographs, of as many at once as there are cores, and memory, for; at most so many."""
+        fit = int(compute.free_memory() // (self.bytes_per_pixel * photographs[0].size / 3))
+        with ThreadPoolExecutor(max(1, min(settings.cores(), most, fit))) as pool:
+            return list(pool.map(self._tokens, photographs))
+
+    def _tokens(self, photograph: np.ndarray) -> Tokens:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Sift(_Classical):
     """
 
     patch: ClassVar[int] = 1  # any size will do
+    bytes_per_pixel: ClassVar[float] = 240  # OpenCV's scale space
     max_keypoints: PositiveInt = 4000
     contrast: NonNegativeFloat = 0.02
 
@@ -73,8 +85,7 @@ class Sift(_Classical):
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs, without a grid, the strongest keypoint first."""
         h, w = photographs.shape[1:3]
-        with ThreadPoolExecutor(max(1, min(settings.cores(), PIXELS // (h * w)))) as pool:
-            return list(pool.map(self._tokens, photographs))
+        return self._each(photographs, PIXELS // (h * w))
 
     def _tokens(self, photograph: np.ndarray) -> Tokens:
         grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
@@ -117,6 +128,7 @@ class DenseSift(_Classical):
     ((128,), (4, 6, 128))
     """
 
+    bytes_per_pixel: ClassVar[float] = 32
     patch: PositiveInt = 16
     width: PositiveFloat = 48.0
     p: PositiveFloat = 3.0
@@ -131,8 +143,7 @@ class DenseSift(_Classical):
 
     def __call__(self, photographs: np.ndarray) -> list[Tokens]:
         """Tokens of (B, h, w, 3) uint8 RGB photographs, on a grid of (h / patch, w / patch)."""
-        with ThreadPoolExecutor(settings.cores()) as pool:
-            return list(pool.map(self._tokens, photographs))
+        return self._each(photographs, len(photographs))
 
     def _tokens(self, photograph: np.ndarray) -> Tokens:
         size = photograph.shape[:2]

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import faiss
 import numpy as np
-import psutil
 from pydantic import Field, NonNegativeFloat
 from threadpoolctl import threadpool_limits
 
@@ -183,7 +182,7 @@ def build(
         whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)
         source = Path(vectors.filename) if whole else vectors  # which other processes map for themselves
         work = compute.Each(partial(_make, plan, source), Path.is_file, 0, "index")
-        fit = max(1, psutil.virtual_memory().available // (4 * SHARD))  # shards that grow at the same time
+        fit = max(1, compute.free_memory() // (4 * SHARD))  # shards that grow at the same time
         places = ["cpu"] * min(fit, settings.cores())
         deque(compute.do(engine, work, shards, places), maxlen=0)
         plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
@@ -208,7 +207,7 @@ def _shards(folder: Path, plan: Plan) -> list[Path]:
 
 def _plan(asked: IndexOptions, n: int, d: int) -> Plan:
     """The kind, its options, and why."""
-    kind, budget = asked.kind, round(asked.memory_gb * 2**30) or psutil.virtual_memory().available // 2
+    kind, budget = asked.kind, round(asked.memory_gb * 2**30) or compute.free_memory() // 2
     if kind == "auto":
         chosen, why = choose(n, d, budget)
         return {"kind": chosen, "options": {}, "reason": why}

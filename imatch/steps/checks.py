@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from imatch.core import compute, settings
 from imatch.core.compute import ComputeOptions
@@ -20,8 +17,9 @@ from imatch.core.step import Step
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import datasets, images, registry, store
 from imatch.data.images import Resize
-from imatch.features.base import stride_of
-from imatch.features.weights import check_name, find, patch_side, skeleton
+from imatch.features.base import create_backbone, free_for, stride_of
+from imatch.features.cost import Cost, cost
+from imatch.features.weights import check_name, find, patch_side
 from imatch.steps.embedding import chosen, devices_of
 
 SHARE = {"fp32": 0.6, "bf16": 0.5}
@@ -32,31 +30,6 @@ WORKERS = (1, 8, 64)
 """Machines like this one that hours are told for."""
 LISTED = 600
 """Bytes of a photograph's row in the lists of a step (images.jsonl, seen.jsonl)."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an architecture costs at one size of photograph.
-
-    Attributes:
-        parameters: how many numbers the model has.
-        flop: floating-point operations of one photograph's forward pass, a multiplication and an addition being two.
-        tokens, dimension: n and d of its local descriptors.
-        weights: bytes of the model in memory.
-        working: bytes that one photograph of a batch needs beside it.
-    """
-
-    parameters: int
-    flop: int
-    tokens: int
-    dimension: int
-    weights: int
-    working: int
-
-    @property
-    def stored(self) -> int:
-        """Bytes of one photograph on disk: local descriptors in float16 and a global vector in float32."""
-        return 2 * self.tokens * self.dimension + 4 * self.dimension
 
 
 def hours(photographs: int, flop: int, rate: float, precision: str, workers: int = 1) -> float:
@@ -73,50 +46,6 @@ def hours(photographs: int, flop: int, rate: float, precision: str, workers: int
     101.5
     """
     return photographs * flop / (SHARE[precision] * rate * workers * 3600)
-
-
-@cache
-def cost(hub_entry: str, size: tuple[int, int], precision: str = "fp32") -> Cost:
-    """What an architecture costs, counted on a model without memory; no weights are needed.
-
-    Args:
-        hub_entry: such as "dinov3_vits16".
-        size: (h, w) of a photograph as the backbone sees it.
-        precision: "fp32" or "bf16".
-
-    >>> small = cost("dinov3_vits16", (256, 256))
-    >>> round(small.parameters / 1e6, 1), round(small.flop / 1e9, 1), small.tokens, small.dimension
-    (21.6, 12.5, 256, 384)
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model: Any = skeleton(hub_entry)
-    matrices = sum(
-        parameter.numel()
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-        for parameter in module.parameters(recurse=False)
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    widest = 0
-
-    def watch(_: torch.nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
-        nonlocal widest
-        together = sum(x.numel() for x in (*given, made) if isinstance(x, torch.Tensor))
-        widest = max(widest, together)
-
-    for module in model.modules():
-        module.register_forward_hook(watch)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        seen = model.forward_features(torch.empty(1, 3, *size, device="meta"))
-    patch = patch_side(hub_entry)
-    tokens = (size[0] // patch) * (size[1] // patch)
-    dimension = int(seen.shape[1] if "convnext" in hub_entry else seen.shape[2])
-    weights = 4 * parameters - (2 * matrices if precision == "bf16" else 0)
-    # the widest step's input and output, the residual beside them, and what goes in and comes out
-    working = 4 * (2 * widest + 3 * size[0] * size[1] + 4 * tokens * dimension)
-    return Cost(parameters, counter.get_total_flops(), tokens, dimension, weights, working)
 
 
 @cache
@@ -140,16 +69,6 @@ def rate(device: str, precision: str) -> float:
         product()
         products += 1
     return 2 * n**3 * products / (time.perf_counter() - start)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that are free on a device: a GPU's own memory, or the machine's."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.empty_cache()  # what torch keeps for later is free, too
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def preflight(step: Step, resources: ComputeOptions = ComputeOptions()) -> None:
@@ -181,7 +100,10 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
     parameters, root = step.parameters, step.linked("photographs")
     options, resize = parameters["backbone"], Resize(**parameters["resize"])
     used, patch = devices_of(parameters, resources.devices), patch_side(options["hub_entry"])
+    backbone = create_backbone(parameters["weight"], options, device=used[0])
+    most = free_for(backbone)[used[0]] / backbone.bytes_per_pixel
     sizes = _sizes(root, ids, resize, patch)
+    sizes = [size for size in sizes if math.prod(size) <= most] or sizes  # `embed` leaves out the others
     size, together = _heaviest(sizes, len(ids), resources.batch_size)
     one, problems = _model(parameters, size, used, together)
     pace = sum(rate(device, options["precision"]) for device in {*used})  # several processes of a CPU share it
@@ -216,7 +138,7 @@ def _model(
     weights = openvino.HELD * 4 * one.parameters if by_openvino else one.weights
     processes = max(Counter(used).values())  # each has a model of its own
     needed = processes * (weights + batch_size * one.working)
-    free = min(free_memory(device) for device in used)
+    free = min(compute.free_memory(device) for device in used)
     path, stride = find(options["filename"]), stride_of(parameters["variant"])
     h, w = size
     kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
@@ -315,7 +237,7 @@ def table(data_key: str, side: int = 512, batch_size: int = 8) -> str:
         lines.append(f"{key:14} {_photographs(dataset):>11}  {dataset.root}")
     device = compute.resolved("auto")
     precision = "bf16" if computes_in_bf16(device) else "fp32"
-    free = free_memory(device)
+    free = compute.free_memory(device)
     lines += [
         "",
         f"weights in {settings.root('WEIGHTS_ROOT')}; {device} with {_gb(free)} free, {precision}, "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
+import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
@@ -23,7 +25,7 @@ from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Pl
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
 from imatch.core.step import Step, open_step, run_folder, start_step, tagged
-from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
+from imatch.core.types import ImatchError, ImatchWarning, PassingError, PhotographError, StepError, Tokens
 from imatch.data import exif, images, registry, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
@@ -39,6 +41,8 @@ GROUP = 4
 """Cores of a CPU that work together on one forward pass, where several processes share it."""
 SEEN = "seen.jsonl"
 """What is remembered of the photographs' files (`_Seen`)."""
+LOST = 16
+"""So many photographs in a row cannot be read only where their drive is gone."""
 _Timed = tuple[Decoded | PhotographError, float]
 """A decoded photograph, and the seconds that took."""
 
@@ -147,7 +151,9 @@ def embed(
 ) -> Stored:
     """Compute the tokens of a step's photographs, those that are missing.
 
-    Headers are checked first. What cannot be decoded goes to skipped.jsonl.
+    Headers are checked first. What cannot be decoded goes to skipped.jsonl, and so does what needs more memory than is
+    free, until a run has more. What could not be read just now (a drive that does not answer, memory that ran out) is
+    left to the next run; all others are done.
 
     Args:
         step: from `start_embed` or `start_reference_tokens`.
@@ -159,20 +165,27 @@ def embed(
     Raises:
         PhotographError: the first bad photograph, with on_error="stop".
         StepError: photographs changed since the last run and the step may not recompute.
-        ImatchError: no photographs, none that could be used, or too many bad ones. What was finished stays.
+        ImatchError: no photographs, none that could be used, too many bad ones, or some that could not be read just
+            now. What was finished stays.
         PartDoneError: see `compute.do`.
     """
     groups.check({"on_error": on_error, "max_skipped": max_skipped})
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
     task = _Task(step, engine.shard, on_error, max_skipped)
-    task.take_stock()
-    if not task.shards.merged:
-        task.compute(engine, resources)
-        task.read_back()
-    task.seen.save()
-    if not task.shards.merged:
-        task.merge()
+    try:
+        task.take_stock(resources)
+        if not task.shards.merged:
+            task.compute(engine, resources)
+            task.read_back()
+        task.seen.save()
+        if not task.shards.merged:
+            task.merge()
+    except OSError as error:  # of what is written, or of whatever else of this process
+        if not compute.passing(error):
+            raise
+        again = "run the same command again; what was finished stays"
+        raise ImatchError(f"{step.name} could not go on ({error}): {again}") from error
     embeddings = Stored(step.folder)
     task.bad.warn(embeddings)
     for doubt in exif.doubts(embeddings.decodable) if "pose" not in step.parameters else ():
@@ -196,6 +209,8 @@ class _Task:
         self.mine = range(first, sys.maxsize, of)
         self.plan = self._planned()
         self.seen, self.bad = _Seen(step.folder / SEEN, self.root), _Bad(len(self.about), on_error, max_skipped)
+        self.passing: dict[str, str] = {}
+        self.at_once = sys.maxsize
 
     def _planned(self) -> dict[int, list[str]]:
         done = {n: [row["id"] for row in rows] for n, rows in self.shards.rows().items()}
@@ -206,17 +221,21 @@ class _Task:
         kept |= {next(numbers): rest[first : first + size] for first in range(0, len(rest), size)}
         return dict(sorted(kept.items()))
 
-    def take_stock(self) -> None:
-        """Look at the headers of my shards' photographs, and drop or make by thinning what can be."""
+    def take_stock(self, resources: ComputeOptions) -> None:
+        """Look at the headers of my shards' photographs, drop or make by thinning what can be, and name those that are
+        too large for this machine's memory."""
         planned = [n for n in self.plan if n in self.mine]
         looked_at = [id for n in planned for id in self.plan[n]]
         self.seen.check_headers(looked_at)
-        for id in looked_at:
-            if problem := self.seen.rows[id]["problem"]:
-                self.bad.add(id, problem)
+        for row in map(self.seen.rows.__getitem__, looked_at):
+            if row["problem"] and not row["size"]:
+                self.bad.add(row["id"], row["problem"])
         done = self.shards.rows(self.mine)
         changed = self._changed([row for rows in done.values() for row in rows])
         stay = {n for n in planned if self._holds(done, n) and not changed.intersection(self.plan[n])}
+        lacked = {row["id"]: n for n in stay for row in done[n] if "memory" in row}
+        self._weigh([*lacked, *(id for n in planned if n not in stay for id in self.plan[n])], resources)
+        stay -= {n for id, n in lacked.items() if not self.seen.rows[id]["problem"]}
         todo = [n for n in planned if n not in stay]
         stale = done.keys() | (self.shards.begun() - self.plan.keys())
         self._drop([n for n in stale if n in self.mine and n not in stay], todo)
@@ -225,6 +244,25 @@ class _Task:
         if todo:
             self._thin(todo)
         self.read_back()  # what an earlier run found in the shards that stay counts, too
+        for row in (self.seen.rows[id] for n in todo if not self.shards.has(n) for id in self.plan[n]):
+            if row["size"] and row["problem"]:
+                print(f"{self.step.name}: {files.printable(row['id'])} is left out: {row['problem']}")
+                self.bad.add(row["id"], row["problem"])
+
+    def _weigh(self, ids: Sequence[str], resources: ComputeOptions) -> None:
+        """Find out which photographs are too large for this machine's memory; a cluster's machines have their own."""
+        rows = [row for id in ids if (row := self.seen.rows[id])["size"]]
+        if not rows or getattr(resources.machines, "scheduler", ""):
+            return
+        weight, options = self.step.parameters["weight"], self.step.parameters["backbone"]
+        device = devices_of(self.step.parameters, resources.devices)[0]
+        backbone, resize_of = base.create_backbone(weight, options, device=device), _resizes(self.step)
+        free = base.free_for(backbone)
+        free[device] -= backbone.bytes
+        for row in rows:
+            row["problem"] = base.lacking(row["size"], resize_of(row["id"]), backbone, free) or None
+        needed = [base.needed(row["size"], resize_of(row["id"]), backbone)["cpu"] for row in rows if not row["problem"]]
+        self.at_once = max(1, free["cpu"] // max(needed, default=1))
 
     def _holds(self, shards: Mapping[int, Sequence[PhotoRow]], n: int) -> bool:
         return [row["id"] for row in shards.get(n, ())] == self.plan[n]
@@ -267,19 +305,38 @@ class _Task:
         used = devices_of(self.step.parameters, resources.devices, several)
         if len(used) > 1 and not several:
             engine = Processes(engine.shard)
+        if {*used} == {"cpu"}:
+            used = used[: self.at_once]  # the heaviest photograph is to fit beside those of the other processes
         work = _Work(self.step, self.root, resources.workers, resources.batch_size, self.bad.on_error)
         jobs = [self._job(n) for n in range(max(self.plan) + 1)]
         if not all(map(work.done, jobs)):
             self.step.runs_on(",".join(used))
+        try:
+            with closing(compute.do(engine, work, jobs, used)) as rows:
+                self._take(rows, used)
+        except PartDoneError:
+            self._refuse_passing()
+            raise
+        self._refuse_passing()
+
+    def _take(self, rows: Iterator[ShardRow], used: Sequence[str]) -> None:
         ran_on: set[str] = set()
-        with closing(compute.do(engine, work, jobs, used)) as rows:
-            for row in rows:
-                for id, reason in row["skipped"].items():
-                    self.bad.add(id, reason)
-                if row["device"] not in ran_on:
-                    ran_on.add(row["device"])
-                    if not ran_on <= {*used}:  # a cluster's devices are its own
-                        self.step.runs_on(",".join(sorted(ran_on)))
+        for row in rows:
+            self.passing |= row["passing"]
+            for id, reason in row["skipped"].items():
+                self.bad.add(id, reason)
+            if row["device"] not in ran_on:
+                ran_on.add(row["device"])
+                if not ran_on <= {*used}:  # a cluster's devices are its own
+                    self.step.runs_on(",".join(sorted(ran_on)))
+
+    def _refuse_passing(self) -> None:
+        if self.passing:
+            raise ImatchError(
+                f"{len(self.passing)} of {len(self.about)} photographs could not be read just now:\n"
+                f"{_listed(self.passing)}\nThe others are done. Run the same command again, it computes what is "
+                f"missing; one that stays so is to be copied again, or taken out of {self.root}"
+            )
 
     def _job(self, n: int) -> _Shard:
         """The job of a shard; those that are not mine are empty."""
@@ -311,7 +368,7 @@ class _Task:
         self.step.runs_on(whole.device)  # a thinned photograph costs what its raw one did, and where it did
         for n in compute.progress(todo, "thin"):
             rows = shards.get(n, [])
-            if not self._holds(shards, n) or any(map(self._differs, rows)):
+            if not self._holds(shards, n) or any("memory" in row or self._differs(row) for row in rows):
                 continue
             tokens = [raw.tokens(raw.row_of[row["id"]]) for row in rows if "skipped" not in row]
             tokens = tokens if stride == 1 else [one.thinned(stride) for one in tokens]
@@ -323,7 +380,8 @@ class _Task:
 
 def finish_embed(step: Step, embeddings: Stored) -> dict[str, int | float | str]:
     """Finish a step of embeddings: its figures, and the content hashes that make its fingerprint."""
-    contents = [[row["id"], row["sha256"]] for row in [*embeddings.rows, *embeddings.skipped]]
+    rows = [*embeddings.rows, *embeddings.skipped]
+    contents = [[row["id"], row["sha256"], *(["memory"] if "memory" in row else [])] for row in rows]
     decoded = [[id, row["sha256"]] for id, row in embeddings.decodable.items()]
     local = sum(path.stat().st_size for path in (step.folder / "local").glob("*.npy"))
     metrics = {
@@ -363,9 +421,9 @@ class _Shard(NamedTuple):
     about: Sequence[About]
 
     @property
-    def readable(self) -> list[str]:
-        """The ids of those whose headers are good."""
-        return [row["id"] for row in self.seen if not row["problem"]]
+    def readable(self) -> dict[str, int]:
+        """The ids of those whose headers are good, and the bytes that decoding takes of each."""
+        return {row["id"]: base.DECODED * math.prod(row["size"] or (0,)) for row in self.seen if not row["problem"]}
 
 
 @dataclass(frozen=True)
@@ -389,10 +447,11 @@ class _Work:
 
     def __call__(self, jobs: Sequence[_Shard], place: Place) -> Iterator[ShardRow]:
         backbone, workers = self._backbone(place.device), place.workers(self.workers)
-        ids = [id for shard in jobs for id in shard.readable]
-        decoded = compute.ahead(self._reader(backbone), ids, workers, self.batch_size + 2 * workers)
+        read, taken = self._reader(backbone), {id: n for shard in jobs for id, n in shard.readable.items()}
+        most, depth = compute.free_memory() // place.share // base.RESERVE, self.batch_size + 2 * workers
+        decoded = self._again(read, taken, compute.ahead(read, taken, workers, depth, taken.__getitem__, most))
         if not place.quiet:
-            decoded = compute.progress(decoded, self.what, len(ids), delay=0)
+            decoded = compute.progress(decoded, self.what, len(taken), delay=0)
         pending: Future[ShardRow] | None = None
         with ThreadPoolExecutor(1) as writer:
             for write in self._embedded(jobs, backbone, decoded):
@@ -411,17 +470,25 @@ class _Work:
 
     def _reader(self, backbone: Backbone) -> Callable[[str], _Timed]:
         """What reads a photograph as the backbone sees it; a broken one is given back as its error."""
-        pose = Pose(**self.step.parameters.get("pose", {}))
-        resize = Resize(**self.step.parameters["resize"]).zoomed(pose.zoom)
-        # a part of a photograph is seen at the scale of all of it
-        parts = {row["id"]: resize.like(row["source_size"]) for row in (view_rows(self.step) if resize.limit else ())}
+        turn, resize_of = Pose(**self.step.parameters.get("pose", {})).turn, _resizes(self.step)
 
         def read(id: str) -> _Timed:
             started = time.perf_counter()
-            photograph = decoded_for(self.root / id, parts.get(id, resize), backbone, pose.turn)
+            photograph = decoded_for(self.root / id, resize_of(id), backbone, turn)
+            if isinstance(photograph, PhotographError) and not (self.root / id).exists():
+                photograph = PassingError(str(photograph))  # for its header has been read
             return photograph, time.perf_counter() - started
 
         return read
+
+    def _again(self, read: Callable[[str], _Timed], ids: Iterable[str], decoded: Iterator[_Timed]) -> Iterator[_Timed]:
+        """Try once more, alone, what could not be read."""
+        drive = _Drive(self.root)
+        for id, (photograph, seconds) in zip(ids, decoded, strict=True):
+            if isinstance(photograph, PassingError):
+                photograph, seconds = read(id)
+            drive.gave(id, photograph)
+            yield photograph, seconds
 
     def _embedded(
         self, jobs: Sequence[_Shard], backbone: Backbone, decoded: Iterator[_Timed]
@@ -447,20 +514,25 @@ class _Work:
             yield partial(self._write, shard, made, took, backbone.device)
 
     def _write(self, shard: _Shard, made: Made, took: dict[str, float], device: str) -> ShardRow:
-        """Write a shard; returns the row that the engine gets."""
+        """Write a shard, unless some of it is left to the next run; returns the row that the engine gets."""
+        if made.passing:
+            return {"skipped": {}, "passing": made.passing, "device": device}
         for known in shard.seen:
             row = made.rows[known["id"]]
+            if known["size"] and known["problem"]:
+                row["memory"] = True
             row["sha256"] = known["sha256"] = row["sha256"] or _digest(self.root, known)
         rows = list(made.rows.values())
         tokens = [made.tokens[id] for id in made.rows if id in made.tokens]
         _write_shard(self.step, shard, took, rows, tokens)
-        return {"skipped": {row["id"]: row["skipped"] for row in rows if "skipped" in row}, "device": device}
+        skipped = {row["id"]: row["skipped"] for row in rows if "skipped" in row}
+        return {"skipped": skipped, "passing": {}, "device": device}
 
 
 def _read(
     shard: _Shard, decoded: Iterator[_Timed], took: dict[str, float]
 ) -> Iterator[tuple[str, About, Decoded | PhotographError]]:
-    """The shard's photographs from those that were decoded, and those whose header was bad."""
+    """The shard's photographs from those that were decoded, and those that were not read."""
     for known, about in zip(shard.seen, shard.about, strict=True):
         problem = known["problem"]
         photograph, seconds = (PhotographError(problem), 0.0) if problem else next(decoded)
@@ -480,11 +552,42 @@ def _write_shard(
     Shards(folder).write_work(shard.number, {**work, "write": time.perf_counter() - started})
 
 
+def _resizes(step: Step) -> Callable[[str], Resize]:
+    """How large each photograph of a step is seen; a part of one is seen at the scale of all of it."""
+    resize = Resize(**step.parameters["resize"]).zoomed(Pose(**step.parameters.get("pose", {})).zoom)
+    parts = {row["id"]: resize.like(row["source_size"]) for row in (view_rows(step) if resize.limit else ())}
+    return lambda id: parts.get(id, resize)
+
+
+class _Drive:
+    """Where photographs are; raises where it gives none any more, for that is no fault of theirs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.failed = root, 0
+
+    def gave(self, id: str, found: object) -> None:
+        """Count those in a row that could not be read (PassingError)."""
+        self.failed = self.failed + 1 if isinstance(found, PassingError) else 0
+        if self.failed and (self.failed >= LOST or not self._there()):
+            many = f"{self.failed} in a row, such as {files.printable(id)}: {found}"
+            remedy = "allow more open files (ulimit -n)" if os.strerror(errno.EMFILE) in many else "bring it back"
+            raise ImatchError(
+                f"{self.root} gives no photographs any more ({many}): {remedy} and run the same command again; "
+                "what was finished stays"
+            )
+
+    def _there(self) -> bool:
+        try:
+            return any(self.root.iterdir())  # a drive that dropped can leave an empty folder
+        except OSError as error:
+            return error.errno == errno.EMFILE
+
+
 class _Seen:
     """What is known of the photographs' files without reading them: bytes, time of change, header, hash."""
 
     def __init__(self, path: Path, root: Path) -> None:
-        self.path, self.root = path, root
+        self.path, self.root, self.drive = path, root, _Drive(root)
         with path.open("rb") if path.is_file() else io.BytesIO() as lines:
             self.rows = {row["id"]: row for row in map(_whole, lines) if row}
 
@@ -496,24 +599,33 @@ class _Seen:
 
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""
+        for id, row in self.rows.items():
+            if not row["stat"] and not row["problem"]:  # its header could not be read then
+                self.rows[id] = {**self._look(id), "sha256": row["sha256"]}
         rows = [self.rows[id] for id in sorted(self.rows)]
         if not self.path.is_file() or self.path.read_bytes() != b"".join(map(files.line, rows)):
             files.write_rows(self.path, rows)
 
     def _look(self, id: str) -> SeenRow:
-        path, known, stat, problem = self.root / id, self.rows.get(id), None, None
+        path, known, stat, size = self.root / id, self.rows.get(id), None, None
+        problem: PhotographError | None = None
         with suppress(OSError):  # the header says why
             found = path.stat()
             stat = [found.st_size, found.st_mtime_ns]
-        if known and stat and known["stat"] == stat:
-            return known
+        same = known if known and stat and known["stat"] == stat else None
+        if same and (same["size"] or same["problem"]):  # earlier versions kept no size
+            return same
         try:
-            images.check_header(path)
+            size = images.check_header(path)
         except PhotographError as error:
-            problem = str(error)
+            problem = error if os.path.lexists(path) else PassingError(str(error))  # it was there when it was listed
             if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
                 stat = None  # a permission comes without another time of change
-        return {"id": id, "stat": stat, "problem": problem, "sha256": None}
+        self.drive.gave(id, problem)
+        if isinstance(problem, PassingError):  # reading it will tell
+            return {"id": id, "stat": None, "problem": None, "size": None, "sha256": None}
+        told, sha256 = str(problem) if problem else None, same["sha256"] if same else None
+        return {"id": id, "stat": stat, "problem": told, "size": size, "sha256": sha256}
 
 
 def _digest(root: Path, known: SeenRow) -> str | None:
@@ -521,6 +633,8 @@ def _digest(root: Path, known: SeenRow) -> str | None:
     if known["sha256"] is None:
         try:
             known["sha256"] = images.file_digest(root / known["id"])
+        except PassingError as error:
+            raise PassingError(f"{known['id']}: {error}; run the same command again") from error
         except PhotographError:
             return None
     return str(known["sha256"])
@@ -528,10 +642,14 @@ def _digest(root: Path, known: SeenRow) -> str | None:
 
 def _whole(line: bytes) -> SeenRow | None:
     try:
-        row = json.loads(line.decode(errors="surrogateescape"))
-        return {key: row[key] for key in ("id", "stat", "problem", "sha256")}  # keys of its own would double a row
+        row = {"size": None, **json.loads(line.decode(errors="surrogateescape"))}
+        return {key: row[key] for key in SeenRow.__annotations__}  # keys of its own would double a row
     except (ValueError, TypeError, KeyError):  # empty, or torn by a kill: that photograph is only read once more
         return None
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"  {id}: {reason}" for id, reason in itertools.islice(reasons.items(), 10))
 
 
 class _Bad:
@@ -546,16 +664,15 @@ class _Bad:
         if self.on_error == "stop":
             raise PhotographError(f"{id}: {reason} (on_error is stop; what was finished stays)")
         if len(self.ids) > max(1, self.max_skipped * self.total):
-            listed = "\n".join(f"  {id}: {reason}" for id, reason in list(self.ids.items())[:10])
             raise ImatchError(
                 f"{len(self.ids)} of {self.total} photographs cannot be used, more than max_skipped = "
-                f"{self.max_skipped:.0%}; the first:\n{listed}\nWhat was finished stays. Mend or remove them, "
-                "or set max_skipped higher, such as to 0.5"
+                f"{self.max_skipped:.0%}; the first:\n{_listed(self.ids)}\nWhat was finished stays. Mend or remove "
+                "them, or set max_skipped higher, such as to 0.5"
             )
 
     def warn(self, embeddings: Stored) -> None:
         if rows := embeddings.skipped:
-            listed = "\n".join(f"  {row['id']}: {row['skipped']}" for row in rows[:10])
+            listed = _listed({row["id"]: row["skipped"] for row in rows})
             file = embeddings.folder / "skipped.jsonl"
             more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {file}"
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
@@ -685,9 +802,10 @@ def _check_whole(upright: Stored, embeddings: Stored) -> None:
     seen = embeddings.decodable
     gone = [id for id in upright.ids if id not in seen]
     if gone:
+        why = {row["id"]: row["skipped"] for row in embeddings.skipped}.get(gone[0], "it is gone")
         raise StepError(
-            f"{len(gone)} photographs of {upright.folder} cannot be read any more, such as {files.printable(gone[0])}: "
-            f"bring them back, delete {embeddings.folder} and run again"
+            f"{len(gone)} photographs of {upright.folder} cannot be read any more, such as {files.printable(gone[0])} "
+            f"({why}): bring them back, delete {embeddings.folder} and run again"
         )
 
 

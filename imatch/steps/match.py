@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import poselib
-import psutil
 
 from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import ComputeOptions, PartDoneError
@@ -287,7 +286,7 @@ def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[PairRow]:
 def _check_memory(source: Source) -> None:
     """Refuse more pairs than rows fit into memory, before anything is computed."""
     pairs = sum(source.count(q) for q in range(len(source.query)))
-    wanted, free = ROW * pairs / 2**30, psutil.virtual_memory().available / 2**30
+    wanted, free = ROW * pairs / 2**30, compute.free_memory() / 2**30
     if wanted > free:
         raise ImatchError(
             f"{pairs} pairs take about {wanted:.1f} GB of memory, and {free:.1f} GB are free: give a CSV of fewer pairs"

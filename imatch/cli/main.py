@@ -185,20 +185,19 @@ def import_(tree: str, exports: str, name: str, on_change: str) -> int:
 @click.option("--ttl-hours", default=168.0, show_default=True, help="How long the messages live.")
 def send(step: str, ttl_hours: float) -> int:
     """Send what the queries of a finished 03_index found to Redis (REDIS_URL). The exit code is 1 if it waits."""
+    from imatch.core.files import read_json
     from imatch.core.step import open_step, step_folder
     from imatch.steps import sending
 
     opened = open_step(step_folder(step))
     if opened.name != "03_index":
         raise ImatchError(f"{opened.folder} is a {opened.name}: give the folder of a 03_index")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ImatchWarning)
-        try:
-            print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
-        except ImatchWarning as waiting:
-            click.echo(f"warning: {waiting}", err=True)
-            return 1
-    return 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ImatchWarning)
+        print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+    for warning in told:
+        click.echo(f"warning: {warning.message}", err=True)
+    return int(not read_json(opened.folder / "sent.json")["acknowledged"])
 
 
 @main.command()

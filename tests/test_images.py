@@ -13,7 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import exif, images
@@ -218,11 +220,199 @@ def test_16_bits_in_colour_are_scaled(tmp_path):
     assert far(images.decode(tmp_path / "a.png").pixels, COLOUR) <= 1
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_without_a_white_are_refused(tmp_path, dtype):
-    Image.fromarray(RAMP.astype(dtype) * 2).save(tmp_path / "a.tif")
-    with pytest.raises(PhotographError, match="no fixed white: convert it"):
+DEEP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))
+"""A ramp from 0 to 252, (48, 64)."""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown", "note"),
+    [
+        (DEEP.astype(np.uint16) * 16, DEEP, "values reach 4,032 of 65,535: taken as 12 bits"),
+        (DEEP.astype(np.uint16) * 64, DEEP, "values reach 16,128 of 65,535: taken as 14 bits"),
+        (DEEP.astype(np.int16) * 16, DEEP, "values reach 4,032 of 32,767: taken as 12 bits"),
+        (DEEP.astype(np.int32), DEEP, "values reach 252 of 2,147,483,647: taken as 8 bits"),
+        (DEEP.astype(np.uint32) * 16, DEEP, "values reach 4,032 of 4,294,967,295: taken as 12 bits"),
+        (27300 + DEEP.astype(np.uint16), DEEP / 252 * 255, "values lie between 27,300 and 27,552: taken as"),
+        (DEEP.astype(np.int16) - 100, DEEP / 252 * 255, "values lie between -100 and 152: taken as black and white"),
+        ((DEEP.astype(int) - 128).astype(np.int8), DEEP / 252 * 255, "values lie between -128 and 124: taken as"),
+        (DEEP.astype(np.int32) * 70000, DEEP / 252 * 255, "values lie between 0 and 17,640,000: taken as"),
+        (DEEP.astype(np.float32) / 252, DEEP / 252 * 255, "values lie between 0 and 1: taken as black and white"),
+        (DEEP.astype(np.float64), DEEP / 252 * 255, "values lie between 0 and 252: taken as black and white"),
+        (DEEP.astype(np.uint16) * 257, DEEP, ""),
+    ],
+    ids=lambda value: str(value.dtype) if isinstance(value, np.ndarray) else "",
+)
+@pytest.mark.parametrize("bands", [1, 3])
+def test_numbers_of_other_bits_are_scaled_and_it_is_noted(tmp_path, numbers, shown, note, bands):
+    """By what the numbers reach, for colours and for grey alike; 16 bits in use are what they always were."""
+    if bands == 3:
+        numbers, shown = (np.dstack([part] * 2 + [part[:, ::-1]]) for part in (numbers, shown))
+    tifffile.imwrite(tmp_path / "a.tif", numbers, photometric="rgb" if bands == 3 else "minisblack")
+    decoded = images.decode(tmp_path / "a.tif")
+    assert far(decoded.pixels, np.round(shown) if bands == 3 else np.dstack([np.round(shown)] * 3)) <= 1
+    assert decoded.note.startswith(note)
+    assert bool(decoded.note) == bool(note)
+
+
+@pytest.mark.parametrize(("tag", "name"), [(341, "SMaxSampleValue"), (281, "MaxSampleValue")])
+def test_the_white_that_a_tiff_names_is_taken(tmp_path, tag, name):
+    numbers = DEEP.astype(np.uint16) * 80
+    tifffile.imwrite(tmp_path / "a.tif", numbers, extratags=[(tag, 3, 1, 255 * 80, True)])
+    decoded = images.decode(tmp_path / "a.tif")
+    assert (far(decoded.pixels, np.dstack([DEEP] * 3)), decoded.note) == (0, ""), name
+
+
+def packed_tiff(path, numbers, bits):
+    """A TIFF of grey whose numbers are packed, so many bits each."""
+    places = numbers.astype(int)[..., None] >> np.arange(bits - 1, -1, -1) & 1
+    data = b"".join(np.packbits(row.ravel()).tobytes() for row in places)
+    h, w = numbers.shape
+    tags = ((256, w), (257, h), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, h), (279, len(data)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    ends = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + ends)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_packed_bits_are_scaled_by_bits_per_sample(tmp_path, bits):
+    packed_tiff(tmp_path / "a.tif", DEEP.astype(int) << bits - 8, bits)
+    decoded = images.decode(tmp_path / "a.tif")
+    assert (far(decoded.pixels, np.dstack([DEEP] * 3)) <= 1, decoded.note) == (True, "")
+
+
+def test_no_data_and_no_number_are_black(tmp_path):
+    heights = np.where(DEEP < 100, np.float32(-9999), DEEP)
+    heights[:, -1] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", heights, extratags=[(42113, 2, 6, "-9999", True)])
+    decoded = images.decode(tmp_path / "a.tif")
+    assert decoded.note == "values lie between 100 and 248: taken as black and white"
+    assert far(decoded.pixels[..., 0], np.round(np.clip((DEEP % 252) - 100.0, 0, None) / 148 * 255)) == 0
+    tifffile.imwrite(tmp_path / "a.tif", np.full((20, 30), np.nan, np.float32))
+    with pytest.raises(PhotographError, match="no pixel is a number"):
         images.decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("significant", [b"", bytes([12])], ids=["unsaid", "sBIT"])
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_12_bits_in_a_png_are_scaled(tmp_path, significant, bands):
+    """Pillow drops the lower half of colours, so these are read again."""
+    numbers = DEEP.astype(np.uint16) * 16
+    planes = [numbers, numbers[:, ::-1], numbers, np.full_like(numbers, 65535)][:bands]
+    data = cv2.imencode(".png", np.dstack(planes))[1].tobytes()
+    if significant:
+        kind = b"sBIT" + significant * bands
+        chunk = struct.pack(">I", bands) + kind + struct.pack(">I", zlib.crc32(kind))
+        data = data[:33] + chunk + data[33:]
+    (tmp_path / "a.png").write_bytes(data)
+    decoded = images.decode(tmp_path / "a.png")
+    assert far(decoded.pixels, np.dstack([DEEP, DEEP[:, ::-1] if bands > 1 else DEEP, DEEP])) <= 1
+    assert decoded.note == ("" if significant else "values reach 4,032 of 65,535: taken as 12 bits")
+
+
+PLANAR = np.ascontiguousarray(COLOUR.transpose(2, 0, 1))
+WIDE = COLOUR.astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize(
+    ("numbers", "options"),
+    [
+        (COLOUR, {}),
+        (PLANAR, {"planarconfig": "separate"}),
+        (PLANAR, {"planarconfig": "separate", "compression": "zlib"}),
+        (WIDE, {"byteorder": ">"}),
+        (WIDE, {"bigtiff": True}),
+        (WIDE, {"tile": (16, 16), "compression": "zlib"}),
+        (WIDE.transpose(2, 0, 1).copy(), {"planarconfig": "separate"}),
+        (WIDE.transpose(2, 0, 1).copy(), {"planarconfig": "separate", "compression": "zlib"}),
+        (WIDE.transpose(2, 0, 1).copy(), {"planarconfig": "separate", "tile": (16, 16), "byteorder": ">"}),
+    ],
+    ids=lambda value: "".join(f"{key} {one} " for key, one in value.items()) if isinstance(value, dict) else "",
+)
+def test_tiffs_of_every_layout_give_the_same_pixels(tmp_path, numbers, options):
+    tifffile.imwrite(tmp_path / "a.tif", numbers, photometric="rgb", **options)
+    assert images.check_header(tmp_path / "a.tif") == COLOUR.shape[:2]
+    decoded = images.decode(tmp_path / "a.tif")
+    assert (far(decoded.pixels, COLOUR), decoded.note) == (0, "")
+
+
+@pytest.mark.parametrize("compression", [1, 5, 8])
+def test_12_bits_in_colour_are_scaled_in_every_compression(tmp_path, compression):
+    numbers = COLOUR.astype(np.uint16) * 16
+    cv2.imwrite(str(tmp_path / "a.tif"), numbers[..., ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+    decoded = images.decode(tmp_path / "a.tif")
+    assert far(decoded.pixels, COLOUR) <= 1
+    assert "taken as 12 bits" in decoded.note
+
+
+@pytest.mark.parametrize("value", STORED)
+def test_orientation_is_applied_to_numbers_of_16_bits(tmp_path, value):
+    upright = smooth(48, 80)
+    stored = np.ascontiguousarray(STORED[value](upright)).astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", extratags=[(274, 3, 1, value, True)])
+    decoded = images.decode(tmp_path / "a.tif")
+    assert (decoded.size, far(decoded.pixels, upright)) == ((48, 80), 0)
+    assert images.check_header(tmp_path / "a.tif") == (48, 80)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_is_zero_where_a_tiff_says_so(tmp_path, dtype):
+    top = np.iinfo(dtype).max
+    tifffile.imwrite(tmp_path / "a.tif", (top - DEEP.astype(dtype) * (top // 255)).astype(dtype), photometric=0)
+    assert far(images.decode(tmp_path / "a.tif").pixels, np.dstack([DEEP] * 3)) == 0
+
+
+@pytest.mark.parametrize("first", [{"subfiletype": 1, "photometric": "rgb"}, {"subfiletype": 4, "photometric": 4}])
+def test_a_preview_or_a_mask_is_not_the_photograph(tmp_path, first):
+    small = COLOUR[::2, ::2].copy()
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(small if first["subfiletype"] == 1 else small[..., 0] > 100, **first)
+        file.write(COLOUR, photometric="rgb")
+    decoded = images.decode(tmp_path / "a.tif")
+    assert (decoded.size, images.check_header(tmp_path / "a.tif")) == (COLOUR.shape[:2], COLOUR.shape[:2])
+    assert far(decoded.pixels, COLOUR) == 0
+
+
+BANDS = np.dstack([COLOUR, GREY])
+
+
+@pytest.mark.parametrize("factor", [1, 257])
+@pytest.mark.parametrize("kind", ["unspecified", "unassalpha", "assocalpha"])
+@pytest.mark.parametrize("planar", [False, True])
+def test_a_fourth_band_is_not_alpha(tmp_path, factor, kind, planar):
+    """Near infrared, as software writes it: of no kind, or said to be alpha."""
+    numbers = BANDS if factor == 1 else BANDS.astype(np.uint16) * factor
+    layout = {"planarconfig": "separate"} if planar else {}
+    numbers = np.ascontiguousarray(numbers.transpose(2, 0, 1)) if planar else numbers
+    tifffile.imwrite(tmp_path / "a.tif", numbers, photometric="rgb", extrasamples=[kind], **layout)
+    decoded = images.decode(tmp_path / "a.tif")
+    assert far(decoded.pixels, COLOUR) == 0
+    assert ("said to be alpha" in decoded.note) == (kind != "unspecified")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_alpha_of_0_everywhere_is_the_reason(tmp_path, suffix):
+    Image.fromarray(np.dstack([COLOUR, GREY * 0])).save(tmp_path / f"a{suffix}")
+    with pytest.raises(PhotographError, match="alpha is 0 everywhere"):
+        images.decode(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "options", "reason"),
+    [
+        (COLOUR, {"photometric": "cielab"}, "colours are CIELAB, PhotometricInterpretation 8"),
+        (GREY, {"photometric": "cfa"}, "raw of a camera"),
+        (COLOUR, {"photometric": 34892}, "raw of a camera"),
+        (GREY.astype(np.complex64), {}, "SampleFormat 6"),
+        (BANDS, {"photometric": "minisblack", "planarconfig": "contig"}, "4 bands, of MINISBLACK: which are red"),
+        (COLOUR, {"photometric": "rgb", "subfiletype": 1}, "only a preview"),
+    ],
+    ids=["CIELab", "CFA", "LinearRaw", "complex", "four bands", "preview"],
+)
+def test_a_tiff_whose_numbers_are_no_colours_is_refused_by_name(tmp_path, numbers, options, reason):
+    tifffile.imwrite(tmp_path / "a.tif", numbers, **options)
+    for read in (images.check_header, images.decode):
+        with pytest.raises(PhotographError, match=reason):
+            read(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [(".tif", 0), (".jpg", 4)])
@@ -374,23 +564,126 @@ def test_position(tmp_path, gps, latitude, longitude, altitude):
 
 
 @pytest.mark.parametrize(
-    "gps",
+    ("changed", "doubt"),
     [
-        {},
-        {1: "N", 2: LATITUDE},
-        {2: LATITUDE, 4: LONGITUDE},
-        {**DULUTH, 1: "", 3: ""},
-        {**DULUTH, 1: "X"},
-        {**DULUTH, 2: 46.79},
-        {**DULUTH, 2: (460.0, 0.0, 0.0)},
-        {**DULUTH, 4: (180.0, 1.0, 0.0)},
+        ({2: None, 4: None}, ""),
+        ({4: None}, "no longitude"),
+        ({1: None, 3: None}, "latitude has no side, N or S"),
+        ({1: "N", 3: ""}, "longitude has no side, E or W"),
+        ({1: "W", 3: "N"}, "latitude has no side, N or S"),
+        ({2: (460.0, 0.0, 0.0)}, "latitude is past 90: 460"),
+        ({4: (180.0, 1.0, 0.0)}, "longitude is past 180: 180.017"),
+        ({2: (46.0, 50.0, 75.0)}, "latitude is no angle: (46.0, 50.0, 75.0)"),
+        ({2: (46.84, 50.0, 24.0)}, "latitude is no angle: (46.84, 50.0, 24.0)"),
+        ({2: (0.0, 0.0, 0.0), 4: (0.0, 0.0, 0.0)}, "0 N 0 E, which is written where a receiver knows no place"),
     ],
-    ids=["empty", "half", "no sides", "empty sides", "unknown side", "one number", "past the pole", "past 180"],
 )
-def test_a_malformed_position_is_none_and_the_photograph_is_decoded(tmp_path, gps):
+def test_a_position_that_cannot_be_true_is_none_and_said_and_the_photograph_is_decoded(tmp_path, changed, doubt):
+    gps = {tag: value for tag, value in {**DULUTH, **changed}.items() if value is not None}
     decoded = images.decode(with_gps(tmp_path / "a.jpg", gps))
-    assert decoded.position is None
+    assert (decoded.position, decoded.doubt) == (None, doubt)
     assert far(decoded.pixels, smooth(40, 60)) <= 12
+
+
+def header(gps, **camera):
+    """EXIF as it is in memory, of a DJI."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "DJI\0\0"
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
+    exif.get_ifd(ExifTags.IFD.Exif).update({ExifTags.Base[name]: value for name, value in camera.items()})
+    return exif
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {1: "n", 3: "w"},
+        {1: "North", 3: "West"},
+        {1: "N\0", 3: " W"},
+        {1: b"N\0", 3: b"W"},
+        {2: 46.79, 4: 92.095},
+        {2: (46.79, 0, 0), 4: (92.095,)},
+        {2: (46, 47.4), 4: (92, 5.7, 0)},
+        {2: (46, 46, 84 - 24), 4: (92, 5, 42)},
+        {2: "46.79", 4: b"92.095\0"},
+        {2: "46/1, 47/1, 24/1", 4: "92 5 42.0"},
+    ],
+    ids=str,
+)
+def test_a_position_is_taken_however_it_is_written(changed):
+    position, doubt = exif.position(header({**DULUTH, **changed}), b"")
+    wanted = 46 + 47 / 60 if changed.get(2) == (46, 46, 60) else 46.79
+    assert (position["latitude"], position["longitude"], doubt) == (pytest.approx(wanted), pytest.approx(-92.095), "")
+
+
+def test_an_altitude_that_cannot_be_true_is_said():
+    position, doubt = exif.position(header({**DULUTH, 6: 4294967.295}), b"")
+    assert (position["latitude"], position["altitude"]) == (pytest.approx(46.79), None)
+    assert doubt == "altitude is none: 4,294,967 m"
+
+
+MAKER_NOTE = {5: 0.5, 6: 1.75, 7: 46.0, 8: 3.0, 9: -89.5, 10: 42.25, 11: 0.0}
+
+
+@pytest.mark.parametrize("endian", "<>")
+def test_dji_says_in_its_own_note_how_the_camera_was_held(tmp_path, endian):
+    """Little-endian, whatever the EXIF around it is, of which the note says nothing where it is cut off."""
+    entries = b"".join(struct.pack("<HHIf", tag, 11, 1, value) for tag, value in MAKER_NOTE.items())
+    for cut, wanted in ((0, (42.25, -89.5)), (30, (46.0, None)), (83, (None, None))):
+        note = (struct.pack("<H", len(MAKER_NOTE)) + entries)[: len(entries) + 2 - cut]
+        written = header(DULUTH, MakerNote=note)
+        written.endian = endian
+        Image.fromarray(smooth(40, 60)).save(tmp_path / "a.jpg", exif=written)
+        assert (tmp_path / "a.jpg").read_bytes()[30:32] == {"<": b"II", ">": b"MM"}[endian]
+        position = images.decode(tmp_path / "a.jpg").position
+        assert (position.get("yaw"), position.get("pitch")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("xmp", "held"),
+    [
+        ('<a d:GimbalYawDegree="-100.40" d:GimbalPitchDegree="-45.0" d:FlightYawDegree="+7"', (-100.4, -45, None)),
+        (
+            "<d:FlightYawDegree>+7.5</d:FlightYawDegree><d:RelativeAltitude>\n+30.25</d:RelativeAltitude>",
+            (7.5, None, 30.25),
+        ),
+        ("<a Camera:Yaw='3700/100' Camera:Pitch='-90'", (37, -90, None)),
+        ('<a p:CameraYawDegree="12.5" p:CameraPitchDegree="1"', (12.5, 1, None)),
+        ('<s:CameraOrientationFLU s:Yaw="5"/><s:CameraOrientationNED s:Pitch="-89" s:Yaw="77"/>', (77, -89, None)),
+        ('<a GimbalYawDegree="-170" GimbalPitchDegree="-90" GimbalRollDegree="180"', (10, -90, None)),
+        ('<a GimbalYawDegree="nan" GimbalPitchDegree="inf" RelativeAltitude="high"', (123.5, None, None)),
+        ("<" + "GimbalYawDegree" * 4000, (123.5, None, None)),
+    ],
+    ids=range(8),
+)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_xmp_says_how_the_camera_was_held(tmp_path, xmp, held, suffix):
+    path = with_gps(tmp_path / f"a{suffix}", {**DULUTH, 17: 123.5})
+    with Image.open(path) as opened:
+        written, pixels = opened.getexif(), opened.copy()
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    if suffix == ".tif":
+        written[ExifTags.Base.XMLPacket] = xmp.encode()
+    pixels.save(path, exif=written, **({"pnginfo": info} if suffix == ".png" else {"xmp": xmp.encode()}))
+    position = images.decode(path).position
+    assert tuple(position.get(key) for key in ("yaw", "pitch", "relative_altitude")) == held
+
+
+@pytest.mark.parametrize(
+    ("xmp", "place"),
+    [
+        ('<a d:GpsLatitude="+46.79" d:GpsLongtitude="-92.095" d:AbsoluteAltitude="+198.5"', (46.79, -92.095, 198.5)),
+        ("<e:GPSLatitude>46,47.4N</e:GPSLatitude><e:GPSLongitude>92,5,42W</e:GPSLongitude>", (46.79, -92.095, None)),
+        ('<a GpsLatitude="0.000000" GpsLongitude="0.000000"', None),
+        ('<a GPSLatitude="N" GPSLongitude="W"', None),
+    ],
+)
+@pytest.mark.parametrize("gps", [{}, {1: "N", 2: (0, 0, 0), 3: "E", 4: (0, 0, 0)}], ids=["no EXIF", "no fix"])
+def test_a_position_is_taken_from_xmp_where_exif_knows_none(gps, xmp, place):
+    position, doubt = exif.position(header(gps), xmp.encode())
+    assert (position and tuple(position.values())) == (place and pytest.approx(place))
+    assert (doubt == "") == (place is not None)
 
 
 def zero_by_zero(path, number):
@@ -404,6 +697,7 @@ def zero_by_zero(path, number):
 def test_a_position_of_zero_by_zero_is_none(tmp_path):
     decoded = images.decode(zero_by_zero(with_gps(tmp_path / "a.jpg", DULUTH), 46))
     assert decoded.position is None
+    assert decoded.doubt.startswith("latitude is no angle: (nan,")
     assert far(decoded.pixels, smooth(40, 60)) <= 12
 
 
@@ -478,6 +772,135 @@ def test_a_truncated_jpeg_has_a_header_and_no_pixels(tmp_path, resize):
         images.decode(tmp_path / "a.jpg", resize)
 
 
+def jpeg_of(mode, seed=0, **options):
+    """A JPEG of 640 x 360 pixels in which much is to be seen."""
+    rng = np.random.default_rng(seed)
+    layers = [rng.normal(0, 25, (360 // cell, 640 // cell, 3)) for cell in (4, 8, 20, 40)]
+    drawn = 128 + sum(cv2.resize(layer, (640, 360), interpolation=cv2.INTER_CUBIC) for layer in layers)
+    file = io.BytesIO()
+    Image.fromarray(np.clip(np.round(drawn), 0, 255).astype(np.uint8)).convert(mode).save(
+        file, "JPEG", quality=92, **options
+    )
+    return file.getvalue()
+
+
+KINDS = {
+    "baseline": {"mode": "RGB"},
+    "progressive": {"mode": "RGB", "progressive": True},
+    "restart": {"mode": "RGB", "restart_marker_rows": 1},
+    "grey": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def two_jpegs(request):
+    return jpeg_of(**KINDS[request.param]), jpeg_of(**KINDS[request.param], seed=1)
+
+
+def test_a_damaged_jpeg_is_no_photograph(tmp_path, two_jpegs):
+    """What libjpeg only warns of, and Pillow drops."""
+    good, other = two_jpegs
+    third, half = len(good) // 3, len(good) // 2
+    damaged = {
+        "zeros but for its end": good[:half] + bytes(len(good) - half - 2) + good[-2:],
+        "zeros to its end": good[:half] + bytes(len(good) - half),
+        "zeros inside": good[:third] + bytes(4096) + good[third + 4096 :],
+        "another's half": good[:half] + other[half:],
+        "cut": good[:half],
+        "cut by three bytes": good[:-3],
+    }
+    for data in damaged.values():
+        (tmp_path / "a.jpg").write_bytes(data)
+        for resize in (None, Resize("scale", scale=0.2)):
+            with pytest.raises(PhotographError, match=r"^damaged or truncated: .*([Pp]remature|extraneous)"):
+                images.decode(tmp_path / "a.jpg", resize)
+
+
+def test_what_follows_a_jpeg_costs_nothing_nor_does_its_end(tmp_path, two_jpegs):
+    good, other = two_jpegs
+    with Image.open(io.BytesIO(good)) as image:
+        expected = np.asarray(image.convert("RGB"))
+    for data in (good, good + bytes(1000), good + other, good + b"a trailer" * 50, good[:-2]):
+        (tmp_path / "a.jpg").write_bytes(data)
+        assert far(images.decode(tmp_path / "a.jpg").pixels, expected) == 0
+
+
+@pytest.mark.parametrize("share", [5, 4, 3])
+def test_a_flipped_byte_that_shifts_the_colours_is_found(tmp_path, share):
+    """The second comes out even, so that libjpeg says nothing: its colours are shifted from there on."""
+    data = bytearray(jpeg_of("RGB"))
+    data[len(data) // share] ^= 0x55
+    (tmp_path / "a.jpg").write_bytes(data)
+    for resize in (None, Resize("scale", scale=0.4)):
+        with pytest.raises(PhotographError, match=r"^damaged"):
+            images.decode(tmp_path / "a.jpg", resize)
+
+
+def test_what_lies_between_the_parts_of_a_jpegs_header_costs_nothing(tmp_path):
+    data = jpeg_of("RGB")
+    place = data.index(b"\xff\xdb")
+    (tmp_path / "a.jpg").write_bytes(data[:place] + bytes(40) + data[place:])
+    (tmp_path / "whole.jpg").write_bytes(data)
+    found, expected = (images.decode(tmp_path / name).pixels for name in ("a.jpg", "whole.jpg"))
+    assert far(found, expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'>", "SVG"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"\0\0\1\0\1\0", "icon"),
+        (b"<!DOCTYPE html><html>404", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "raw of a camera"),
+    ],
+)
+def test_what_else_is_named_jpg_is_told(tmp_path, start, what):
+    (tmp_path / "a.jpg").write_bytes(start + bytes(200))
+    for read in (images.check_header, images.decode):
+        with pytest.raises(PhotographError, match=f"not a photograph that imatch reads, but .*{what}"):
+            read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_much_text_is_a_photograph(tmp_path, behind):
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    kind = b"zTXtComment\0\0" + zlib.compress(bytes(5_000_000))
+    chunk = struct.pack(">I", len(kind) - 4) + kind + struct.pack(">I", zlib.crc32(kind))
+    place = len(data) - 12 if behind else 33
+    (tmp_path / "a.png").write_bytes(data[:place] + chunk + data[place:])
+    assert images.check_header(tmp_path / "a.png") == COLOUR.shape[:2]
+    assert far(images.decode(tmp_path / "a.png").pixels, COLOUR) == 0
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".avif", 30), (".jp2", 0), (".jfif", 30), (".heic", 30)])
+def test_telephones_and_archives_formats_are_read(tmp_path, suffix, tolerance):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".heic":
+        heif = pytest.importorskip("pillow_heif")
+        exif = with_gps(tmp_path / "gps.jpg", DULUTH)
+        with Image.open(exif) as image:
+            heif.from_pillow(Image.fromarray(smooth(40, 60))).save(path, quality=95, exif=image.info["exif"])
+    else:
+        Image.fromarray(smooth(40, 60)).save(path, "JPEG" if suffix == ".jfif" else None)
+    assert images.list_photographs(tmp_path)[0] == path.name
+    assert images.check_header(path) == (40, 60)
+    decoded = images.decode(path)
+    assert far(decoded.pixels, smooth(40, 60)) <= tolerance
+    assert bool(decoded.position) == (suffix == ".heic")
+
+
+def test_what_is_not_listed_has_a_remedy():
+    assert images.SUFFIXES.isdisjoint(images.OTHERS)
+    assert "develop it" in images.OTHERS[".dng"]
+    assert ".heic" in images.SUFFIXES or "extra heif" in images.OTHERS[".heic"]
+
+
 def test_a_file_that_is_gone(tmp_path):
     for read in (images.check_header, images.decode, images.file_digest):
         with pytest.raises(PhotographError, match="No such file"):
@@ -549,6 +972,69 @@ def touch(root, *names):
 def test_the_list_is_sorted_and_leaves_out_what_is_no_photograph(tmp_path):
     touch(tmp_path, "b.jpg", "a.PNG", "sub/c.TIFF", "sub/deep/d.jpeg", ".hidden.jpg", ".git/e.jpg", "f.txt", "jpg")
     assert images.list_photographs(tmp_path) == ["a.PNG", "b.jpg", "sub/c.TIFF", "sub/deep/d.jpeg"]
+
+
+SYSTEMS = {  # a folder, how many pictures lie in it -> what is said of it
+    ("@eaDir/a.jpg", 2): "2 in @eaDir (thumbnails of a NAS)",
+    ("@EADIR/a.jpg", 1): "1 in @EADIR (thumbnails of a NAS)",
+    ("trip/@__thumb", 1): "1 in @__thumb (thumbnails of a NAS)",
+    ("#recycle", 1): "1 in #recycle (deleted files)",
+    ("$RECYCLE.BIN/S-1-5", 3): "3 in $RECYCLE.BIN (deleted files)",
+    ("#snapshot/monday", 1): "all in #snapshot (older copies)",
+    (".Trash-1000/files", 1): "all in .Trash-1000 (hidden)",
+    (".thumbnails", 1): "all in .thumbnails (hidden)",
+    ("__MACOSX/trip", 1): "1 in __MACOSX (of the system)",
+    ("System Volume Information", 1): "1 in System Volume Information (of the system)",
+    ("Catalog Previews.lrdata/0", 1): "1 in Catalog Previews.lrdata (previews of Lightroom)",
+    ("Mac.photoslibrary/resources/derivatives", 1): "1 in resources (copies in a photo library)",
+}
+
+
+@pytest.mark.parametrize(("folder", "many"), SYSTEMS)
+def test_folders_of_systems_hold_no_photographs(tmp_path, folder, many):
+    touch(tmp_path, "a.jpg", *(f"{folder}/{i}.jpg" for i in range(many)))
+    found = images.list_photographs(tmp_path)
+    assert (found, found.left_out) == (["a.jpg"], f"; left out: {SYSTEMS[folder, many]}")
+
+
+def test_folders_of_ones_own_hold_photographs(tmp_path):
+    names = [
+        "#recycled/a.jpg",
+        "@home/b.jpg",
+        "eaDir/c.jpg",
+        "library/previews/e.jpg",
+        "x.photoslibrary/originals/d.jpg",
+    ]
+    touch(tmp_path, *names, "@eaDir/note.txt")
+    found = images.list_photographs(tmp_path)
+    assert (found, found.left_out) == (names, "")
+    touch(tmp_path, "#recycle/back/a.jpg")
+    assert images.list_photographs(tmp_path / "#recycle") == ["back/a.jpg"]  # who names it, means it
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    touch(tmp_path, "a.jpg", "b.NEF", "B.nef", "sub/c.dng", "sub/c.jpg", "d.mp4", "._a.jpg", ".DS_Store", "e.csv", "f")
+    found = images.list_photographs(tmp_path)
+    raw = "1 .dng, 2 .nef (raw of a camera: develop it to TIFF or JPEG)"
+    hidden, video = "1 hidden (their names begin with a dot)", "1 .mp4 (a video: take its frames out)"
+    assert found == ["a.jpg", "sub/c.jpg"]
+    assert found.left_out == f"; left out: {video}, {raw}, {hidden}, 2 other files"
+
+
+def test_a_closed_folder_of_the_system_is_no_error(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "lost+found/b.jpg", "trip/c.jpg")
+    closed, scandir = "lost+found", os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == closed:
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert images.list_photographs(tmp_path).left_out == "; left out: all in lost+found (of the system)"
+    closed = "trip"
+    with pytest.raises(ImatchError, match=r"folder .*trip cannot be listed: Permission denied"):
+        images.list_photographs(tmp_path)
 
 
 def test_names_of_any_letters_are_listed(tmp_path):

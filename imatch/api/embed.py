@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -14,13 +16,13 @@ from tqdm import tqdm
 
 from imatch.core import compute, files, settings
 from imatch.core.rows import About, Options, Parameters, ReferenceRow
-from imatch.core.types import ImatchError, PhotographError, Tokens
+from imatch.core.types import ImatchError, ImatchWarning, PhotographError, Tokens
 from imatch.data import images
 from imatch.data import references as kinds
 from imatch.data.embeddings import COMPARED, Embeddings, vector_digest
 from imatch.data.images import Decoded, Resize
 from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for
-from imatch.features.pipeline import Made, passed
+from imatch.features.pipeline import Made, assumed, passed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -181,6 +183,8 @@ def make_tokens(
             held, done = held + copies * sum(map(_bytes, tokens)), done + len(batch)
             check_memory(held, done, total, instead, beside)
             del batch, tokens  # not to be held while the next one is put together
+    if told := assumed(made.rows.values()):
+        warnings.warn(told, ImatchWarning, stacklevel=2)
     return made
 
 
@@ -211,7 +215,8 @@ def _read(
 
 
 def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
-    """Say where photographs are, by id: those of a folder, or those given.
+    """Say where photographs are, by id: those of a folder, or those given; what a folder holds besides is printed on
+    standard error.
 
     Raises:
         ImatchError: none, one that is no photograph, or one given twice.
@@ -223,7 +228,10 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
         root = settings.from_workspace(photographs)
         if not root.is_dir():
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
-        found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
+        ids = images.list_photographs(root)
+        found: dict[str, Path | np.ndarray] = {id: root / id for id in ids}
+        if ids.left_out:
+            print(f"{len(ids)} photographs in {root}{ids.left_out}", file=sys.stderr)
     elif not isinstance(photographs, Sequence):
         kind = type(photographs).__name__
         raise ImatchError(f"photographs is a {kind}: give a folder, or a list of photographs")

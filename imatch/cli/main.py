@@ -64,7 +64,9 @@ class Group(click.Group):
         except KeyboardInterrupt as stopped:  # click would exit with 1, which means "no match"
             click.echo("; ".join(("stopped", *stopped.args)), err=True)
             context.exit(130)
-        click.echo(f"error: {said}", err=True)
+        from imatch.core.files import printable
+
+        click.echo("error: " + "\n".join(map(printable, said.split("\n"))), err=True)
         context.exit(2)
 
 
@@ -194,7 +196,7 @@ def send(step: str, ttl_hours: float) -> int:
         raise ImatchError(f"{opened.folder} is a {opened.name}: give the folder of a 03_index")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ImatchWarning)
-        print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+        print(sending.send(opened, to="redis", ttl=sending.SendOptions("redis", ttl_hours).ttl))
     for warning in told:
         click.echo(f"warning: {warning.message}", err=True)
     return int(not read_json(opened.folder / "sent.json")["acknowledged"])

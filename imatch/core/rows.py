@@ -17,11 +17,14 @@ ReportRow = dict[str, Json]
 
 
 class Position(TypedDict):
-    """Where a photograph was taken: degrees, and metres above the sea."""
+    """Where a photograph was taken, and how the camera was held: degrees and metres (`exif.position`)."""
 
     latitude: float
     longitude: float
     altitude: float | None
+    yaw: NotRequired[float]
+    pitch: NotRequired[float]
+    relative_altitude: NotRequired[float]
 
 
 class About(TypedDict, total=False):
@@ -36,14 +39,16 @@ class About(TypedDict, total=False):
 
 class PhotoRow(About):
     """Of images.jsonl (`Embeddings.rows` says what each is), and of skipped.jsonl: those have `skipped`, and a
-    size, position and look where they could be decoded; sha256 is None of a file that cannot be read. Imported ones
-    have a name and a global_norm, and of references an angle and a crop."""
+    size, position, look and note where they could be decoded; sha256 is None of a file that cannot be read. Imported
+    ones have a name and a global_norm, and of references an angle and a crop."""
 
     id: str
     sha256: str
     size: NotRequired[tuple[int, int]]
     position: NotRequired[Position | None]
+    doubt: NotRequired[str]
     look: NotRequired[str | None]
+    note: NotRequired[str]
     skipped: NotRequired[str]
     grid: NotRequired[tuple[int, int] | None]
     xy: NotRequired[bool]

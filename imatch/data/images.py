@@ -9,33 +9,59 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, SupportsFloat
+from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from imatch.core import config
+from imatch.core.files import printable
 from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
+from imatch.data import formats, jpeg, tiff
+from imatch.data.exif import position as position_of
+from imatch.data.tiff import UPRIGHT, Tiff
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
-)
-UPRIGHT = {  # EXIF orientation -> what makes the photograph upright; 1 and values out of range need nothing
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_HEIF = frozenset((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ())
+SUFFIXES = _HEIF | {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"),
+    *(".avif", ".jp2", ".j2k"),
 }
+"""In lower case, what the names of files end in that are listed as photographs."""
+_REMEDIES = {
+    "install the extra heif": ".heic .heif .hif",
+    "raw of a camera: develop it to TIFF or JPEG": ".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .srw .raf .orf .rw2 "
+    ".pef .x3f .iiq .3fr .fff .erf .mrw",
+    "convert it to TIFF or PNG": ".jxl .psd .exr .jpx .tga .fits",
+    "a video: take its frames out": ".mp4 .mov .avi .mkv",
+}
+OTHERS = {one: why for why, those in _REMEDIES.items() for one in those.split() if one not in SUFFIXES}
+"""What photographs come as, too, and imatch does not list: suffix -> what to do."""
+PICTURES = SUFFIXES | OTHERS.keys()
+HIDDEN, OLDER = "hidden", "older copies"
+UNSEEN = (HIDDEN, OLDER)
+"""Kinds of folders that are not looked into: they may hold all of a disk once more."""
+SYSTEM = {
+    "thumbnails of a NAS": ("@eadir", "@__thumb"),
+    "previews of Lightroom": ("*.lrdata",),
+    "copies in a photo library": ("*.photoslibrary/resources", "*.p*library/previews", "*.p*library/thumbnails"),
+    "deleted files": ("#recycle", "@recycle", "$recycle.bin", "recycler", "network trash folder"),
+    OLDER: ("#snapshot", "@recently-snapshot"),
+    "of the system": ("system volume information", "lost+found", "__macosx"),
+}
+"""What folders hold that systems and programs make between photographs -> how they are called, in lower case."""
 MAX_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
 RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
@@ -148,11 +174,13 @@ class Decoded:
         pixels: (h, w, 3) uint8 RGB, upright, resized as asked.
         size: (H, W) of the upright photograph before resizing.
         sha256: hexadecimal digest of the file's bytes.
-        position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
+        position: where it was taken, and how it was held (`exif.position`), or None.
         box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
         look: what `look` says of the pixels, "" if nobody asked.
+        note: what had to be assumed to show them, such as which numbers are black and white, "" if nothing.
         turned: (3, 3), where the pixels were before they were rotated (`rotations.turned`), and the (h, w) of all of
             them then; None when nobody rotated them.
+        doubt: what of its position is not taken, and why; "" for nothing.
     """
 
     pixels: np.ndarray
@@ -161,7 +189,9 @@ class Decoded:
     position: Position | None
     box: tuple[float, float, float, float]
     look: str = ""
+    note: str = ""
     turned: tuple[np.ndarray, tuple[int, int]] | None = None
+    doubt: str = ""
 
     def to_original(self, xy: np.ndarray) -> np.ndarray:
         """Positions (n, 2) in `pixels` as float32 positions in the upright photograph as it lies on disk."""
@@ -174,39 +204,95 @@ class Decoded:
         return np.asarray((xy + 0.5) * factor + origin - 0.5, np.float32)
 
 
-def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
+class Listed(list[str]):
+    """Ids of photographs. `left_out` says what else lies there, to follow them: "; left out: ...", "" for nothing."""
+
+    left_out = ""
+
+
+def list_photographs(root: Path, leave_out: Path | None = None) -> Listed:
     """The ids of all photographs below `root`, but for those below `leave_out`: POSIX paths relative to it, sorted.
 
-    Linked folders are followed, a link back to a folder above itself is not. Hidden files are left out.
+    Linked folders are followed, a link back to a folder above itself is not. Hidden files and folders, folders of
+    systems and programs (`SYSTEM`) and files of other kinds are left out and counted; what is no picture is counted
+    as one sum, and hidden folders and older copies are not looked into.
 
     Raises:
         ImatchError: a folder cannot be listed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for name in ("b.jpg", "a.PNG", "notes.txt"):
+    ...     for name in ("b.jpg", "a.PNG", "notes.txt", "c.cr2", "d.DNG"):
     ...         _ = (Path(folder) / name).write_bytes(b"")
-    ...     list_photographs(Path(folder))
-    ['a.PNG', 'b.jpg']
+    ...     found = list_photographs(Path(folder))
+    >>> found, found.left_out
+    (['a.PNG', 'b.jpg'], '; left out: 1 .cr2, 1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 other files')
     """
-    found = []
-    for name, folders, files in os.walk(root, onerror=_unlisted, followlinks=True):
+    found: list[Path] = []
+    left_out = Counter[tuple[str, str]]()
+    system: dict[Path, tuple[str, str]] = {}
+
+    def unlisted(error: OSError) -> None:
+        if (folder := Path(error.filename)) not in system:
+            raise ImatchError(
+                f"folder {folder} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
+            ) from error
+        left_out[system[folder]] += 0
+
+    for name, folders, files in os.walk(root, onerror=unlisted, followlinks=True):
         folder = Path(name)
         if folder == leave_out:
             folders.clear()
             continue
+        if folder in system:
+            if pictures := sum(_suffix(one) in PICTURES for one in files):
+                left_out[system[folder]] += pictures
+            folders[:] = [one for one in folders if not (folder / one).is_symlink()]
+            system |= {folder / one: system[folder] for one in folders}
+            continue
         above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
-        shown = [one for one in folders if not one.startswith(".")]
-        folders[:] = [one for one in shown if os.path.realpath(folder / one) not in above]
-        shown = [one for one in files if not one.startswith(".")]
-        found += [folder / one for one in shown if Path(one).suffix.lower() in SUFFIXES]
-    return sorted(path.relative_to(root).as_posix() for path in found)
+        folders[:] = [one for one in folders if os.path.realpath(folder / one) not in above]
+        for one in folders.copy():
+            if why := _system(folder, one):
+                system[folder / one] = kind = why, f"in {printable(one)}"
+                if why in UNSEEN:
+                    left_out[kind] += 0
+                    folders.remove(one)
+        for one in files:
+            if (suffix := _suffix(one)) in SUFFIXES and not one.startswith("."):
+                found.append(folder / one)
+            elif suffix in PICTURES and one.startswith("."):
+                left_out["their names begin with a dot", "hidden"] += 1
+            elif not one.startswith("."):
+                left_out[(OTHERS[suffix], suffix) if suffix in OTHERS else ("", "other files")] += 1
+    listed = Listed(sorted(path.relative_to(root).as_posix() for path in found))
+    listed.left_out = _said(left_out)
+    return listed
 
 
-def _unlisted(error: OSError) -> None:
-    raise ImatchError(
-        f"folder {error.filename} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
-    ) from error
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _system(above: Path, name: str) -> str:
+    """What a folder that holds no photographs of the user's own holds; "" for all others."""
+    if name.startswith("."):
+        return HIDDEN
+    path = f"/{above.name}/{name}".lower()
+    for why, those in SYSTEM.items():
+        if any(fnmatchcase(path, f"*/{one}") for one in those):
+            return why
+    return ""
+
+
+def _said(left_out: Counter[tuple[str, str]]) -> str:
+    """How many of each kind, those of one reason together; without a number, all that is in a folder."""
+    reasons = []
+    kinds = sorted(left_out, key=lambda kind: (not kind[0], kind))
+    for why, alike in groupby(kinds, key=itemgetter(0)):
+        counted = ", ".join(f"{left_out[kind] or 'all'} {kind[1]}" for kind in alike)
+        reasons.append(f"{counted} ({why})" if why else counted)
+    return f"; left out: {', '.join(reasons)}" if reasons else ""
 
 
 def check_header(path: Path) -> tuple[int, int]:
@@ -215,13 +301,11 @@ def check_header(path: Path) -> tuple[int, int]:
     Raises:
         PhotographError: the file cannot be opened, is empty, is no photograph or is too large to decode.
     """
-    with _reasons():
-        if path.stat().st_size == 0:
-            raise PhotographError("empty file")
-        with Image.open(path) as image:
-            _check_size(image)
-            # no EXIF: in a PNG it can lie behind the pixels, which would all be read
-            return image.size[::-1]
+    with _reasons(), path.open("rb") as file:
+        image = formats.opened(file)
+        _check_size(image)
+        # no EXIF: in a PNG it can lie behind the pixels, which would all be read
+        return image.size[::-1]
 
 
 def decode(
@@ -230,8 +314,8 @@ def decode(
     """Read a photograph: RGB, 8 bits, upright, at the size the backbone wants.
 
     JPEGs much larger than that are decoded at a half, a quarter or an eighth; nothing shifts. Where parts of pixels are
-    cut off, Pillow resizes in place of `by`. 16-bit grey is scaled to 8; transparent pixels lie on white, as viewers
-    show them; of an animation the first frame is taken.
+    cut off, Pillow resizes in place of `by`. More than 8 bits are scaled to 8 (`tiff.eight_bits`); transparent pixels
+    lie on white, as viewers show them; of an animation the first frame is taken.
 
     Args:
         photograph: the file; or one that is in memory already, a Pillow image or (h, w, 3) uint8 RGB, upright.
@@ -240,7 +324,7 @@ def decode(
         by: who resizes, one of `RESAMPLING`.
 
     Raises:
-        PhotographError: it has no pixels, or they cannot be decoded; the message is the reason.
+        PhotographError: it has no pixels, or they cannot be decoded, or are damaged; the message is the reason.
 
     >>> decode(np.zeros((20, 30, 3), np.uint8), Resize("scale", scale=0.5)).pixels.shape
     (10, 15, 3)
@@ -248,20 +332,18 @@ def decode(
     with _reasons():
         if isinstance(photograph, Path):
             file = io.BytesIO(photograph.read_bytes())
-            if not file.getvalue():
-                raise PhotographError("empty file")
-            with Image.open(file) as opened:
-                return _decoded(opened, hashlib.sha256(file.getvalue()).hexdigest(), resize, patch, by, file)
-        image = Image.fromarray(photograph) if isinstance(photograph, np.ndarray) else photograph
-        return _decoded(image, hashlib.sha256(image.tobytes()).hexdigest(), resize, patch, by)
+            sha256 = hashlib.sha256(file.getvalue()).hexdigest()
+            return _decoded(formats.opened(file), sha256, resize, patch, by, file)
+        given = Image.fromarray(photograph) if isinstance(photograph, np.ndarray) else photograph
+        return _decoded(given, hashlib.sha256(given.tobytes()).hexdigest(), resize, patch, by)
 
 
 def _decoded(
-    image: Image.Image, sha256: str, resize: Resize | None, patch: int, by: str, file: io.BytesIO | None = None
+    image: Image.Image | Tiff, sha256: str, resize: Resize | None, patch: int, by: str, file: io.BytesIO | None = None
 ) -> Decoded:
     _check_size(image)
     exif = _exif(image)
-    position = _position(exif)
+    position, doubt = position_of(exif, image.info.get("xmp", b""))
     turn = _turn(image, exif)
     lying = turn >= 5
     size = image.size if lying else image.size[::-1]
@@ -271,13 +353,11 @@ def _decoded(
     box = (top, left, bottom, right) if lying else (left, top, right, bottom)
     target = target[::-1] if lying else target
     box = _drafted(image, target, box)
-    image.load()
-    if file:
-        file.close()  # large files must not lie beside their pixels, and some decoders keep them
-    pixels = _resized(image, target, box, by)
+    pixels, note = _pixels(image, file)
+    pixels = _resized(pixels, target, box, by)
     if turn in UPRIGHT:
         pixels = np.asarray(Image.fromarray(pixels).transpose(UPRIGHT[turn]))
-    return Decoded(pixels, size, sha256, position, (left, top, right, bottom))
+    return Decoded(pixels, size, sha256, position, (left, top, right, bottom), note=note, doubt=doubt)
 
 
 def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -327,7 +407,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image | Tiff) -> None:
     w, h = image.size
     if not w * h:
         raise PhotographError("no pixels")
@@ -349,17 +429,17 @@ def _reasons() -> Iterator[None]:
         raise PhotographError(f"{type(error).__name__}: {error}") from error
 
 
-def _exif(image: Image.Image) -> Image.Exif:
+def _exif(image: Image.Image | Tiff) -> Image.Exif:
     """The EXIF of a photograph; nothing when it is broken, for the pixels are good all the same."""
-    if image.format == "PNG":
-        image.load()  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
+    if isinstance(image, Image.Image) and image.format == "PNG":
+        formats.load(image)  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
     try:
         return image.getexif()
     except Exception:
         return Image.Exif()
 
 
-def _turn(image: Image.Image, exif: Image.Exif) -> int:
+def _turn(image: Image.Image | Tiff, exif: Image.Exif) -> int:
     """The EXIF orientation that is left to apply: Pillow turns TIFFs itself, and has their upright size at once."""
     turn = 1 if image.format == "TIFF" else exif.get(ExifTags.Base.Orientation, 1)
     return turn if turn in UPRIGHT else 1
@@ -368,7 +448,7 @@ def _turn(image: Image.Image, exif: Image.Exif) -> int:
 Box = tuple[float, float, float, float]
 
 
-def _drafted(image: Image.Image, target: tuple[int, int], box: Box) -> Box:
+def _drafted(image: Image.Image | Tiff, target: tuple[int, int], box: Box) -> Box:
     """Ask the decoder for no more than twice the pixels that are wanted of a box, and say where it is then."""
     (h, w), (width, height) = target, image.size
     wanted = (math.ceil(2 * w * width / (box[2] - box[0])), math.ceil(2 * h * height / (box[3] - box[1])))
@@ -377,16 +457,16 @@ def _drafted(image: Image.Image, target: tuple[int, int], box: Box) -> Box:
     return box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy
 
 
-def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> np.ndarray:
-    h, w = target
-    if (w, h) == image.size and box == (0, 0, w, h):
-        return _pixels(image)
-    much = by == "torch" and (image.width >= REDUCED * w or image.height >= REDUCED * h)
-    if much or box != (0, 0, *image.size):  # torch averages no blocks, and neither cuts out parts of pixels
-        return np.asarray(_rgb(image).resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2))
-    pixels = _pixels(image)
+def _resized(pixels: np.ndarray, target: tuple[int, int], box: Box, by: str) -> np.ndarray:
+    (h, w), (height, width) = target, pixels.shape[:2]
+    if (h, w) == (height, width) and box == (0, 0, w, h):
+        return pixels
+    much = by == "torch" and (width >= REDUCED * w or height >= REDUCED * h)
+    if much or box != (0, 0, width, height):  # torch averages no blocks, and neither cuts out parts of pixels
+        image = Image.fromarray(pixels)
+        return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC, box, reducing_gap=REDUCED / 2))
     if by == "opencv":
-        small = min(w, image.width), min(h, image.height)  # first what shrinks, for INTER_AREA does not enlarge
+        small = min(w, width), min(h, height)  # first what shrinks, for INTER_AREA does not enlarge
         pixels = cv2.resize(pixels, small, interpolation=cv2.INTER_AREA)
         return cv2.resize(pixels, (w, h), interpolation=cv2.INTER_CUBIC)
     from torch import from_numpy
@@ -398,51 +478,38 @@ def _resized(image: Image.Image, target: tuple[int, int], box: Box, by: str) -> 
     return planes.permute(1, 2, 0).contiguous().numpy()
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: Image.Image | Tiff, file: io.BytesIO | None) -> tuple[np.ndarray, str]:
+    """Decode a photograph: (h, w, 3) uint8 RGB, and a note of what had to be assumed."""
+    if file and isinstance(image, JpegImageFile) and (found := jpeg.pixels(image, file.getvalue())) is not None:
+        return found, ""
+    note = ""
+    if isinstance(image, Tiff):
+        image, note = image.read()
+    elif file and image.format == "PNG" and file.getbuffer()[24] == 16:
+        image, note = tiff.png_of_16(image, file.getvalue())
+    elif image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, np.uint16 if image.format == "PPM" else None)  # Pillow scales these itself
+        scaled, note = tiff.eight_bits(values, 65535 if image.format == "PPM" else None)
+        image = Image.fromarray(scaled)
+    image.load()
+    if file:
+        file.close()  # large files must not lie beside their pixels, and some decoders keep them
+    if image.has_transparency_data:
+        alpha = image if "A" in image.getbands() else image.convert("RGBA")
+        if not alpha.getchannel("A").getbbox():
+            raise PhotographError("alpha is 0 everywhere, so there is nothing to see: save it without alpha")
     w, h = image.size
     pixels = np.empty((h, w, 3), np.uint8)
     rows = max(1, STRIP // w)
     for top in range(0, h, rows):
         pixels[top : top + rows] = np.asarray(_rgb(image.crop((0, top, w, min(top + rows, h)))))
-    return pixels
+    if file:
+        image.close()
+    return pixels, note
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise PhotographError("32-bit floating point pixels have no fixed white: convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise PhotographError("32-bit pixels have no fixed white: convert it to 8 or 16 bits")
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _position(exif: Image.Exif) -> Position | None:
-    try:
-        gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
-        latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
-        longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef], "EW")
-    except Exception:  # absent or malformed: the photograph has no position, which is what None says
-        return None
-    if not (abs(latitude) <= 90 and abs(longitude) <= 180):  # so written, NaN is refused too
-        return None
-    return {"latitude": latitude, "longitude": longitude, "altitude": _altitude(gps)}
-
-
-def _degrees(parts: Sequence[SupportsFloat], side: str, sides: str) -> float:
-    """Degrees from (degrees, minutes, seconds), negative on the second of two `sides`."""
-    degrees = sum(float(part) / 60**power for power, part in enumerate(parts))
-    return degrees * (1, -1)[sides.index(side[0])]
-
-
-def _altitude(gps: Mapping[int, SupportsFloat | bytes]) -> float | None:
-    try:
-        metres = float(gps[ExifTags.GPS.GPSAltitude])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    below = gps.get(ExifTags.GPS.GPSAltitudeRef) in (b"\1", 1)
-    return (-metres if below else metres) if math.isfinite(metres) else None

@@ -255,7 +255,7 @@ def pair_sheet(folder: Path, pairs: Sequence[PairRow], n: int = 4) -> Figure | s
         return "No pictures of pairs: nothing was matched, or outputs is without 'png'."
     figure, axes = _sheet(len(paths), 1, side=8, aspect=0.5)
     for path, axis in zip(paths, axes.flat, strict=True):
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             axis.imshow(np.asarray(picture.convert("RGB")))  # on disk it has a palette
     return figure
 

@@ -1,7 +1,9 @@
 """imatch.cli.batch: the schema is held before anything runs, a sweep goes on past a point that fails."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -210,10 +212,25 @@ def test_data_sets_that_are_not_there_are_refused_before_anything_runs(tmp_path,
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])
 def test_parameters_are_literals(tmp_path, line):
     notebook = nbformat.read(NOTEBOOKS / "01_embed.ipynb", 4)
-    notebook.cells = [nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})]
+    notebook.cells = [nbformat.v4.new_code_cell(f"x = 1\n{line}", metadata={"tags": ["parameters"]})]
     nbformat.write(notebook, tmp_path / "n.ipynb")
-    with pytest.raises(ImatchError, match=r"is no literal|has no parameters"):
+    with pytest.raises(ImatchError, match=r"is no literal|is no name = literal"):
         batch.schema(tmp_path / "n.ipynb")
+
+
+def test_notebooks_without_one_cell_of_parameters_are_refused(tmp_path):
+    notebook = nbformat.read(NOTEBOOKS / "01_embed.ipynb", 4)
+    notebook.cells = [nbformat.v4.new_code_cell(f"x = {n}", metadata={"tags": ["parameters"]}) for n in range(2)]
+    nbformat.write(notebook, tmp_path / "twice.ipynb")
+    with pytest.raises(ImatchError, match=r"has 2 cells tagged `parameters`"):
+        batch.schema(tmp_path / "twice.ipynb")
+    notebook.cells = []
+    nbformat.write(notebook, tmp_path / "none.ipynb")
+    with pytest.raises(ImatchError, match=r"has no parameters"):
+        batch.schema(tmp_path / "none.ipynb")
+    (tmp_path / "torn.ipynb").write_text("<<<<<<< HEAD")
+    with pytest.raises(ImatchError, match=r"torn.ipynb is no notebook"):
+        batch.schema(tmp_path / "torn.ipynb")
 
 
 def test_swept_parameters_that_name_no_folder_become_its_tag(tmp_path, monkeypatch):
@@ -236,20 +253,76 @@ def test_a_request_that_is_wrong_exits_with_2_and_makes_nothing(tmp_path):
     assert not (tmp_path / "exports").exists()
 
 
-def test_points_that_fail_are_reported_and_the_others_go_on(tmp_path, few_photographs, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    content = {
-        "parameters": {"dataset": str(few_photographs)},
-        "sweep": {"weight": ["dsift"], "resize.scale": [0.5]},
-        "also": [{"dataset": str(tmp_path)}],  # without photographs
-    }
-    assert command("run", recipe(tmp_path, **content), "--exports", tmp_path / "exports") == 1
-    said = capsys.readouterr().err
-    failed = [line for line in said.splitlines() if line.startswith("FAILED")]
-    assert {line.split(":")[0] for line in failed} == {"FAILED run"}
-    assert all("no photographs in" in line for line in failed)
-    assert [path.parent.name for path in (tmp_path / "exports").rglob("metrics.json")] == ["scale0p5_raw"]
-    assert "Traceback" not in said
+TRIED = """
+import os, signal, time
+from pathlib import Path
+from imatch.core import compute, settings, step, types
+
+def wait(seconds):
+    if seconds == 600:
+        print("group", os.getpgid(0), flush=True)
+    time.sleep(seconds)
+
+if what == "refuse":
+    raise types.ImatchError("no such weight")
+if what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wait":
+    list(compute.LOCAL(compute.Each(wait, bool, 2, "wait"), [600, 601], ["cpu"]))
+step.start_step(settings.root("EXPORT_ROOT") / "demo", "01_try", {"what": what}, {}).finish({})
+"""
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch):
+    """A recipe of one notebook, whose process does what is asked, where another environment's kernel has the name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in ('what = "finish"', TRIED)]
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, tmp_path / "notebooks" / "01_try.ipynb")
+    (tmp_path / "jupyter" / "kernels" / "python3").mkdir(parents=True)
+    gone = {**kernel, "argv": ["/no/such/python", "{connection_file}"]}
+    (tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json").write_text(json.dumps(gone))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    return recipe(tmp_path, notebooks=["01_try"], sweep={"what": ["refuse", "die", "finish", "wait"]})
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_points_that_fail_are_said_once_and_what_is_stopped_leaves_no_process(tried, signum):
+    asked = [sys.executable, "-m", "imatch", "run", tried, "--exports", "exports"]
+    asked += ["-p", "what", "wait"] * (signum == signal.SIGTERM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        group = int(next(line for line in run.stdout if line.startswith("group")).split()[1])
+        run.send_signal(signum)
+        _, said = run.communicate()
+    assert run.returncode == 130
+    assert said.splitlines()[-1] == "stopped; the same command goes on where it stopped"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+    if signum == signal.SIGINT:
+        refused, _, died, see, _ = said.splitlines()
+        assert refused == "FAILED what=refuse: 01_try: ImatchError: no such weight"
+        assert died.startswith("FAILED what=die: 01_try: the notebook's process ended (exit -9, mostly for want of mem")
+        assert [see.split()[1]] == [str(path.absolute()) for path in Path("exports/.failed").iterdir()]
+        assert Path("exports/demo/01_try/finish/notebook.ipynb").is_file()
+
+
+def test_a_kernel_that_does_not_start_is_one_line(tried, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "ipykernel_launcher.py").write_text("import no_such_module")
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+        assert command("run", tried, "-p", "what", "finish", "--exports", "exports") == 1
+    (failed,) = Path("exports/.failed").iterdir()
+    said, see = capsys.readouterr().err.splitlines()
+    assert "starts (exit 1, ModuleNotFoundError: No module named 'no_such_module'): run it again, or " in said
+    assert see == f"  see {failed.absolute()}"
+    assert command("run", tried, "-p", "what", "finish", "--exports", "exports") == 0
+    assert not failed.exists()
 
 
 @pytest.mark.parametrize(
@@ -296,10 +369,8 @@ def test_exports_that_are_a_file_give_a_message(tmp_path, few_photographs, monke
     monkeypatch.chdir(ROOT)
     (tmp_path / "exports").write_text("")
     given = ["-p", "dataset", few_photographs, "--exports", tmp_path / "exports"]
-    assert command("run", "params/folder.yaml", *given) == 1
-    said = capsys.readouterr().err
-    assert "cannot write to" in said
-    assert "Traceback" not in said
+    assert command("run", "params/folder.yaml", *given) == 2
+    assert "exports cannot be written to (Not a directory): " in capsys.readouterr().err
 
 
 def test_a_manifest_without_its_photographs_is_refused_once(tmp_path, monkeypatch, capsys):

@@ -86,6 +86,7 @@ def test_json_holds_everything_and_nothing_is_written_unless_asked(match, photog
         (["coffee.png", "text.jpg"], 2, "text.jpg: not a photograph"),
         (["coffee.png", "coffee.png"], 0, "the same file"),
         (["coffee.png", "flat.png"], 1, "flat.png has no texture to describe"),
+        (["a.png", "b.png", "c.png"], 2, "3 are given: give two photographs, or one folder of them"),
         (["coffee.png"], 2, "is not a folder: give two photographs, or a folder of them"),
         (["coffee.png", "part.png", "--weight", "shift"], 2, "did you mean 'sift'"),
         (["coffee.png", "part.png", "-o", "out.gif"], 2, "ends in '.gif'"),

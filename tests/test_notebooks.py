@@ -82,7 +82,7 @@ def test_cells_have_ids_that_stay(notebook):
 
 def arrays(exports):
     """Every file that a step made, but for the report and the file about the run itself."""
-    kept = (path for path in sorted(exports.rglob("*")) if path.is_file() and ".running" not in path.parts)
+    kept = (path for path in sorted(exports.rglob("*")) if path.is_file())
     own = {"notebook.ipynb", "step.json", "seen.jsonl"}  # hold times and places
     own |= {"table.csv", "table.json", "report.html", "time.png", "recall.png"}  # show times
     return {path.relative_to(exports).as_posix(): without_times(path) for path in kept if path.name not in own}
@@ -124,7 +124,7 @@ def test_batch_leaves_reports_with_pictures(by_batch):
         outputs = [output for cell in code(nbformat.read(path, 4)) for output in cell.outputs]
         assert any("image/png" in output.get("data", {}) for output in outputs)
         assert not any(output.output_type == "error" for output in outputs)
-    assert not list((by_batch / ".running").iterdir())
+    assert not list(by_batch.glob(".*"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # papermill's own

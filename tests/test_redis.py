@@ -3,9 +3,11 @@
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
+import socketserver
 import subprocess
 import sys
 import textwrap
@@ -26,6 +28,7 @@ from imatch.core.step import start_step
 from imatch.core.types import ImatchError, ImatchWarning
 from imatch.retrieval.redis import Redis, RedisError
 from imatch.steps.sending import message, send
+from tests.command import command
 
 redis = pytest.importorskip("redis", reason="redis-py is not installed: pip install -c constraints.txt -e '.[redis]'")
 
@@ -43,18 +46,18 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.process = None
+        self.process, self.config = None, []
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
     def start(self):
         with (self.folder / "log").open("ab") as log:
             where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
             kept = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-            command = ["redis-server", *where, *kept, *self.options]
+            command = ["redis-server", *self.config, *where, *kept, *self.options]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         for _ in range(1000):
             assert self.process.poll() is None, (self.folder / "log").read_text()
-            if "Ready to accept connections" in (self.folder / "log").read_text():
+            if re.search("Ready to accept connections|Sentinel ID", (self.folder / "log").read_text()):
                 return self
             time.sleep(0.01)
         pytest.fail((self.folder / "log").read_text())
@@ -242,6 +245,16 @@ def test_runs_have_streams_of_their_own(server):
 # --- Redis stops, or the sender
 
 
+def test_a_server_that_came_back_without_what_it_had_is_found_out(servers):
+    server = servers("--appendonly", "no").start()
+    sending = Redis(server.url, TTL, batch=10)("demo", some(30))
+    assert next(sending) == 10
+    server.kill()
+    server.start()
+    with pytest.raises(RedisError, match="10 of 30 messages are gone again, evicted, expired or lost"):
+        list(sending)
+
+
 def test_killed_between_batches_and_started_again(server):
     sink, messages = Redis(server.url, TTL, batch=10), some(200)
     sending = sink("demo", messages)
@@ -341,9 +354,9 @@ def test_absent_redis_is_a_warning_that_names_a_command_that_sends_all(servers, 
     step.finish({})
     with pytest.warns(ImatchWarning, match="Connection refused.* 2 messages wait") as warned:
         send(step, ttl=TTL)
-    command = shlex.split(str(warned[0].message).split("`")[1])
-    assert command[:2] == ["imatch", "send"]
-    monkeypatch.setattr(sys, "argv", command)
+    named = shlex.split(str(warned[0].message).split("`")[1])
+    assert named[:2] == ["imatch", "send"]
+    monkeypatch.setattr(sys, "argv", named)
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 1
@@ -387,18 +400,118 @@ def test_a_full_server_keeps_no_event_without_its_message(server, tmp_path, monk
         everything_is_there(client, step)
 
 
-def test_a_user_needs_five_commands(server, step, monkeypatch):
+def test_a_user_needs_seven_commands(server, step, monkeypatch):
     monkeypatch.setenv("REDIS_URL", server.url.replace("://", "://sender:s3same@"))
     with server.client() as client:
         allowed = ["ACL", "SETUSER", "sender", "on", ">s3same", "~imatch:v1:*", "+multi", "+exec", "+set", "+expire"]
         client.execute_command(*allowed)
-        needs = r"needs multi, exec, set, expire and xadd on imatch:v1:\*\. 3 messages wait"
+        needs = r"needs multi, exec, set, expire, xadd, exists and xrange on imatch:v1:\*\. 3 messages wait"
         with pytest.warns(ImatchWarning, match=needs):
             send(step, ttl=TTL)
         assert client.dbsize() == 0
         client.execute_command(*allowed, "+xadd")
+        with pytest.warns(ImatchWarning, match=needs):  # who may not look does not say that they are there
+            send(step, ttl=TTL)
+        client.execute_command(*allowed, "+xadd", "+exists", "+xrange")
         send(step, ttl=TTL)
         everything_is_there(client, step)
+
+
+def test_a_redis_that_evicts_is_named_and_what_is_gone_was_not_sent(servers, tmp_path, monkeypatch, capsys):
+    server = servers("--maxmemory", "100mb", "--maxmemory-policy", "volatile-ttl").start()
+    monkeypatch.setenv("REDIS_URL", server.url)
+    (step := index_step(tmp_path, ["a.jpg", "b.jpg"])).finish({})
+    assert command("send", step.folder) == 0
+    out, err = capsys.readouterr()
+    assert "2 messages at imatch:v1:demo:* on " in out
+    assert "set its maxmemory-policy, volatile-ttl, to noeviction" in err
+    sink = Redis(server.url, TTL, batch=2)
+    with server.client() as client:
+        everything_is_there(client, step)
+        client.flushall()
+        for room, said in ((2**21, "while this was sent it removed 1 keys of other runs or programs"), (2**30, "")):
+            sending = sink("demo", some(4))
+            with pytest.warns(ImatchWarning, match="when its memory is full, it removes messages"):
+                assert next(sending) == 2
+            client.set("other", b"." * 2**22, ex=60)
+            client.config_set("maxmemory", max(1, client.info()["used_memory"] - room))
+            while client.exists("other") or (not said and kept(client)):
+                pass
+            client.config_set("maxmemory", "100mb")
+            if said:
+                with pytest.warns(ImatchWarning, match=said):
+                    assert list(sending) == [2]
+        with pytest.raises(RedisError, match="2 of 4 messages are gone again, evicted"):
+            list(sending)
+
+
+def test_a_stream_that_is_gone_is_no_event_that_was_sent(server):
+    sending = Redis(server.url, TTL, batch=2)("demo", some(5))
+    next(sending)
+    with server.client() as client:
+        client.delete(EVENTS)
+    with pytest.raises(RedisError, match="events of the messages are gone again"):
+        list(sending)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (["--cluster-enabled", "yes"], "cluster"),
+        (["--replicaof", "127.0.0.1 1"], "replica"),
+        (["--sentinel"], "sentinel"),
+    ],
+    ids=str,
+)
+def test_what_is_no_single_primary_is_refused_before_anything_is_sent(servers, options, kind):
+    server = servers(*options)
+    if kind == "sentinel":
+        (server.folder / "sentinel.conf").touch()
+        server.config = [str(server.folder / "sentinel.conf")]
+    server.options += ("--cluster-port", str(server.port - 10000)) if kind == "cluster" else ()
+    server.start()
+    with pytest.raises(RedisError, match=f"it is a {kind}: imatch sends to one Redis, a primary"):
+        list(Redis(server.url, TTL)("demo", some(1)))
+
+
+REFUSED = {
+    "NOAUTH Authentication required.": "correct the user and password in REDIS_URL",
+    "WRONGPASS invalid username-password pair or user is disabled.": "correct the user and password in REDIS_URL",
+    "MOVED 3999 127.0.0.1:6381": "give the URL of such a one",
+    "CROSSSLOT Keys in request don't hash to the same slot": "give the URL of such a one",
+    "CLUSTERDOWN Hash slot not served": "give the URL of such a one",
+    "READONLY You can't write against a read only replica.": "give the URL of such a one",
+    "MISCONF Redis is configured to save RDB snapshots, but it is unable to persist": "free some space there",
+    "NOREPLICAS Not enough good replicas to write.": "wait until its replicas are back",
+    "OOM command not allowed when used memory > 'maxmemory'.": "raise its maxmemory",
+    "BUSY Redis is busy running a script.": "end it with SCRIPT KILL",
+    "LOADING Redis is loading the dataset in memory": "wait until it has loaded",
+    "ERR max number of clients reached": "raise its maxclients",
+    "ERR DB index is out of range": "correct the number of the database",
+    "WRONGTYPE Operation against a key holding the wrong kind of value": "a run of another name",
+    "ERR unknown command 'MULTI'": "must be Redis 7.0 or newer",
+}
+
+
+@pytest.mark.parametrize("said", REFUSED, ids=lambda said: said.split()[0])
+def test_what_a_server_says_comes_with_a_remedy(said):
+    class Answer(socketserver.StreamRequestHandler):
+        def handle(self):
+            while count := self.rfile.readline():
+                words = [(self.rfile.readline(), self.rfile.readline())[1].strip() for _ in range(int(count[1:]))]
+                greeting = words[0] in (b"HELLO", b"CLIENT", b"INFO") and "AUTH" not in said and "DB" not in said
+                self.wfile.write(b"+OK\r\n" if greeting else f"-{said}\r\n".encode())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as fake, ThreadPoolExecutor(1) as pool:
+        pool.submit(fake.serve_forever, 0.01)
+        try:
+            with pytest.raises(RedisError, match=re.escape(REFUSED[said])) as caught:
+                list(Redis(f"redis://:s3same@127.0.0.1:{fake.server_address[1]}/0?protocol=2", TTL)("demo", some(1)))
+        finally:
+            fake.shutdown()
+    assert said.split(maxsplit=1)[1].rstrip(".") in str(caught.value)
+    assert "s3same" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- two steps of one run
@@ -553,8 +666,10 @@ def test_tls(servers, tmp_path):
     server.start()
     url = with_password(server).replace("redis://", "rediss://")
     assert list(Redis(f"{url}?ssl_ca_certs={cert}", TTL)("demo", some(3))) == [3]
-    with pytest.raises(RedisError, match="CERTIFICATE_VERIFY_FAILED"):
+    with pytest.raises(RedisError, match=r"CERTIFICATE_VERIFY_FAILED.*\?ssl_ca_certs=FILE"):
         list(Redis(url, TTL)("demo", some(3)))
+    with pytest.raises(RedisError, match="which begins with rediss:// for a server with TLS"):
+        list(Redis(with_password(server), TTL)("demo", some(3)))
 
 
 def test_without_url_or_redis_py_it_says_what_to_do(tmp_path, monkeypatch):

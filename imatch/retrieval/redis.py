@@ -8,30 +8,42 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 import redis
 
-from imatch.core.types import ImatchError
+from imatch.core.types import ImatchError, ImatchWarning
 
 PREFIX = "imatch:v1"
 """What all keys begin with; the number rises when the message changes its meaning."""
 TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 30}
 """Seconds, where the URL does not say."""
-REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: some are kinds of others
-    (redis.AuthenticationError, "correct the user and password in REDIS_URL"),
-    (redis.exceptions.NoPermissionError, "its user needs multi, exec, set, expire and xadd on imatch:v1:*"),
-    (redis.BusyLoadingError, "wait until it has loaded its data"),
+NEEDS = "its user needs multi, exec, set, expire, xadd, exists and xrange on imatch:v1:*"
+SINGLE = "imatch sends to one Redis, a primary, and its transactions to no cluster: give the URL of such a one"
+REMEDIES = (  # the first that is found in the names of an error's classes, or in its words
+    ("NoPermissionError", NEEDS),
+    ("AuthenticationError|DENIED", "correct the user and password in REDIS_URL"),
+    ("BusyLoadingError", "wait until it has loaded its data"),
+    ("max number of clients", "wait, or raise its maxclients"),
+    ("CERTIFICATE_VERIFY", "give the certificate it is signed by: ?ssl_ca_certs=FILE at the end of REDIS_URL"),
+    ("SSL", "rediss:// is for a server with TLS, redis:// for one without: correct REDIS_URL"),
     (
-        redis.TimeoutError,
+        "TimeoutError",
         "look at host, port and TLS in REDIS_URL, or give it longer with ?socket_timeout=60 at its end",
     ),
-    (redis.exceptions.OutOfMemoryError, "raise its maxmemory, or send for fewer hours"),
-    (redis.ReadOnlyError, "it is a replica: give the URL of its primary"),
-    (redis.ConnectionError, "start it, or correct REDIS_URL"),
-    (Exception, "see the server's log; it must be Redis 7.0 or newer"),
+    ("OutOfMemoryError", "raise its maxmemory, or send for fewer hours"),
+    ("Moved|Ask|TryAgain|Cluster|cluster mode|ReadOnlyError|MASTERDOWN", SINGLE),
+    ("MISCONF", "it cannot save to its disk: free some space there, and see its log"),
+    ("NOREPLICAS", "wait until its replicas are back, or lower its min-replicas-to-write"),
+    ("BUSY ", "wait until the script that it runs has ended, or end it with SCRIPT KILL"),
+    ("WRONGTYPE", "another program has put something else there: send from a run of another name"),
+    ("DB index", "correct the number of the database at the end of REDIS_URL, such as /0"),
+    ("ConnectionError", "start it, or correct REDIS_URL, which begins with rediss:// for a server with TLS"),
+    ("", "see the server's log; it must be Redis 7.0 or newer"),
 )
+EVICTS = "when its memory is full, it removes messages before their time: set its maxmemory-policy, {}, to noeviction"
 
 
 class RedisError(ImatchError):
@@ -89,10 +101,15 @@ class Redis:
             How many messages a batch has, when the server has acknowledged it.
 
         Raises:
-            RedisError: the server cannot be reached or refuses; a part of the batch may have arrived.
+            RedisError: the server cannot be reached or refuses, is a cluster, a Sentinel or a replica, or has not kept
+                what it acknowledged; a part of the messages may have arrived.
+
+        Warns:
+            ImatchWarning: the server removes messages when its memory is full.
         """
-        events = os.fsencode(f"{PREFIX}:{run}:events")
+        events, sent = os.fsencode(f"{PREFIX}:{run}:events"), []
         try:
+            evicted = self._look()
             for first in range(0, len(messages), self.batch):
                 batch = messages[first : first + self.batch]
                 with self._client.pipeline(transaction=True) as pipeline:
@@ -101,12 +118,45 @@ class Redis:
                         pipeline.set(key, payload, ex=self.ttl)
                         pipeline.xadd(events, {"query": os.fsencode(query), "key": key})
                     pipeline.expire(events, self.ttl)  # so no event is dropped before its message
-                    pipeline.execute()
+                    sent += pipeline.execute()[1:2]  # the first event's id
                 yield len(batch)
+            if sent:
+                self._find([os.fsencode(f"{PREFIX}:{run}:{query}") for query, _ in messages], events, sent[0])
+            if evicted is not None and (others := self._client.info("stats")["evicted_keys"] - evicted):
+                self._warn(f"while this was sent it removed {others} keys of other runs or programs")
         except (redis.RedisError, OSError, UnicodeError) as error:
             raise RedisError(self._say(error)) from None
         finally:
             self._client.close()
+
+    def _look(self) -> int | None:
+        """Refuse a server that cannot take the messages; of one that evicts, say so, and count what it has evicted."""
+        try:
+            about = self._client.info()
+        except redis.ResponseError as error:
+            if not re.match("unknown command|.*no permissions", str(error)):
+                raise
+            return None  # who may not ask finds out by `_find`
+        kind = "replica" if about.get("role") == "slave" else about.get("redis_mode", "standalone")
+        if kind != "standalone":
+            raise RedisError(f"Redis at {self.place}: it is a {kind}: {SINGLE}")
+        policy = about.get("maxmemory_policy", "noeviction")
+        if not about.get("maxmemory") or policy == "noeviction":
+            return None
+        self._warn(EVICTS.format(policy))
+        return int(about["evicted_keys"])
+
+    def _warn(self, said: str) -> None:
+        warnings.warn(ImatchWarning(f"Redis at {self.place}: {said}"), stacklevel=4)
+
+    def _find(self, keys: Sequence[bytes], events: bytes, first: bytes) -> None:
+        """Raise RedisError unless all messages that were acknowledged are there, and their events from the first on."""
+        parts = range(0, len(keys), self.batch)
+        there = sum(self._client.exists(*keys[part : part + self.batch]) for part in parts)
+        if there < len(keys) or not self._client.xrange(events, first, first):
+            said = f"{len(keys) - there} of {len(keys)} messages" if there < len(keys) else "events of the messages"
+            remedy = "raise its maxmemory, set its maxmemory-policy to noeviction, and let it keep its data on its disk"
+            raise RedisError(f"Redis at {self.place}: {said} are gone again, evicted, expired or lost: {remedy}")
 
     def _say(self, error: Exception) -> str:
         """What went wrong, in the server's words where it was the server; but some repeat a password, "with args"."""
@@ -114,7 +164,8 @@ class Redis:
         at = self._client.connection_pool.connection_kwargs
         for secret in filter(None, (at.get("password"), at.get("username"))):
             reason = reason.replace(secret, "***")
-        remedy = next(remedy for kind, remedy in REMEDIES if isinstance(error, kind))
+        known = f"{' '.join(kind.__name__ for kind in type(error).__mro__)} {error}"
+        remedy = next(remedy for words, remedy in REMEDIES if re.search(words, known))
         return f"Redis at {self.place}: {reason.rstrip('.')}: {remedy}"
 
 

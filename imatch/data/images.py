@@ -411,9 +411,7 @@ def _pixels(image: Image.Image | Tiff, file: io.BytesIO | None) -> tuple[np.ndar
     elif file and image.format == "PNG" and file.getbuffer()[24] == 16:
         image, note = tiff.png_of_16(image, file.getvalue())
     elif image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, np.uint16 if image.format == "PPM" else None)  # Pillow scales these itself
-        scaled, note = tiff.eight_bits(values, 65535 if image.format == "PPM" else None)
-        image = Image.fromarray(scaled)
+        image, note = tiff.eight_bits_of(image, 65535 if image.format == "PPM" else None)  # Pillow scales these itself
     image.load()
     if file:
         file.close()  # large files must not lie beside their pixels, and some decoders keep them

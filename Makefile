@@ -70,9 +70,10 @@ bench: $(READY) redis-server  ## speed, as ratios measured in one run
 	$(BIN)/python tests/benchmarks/bench_pairs.py --every 4
 	$(BIN)/python tests/benchmarks/bench_real.py --every 4
 
-drills: $(READY) redis-server  ## kill runs and a Redis server at random moments, and compare every byte (minutes)
-	$(BIN)/python -m tests.drills.kills
-	$(BIN)/python -m tests.drills.redis_kills
+# all of them run, whatever one finds
+drills: $(READY) redis-server  ## damage, kill, fill and mistype by seed, and count what is silently wrong (minutes)
+	wrong=0; for one in photographs parameters damaged kills disks redis_kills; do \
+	$(BIN)/python -m tests.drills.$$one || wrong=1; done; exit $$wrong
 
 vocabulary: $(READY)  ## learn the visual words of sift and xfeat again (minutes)
 	$(BIN)/python -m tools.vocabulary sift imatch/features/sift_vocabulary.npy

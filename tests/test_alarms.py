@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 import imatch
 from imatch.core import files
 from imatch.core.step import open_step
-from imatch.core.types import ImatchWarning, StepError
+from imatch.core.types import ImatchError, ImatchWarning, StepError
 from imatch.data import images, store
 from imatch.data.images import Resize
 from imatch.data.shards import Shards
@@ -234,6 +234,70 @@ def test_imported_stores_are_said_to_be_unchecked(tmp_path):
     shutil.rmtree(folder / "index")
     with pytest.raises(StepError, match="holds the vector of"):  # their rows are checked all the same
         among(open_step(folder))
+
+
+# --- positions that cannot be true --------------------------------------------------------------------------
+
+SHORE = [(46.8425, -91.9944), (46.8426, -91.9944), (46.8427, -91.9944)]
+COUNT_NOT = "and do not count (give true ones in truth.labels): "
+
+
+def placed(step, places, **more):
+    """Write that photographs were taken at some places."""
+    rows = files.read_rows(step.folder / "images.jsonl")
+    for row, place in zip(rows, places, strict=True):
+        row["position"] = place and {"latitude": place[0], "longitude": place[1], "altitude": None, **more}
+    files.write_rows(step.folder / "images.jsonl", rows)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("fourth", "said", "answers"),
+    [
+        ((0.0, 0.0), f"1 photographs are 0 N 0 E, {COUNT_NOT}flight 1/d.png", [2, 2, 2, 0]),
+        (
+            (46.8425, 91.9944),
+            f"1 photographs lie more than 1,000 km from all others, {COUNT_NOT}flight 1",
+            [2, 2, 2, 0],
+        ),
+        ((0.0, -91.9944), f"1 photographs lie more than 1,000 km from all others, {COUNT_NOT}flight 1", [2, 2, 2, 0]),
+        ((47.0, -91.9944), "", [2, 2, 2, 0]),
+        ((46.8428, -91.9944), "", [3, 3, 3, 3]),
+    ],
+    ids=["no fix", "wrong side", "half a fix", "elsewhere", "there"],
+)
+def test_positions_that_cannot_be_true_are_named_and_do_not_count(few, fourth, said, answers):
+    step = indexed(placed(few, [*SHORE, fourth]), None, "data-data", truth="radius", radius=100.0)
+    told = [one for one in audited(step, spot_check=0) if one.startswith("positions of ")]
+    assert [one[: len(said) + 13] for one in told] == ([f"positions of {said}"] if said else [])
+    assert [row["answers"] for row in files.read_rows(step.folder / "queries.jsonl")] == answers
+    assert step.metrics["positions"]["unknown"] == len(told)
+
+
+def test_one_position_for_all_is_none(few):
+    every = "positions of 4 photographs are one and the same"
+    (said,) = among(placed(few, SHORE[:1] * 4), spot_check=0)
+    assert said == f"{every}, {COUNT_NOT}a.png, b.png, c.jpg, flight 1/d.png"
+    wanted = f"no photograph of the queries has a position in its EXIF: .*truth.labels to its path; {every}"
+    with pytest.raises(ImatchError, match=wanted):
+        judged(indexed(few, None, "data-data", truth="nearest", tag="nearest"))
+
+
+def test_positions_of_labels_are_doubted_and_count(few, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("id,latitude,longitude\na.png,46,-91\nb.png,46,-91\nc.jpg,46,-91\nd.png,46,91\n")
+    step = indexed(placed(few, [(0.0, 0.0)] * 4), None, "data-data", truth="nearest", labels=str(labels))
+    far = "positions of 1 photographs lie more than 1,000 km from all others, but count, for the labels say so"
+    assert f"{far}: flight 1/d.png" in audited(step, spot_check=0)
+    assert [row["answers"] for row in files.read_rows(step.folder / "queries.jsonl")] == [2, 2, 2, 3]
+
+
+def test_what_a_header_says_in_vain_is_counted(few):
+    rows = files.read_rows(placed(few, [*SHORE, None]).folder / "images.jsonl")
+    rows[3]["doubt"] = "latitude is past 90: 95"
+    files.write_rows(few.folder / "images.jsonl", rows)
+    (said,) = among(few, spot_check=0)
+    assert said == "not taken from the headers of 1 photographs (latitude is past 90: 95): flight 1/d.png"
 
 
 # --- queries that are in the gallery ------------------------------------------------------------------------

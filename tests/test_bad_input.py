@@ -3,6 +3,7 @@
 What can be decoded is decoded rightly; what cannot is listed, counted and named; nothing ends in a traceback.
 """
 
+import csv
 import itertools
 import os
 import re
@@ -18,9 +19,12 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core.files import read_rows
+from imatch.core.files import read_json, read_rows, write_json
+from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
+from imatch.data.pairs import pair_path
 from imatch.data.store import Stored
+from imatch.viz.html import sheet_page
 from tests import grouped
 from tests.grouped import by
 from tests.test_images import STORED, orientation, png_of_zeros
@@ -345,7 +349,7 @@ def test_an_unreadable_folder_is_named(open_folder):
 
 def test_on_error_is_skip_or_stop(tmp_path):
     step = start(write(tmp_path / "data", 1), tmp_path / "exports")
-    with pytest.raises(ImatchError, match="on_error 'ignore' is not known: use skip or stop"):
+    with pytest.raises(ImatchError, match="on_error must be 'skip' or 'stop', got 'ignore'"):
         imatch.steps.embed(step, resources=by(workers=0), on_error="ignore")
 
 
@@ -496,6 +500,21 @@ def test_a_folder_without_photographs(tmp_path, names):
         embedded(tmp_path / "data", tmp_path / "exports")
 
 
+def test_what_a_folder_holds_besides_is_said_first(tmp_path, capsys):
+    write(tmp_path / "data" / "trip", 2)
+    for name in ("@eaDir/00.jpg/SYNO_THUMB_M.jpg", "trip/00.DNG"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    step = start(tmp_path / "data", tmp_path / "exports")
+    imatch.steps.preflight(step)
+    said = "1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 in @eaDir (thumbnails of a NAS)"
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"photographs  2 in {tmp_path}/data, ")
+    assert line.endswith(f" MB; left out: {said}")
+    assert imatch.embed(tmp_path / "data", "dsift").ids == ["trip/00.jpg", "trip/01.jpg"]
+    assert capsys.readouterr().err.endswith(f"; left out: {said}\n")
+
+
 def test_a_folder_that_was_empty_is_used_when_photographs_came(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(ImatchError, match="no photographs in"):
@@ -547,7 +566,7 @@ def references_of(step):
     return tokens
 
 
-def matched(index_step):
+def matched(index_step, outputs=("json", "npy", "png")):
     """The first neighbours of a 03_index matched 1:1: the rows of the pairs and the finished 04_match."""
     step = grouped.start_match(
         str(index_step.folder),
@@ -560,7 +579,7 @@ def matched(index_step):
         iterations=1000,
         min_inliers=8,
         min_share=0.0,
-        outputs=["json", "npy", "png"],
+        outputs=outputs,
         tag="",
         on_change="refuse",
     )
@@ -601,20 +620,57 @@ def test_two_photographs_with_equal_content(tmp_path):
         assert np.array(row["matrix"]) / row["matrix"][2][2] == pytest.approx(np.eye(3), abs=1e-3)
 
 
-def test_korean_names_go_through_every_step(tmp_path):
-    folder = write(tmp_path / "부산 사진", 2)
-    (folder / "한글 폴더").mkdir()
-    names = ["가 나 1.jpg", "한글 폴더/비행 사진.jpg"]
+def test_hard_names_go_through_every_step(tmp_path):
+    """Korean ones; one of 250 bytes in a folder of 249; all in a data set whose own name is as long and has two lines;
+    one that a spreadsheet would compute, and one that a browser would."""
+    folder = write(tmp_path / f"부산\n{'사진' * 40}", 4)
+    long = f"{'비' * 83}/{'x' * 150}{'비행' * 16}.jpg"
+    names = ["<img src=x onerror=alert(1)>.jpg", "=1+2.jpg", long, "한글 폴더/비행 사진.jpg"]
     for path, name in zip(sorted(folder.glob("*.jpg")), names, strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
         path.rename(folder / name)
-    step, embeddings, _ = embedded(folder, tmp_path / "내보내기 1")
+    step, embeddings, _ = embedded(folder, tmp_path / "내보내기 1", shard_size=4)
     assert embeddings.ids == names
-    assert set(references_of(step).metrics) >= {"photographs"}
-    _, _, index_step = neighbours(step)
-    pairs, match_step = matched(index_step)
+    references = Stored(references_of(step).folder)
+    assert sorted({view["source"] for view in references.views.values()}) == names
+    assert all((references.root / id).is_file() for id in references.ids)
+    ranking, _, index_step = neighbours(step)
+    sheet = sheet_page("<u>", embeddings, embeddings, ranking, tmp_path / "sheet.html").read_text(encoding="utf-8")
+    assert not re.search("<(img|u>)", sheet)
+    assert sheet.count("&lt;img src=x") >= 4  # as a query with its label, and as a hit
+    with pytest.warns(ImatchWarning, match="2 photographs are not in .*such as '<img"):
+        pairs, match_step = matched(index_step, outputs=["json", "png", "colmap"])
     assert [row["query"] for row in pairs] == names
     assert len(list(match_step.folder.rglob("*비행 사진*/00.png"))) == 1
-    assert "한글 폴더/비행 사진.jpg" in (index_step.folder / "hits.csv").read_text(encoding="utf-8")
+    assert all(pair_path(match_step.folder, row).with_suffix(".json").is_file() for row in pairs)
+    assert all((match_step.folder / "colmap" / "keypoints" / f"{names[i]}.txt").is_file() for i in (1, 2))
+    with (index_step.folder / "hits.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["query"] for row in csv.DictReader(file)} == {f"'{names[1]}", names[0], *names[2:]}
+    assert imatch.export_per_image(embeddings, ["global.npy"]) == 2 * len(names)
+    assert max(len(path.name.encode()) for path in (tmp_path / "내보내기 1").rglob("*")) < 255
+
+
+def test_a_step_json_from_elsewhere_leads_nowhere_else(tmp_path):
+    step, _, _ = embedded(write(tmp_path / "data", 2), tmp_path / "exports")
+    record = read_json(step.folder / "step.json")
+    about = {**record["about"], "dataset": "../../../up", "weight": "/tmp/x"}
+    write_json(step.folder / "step.json", {**record, "run": "../../../../../up", "about": about})
+    there = neighbours(open_step(step.folder))[2].folder
+    assert (tmp_path / "exports" / "r" / "03_index") in there.parents
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "exports"}
+
+
+def test_names_that_differ_in_case_alone_do_not_overwrite_each_other(tmp_path):
+    folder = write(tmp_path / "data", 2)
+    (folder / "00.jpg").rename(folder / "01.JPG")
+    step, _, _ = embedded(folder, tmp_path / "exports")
+    _, _, index_step = neighbours(step)
+    started = grouped.start_match(str(index_step.folder))
+    (started.folder / "STEP.JSON").symlink_to("step.json")  # as on a disk of Windows, whose A is a
+    with pytest.raises(ImatchError, match=r"^01.JPG and 01.jpg are one name on the disk of"):
+        imatch.steps.match_pairs(started, resources=by(workers=0))
+    (started.folder / "STEP.JSON").unlink()
+    assert len(imatch.steps.match_pairs(started, resources=by(workers=0))) == 2
 
 
 # --- no room left -----------------------------------------------------------------------------------------

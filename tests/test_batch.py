@@ -42,6 +42,40 @@ def recipe(tmp_path, **content):
         ({}, [("resize.long_side", "0")], "resize.long_side must be greater than 0"),
         ({"sweep": {"storage.keep": ["int8", "int9"]}}, [], "storage.keep must be .* 'int8', .* got 'int9'"),
         ({"notebooks": ["03_index"]}, [("ranking", "{whitn: 64}")], "did you mean 'ranking.whiten'"),
+        ({"parameters": {"run": "../../x"}}, [], r"run '\.\./\.\./x': it becomes the name of a folder"),
+        ({}, [("run", "")], "run '': it becomes the name of a folder"),
+        ({}, [("tag", "a\nb")], "tag .* becomes the name of a folder"),
+        ({"also": [{"storage": {"cfg": "NUL"}}]}, [], "cfg 'NUL': it becomes the name of a folder.*device of Windows"),
+        ({"sweep": {"weight": ["sift", "sfit"]}}, [], "unknown weight 'sfit': did you mean 'sift'"),
+        ({}, [("weight", "dinov3/vits17")], "unknown weight 'vits17': did you mean 'vits1"),
+        ({}, [("backbone_options", "{max_keypoints: 0}")], "max_keypoints must be greater than 0, got 0"),
+        ({}, [("compute.batch_size", "0")], "compute.batch_size must be greater than 0, got 0"),
+        ({}, [("compute.batch_size", "9" * 30)], "compute.batch_size wants int, .*; got 9"),
+        ({}, [("backbone_options", "{max_keypoints: 99999999999}")], "backbone_options wants dict"),
+        ({}, [("compute.devices", "cuda:0,gpu")], "device 'gpu' is not known: use auto"),
+        ({}, [("compute.shard", "5/3")], "shard '5/3' is no i/n"),
+        ({}, [("max_skipped", "5")], "max_skipped must be less than or equal to 1, got 5"),
+        ({}, [("max_skipped", ".nan")], "max_skipped wants float"),
+        ({}, [("on_error", "ignore")], "on_error must be 'skip' or 'stop', got 'ignore'"),
+        ({}, [("on_change", "no")], "on_change must be 'refuse' or 'recompute'"),
+        ({}, [("files", "[globl.npy]")], "got 'globl.npy': did you mean 'global.npy'"),
+        ({}, [("image_groups", "[{foldr: a}]")], "did you mean 'folder'"),
+        ({"notebooks": ["02_references"]}, [("angles", "[.nan]")], r"angles\[0\] must be a finite number"),
+        ({"notebooks": ["02_references"]}, [("angles", "[]")], "at least 1 item"),
+        ({"notebooks": ["02_references"]}, [("crops", "[2]")], r"crops\[0\] must be less than or equal to 1, got 2"),
+        ({"notebooks": ["02_references"]}, [("kind", "legcy")], "did you mean 'legacy'"),
+        ({"notebooks": ["02_references"]}, [("quality", "101")], "quality must be less than or equal to 100, got 101"),
+        ({"notebooks": ["03_index"]}, [("direction", "data-dta")], "did you mean 'data-data'"),
+        ({"notebooks": ["03_index"]}, [("k", "0")], "k must be greater than 0, got 0"),
+        ({"notebooks": ["03_index"]}, [("send.ttl_hours", ".inf")], "send.ttl_hours wants float, .*; got inf"),
+        ({"notebooks": ["03_index"]}, [("truth.radius", "-1")], "truth.radius must be greater than 0"),
+        ({"notebooks": ["03_index"]}, [("truth.labels", "none.csv")], r"none.csv cannot be read \(no such file\)"),
+        ({"notebooks": ["04_match"]}, [("matching.matcher", "mutul")], "did you mean 'mutual'"),
+        ({"notebooks": ["01_embed", "04_match"]}, [("matching.weight", "xfaet")], "did you mean 'xfeat'"),
+        ({"notebooks": ["01_embed", "04_match"]}, [("matching.options", "{max_ratio: 2.0}")], "max_ratio must be"),
+        ({"notebooks": ["04_match"]}, [("geometry.model", "homgraphy")], "did you mean 'homography'"),
+        ({"notebooks": ["04_match"]}, [("outputs", "[[png]]")], r"outputs\[0\] must be .* got \['png'\]"),
+        ({"notebooks": ["04_match"]}, [("pairs", "al")], "unknown pairs 'al': did you mean 'all'"),
         ({"notebooks": ["03_index"]}, [("index", "flat")], "index is a group of options.*set one of index.kind"),
         ({"notebooks": ["04_match"]}, [("min_inliers", "9")], "min_inliers is geometry.min_inliers now"),
         (
@@ -61,7 +95,7 @@ def recipe(tmp_path, **content):
     ],
     ids=str,
 )
-def test_wrong_names_and_types_are_refused(tmp_path, content, overrides, message):
+def test_wrong_names_types_and_values_are_refused(tmp_path, content, overrides, message):
     with pytest.raises(ImatchError, match=message):
         batch.load(recipe(tmp_path, **content), overrides, NOTEBOOKS)
 
@@ -96,10 +130,11 @@ def test_without_the_extra_xfeat_is_left_out_and_said(tmp_path, monkeypatch, cap
     asked = []
     monkeypatch.setattr(batch, "run", lambda read, _: asked.append(read) or ({}, []))
     path = recipe(tmp_path, also=[{"weight": "xfeat"}])
-    assert batch.main(path, [], "", "") == 0
+    given = [("dataset", str(tmp_path))]
+    assert batch.main(path, given, "", "") == 0
     assert "left out" not in capsys.readouterr().out
     monkeypatch.setattr(learned, "lacking", lambda: "xfeat is not installed: so and so")
-    assert batch.main(path, [], "", "") == 0
+    assert batch.main(path, given, "", "") == 0
     assert "left out: weight xfeat; xfeat is not installed: so and so" in capsys.readouterr().out
     assert [read.points for read in asked] == [{"run": {"weight": "xfeat"}}, {"run": {}}]
 
@@ -129,6 +164,7 @@ def ran(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPORT_ROOT", "elsewhere")
     monkeypatch.setenv("DATASET_ROOT", str(tmp_path))
     (tmp_path / "survey" / "flight01_80m").mkdir(parents=True)
+    (tmp_path / "data" / "demo").mkdir(parents=True)
     recipes = []
     monkeypatch.setattr(batch, "run", lambda recipe, *_: recipes.append(recipe) or ({}, []))
     return recipes
@@ -136,8 +172,12 @@ def ran(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_recipe_takes_exports_and_run(ran, tmp_path, path):
-    steps = ("-p", "embed_step", "a", "-p", "references_step", "b") if path.name == "search.yaml" else ()
-    assert command("run", path, "--exports", tmp_path / "results", "-p", "run", "mine", *steps) == 0
+    given = ("-p", "dataset", "data/demo") if path.suffix == ".yaml" else ()
+    if path.name == "search.yaml":
+        given = ("-p", "embed_step", "a", "-p", "references_step", "b")
+    if path.name == "report.yaml":
+        given = ()
+    assert command("run", path, "--exports", tmp_path / "results", "-p", "run", "mine", *given) == 0
     assert settings.root("EXPORT_ROOT") == tmp_path / "results"
     assert step_folder("exports/demo") == tmp_path / "results" / "demo"
     assert ran[0].parameters["run"] == "mine"
@@ -158,6 +198,13 @@ def test_every_recipe_takes_exports_and_run(ran, tmp_path, path):
 def test_a_recipe_reads_no_other_run_s_steps(tmp_path, content, said, capsys):
     assert command("run", recipe(tmp_path, **content)) == (2 if said else 0)
     assert not said or re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("ran")
+def test_data_sets_that_are_not_there_are_refused_before_anything_runs(tmp_path, capsys):
+    content = {"sweep": {"dataset": ["data/demo", "absent"]}}
+    assert command("run", recipe(tmp_path, **content)) == 2
+    assert re.fullmatch("error: dataset folder .*absent.* does not exist: .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("line", ["a = f()", "a = b", "import os", "a = 1; del a", "a, b = 1, 2"])
@@ -193,14 +240,14 @@ def test_points_that_fail_are_reported_and_the_others_go_on(tmp_path, few_photog
     monkeypatch.chdir(ROOT)
     content = {
         "parameters": {"dataset": str(few_photographs)},
-        "sweep": {"weight": ["nothing", "dsift"], "resize.scale": [0.5]},
-        "also": [{"dataset": str(tmp_path / "absent")}],
+        "sweep": {"weight": ["dsift"], "resize.scale": [0.5]},
+        "also": [{"dataset": str(tmp_path)}],  # without photographs
     }
     assert command("run", recipe(tmp_path, **content), "--exports", tmp_path / "exports") == 1
     said = capsys.readouterr().err
     failed = [line for line in said.splitlines() if line.startswith("FAILED")]
-    assert {line.split(":")[0] for line in failed} == {"FAILED weight=nothing resize.scale=0.5", "FAILED run"}
-    assert all("unknown weight 'nothing'" in line or "absent does not exist" in line for line in failed)
+    assert {line.split(":")[0] for line in failed} == {"FAILED run"}
+    assert all("no photographs in" in line for line in failed)
     assert [path.parent.name for path in (tmp_path / "exports").rglob("metrics.json")] == ["scale0p5_raw"]
     assert "Traceback" not in said
 

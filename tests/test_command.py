@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -41,6 +42,13 @@ def test_send_wants_an_index(step, capsys):
     assert "is a 01_embed: give the folder of a 03_index" in capsys.readouterr().err
     assert command("send", step.folder.parent) == 2
     assert "no step at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ttl", "said"), [("inf", "a finite number"), ("nan", "a finite number"), ("-1", "than 0")])
+def test_send_wants_a_time_to_live(step, monkeypatch, ttl, said, capsys):
+    monkeypatch.setattr("imatch.core.step.open_step", lambda _: replace(step, name="03_index"))
+    assert command("send", step.folder, "--ttl-hours", ttl) == 2
+    assert f"send.ttl_hours must be {said}" in capsys.readouterr().err.replace("greater ", "")
 
 
 def test_report_is_its_recipe_on_the_given_runs(monkeypatch, tmp_path):

@@ -1,6 +1,9 @@
 """The explorer, driven in process: sliders, clicks, labels and uploads over small finished runs."""
 
+import csv
 import datetime
+import html
+import itertools
 import shutil
 import subprocess
 import sys
@@ -81,6 +84,16 @@ def test_a_pair_opens_as_it_was_saved(explorer):
             assert drawn(explorer) == min(row["inliers"], explorer.most.value)
             if row["corner_error"] is not None:
                 assert f"corners {row['corner_error']:.2f} px" in explorer.said.value
+
+
+def test_a_reason_is_no_markup(explorer):
+    explorer.row["reason"] = "<img src=x onerror=alert(1)> & 'so'"
+    explorer.back.click()
+    assert html.escape(explorer.row["reason"]) in explorer.said.value
+    explorer.said.value = ""
+    explorer.row["query"] = "<i>"  # which is not there, and is said
+    explorer.back.click()
+    assert "&lt;i&gt;" in explorer.said.value
 
 
 def test_the_backend_of_other_figures_stays():
@@ -245,10 +258,14 @@ def test_a_bad_csv_says_what_is_wrong(tmp_path, text, said):
         verdicts.read(file)
 
 
-def test_labels_of_names_that_are_no_text(tmp_path):
-    said = {('caf\udce9, "1".jpg', "b\nc.png"): "accept"}
+def test_labels_of_names_that_are_no_text_or_a_formula(tmp_path):
+    names = ['caf\udce9, "1".jpg', "b\nc.png", "=1+2", "'=1+2", "''-1", "'a", "@a", "+\r", "\t", "＝1"]
+    said = dict.fromkeys(itertools.pairwise(names), "accept")
     verdicts.write(tmp_path / "labels.csv", said)
     assert verdicts.read(tmp_path / "labels.csv") == said
+    with (tmp_path / "labels.csv").open(newline="", errors="surrogateescape") as file:
+        cells = [cell for line in csv.reader(file) for cell in line]
+    assert not [cell for cell in cells if cell.startswith(tuple("=+-@\t\r＝"))]
 
 
 def uploaded(path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import exif, images
@@ -563,23 +564,126 @@ def test_position(tmp_path, gps, latitude, longitude, altitude):
 
 
 @pytest.mark.parametrize(
-    "gps",
+    ("changed", "doubt"),
     [
-        {},
-        {1: "N", 2: LATITUDE},
-        {2: LATITUDE, 4: LONGITUDE},
-        {**DULUTH, 1: "", 3: ""},
-        {**DULUTH, 1: "X"},
-        {**DULUTH, 2: 46.79},
-        {**DULUTH, 2: (460.0, 0.0, 0.0)},
-        {**DULUTH, 4: (180.0, 1.0, 0.0)},
+        ({2: None, 4: None}, ""),
+        ({4: None}, "no longitude"),
+        ({1: None, 3: None}, "latitude has no side, N or S"),
+        ({1: "N", 3: ""}, "longitude has no side, E or W"),
+        ({1: "W", 3: "N"}, "latitude has no side, N or S"),
+        ({2: (460.0, 0.0, 0.0)}, "latitude is past 90: 460"),
+        ({4: (180.0, 1.0, 0.0)}, "longitude is past 180: 180.017"),
+        ({2: (46.0, 50.0, 75.0)}, "latitude is no angle: (46.0, 50.0, 75.0)"),
+        ({2: (46.84, 50.0, 24.0)}, "latitude is no angle: (46.84, 50.0, 24.0)"),
+        ({2: (0.0, 0.0, 0.0), 4: (0.0, 0.0, 0.0)}, "0 N 0 E, which is written where a receiver knows no place"),
     ],
-    ids=["empty", "half", "no sides", "empty sides", "unknown side", "one number", "past the pole", "past 180"],
 )
-def test_a_malformed_position_is_none_and_the_photograph_is_decoded(tmp_path, gps):
+def test_a_position_that_cannot_be_true_is_none_and_said_and_the_photograph_is_decoded(tmp_path, changed, doubt):
+    gps = {tag: value for tag, value in {**DULUTH, **changed}.items() if value is not None}
     decoded = images.decode(with_gps(tmp_path / "a.jpg", gps))
-    assert decoded.position is None
+    assert (decoded.position, decoded.doubt) == (None, doubt)
     assert far(decoded.pixels, smooth(40, 60)) <= 12
+
+
+def header(gps, **camera):
+    """EXIF as it is in memory, of a DJI."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "DJI\0\0"
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
+    exif.get_ifd(ExifTags.IFD.Exif).update({ExifTags.Base[name]: value for name, value in camera.items()})
+    return exif
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {1: "n", 3: "w"},
+        {1: "North", 3: "West"},
+        {1: "N\0", 3: " W"},
+        {1: b"N\0", 3: b"W"},
+        {2: 46.79, 4: 92.095},
+        {2: (46.79, 0, 0), 4: (92.095,)},
+        {2: (46, 47.4), 4: (92, 5.7, 0)},
+        {2: (46, 46, 84 - 24), 4: (92, 5, 42)},
+        {2: "46.79", 4: b"92.095\0"},
+        {2: "46/1, 47/1, 24/1", 4: "92 5 42.0"},
+    ],
+    ids=str,
+)
+def test_a_position_is_taken_however_it_is_written(changed):
+    position, doubt = exif.position(header({**DULUTH, **changed}), b"")
+    wanted = 46 + 47 / 60 if changed.get(2) == (46, 46, 60) else 46.79
+    assert (position["latitude"], position["longitude"], doubt) == (pytest.approx(wanted), pytest.approx(-92.095), "")
+
+
+def test_an_altitude_that_cannot_be_true_is_said():
+    position, doubt = exif.position(header({**DULUTH, 6: 4294967.295}), b"")
+    assert (position["latitude"], position["altitude"]) == (pytest.approx(46.79), None)
+    assert doubt == "altitude is none: 4,294,967 m"
+
+
+MAKER_NOTE = {5: 0.5, 6: 1.75, 7: 46.0, 8: 3.0, 9: -89.5, 10: 42.25, 11: 0.0}
+
+
+@pytest.mark.parametrize("endian", "<>")
+def test_dji_says_in_its_own_note_how_the_camera_was_held(tmp_path, endian):
+    """Little-endian, whatever the EXIF around it is, of which the note says nothing where it is cut off."""
+    entries = b"".join(struct.pack("<HHIf", tag, 11, 1, value) for tag, value in MAKER_NOTE.items())
+    for cut, wanted in ((0, (42.25, -89.5)), (30, (46.0, None)), (83, (None, None))):
+        note = (struct.pack("<H", len(MAKER_NOTE)) + entries)[: len(entries) + 2 - cut]
+        written = header(DULUTH, MakerNote=note)
+        written.endian = endian
+        Image.fromarray(smooth(40, 60)).save(tmp_path / "a.jpg", exif=written)
+        assert (tmp_path / "a.jpg").read_bytes()[30:32] == {"<": b"II", ">": b"MM"}[endian]
+        position = images.decode(tmp_path / "a.jpg").position
+        assert (position.get("yaw"), position.get("pitch")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("xmp", "held"),
+    [
+        ('<a d:GimbalYawDegree="-100.40" d:GimbalPitchDegree="-45.0" d:FlightYawDegree="+7"', (-100.4, -45, None)),
+        (
+            "<d:FlightYawDegree>+7.5</d:FlightYawDegree><d:RelativeAltitude>\n+30.25</d:RelativeAltitude>",
+            (7.5, None, 30.25),
+        ),
+        ("<a Camera:Yaw='3700/100' Camera:Pitch='-90'", (37, -90, None)),
+        ('<a p:CameraYawDegree="12.5" p:CameraPitchDegree="1"', (12.5, 1, None)),
+        ('<s:CameraOrientationFLU s:Yaw="5"/><s:CameraOrientationNED s:Pitch="-89" s:Yaw="77"/>', (77, -89, None)),
+        ('<a GimbalYawDegree="-170" GimbalPitchDegree="-90" GimbalRollDegree="180"', (10, -90, None)),
+        ('<a GimbalYawDegree="nan" GimbalPitchDegree="inf" RelativeAltitude="high"', (123.5, None, None)),
+        ("<" + "GimbalYawDegree" * 4000, (123.5, None, None)),
+    ],
+    ids=range(8),
+)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_xmp_says_how_the_camera_was_held(tmp_path, xmp, held, suffix):
+    path = with_gps(tmp_path / f"a{suffix}", {**DULUTH, 17: 123.5})
+    with Image.open(path) as opened:
+        written, pixels = opened.getexif(), opened.copy()
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    if suffix == ".tif":
+        written[ExifTags.Base.XMLPacket] = xmp.encode()
+    pixels.save(path, exif=written, **({"pnginfo": info} if suffix == ".png" else {"xmp": xmp.encode()}))
+    position = images.decode(path).position
+    assert tuple(position.get(key) for key in ("yaw", "pitch", "relative_altitude")) == held
+
+
+@pytest.mark.parametrize(
+    ("xmp", "place"),
+    [
+        ('<a d:GpsLatitude="+46.79" d:GpsLongtitude="-92.095" d:AbsoluteAltitude="+198.5"', (46.79, -92.095, 198.5)),
+        ("<e:GPSLatitude>46,47.4N</e:GPSLatitude><e:GPSLongitude>92,5,42W</e:GPSLongitude>", (46.79, -92.095, None)),
+        ('<a GpsLatitude="0.000000" GpsLongitude="0.000000"', None),
+        ('<a GPSLatitude="N" GPSLongitude="W"', None),
+    ],
+)
+@pytest.mark.parametrize("gps", [{}, {1: "N", 2: (0, 0, 0), 3: "E", 4: (0, 0, 0)}], ids=["no EXIF", "no fix"])
+def test_a_position_is_taken_from_xmp_where_exif_knows_none(gps, xmp, place):
+    position, doubt = exif.position(header(gps), xmp.encode())
+    assert (position and tuple(position.values())) == (place and pytest.approx(place))
+    assert (doubt == "") == (place is not None)
 
 
 def zero_by_zero(path, number):
@@ -593,6 +697,7 @@ def zero_by_zero(path, number):
 def test_a_position_of_zero_by_zero_is_none(tmp_path):
     decoded = images.decode(zero_by_zero(with_gps(tmp_path / "a.jpg", DULUTH), 46))
     assert decoded.position is None
+    assert decoded.doubt.startswith("latitude is no angle: (nan,")
     assert far(decoded.pixels, smooth(40, 60)) <= 12
 
 
@@ -867,6 +972,69 @@ def touch(root, *names):
 def test_the_list_is_sorted_and_leaves_out_what_is_no_photograph(tmp_path):
     touch(tmp_path, "b.jpg", "a.PNG", "sub/c.TIFF", "sub/deep/d.jpeg", ".hidden.jpg", ".git/e.jpg", "f.txt", "jpg")
     assert images.list_photographs(tmp_path) == ["a.PNG", "b.jpg", "sub/c.TIFF", "sub/deep/d.jpeg"]
+
+
+SYSTEMS = {  # a folder, how many pictures lie in it -> what is said of it
+    ("@eaDir/a.jpg", 2): "2 in @eaDir (thumbnails of a NAS)",
+    ("@EADIR/a.jpg", 1): "1 in @EADIR (thumbnails of a NAS)",
+    ("trip/@__thumb", 1): "1 in @__thumb (thumbnails of a NAS)",
+    ("#recycle", 1): "1 in #recycle (deleted files)",
+    ("$RECYCLE.BIN/S-1-5", 3): "3 in $RECYCLE.BIN (deleted files)",
+    ("#snapshot/monday", 1): "all in #snapshot (older copies)",
+    (".Trash-1000/files", 1): "all in .Trash-1000 (hidden)",
+    (".thumbnails", 1): "all in .thumbnails (hidden)",
+    ("__MACOSX/trip", 1): "1 in __MACOSX (of the system)",
+    ("System Volume Information", 1): "1 in System Volume Information (of the system)",
+    ("Catalog Previews.lrdata/0", 1): "1 in Catalog Previews.lrdata (previews of Lightroom)",
+    ("Mac.photoslibrary/resources/derivatives", 1): "1 in resources (copies in a photo library)",
+}
+
+
+@pytest.mark.parametrize(("folder", "many"), SYSTEMS)
+def test_folders_of_systems_hold_no_photographs(tmp_path, folder, many):
+    touch(tmp_path, "a.jpg", *(f"{folder}/{i}.jpg" for i in range(many)))
+    found = images.list_photographs(tmp_path)
+    assert (found, found.left_out) == (["a.jpg"], f"; left out: {SYSTEMS[folder, many]}")
+
+
+def test_folders_of_ones_own_hold_photographs(tmp_path):
+    names = [
+        "#recycled/a.jpg",
+        "@home/b.jpg",
+        "eaDir/c.jpg",
+        "library/previews/e.jpg",
+        "x.photoslibrary/originals/d.jpg",
+    ]
+    touch(tmp_path, *names, "@eaDir/note.txt")
+    found = images.list_photographs(tmp_path)
+    assert (found, found.left_out) == (names, "")
+    touch(tmp_path, "#recycle/back/a.jpg")
+    assert images.list_photographs(tmp_path / "#recycle") == ["back/a.jpg"]  # who names it, means it
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    touch(tmp_path, "a.jpg", "b.NEF", "B.nef", "sub/c.dng", "sub/c.jpg", "d.mp4", "._a.jpg", ".DS_Store", "e.csv", "f")
+    found = images.list_photographs(tmp_path)
+    raw = "1 .dng, 2 .nef (raw of a camera: develop it to TIFF or JPEG)"
+    hidden, video = "1 hidden (their names begin with a dot)", "1 .mp4 (a video: take its frames out)"
+    assert found == ["a.jpg", "sub/c.jpg"]
+    assert found.left_out == f"; left out: {video}, {raw}, {hidden}, 2 other files"
+
+
+def test_a_closed_folder_of_the_system_is_no_error(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "lost+found/b.jpg", "trip/c.jpg")
+    closed, scandir = "lost+found", os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == closed:
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert images.list_photographs(tmp_path).left_out == "; left out: all in lost+found (of the system)"
+    closed = "trip"
+    with pytest.raises(ImatchError, match=r"folder .*trip cannot be listed: Permission denied"):
+        images.list_photographs(tmp_path)
 
 
 def test_names_of_any_letters_are_listed(tmp_path):

@@ -117,10 +117,11 @@ def test_a_folder_is_matched_with_itself_and_nothing_written_but_what_is_asked(m
 
 def test_a_folder_of_one_photograph_is_refused(match, tmp_path, photographs):
     shutil.copy(photographs / "coffee.png", tmp_path)
+    (tmp_path / "part.CR2").touch()
     done = match(tmp_path)
     assert done.code == 2
     (line,) = done.err.splitlines()
-    assert "holds 1 that can be read" in line
+    assert "holds 1 that can be read; left out: 1 .cr2 (raw of a camera: " in line
 
 
 def test_large_folders_are_matched_through_retrieval(monkeypatch, photographs):

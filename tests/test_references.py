@@ -296,7 +296,7 @@ def test_what_a_file_is_made_of_belongs_to_the_step(embedded):
         made(embedded, "one", resize_to_original=True, file_type="png")
     with pytest.raises(ImatchError, match="unknown kind of reference 'isometry': did you mean 'isometric'"):
         made(embedded, "other", kind="isometry")
-    with pytest.raises(ImatchError, match="file_type 'gif' is not known: use jpg, or png"):
+    with pytest.raises(ImatchError, match="file_type must be 'jpg' or 'png', got 'gif'"):
         made(embedded, "other", file_type="gif")
     with pytest.raises(ImatchError, match=r"resize_to_original must be a valid boolean, got 'yes'"):
         made(embedded, "other", resize_to_original="yes")

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from imatch.core import config, settings
+from imatch.core.step import run_folder
 from imatch.core.types import ImatchError
 from imatch.data import datasets, registry
+from imatch.steps import last_finished
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / settings.DATA_KEY
@@ -178,12 +180,20 @@ def test_wrong_weights_are_refused(given, message):
         weights({"s": {"g": {"v": given}}})
 
 
-@pytest.mark.parametrize("name", ["../v", "..", "a/b", "a\\b", "", "a b"])
+NO_FOLDERS = ["../v", "..", ".", "/etc", "a/b", "a\\b", "", "a b", "a\nb", "a\0b", "a:b", "a.", ".a", "-a", "비" * 67]
+NO_FOLDERS += ["CON", "nul.txt", "lpt1", "com¹"]
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
 def test_keys_that_cannot_name_a_folder_are_refused(name):
     with pytest.raises(ImatchError, match="becomes the name of a folder"):
         weights({"s": {"g": {name: VITS}}})
     with pytest.raises(ImatchError, match="becomes the name of a folder"):
         registry.load(key({"datasets": {name: {"root": "a"}}}))
+    for chosen in (run_folder, lambda run: last_finished("", "01_embed", run)):
+        with pytest.raises(ImatchError, match=r"^run '.*becomes the name of a folder"):
+            chosen(name)
+    assert run_folder("비" * 66).name == "비" * 66
 
 
 def test_a_renamed_file_may_be_of_either_family():

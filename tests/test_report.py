@@ -269,7 +269,7 @@ def test_wrong_requests(exports, tmp_path):
         reported(exports, steps=[])
     with pytest.raises(ImatchError, match="no finished 04_match or 03_index"):
         reported(exports, steps=[str(tmp_path)])
-    with pytest.raises(ImatchError, match="run is empty"):
+    with pytest.raises(ImatchError, match=r"run '': it becomes the name of a folder"):
         grouped.start_report([str(exports)], exports=str(exports), run="", tag="", on_change="refuse")
     (one,) = [path.parent for path in exports.rglob("04_match/**/metrics.json") if "dsift" not in path.parts]
     with pytest.raises(StepError, match="was made differently"):

@@ -17,7 +17,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import imatch
-from imatch.core import files
+from imatch.core import config, files
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, StepError, Tokens
 from imatch.data import rotations
@@ -236,10 +236,10 @@ def test_names_that_would_collide_keep_their_suffix():
 
 
 def test_file_names_of_ids_differ_and_fit():
-    ids = ["a/b", "a__b", "a_/b", "a/_b", "가/" * 90 + "a", "가/" * 90 + "b"]
+    ids = ["a/b", "a__b", "a_/b", "a/_b", *("가/" * 90 + end for end in "ab"), *("가__" * 90 + end for end in "ab")]
     names = [files.flat_name(id) for id in ids]
     assert len({*names}) == len(ids)
-    assert max(len(name.encode()) for name in names) < 200
+    assert max(len(name.encode()) for name in names) <= config.NAME
 
 
 def test_views_are_shared_though_the_backbones_see_different_photographs(tmp_path, few_photographs):
@@ -464,11 +464,11 @@ def test_pairs_of_two_references_know_their_truth(house):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"candidates": 0}, "at least 1"),
+        ({"candidates": 0}, "must be greater than 0"),
         ({"matcher": "mutal"}, "did you mean 'mutual'"),
         ({"matcher_options": {"max_ratios": 0.5}}, "did you mean 'max_ratio'"),
         ({"model": "rigid"}, "unknown model 'rigid'"),
-        ({"outputs": ["jpg"]}, "unknown output"),
+        ({"outputs": ["jpg"]}, "did you mean 'png'"),
         ({"confidence": 2.0}, "confidence must be less than 1"),
         ({"tag": "a/b"}, "the name of a folder"),
     ],
@@ -512,7 +512,7 @@ def test_index_refuses_wrong_requests(house):
         searched(data, references, "references-data")
     with pytest.raises(ImatchError, match="needs references"):
         searched(data, None, "reference-data")
-    with pytest.raises(ImatchError, match="at least 1"):
+    with pytest.raises(ImatchError, match="k must be greater than 0"):
         searched(data, references, "data-data", k=0)
     with pytest.raises(StepError, match="no step at"):
         open_step(data.folder.parent)
@@ -772,6 +772,16 @@ def test_headings_may_differ_so_much_and_no_more(pixels, tmp_path):
     assert [row["right_ranks"] for row in files.read_rows(step.folder / "queries.jsonl")] == [[0], [0], []]
 
 
+def test_headings_come_from_photographs_too(pixels, capsys):
+    rows = files.read_rows(pixels.folder / "images.jsonl")
+    for row, yaw in zip(rows, ({"yaw": 350.0}, {"yaw": 10.0}, {}), strict=True):
+        row["position"] |= yaw
+    files.write_rows(pixels.folder / "images.jsonl", rows)
+    step, *_ = searched(pixels, None, "data-data", truth="radius", heading=30.0)
+    assert [row["answers"] for row in files.read_rows(step.folder / "queries.jsonl")] == [1, 1, 0]
+    assert "1 of 3 photographs (query side) have no heading and do not count" in capsys.readouterr().out
+
+
 def test_a_reference_lies_where_its_source_does_and_is_turned_from_it(pixels, tmp_path):
     _, references = referenced(pixels, angles=(0, 170, 180), file_type="png")
     labels = labelled(tmp_path, PLANE)
@@ -836,7 +846,7 @@ def test_places_that_nobody_knows_are_said(house, pixels, tmp_path):
             match=rf"truth.kind is {truth}, but no photograph of the queries .* set truth.labels to",
         ):
             searched(data, references, "reference-data", truth=truth, tag=truth)
-    with pytest.raises(ImatchError, match="wants headings, and not one of the queries is known"):
+    with pytest.raises(ImatchError, match=r"truth\.heading 90 wants headings, and not one of the queries is known"):
         searched(pixels, None, "data-data", truth="radius", heading=90.0)
     elsewhere = labelled(tmp_path, "id,x,y\nflight 9/z.png,0,0\n")
     with pytest.raises(ImatchError, match=r"names none of the photographs .*such as a\.png"):

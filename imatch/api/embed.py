@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -214,7 +215,8 @@ def _read(
 
 
 def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
-    """Say where photographs are, by id: those of a folder, or those given.
+    """Say where photographs are, by id: those of a folder, or those given; what a folder holds besides is printed on
+    standard error.
 
     Raises:
         ImatchError: none, one that is no photograph, or one given twice.
@@ -226,7 +228,10 @@ def sources_of(photographs: str | Path | Sequence[Photograph]) -> Sources:
         root = settings.from_workspace(photographs)
         if not root.is_dir():
             raise ImatchError(f"no folder {root}: give a folder, or a list of photographs")
-        found: dict[str, Path | np.ndarray] = {id: root / id for id in images.list_photographs(root)}
+        ids = images.list_photographs(root)
+        found: dict[str, Path | np.ndarray] = {id: root / id for id in ids}
+        if ids.left_out:
+            print(f"{len(ids)} photographs in {root}{ids.left_out}", file=sys.stderr)
     elif not isinstance(photographs, Sequence):
         kind = type(photographs).__name__
         raise ImatchError(f"photographs is a {kind}: give a folder, or a list of photographs")

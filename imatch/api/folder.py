@@ -34,6 +34,7 @@ class FolderMatches:
         skipped: name -> why it could not be read.
         retrieved: whether each photograph was matched with its nearest ones alone, and not with all.
         lacking: what weight "auto" had to do without.
+        left_out: what else the folder holds (`images.Listed`).
     """
 
     names: list[str]
@@ -42,6 +43,7 @@ class FolderMatches:
     skipped: dict[str, str]
     retrieved: bool
     lacking: str = ""
+    left_out: str = ""
 
     def __str__(self) -> str:
         verified = sorted((row for row in self.pairs if row["verified"]), key=lambda row: -row["inliers"])
@@ -57,7 +59,7 @@ class FolderMatches:
             lines.append(f"{text}  {row['inliers']:7d}  {row['weight']:<6} {turned:>7}  {row['scale']:14.2f}")
         which = f"nearest {NEAREST} of each" if self.retrieved else "all"
         pairs = f"{len(verified)} of {len(self.pairs)} pairs ({which})"
-        lines += ["", f"{pairs} of {len(self.names)} photographs match"]
+        lines += ["", f"{pairs} of {len(self.names)} photographs match{self.left_out}"]
         for number, group in enumerate(self.groups, 1):
             lines.append(f"group {number}: {', '.join(map(files.printable, group))}")
         alone = len(self.names) - sum(map(len, self.groups))
@@ -79,6 +81,7 @@ class FolderMatches:
             "groups": self.groups,
             "skipped": self.skipped,
             "lacking": self.lacking,
+            "left_out": self.left_out.removeprefix("; left out: "),
         }
 
     def save(self, path: str | Path) -> Path:
@@ -109,14 +112,15 @@ def match_folder(
     weights, lacking = weights_of(weight)
     first, *others = (create_backbone(w, data_key=data_key, device=device_of(w, weight, device)) for w in weights)
     instead = f"use imatch run params/pairs.yaml -p dataset {folder}, which keeps them on disk"
-    sources: dict[str, Path | np.ndarray] = {name: folder / name for name in images.list_photographs(folder)}
+    listed = images.list_photographs(folder)
+    sources: dict[str, Path | np.ndarray] = {name: folder / name for name in listed}
     copies = {"xfeat": 1 + len(TURNS)}
     found, skipped = describe(sources, first, weights[0], copies=copies.get(weights[0], 1), instead=instead)
     names = [one.name for one in found]
     if len(names) < 2:
         left_out = "".join(f"; {files.printable(name)}: {why}" for name, why in skipped.items())
         held = f"{folder} holds {len(names)} that can be read"
-        raise ImatchError(f"two photographs are needed, and {held}{left_out}")
+        raise ImatchError(f"two photographs are needed, and {held}{left_out}{listed.left_out}")
     pairs = _nearest(found) if len(names) > RETRIEVED else list(itertools.combinations(found, 2))
     rows = {(row["query"], row["candidate"]): row for row in _rows(pairs, weights[0], settings.cores())}
     for backbone, other in zip(others, weights[1:], strict=True):
@@ -130,7 +134,8 @@ def match_folder(
             rows[pair] = row if row["verified"] or not before else {**before, "reason": both}
     told = [rows[pair] for pair in sorted(rows)]
     together = [(row["query"], row["candidate"]) for row in told if row["verified"]]
-    return FolderMatches(names, told, groups(together), skipped, len(names) > RETRIEVED, lacking)
+    several = len(names) > RETRIEVED
+    return FolderMatches(names, told, groups(together), skipped, several, lacking, listed.left_out)
 
 
 def _rows(pairs: Sequence[tuple[Described, Described]], weight: str, workers: int) -> Iterator[MatchRow]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -420,9 +418,5 @@ def write_table(path: str | Path, rows: Sequence[MatchRow], unasked: Sequence[Ma
     """
     path = settings.from_workspace(path)
     check_ending(path, (".csv",))
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
-    table.writeheader()
-    table.writerows([*rows, *unasked])
-    write(path, text.getvalue().encode(errors="surrogateescape"))
+    write(path, files.csv_bytes(rows[0], [*rows, *unasked]))
     return path

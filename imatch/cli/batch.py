@@ -146,10 +146,9 @@ def load(path: Path, overrides: Sequence[tuple[str, str]], notebooks: Path) -> R
     points = {label: _checked(point, known) for label, point in points.items()}
     swept = {name for key, values in said.sweep.items() for one in values for name in _checked({key: one}, known)}
     recipe = Recipe(schemas, parameters, points, sorted(swept - given.keys()))
+    defaults = {name: option.default for name, option in known.items() if name not in groups.GROUPS}
     for point in points.values():
-        together = _folded({**recipe.parameters, **point})
-        for name in together.keys() & groups.GROUPS.keys():
-            groups.create(name, together[name])  # refuses what its fields cannot be
+        groups.check(_folded({**defaults, **parameters, **point}))
     return recipe
 
 
@@ -187,13 +186,20 @@ def _checked(values: Mapping[str, Json], known: Mapping[str, Option]) -> dict[st
                 fields = ", ".join(one for one in known if one.startswith(f"{name}."))
                 raise ImatchError(f"parameter {name} is a group of options, got {value!r}: set one of {fields}")
             found |= _checked({f"{name}.{field}": one for field, one in value.items()}, known)
-        elif config.fits(value, type(wanted.default)):
+        elif config.fits(value, type(wanted.default)) and not _giant(value):
             found[name] = value
         else:
             kind = type(wanted.default).__name__
             said = f"wants {kind}, such as {wanted.default!r} ({wanted.help})"
             raise ImatchError(f"parameter {name} {said}; got {value!r}")
     return found
+
+
+def _giant(value: Json) -> bool:
+    """Whether it is, or has in it, a number that the libraries behind the steps may not hold."""
+    if isinstance(value, Mapping | list):
+        return any(map(_giant, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, int | float) and abs(value) >= 2**31
 
 
 def _read(name: str, text: str, wanted: Option) -> Json:
@@ -220,16 +226,18 @@ def _folded(values: Mapping[str, Json]) -> dict[str, Json]:
 
 def check_chain(recipe: Recipe) -> None:
     """Refuse notebooks that read a step which none before them makes, and nobody gave: they would take the last one of
-    the run, whatever it is.
+    the run, whatever it is. And data sets that are not there.
 
     Raises:
-        ImatchError: the first such notebook, and what would do.
+        ImatchError: the first such notebook, and what would do; or the first such data set.
     """
     names = list(recipe.notebooks)
     for point in recipe.points.values():
         for name, schema in recipe.notebooks.items():
             defaults = {key: option.default for key, option in schema.items()}
             values = {**defaults, **recipe.parameters, **point}
+            if "dataset" in schema:
+                registry.dataset(values["dataset"], values["data_key"])
             for kind in _reads(name, values):
                 parameter = f"{kind[3:]}_step"
                 if kind not in names[: names.index(name)] and not values[parameter]:
@@ -302,7 +310,7 @@ def _values(recipe: Recipe, notebook: str, given: Mapping[str, Json], steps: Map
         parts = [f"{name.rpartition('.')[2]}{values[name]}" for name in differ]
         if values.get("tag"):
             parts.insert(0, values["tag"])
-        values["tag"] = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in "_".join(parts))
+        values["tag"] = files.short_name("".join(c if c.isalnum() or c in "-_.+" else "-" for c in "_".join(parts)))
     return _folded(values)
 
 
@@ -414,10 +422,6 @@ def main(recipe: Path, parameters: Sequence[tuple[str, str]], exports: str, shar
     if shard:
         read.parameters["compute.shard"] = shard
     compute.check_parts(read.parameters.get("compute.shard", ""), read.parameters.get("on_change", "refuse"))
-    named = {"dataset", "data_key"}
-    if named <= read.parameters.keys() and not any(named & point.keys() for point in read.points.values()):
-        # all points need it: one message in place of one each
-        registry.dataset(read.parameters["dataset"], read.parameters["data_key"])
     finished, failures = run(read, folder)
     print()
     if finished:

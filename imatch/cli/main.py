@@ -62,7 +62,9 @@ class Group(click.Group):
         except KeyboardInterrupt:  # click would exit with 1, which means "no match"
             click.echo("stopped", err=True)
             context.exit(130)
-        click.echo(f"error: {said}", err=True)
+        from imatch.core.files import printable
+
+        click.echo("error: " + "\n".join(map(printable, said.split("\n"))), err=True)
         context.exit(2)
 
 
@@ -187,7 +189,7 @@ def send(step: str, ttl_hours: float) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ImatchWarning)
         try:
-            print(sending.send(opened, to="redis", ttl=round(3600 * ttl_hours)))
+            print(sending.send(opened, to="redis", ttl=sending.SendOptions("redis", ttl_hours).ttl))
         except ImatchWarning as waiting:
             click.echo(f"warning: {waiting}", err=True)
             return 1

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import pickle
+import re
 import signal
 import sys
 import traceback
@@ -41,21 +42,25 @@ def resolved(device: str) -> str:
     >>> resolved("cpu")
     'cpu'
     """
+    check_device(device)
     if device == "cpu":
         return device
     import torch  # which takes a second, and only a GPU needs it
 
     if device == "auto":  # device_count, for is_available would keep processes forked later from using the GPU
         return "cuda" if torch.cuda.device_count() else "cpu"
-    try:
-        kind = torch.device(device or "none")
-    except RuntimeError as error:
-        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1") from error
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ImatchError(f"device {device} is not there, torch sees {torch.cuda.device_count()} GPUs: use auto or cpu")
-    if kind.type not in ("cpu", "cuda") or device.startswith("cpu:"):
-        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
     return device
+
+
+def check_device(device: str) -> None:
+    """Refuse what is no device, here or anywhere.
+
+    >>> check_device("cuda:1")
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+        raise ImatchError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:1")
 
 
 T = TypeVar("T")
@@ -219,6 +224,8 @@ class ComputeOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "compute")
+        for device in self.devices.split(","):
+            check_device(device.strip())
         numbered(self.shard)
         _ = self.machines
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import json
+import os
+import pkgutil
 import re
 import typing
 import unicodedata
@@ -111,7 +112,8 @@ def fits(value: object, wanted: type | UnionType) -> bool:
 
 @functools.cache
 def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind, config=STRICT if typing.get_origin(kind) is list else None)  # models have their own
+    own = isinstance(kind, type) and issubclass(kind, BaseModel)
+    return TypeAdapter(kind, config=None if own else STRICT)
 
 
 def _line(error: ValidationError, where: str) -> str:
@@ -131,10 +133,14 @@ def _line(error: ValidationError, where: str) -> str:
     if kind in ("unknown", "value_error"):
         return f"{place}: {about.get('error', said)}"
     must = said.removeprefix("Input should").split(" or instance")[0]
-    return f"{place} must{must}, got {given!r}" if must != said else f"{place}: {said}, got {given!r}"
+    near = difflib.get_close_matches(str(given), re.findall("'([^']+)'", about.get("expected", "")), n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    return f"{place} must{must}, got {given!r}{hint}" if must != said else f"{place}: {said}, got {given!r}"
 
 
-def create(table: Mapping[str, str], what: str, name: str, options: Options | None = None, named: str = "") -> Any:
+def create(
+    table: Mapping[str, str], what: str, name: str, options: Options | None = None, named: str = "", make: bool = True
+) -> Any:
     """Make the plug-in `name` of `table`, a dataclass, from its options.
 
     Args:
@@ -142,6 +148,7 @@ def create(table: Mapping[str, str], what: str, name: str, options: Options | No
         what: what the table holds, for messages.
         options: the dataclass' fields; those left out keep their defaults.
         named: as of `check`.
+        make: False only checks, and gives None.
 
     Raises:
         ImatchError: for an unknown name, an unknown option, an option of the wrong type or one that must be given.
@@ -152,14 +159,13 @@ def create(table: Mapping[str, str], what: str, name: str, options: Options | No
     """
     if name not in table:
         raise ImatchError(unknown(what, name, table))
-    module, _, attribute = table[name].partition(":")
-    plugin = getattr(importlib.import_module(module), attribute)
+    plugin = pkgutil.resolve_name(table[name])
     known, given = _options(plugin), dict(options or {})
     for option in given:
         if option not in known.model_fields:
             raise ImatchError(unknown(f"option of {what} {name}", option, known.model_fields))
     checked(known, given, named or f"{what} {name}: option ")
-    return plugin(**given)
+    return plugin(**given) if make else None
 
 
 def check(plugin: object, named: str = "") -> None:
@@ -236,15 +242,26 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+NAME = 200
+"""Bytes of a name at most: file systems take 255, and endings follow it."""
+DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
+"""Names that are none on Windows, whatever follows: exports may lie on a disk of it."""
+
+
 def folder_name(name: str, what: str) -> str:
-    """`name` if it may be the name of a folder anywhere: keys and configurations name folders of results.
+    """`name` if it may be the name of a folder anywhere: runs, tags, keys and configurations name folders of results.
+
+    Raises:
+        ImatchError: it leads out of its folder, hides it, is an option to a command, none on Windows, or too long.
 
     >>> folder_name("vits16+", "weight")
     'vits16+'
     """
-    if not name.strip(".") or not all(c.isalnum() or c in "-_.+" for c in name):
+    plain = all(c.isalnum() or c in "-_.+" for c in name) and not name.startswith((".", "-")) and not name.endswith(".")
+    if not plain or not name or DEVICE.fullmatch(name) or len(os.fsencode(name)) > NAME:
         said = "it becomes the name of a folder: use letters, digits, '-', '_', '.', '+'"
-        raise ImatchError(f"{what} {name!r}: {said}")
+        limits = f"first no '-' or '.', last no '.', {NAME} bytes at most, and no device of Windows, such as NUL"
+        raise ImatchError(f"{what} {name!r}: {said}; {limits}")
     return name
 
 

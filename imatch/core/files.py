@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import mmap
 import os
+import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from imatch.core.config import NAME
 from imatch.core.types import ImatchError, StepError
 
+M = TypeVar("M", bound=Mapping[str, object])
 LINES = 1000
 """How many rows are read at once: their keys are then held once for all of them, half of the memory."""
 
@@ -30,7 +36,8 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         ImatchError: the disk is full; nothing is left behind and what was finished stays valid.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # other machines have the same process ids
+    # random, for other machines have the same process ids; of a long name the beginning, so that there is room for both
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -62,12 +69,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def printable(id: str) -> str:
-    """An id for people: bytes that are no text become a question mark.
+    """An id for people: bytes that are no text, and signs that move a terminal's cursor, become a question mark.
 
-    >>> printable("caf\\udce9.jpg")
-    'caf\ufffd.jpg'
+    >>> printable("caf\\udce9.jpg"), printable("a\\x1b[2J.jpg")
+    ('caf\ufffd.jpg', 'a\ufffd[2J.jpg')
     """
-    return os.fsencode(id).decode(errors="replace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", "\ufffd", id)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -113,6 +120,43 @@ def write_array(path: Path, array: np.ndarray) -> None:
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data.cast("B") if array.size else b"")  # not tofile, which hides why it wrote too little
+
+
+_COMPUTED = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
+"""How text begins that a spreadsheet computes, with the marks before it; four of the signs are of full width, too."""
+
+
+def csv_bytes(columns: Iterable[str], rows: Iterable[M]) -> bytes:
+    """A CSV: a line of names, and a line a row, whose other keys are left out.
+
+    Text that a spreadsheet would compute gets an apostrophe in front; numbers are numbers.
+
+    >>> csv_bytes(["id", "x"], [{"id": "=1+2.jpg", "x": -1}])
+    b"id,x\\n'=1+2.jpg,-1\\n"
+    """
+    text = _Lines(newline="")
+    table = csv.DictWriter(text, list(columns), restval="", extrasaction="ignore", lineterminator="\r\n")
+    table.writeheader()
+    for row in rows:
+        computed = {name: f"'{cell}" for name, cell in row.items() if isinstance(cell, str) and _COMPUTED.match(cell)}
+        table.writerow({**row, **computed})
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+class _Lines(io.StringIO):
+    """Lines that end in a line feed alone; csv is told of both signs, for it quotes cells that hold one of those."""
+
+    def write(self, text: str) -> int:
+        return super().write(text.removesuffix("\r\n") + "\n")
+
+
+def unmarked(cell: str) -> str:
+    """A cell of a CSV without the apostrophe that `csv_bytes` put in front.
+
+    >>> unmarked("'=1+2.jpg"), unmarked("'a.jpg")
+    ('=1+2.jpg', "'a.jpg")
+    """
+    return cell[1:] if cell[:1] == "'" and _COMPUTED.match(cell) else cell
 
 
 def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
@@ -187,7 +231,56 @@ def flat_name(id: str) -> str:
     >>> flat_name("flight 1/a.jpg"), flat_name("flight 1__a.jpg")
     ('flight 1__a.jpg', 'flight 1__a.jpg~66900298')
     """
-    name, data = id.replace("/", "__"), os.fsencode(id)
-    if len(data) <= 160 and not any(twice in id for twice in ("__", "_/", "/_")):
+    name = id.replace("/", "__")
+    if any(twice in id for twice in ("__", "_/", "/_")):  # such as of a__b and a/b
+        name += f"~{name_digest(id)[:8]}"
+    return short_name(name)
+
+
+def short_name(name: str, most: int = NAME, digits: int = 16) -> str:
+    """A name without slashes or, where it has more than `most` bytes, its beginning and so many digits of its digest.
+
+    16 digits are never those of two names; of 8, whoever asks for them has to look.
+
+    >>> short_name("a.jpg"), short_name("\ube44" * 100, most=20)
+    ('a.jpg', '\ube44~f46984c41b1332e7')
+    """
+    data = os.fsencode(name)
+    if len(data) <= most:
         return name
-    return f"{os.fsencode(name)[:140].decode(errors='ignore')}~{hashlib.sha256(data).hexdigest()[:8]}"
+    return f"{data[: most - digits - 1].decode(errors='ignore')}~{name_digest(name)[:digits]}"
+
+
+def name_digest(name: str) -> str:
+    """The SHA-256 of a name as it is on the disk.
+
+    >>> name_digest("a.jpg")[:8]
+    '509b0d46'
+    """
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def one_name(text: str) -> str:
+    """Text from a file or from the disk as the name of one file or folder: what it would leave its folder by is gone.
+
+    >>> one_name("flight 1"), one_name("../x")
+    ('flight 1', '.._x~d6b96a97')
+    """
+    name = re.sub(r"[/\\\x00-\x1f\x7f]", "_", text)
+    if name != text or not name.strip("."):
+        name += f"~{name_digest(text)[:8]}"
+    return short_name(name)
+
+
+def check_apart(folder: Path, ids: Iterable[str]) -> None:
+    """Refuse ids that the disk of a step's folder takes for one, as those of Windows and Macs do with A.jpg and a.jpg.
+
+    >>> check_apart(Path("nowhere"), ["A.jpg", "a.jpg"])
+    """
+    seen: dict[str, str] = {}
+    for id in ids if (folder / "STEP.JSON").exists() else ():
+        if (other := seen.setdefault(unicodedata.normalize("NFC", id).lower(), id)) != id:
+            raise ImatchError(
+                f"{printable(other)} and {printable(id)} are one name on the disk of {folder}: rename one of the "
+                "photographs, or choose another disk for exports"
+            )

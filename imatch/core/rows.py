@@ -17,11 +17,14 @@ ReportRow = dict[str, Json]
 
 
 class Position(TypedDict):
-    """Where a photograph was taken: degrees, and metres above the sea."""
+    """Where a photograph was taken, and how the camera was held: degrees and metres (`exif.position`)."""
 
     latitude: float
     longitude: float
     altitude: float | None
+    yaw: NotRequired[float]
+    pitch: NotRequired[float]
+    relative_altitude: NotRequired[float]
 
 
 class About(TypedDict, total=False):
@@ -43,6 +46,7 @@ class PhotoRow(About):
     sha256: str
     size: NotRequired[tuple[int, int]]
     position: NotRequired[Position | None]
+    doubt: NotRequired[str]
     look: NotRequired[str | None]
     note: NotRequired[str]
     skipped: NotRequired[str]

@@ -56,8 +56,8 @@ class Step:
 
     @property
     def run(self) -> Path:
-        """The folder of its run, <exports>/<run>."""
-        return settings.from_workspace(self.folder / self.home)
+        """The folder of its run, <exports>/<run>, whatever a step.json that was brought here says."""
+        return settings.from_workspace(self.folder).parents[len(self.about)]
 
     @property
     def finished(self) -> bool:
@@ -140,7 +140,8 @@ def start_step(
 
     Args:
         run: <exports>/<run>.
-        name, about, parameters, upstream, links, on_change: of `Step`; links as paths.
+        name, about, parameters, upstream, links, on_change: of `Step`; links as paths, and what it is about as
+            names of folders (`files.one_name`).
 
     Raises:
         StepError: its folder holds a step made with other parameters or from other inputs and
@@ -148,10 +149,11 @@ def start_step(
     """
     if on_change not in ON_CHANGE:
         raise StepError(f"on_change {on_change!r} is not known: use {' or '.join(ON_CHANGE)}")
+    about = {what: files.one_name(said) for what, said in about.items()}
     folder, given = Path(run, name, *about.values()), json.loads(json.dumps(dict(parameters)))
     relative = {key: files.relative(path, folder) for key, path in (links or {}).items()}
     home = files.relative(run, folder)
-    step = Step(folder, name, given, dict(upstream or {}), relative, dict(about), home, on_change)
+    step = Step(folder, name, given, dict(upstream or {}), relative, about, home, on_change)
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if (folder / "step.json").is_file():
@@ -193,7 +195,7 @@ def open_step(folder: Path, finished: bool = True) -> Step:
         record["parameters"],
         record["upstream"],
         record["links"],
-        record.get("about", {}),
+        {what: files.one_name(said) for what, said in record.get("about", {}).items()},  # it may be another's
         record.get("run", ""),
         fingerprint=record["fingerprint"],
         device=record["device"],
@@ -219,6 +221,18 @@ def _publish(step: Step) -> None:
         print(text)
         return
     display({MIME: {"step": step.name, "folder": str(step.folder)}, "text/plain": text}, raw=True)
+
+
+def run_folder(run: str) -> Path:
+    """The folder of a run, in EXPORT_ROOT.
+
+    Raises:
+        ImatchError: the run's name is none of a folder.
+
+    >>> run_folder("demo") == settings.root("EXPORT_ROOT") / "demo"
+    True
+    """
+    return settings.root("EXPORT_ROOT") / folder_name(run, "run")
 
 
 def tagged(tag: str) -> str:

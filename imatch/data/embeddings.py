@@ -23,8 +23,9 @@ class Embeddings:
 
     Attributes:
         rows: one a photograph: id, size (h, w), sha256, position, look (`images.look`), grid, n (descriptors), vector
-            (`vector_digest`); a note where something was assumed of the pixels (`images.Decoded`); where a registry
-            knows them, capture, label and frame; of a reference also source and source_sha256.
+            (`vector_digest`); a doubt where a position was not taken, a note where something was assumed of the pixels
+            (`images.Decoded`); where a registry knows them, capture, label and frame; of a reference also source and
+            source_sha256.
         vectors: (N, D) float32, L2-normalised global vectors.
         parameters: how they were made: weight, backbone (its options), resize, ...
         skipped: a row a photograph that is not among them: id, sha256, and why, as skipped; where it could be decoded,

@@ -9,12 +9,16 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, SupportsFloat
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -23,9 +27,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from imatch.core import config
+from imatch.core.files import printable
 from imatch.core.rows import Position
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import formats, jpeg, tiff
+from imatch.data.exif import position as position_of
 from imatch.data.tiff import UPRIGHT, Tiff
 
 _HEIF = frozenset((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ())
@@ -43,6 +49,19 @@ _REMEDIES = {
 }
 OTHERS = {one: why for why, those in _REMEDIES.items() for one in those.split() if one not in SUFFIXES}
 """What photographs come as, too, and imatch does not list: suffix -> what to do."""
+PICTURES = SUFFIXES | OTHERS.keys()
+HIDDEN, OLDER = "hidden", "older copies"
+UNSEEN = (HIDDEN, OLDER)
+"""Kinds of folders that are not looked into: they may hold all of a disk once more."""
+SYSTEM = {
+    "thumbnails of a NAS": ("@eadir", "@__thumb"),
+    "previews of Lightroom": ("*.lrdata",),
+    "copies in a photo library": ("*.photoslibrary/resources", "*.p*library/previews", "*.p*library/thumbnails"),
+    "deleted files": ("#recycle", "@recycle", "$recycle.bin", "recycler", "network trash folder"),
+    OLDER: ("#snapshot", "@recently-snapshot"),
+    "of the system": ("system volume information", "lost+found", "__macosx"),
+}
+"""What folders hold that systems and programs make between photographs -> how they are called, in lower case."""
 MAX_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which begins to warn at 89 megapixels; the one above stands for it
 RESAMPLING = {"opencv": "area by OpenCV", "torch": "bicubic by torch"}
@@ -155,12 +174,13 @@ class Decoded:
         pixels: (h, w, 3) uint8 RGB, upright, resized as asked.
         size: (H, W) of the upright photograph before resizing.
         sha256: hexadecimal digest of the file's bytes.
-        position: {"latitude", "longitude" (degrees), "altitude" (metres or None)} from EXIF, or None.
+        position: where it was taken, and how it was held (`exif.position`), or None.
         box: (left, top, right, bottom), the part of the upright photograph that `pixels` show, in pixel edges.
         look: what `look` says of the pixels, "" if nobody asked.
         note: what had to be assumed to show them, such as which numbers are black and white, "" if nothing.
         turned: (3, 3), where the pixels were before they were rotated (`rotations.turned`), and the (h, w) of all of
             them then; None when nobody rotated them.
+        doubt: what of its position is not taken, and why; "" for nothing.
     """
 
     pixels: np.ndarray
@@ -171,6 +191,7 @@ class Decoded:
     look: str = ""
     note: str = ""
     turned: tuple[np.ndarray, tuple[int, int]] | None = None
+    doubt: str = ""
 
     def to_original(self, xy: np.ndarray) -> np.ndarray:
         """Positions (n, 2) in `pixels` as float32 positions in the upright photograph as it lies on disk."""
@@ -183,39 +204,95 @@ class Decoded:
         return np.asarray((xy + 0.5) * factor + origin - 0.5, np.float32)
 
 
-def list_photographs(root: Path, leave_out: Path | None = None) -> list[str]:
+class Listed(list[str]):
+    """Ids of photographs. `left_out` says what else lies there, to follow them: "; left out: ...", "" for nothing."""
+
+    left_out = ""
+
+
+def list_photographs(root: Path, leave_out: Path | None = None) -> Listed:
     """The ids of all photographs below `root`, but for those below `leave_out`: POSIX paths relative to it, sorted.
 
-    Linked folders are followed, a link back to a folder above itself is not. Hidden files are left out.
+    Linked folders are followed, a link back to a folder above itself is not. Hidden files and folders, folders of
+    systems and programs (`SYSTEM`) and files of other kinds are left out and counted; what is no picture is counted
+    as one sum, and hidden folders and older copies are not looked into.
 
     Raises:
         ImatchError: a folder cannot be listed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for name in ("b.jpg", "a.PNG", "notes.txt"):
+    ...     for name in ("b.jpg", "a.PNG", "notes.txt", "c.cr2", "d.DNG"):
     ...         _ = (Path(folder) / name).write_bytes(b"")
-    ...     list_photographs(Path(folder))
-    ['a.PNG', 'b.jpg']
+    ...     found = list_photographs(Path(folder))
+    >>> found, found.left_out
+    (['a.PNG', 'b.jpg'], '; left out: 1 .cr2, 1 .dng (raw of a camera: develop it to TIFF or JPEG), 1 other files')
     """
-    found = []
-    for name, folders, files in os.walk(root, onerror=_unlisted, followlinks=True):
+    found: list[Path] = []
+    left_out = Counter[tuple[str, str]]()
+    system: dict[Path, tuple[str, str]] = {}
+
+    def unlisted(error: OSError) -> None:
+        if (folder := Path(error.filename)) not in system:
+            raise ImatchError(
+                f"folder {folder} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
+            ) from error
+        left_out[system[folder]] += 0
+
+    for name, folders, files in os.walk(root, onerror=unlisted, followlinks=True):
         folder = Path(name)
         if folder == leave_out:
             folders.clear()
             continue
+        if folder in system:
+            if pictures := sum(_suffix(one) in PICTURES for one in files):
+                left_out[system[folder]] += pictures
+            folders[:] = [one for one in folders if not (folder / one).is_symlink()]
+            system |= {folder / one: system[folder] for one in folders}
+            continue
         above = {os.path.realpath(one) for one in (folder, *folder.parents) if one.is_relative_to(root)}
-        shown = [one for one in folders if not one.startswith(".")]
-        folders[:] = [one for one in shown if os.path.realpath(folder / one) not in above]
-        shown = [one for one in files if not one.startswith(".")]
-        found += [folder / one for one in shown if Path(one).suffix.lower() in SUFFIXES]
-    return sorted(path.relative_to(root).as_posix() for path in found)
+        folders[:] = [one for one in folders if os.path.realpath(folder / one) not in above]
+        for one in folders.copy():
+            if why := _system(folder, one):
+                system[folder / one] = kind = why, f"in {printable(one)}"
+                if why in UNSEEN:
+                    left_out[kind] += 0
+                    folders.remove(one)
+        for one in files:
+            if (suffix := _suffix(one)) in SUFFIXES and not one.startswith("."):
+                found.append(folder / one)
+            elif suffix in PICTURES and one.startswith("."):
+                left_out["their names begin with a dot", "hidden"] += 1
+            elif not one.startswith("."):
+                left_out[(OTHERS[suffix], suffix) if suffix in OTHERS else ("", "other files")] += 1
+    listed = Listed(sorted(path.relative_to(root).as_posix() for path in found))
+    listed.left_out = _said(left_out)
+    return listed
 
 
-def _unlisted(error: OSError) -> None:
-    raise ImatchError(
-        f"folder {error.filename} cannot be listed: {error.strerror}. Allow reading it or take it out of the data set"
-    ) from error
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _system(above: Path, name: str) -> str:
+    """What a folder that holds no photographs of the user's own holds; "" for all others."""
+    if name.startswith("."):
+        return HIDDEN
+    path = f"/{above.name}/{name}".lower()
+    for why, those in SYSTEM.items():
+        if any(fnmatchcase(path, f"*/{one}") for one in those):
+            return why
+    return ""
+
+
+def _said(left_out: Counter[tuple[str, str]]) -> str:
+    """How many of each kind, those of one reason together; without a number, all that is in a folder."""
+    reasons = []
+    kinds = sorted(left_out, key=lambda kind: (not kind[0], kind))
+    for why, alike in groupby(kinds, key=itemgetter(0)):
+        counted = ", ".join(f"{left_out[kind] or 'all'} {kind[1]}" for kind in alike)
+        reasons.append(f"{counted} ({why})" if why else counted)
+    return f"; left out: {', '.join(reasons)}" if reasons else ""
 
 
 def check_header(path: Path) -> tuple[int, int]:
@@ -266,7 +343,7 @@ def _decoded(
 ) -> Decoded:
     _check_size(image)
     exif = _exif(image)
-    position = _position(exif)
+    position, doubt = position_of(exif, image.info.get("xmp", b""))
     turn = _turn(image, exif)
     lying = turn >= 5
     size = image.size if lying else image.size[::-1]
@@ -280,7 +357,7 @@ def _decoded(
     pixels = _resized(pixels, target, box, by)
     if turn in UPRIGHT:
         pixels = np.asarray(Image.fromarray(pixels).transpose(UPRIGHT[turn]))
-    return Decoded(pixels, size, sha256, position, (left, top, right, bottom), note=note)
+    return Decoded(pixels, size, sha256, position, (left, top, right, bottom), note=note, doubt=doubt)
 
 
 def thumbnail(photograph: Path | np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
@@ -434,30 +511,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _position(exif: Image.Exif) -> Position | None:
-    try:
-        gps: dict[int, Any] = exif.get_ifd(ExifTags.IFD.GPSInfo)
-        latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
-        longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef], "EW")
-    except Exception:  # absent or malformed: the photograph has no position, which is what None says
-        return None
-    if not (abs(latitude) <= 90 and abs(longitude) <= 180):  # so written, NaN is refused too
-        return None
-    return {"latitude": latitude, "longitude": longitude, "altitude": _altitude(gps)}
-
-
-def _degrees(parts: Sequence[SupportsFloat], side: str, sides: str) -> float:
-    """Degrees from (degrees, minutes, seconds), negative on the second of two `sides`."""
-    degrees = sum(float(part) / 60**power for power, part in enumerate(parts))
-    return degrees * (1, -1)[sides.index(side[0])]
-
-
-def _altitude(gps: Mapping[int, SupportsFloat | bytes]) -> float | None:
-    try:
-        metres = float(gps[ExifTags.GPS.GPSAltitude])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    below = gps.get(ExifTags.GPS.GPSAltitudeRef) in (b"\1", 1)
-    return (-metres if below else metres) if math.isfinite(metres) else None

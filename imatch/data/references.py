@@ -37,7 +37,7 @@ def _number(value: float, digits: int) -> str:
 
 
 class _Asked(config.Said):
-    angles: Annotated[list[float], Field(min_length=1)]
+    angles: Annotated[list[Annotated[float, Field(ge=-3600, le=3600)]], Field(min_length=1)]
     crops: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
     resize_to_original: bool
 

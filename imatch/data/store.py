@@ -375,7 +375,7 @@ def open_poses(upright: Stored, poses: Sequence[Pose]) -> Posed:
 
 def pose_folder(folder: Path, pose: Pose) -> Path:
     """Say where a step of embeddings lies in another pose: beside the upright one."""
-    return folder.with_name(f"{folder.name}_{pose}")
+    return folder.with_name(files.short_name(f"{folder.name}_{pose}"))
 
 
 @dataclass(frozen=True)

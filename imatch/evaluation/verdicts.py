@@ -43,13 +43,13 @@ def read(file: Path) -> Labels:
     labels: Labels = {}
     for row in lines:
         where = f"{file}, line {lines.line_num}"
-        pair, label = (row["query"], row["candidate"]), row["label"]
+        query, candidate, label = (files.unmarked(row[name] or "") for name in COLUMNS)
         if label not in LABELS:
             known = " or ".join(LABELS)
             raise ImatchError(f"{where}: label {label!r} is not known: use {known}, or remove the line")
-        if labels.setdefault(pair, label) != label:
-            query, candidate = map(files.printable, pair)
-            raise ImatchError(f"{where}: {query} and {candidate} have both labels")
+        if labels.setdefault((query, candidate), label) != label:
+            both = f"{files.printable(query)} and {files.printable(candidate)}"
+            raise ImatchError(f"{where}: {both} have both labels")
     return labels
 
 
@@ -62,11 +62,8 @@ def write(file: Path, labels: Mapping[tuple[str, str], str]) -> None:
     ...     list(read(Path(folder) / "a.csv").items())
     [(('a', 'x'), 'accept'), (('b', 'x'), 'reject')]
     """
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows((*pair, labels[pair]) for pair in sorted(labels))
-    files.write_bytes(file, text.getvalue().encode(errors="surrogateescape"))
+    rows = (dict(zip(COLUMNS, (*pair, labels[pair]), strict=True)) for pair in sorted(labels))
+    files.write_bytes(file, files.csv_bytes(COLUMNS, rows))
 
 
 def label_metrics(pairs: Iterable[PairRow], labels: Mapping[tuple[str, str], str]) -> dict[str, float | None] | None:

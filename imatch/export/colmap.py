@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from imatch.core import files
+from imatch.core.config import below
 from imatch.core.rows import PairRow
 from imatch.core.types import ImatchError, ImatchWarning, Pair
 from imatch.data import exif
@@ -62,20 +64,21 @@ class Colmap(Sink):
     def gather(self, folder: Path, pairs: Iterable[tuple[Path, PairRow]]) -> None:
         """See `Sink`. Refined positions are of one pair alone, so a photograph's keypoints are all that its pairs have.
 
-        A photograph whose name holds a space is left out, with a warning: a list of matches cannot name it.
+        A photograph whose name holds a space, or is so long that no .txt can follow it, is left out, with a warning: a
+        list of matches cannot name the one, nor a folder hold the other's keypoints.
         """
         tables: dict[tuple[str, str], tuple[Path, bool]] = {}
         left_out = set()
         for path, row in pairs:
             names = (row["query"], row["candidate"])
-            spaced = {name for name in names if any(c.isspace() for c in name)}
-            left_out |= spaced
-            if not spaced and names[0] != names[1] and names[::-1] not in tables:  # COLMAP has one for both orders
+            unfit = {name for name in names if any(c.isspace() for c in name) or os.fsencode(Path(name).name)[251:]}
+            left_out |= unfit
+            if not unfit and names[0] != names[1] and names[::-1] not in tables:  # COLMAP has one for both orders
                 tables[names] = path.with_name(path.name + ".colmap"), row["verified"]
         if left_out:
             warnings.warn(
                 f"{len(left_out)} photographs are not in {folder}, such as {min(left_out)!r}: COLMAP's lists of "
-                "matches cannot hold names with spaces; rename them if you need them there",
+                "matches cannot hold names with spaces, nor folders longer ones; rename them if you need them there",
                 ImatchWarning,
                 stacklevel=2,
             )
@@ -83,9 +86,10 @@ class Colmap(Sink):
         for names, (path, _) in tables.items():
             for name, points in zip(names, _points(np.load(path)), strict=True):
                 keypoints[name] = np.union1d(keypoints.get(name, points[:0]), points)
+        files.check_apart(folder.parent, keypoints)
         for name, points in keypoints.items():
             lines = [f"{len(points)} 128", *(f"{p.real:.3f} {p.imag:.3f} {DESCRIPTOR}" for p in points)]
-            files.write_bytes(folder / "keypoints" / f"{name}.txt", _text(lines))
+            files.write_bytes(folder / "keypoints" / below(f"{name}.txt", "photograph", folder), _text(lines))
         for name, only_inliers in (("matches.txt", False), ("inliers.txt", True)):
             with files.atomic(folder / name) as temporary, temporary.open("wb") as file:
                 for names, (path, verified) in tables.items():

@@ -10,11 +10,9 @@ follows the configuration after a hyphen (`res256-tag`).
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import json
 import math
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -25,7 +23,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from imatch.core import compute, config
-from imatch.core.files import digest, refuse_or_say, relative, write_array, write_bytes, write_json
+from imatch.core.files import (
+    digest,
+    name_digest,
+    refuse_or_say,
+    relative,
+    short_name,
+    write_array,
+    write_bytes,
+    write_json,
+)
 from imatch.core.rows import Json, PhotoRow
 from imatch.core.types import ImatchError, Tokens
 from imatch.data import references, registry, store
@@ -47,7 +54,6 @@ NEUTRAL = ("shard_size", "image_groups", "dataset", "imported", "files")
 HUB = r"dinov3_[a-z0-9]+(?:_[a-z]+)?"
 ANCHOR = rf"_(?P<variant>raw|sub\d+)_(?P<hub>{HUB}|[^_]+)_(?P<family>LVD|SAT|NONE)_"
 """The middle of every file's name, which tells the configuration before it from the label behind it."""
-_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names on Windows, whatever follows
 
 
 def export_per_image(
@@ -116,7 +122,7 @@ def names(rows: Sequence[PhotoRow], dataset: str, data_key: Path | None = None) 
     count = Counter(map(_folded, found.values()))
     for id, (label, frame) in found.items():
         if count[_folded((label, frame))] > 1:
-            found[id] = label, f"{frame}~{_hash(id)}"
+            found[id] = label, f"{frame}~{name_digest(id)[:8]}"
     return found
 
 
@@ -139,7 +145,7 @@ def _label(text: str) -> str:
     """Text as the name of a folder on any system."""
     token = config.label_token(text)
     token = f"{token.rstrip('.')}_" if token.endswith(".") else token
-    return _plain(_short(f"_{token}" if _DEVICE.fullmatch(token) else token))
+    return _plain(_short(f"_{token}" if config.DEVICE.fullmatch(token) else token))
 
 
 def _plain(text: str, before: str = "") -> str:
@@ -148,13 +154,8 @@ def _plain(text: str, before: str = "") -> str:
 
 
 def _short(text: str, most: int = 48) -> str:
-    """`text` of at most so many bytes, so that no file's name is longer than 200."""
-    data = text.encode(errors="replace")
-    return text if len(data) <= most else f"{data[: most - 9].decode(errors='ignore')}~{_hash(text)}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+    """`text` of at most so many bytes, so that no file's name is longer than 200; `names` looks whether two are one."""
+    return short_name(text, most, digits=8)
 
 
 def _folded(name: tuple[str, str]) -> str:
@@ -217,7 +218,7 @@ class _Export:
             **{key: parameters[key] for key in ("weights_digest", "cfg", "variant", "resize", "backbone")},
             "tag": tag,
         }
-        self.root = folder / self.said["dataset"] / self.said["weight"]
+        self.root = folder / self.said["dataset"] / embeddings.about["weight"]
         self.names, self.views = _names_of_sources(embeddings, self.said["dataset"]), embeddings.views
         crops = [view["crop"] for view in self.views.values()] or [row.get("crop") for row in embeddings.rows]
         self.several = len({*crops}) > 1

@@ -101,13 +101,24 @@ def create_backbone(
     >>> create_backbone("sift", {"max_keypoints": 500}).max_keypoints
     500
     """
-    given = dict(options or {})
-    if {"filename", "precision"} <= set(given):  # what a step recorded; before there was a choice, it was torch
-        given = {"engine_forward": "torch", **given}
+    name, given = named(weight, options or {}, weight_set, data_key)
     if weight not in CLASSICAL:
         given["device"] = device
     elif device not in ("auto", "cpu"):
         raise ImatchError(f"{weight} runs on the CPU, not on {device}: use auto or cpu")
+    backbone: Backbone = config.create(BACKBONES, "weight", name, given)
+    return backbone
+
+
+def named(weight: str, options: Options, weight_set: str, data_key: str) -> tuple[str, dict[str, Json]]:
+    """The name in `BACKBONES` and the options of what a weight names. Arguments and errors as of `create_backbone`.
+
+    >>> named("sift", {}, "", "")
+    ('sift', {})
+    """
+    given = dict(options)
+    if {"filename", "precision"} <= set(given):  # what a step recorded; before there was a choice, it was torch
+        given = {"engine_forward": "torch", **given}
     if weight not in NAMED and "filename" not in given:
         if not settings.from_workspace(data_key).is_file():
             said = config.unknown("weight", weight, NAMED)
@@ -118,8 +129,7 @@ def create_backbone(
             raise ImatchError(config.unknown("weight", weight, [*NAMED, *keys]))
         entry = known.weight(weight, weight_set)
         given = {"hub_entry": entry.hub_entry, "filename": entry.filename, "family": entry.family, **given}
-    backbone: Backbone = config.create(BACKBONES, "weight", weight if weight in NAMED else "dinov3", given)
-    return backbone
+    return weight if weight in NAMED else "dinov3", given
 
 
 def backbone_of(parameters: Parameters, device: str = "auto") -> Backbone:

@@ -83,6 +83,8 @@ class Made:
                 continue
             found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
             self.rows[id] = {"id": id, **found, **about}
+            if photograph.doubt:
+                self.rows[id]["doubt"] = photograph.doubt
             if photograph.note:
                 self.rows[id]["note"] = photograph.note
             yield id, photograph

@@ -217,7 +217,7 @@ class MatchingOptions:
             photographs, "off" leaves them at the centres.
 
     Raises:
-        ImatchError: a value of the wrong type, or an unknown `refine`.
+        ImatchError: a value of the wrong type, or an unknown `matcher` or `refine`.
     """
 
     weight: str = ""
@@ -229,6 +229,8 @@ class MatchingOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "matching")
+        if self.matcher not in ("auto", *matchers.MATCHERS):
+            raise ImatchError(config.unknown("matcher", self.matcher, ["auto", *matchers.MATCHERS]))
         if self.refine not in REFINEMENTS:
             raise ImatchError(config.unknown("refine", self.refine, REFINEMENTS))
         poses(self.rotations or 1, self.zooms)

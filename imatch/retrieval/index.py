@@ -32,7 +32,6 @@ from imatch.core.types import Hits, ImatchError, StepError
 from imatch.data.embeddings import vector_digest
 from imatch.retrieval import kinds
 
-DEVICES = ("auto", "cpu", "cuda")
 SHARD = 2**30
 """Bytes of a shard."""
 BLOCK = 2**24
@@ -73,8 +72,11 @@ class IndexOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "index")
+        compute.check_device(self.device)
         if self.kind != "auto":
             kinds.create_kind(self.kind, self.options)
+        elif self.options:
+            raise ImatchError(f"index auto takes no options, got {sorted(self.options)}: name a kind")
 
 
 def choose(n: int, d: int, memory: int) -> tuple[str, str]:
@@ -208,8 +210,6 @@ def _plan(asked: IndexOptions, n: int, d: int) -> Plan:
     """The kind, its options, and why."""
     kind, budget = asked.kind, round(asked.memory_gb * 2**30) or psutil.virtual_memory().available // 2
     if kind == "auto":
-        if asked.options:
-            raise ImatchError(f"index auto takes no options, got {sorted(asked.options)}: name a kind")
         chosen, why = choose(n, d, budget)
         return {"kind": chosen, "options": {}, "reason": why}
     needed = kinds.create_kind(kind, asked.options).memory(n, d)
@@ -484,8 +484,6 @@ def _allow_products(d: int) -> None:
 def _gpus(device: str, kind: str, able: bool) -> list[int]:
     """The GPUs to search on; none is the CPU."""
     name, _, number = device.partition(":")
-    if name not in DEVICES or (number and (name != "cuda" or not number.isdecimal())):
-        raise ImatchError(f"unknown device {device!r}: use auto, cpu, cuda or such as cuda:0")
     there = faiss.get_num_gpus()
     if name == "cpu" or (name == "auto" and not (there and able)):
         return []

@@ -10,7 +10,7 @@ import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +19,11 @@ import numpy as np
 from pydantic import Field, PositiveFloat, model_validator
 from scipy.spatial import cKDTree
 
-from imatch.core import config
-from imatch.core.rows import Parameters, Position, PositionFigures
+from imatch.core import config, files, settings
+from imatch.core.rows import Parameters, PhotoRow, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
 from imatch.data.embeddings import Embeddings
+from imatch.data.exif import NO_FIX, doubts
 
 TRUTHS = ("photograph", "nearest", "radius")
 CLUSTERS = ("photograph", "capture")
@@ -34,7 +35,7 @@ class TruthOptions:
 
     Attributes:
         kind: "photograph" (it shows the query's own) or by position: "nearest", or all within the "radius".
-        labels: a CSV or JSON of positions and headings (`read_labels`); "" takes positions from the EXIF.
+        labels: a CSV or JSON of positions and headings (`read_labels`); "" takes them from EXIF and XMP.
         radius: metres.
         heading: degrees by which two headings may differ; 180 asks for none.
         exclude_siblings: leave out what was made from the query's own photograph: its other references and, with truth
@@ -56,6 +57,8 @@ class TruthOptions:
 
     def __post_init__(self) -> None:
         config.check(self, "truth")
+        if self.labels and not (path := settings.from_workspace(self.labels)).is_file():
+            raise ImatchError(f"labels {path} cannot be read (no such file): give the path of a file")
         for what, value, known in (("truth", self.kind, TRUTHS), ("cluster", self.cluster, CLUSTERS)):
             if value not in known:
                 raise ImatchError(config.unknown(what, value, known))
@@ -95,6 +98,10 @@ METRES = (10, 20, 50, 100)
 """Within how many metres hits are counted."""
 EQUAL = 1e-6
 """Metres up to which two distances are the same."""
+STUCK = 4
+"""Photographs from which on one place for most of them is none: a receiver that lost its satellites repeats itself."""
+NEAR, FAR = 100_000, 1_000_000
+"""Metres from their middle, within which most photographs of a set must lie, past which no others can."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ def _csv_entries(text: str, where: str) -> Iterator[tuple[str, str, dict[str, fl
     try:
         columns = _columns(next(reader, []), f"{where}, line 1")
         for cells in reader:
-            line, row = f"{where}, line {reader.line_num}", [cell.strip() for cell in cells]
+            line, row = f"{where}, line {reader.line_num}", [files.unmarked(cell.strip()) for cell in cells]
             if not any(row):  # spreadsheets leave empty lines at the end
                 continue
             if len(row) != len(columns):
@@ -305,7 +312,7 @@ def places(
 
     Args:
         ids: N POSIX paths relative to the data set; one may come more than once (the sources of references).
-        exif: N of what images.jsonl has as position: {"latitude", "longitude", ...} in degrees, or None.
+        exif: N of what images.jsonl has as position: {"latitude", "longitude", "yaw", ...} in degrees, or None.
         labels: what `read_labels` gives. A label belongs to the photograph of that path, else to the one path that
             ends like it, or that it ends with; those that fit none are ignored, and photographs without one stay
             unknown. Latitude and longitude are used when all photographs with a place have them, else x and y.
@@ -439,8 +446,9 @@ def _looked_at(query: Places, gallery: Places, max_heading: float) -> tuple[cKDT
     for side, places in (("queries", query), ("gallery", gallery)):
         if max_heading < 180 and not np.isfinite(places.heading).any():
             raise ImatchError(
-                f"max_heading {max_heading:g} wants headings, and not one of the {side} is known: "
-                "give yaw in the labels, or max_heading 180"
+                f"truth.heading {max_heading:g} wants headings, and not one of the {side} is known: give yaw in the "
+                "labels, photographs with a yaw in their EXIF or XMP (01_embed of an earlier version read none), or "
+                "truth.heading 180"
             )
     there = np.flatnonzero(gallery.known)
     return cKDTree(gallery.points[there]), there, [np.empty(0, np.int64)] * len(query.heading)
@@ -522,8 +530,9 @@ def truth_of(
     here: Places | None,
     there: Places | None,
     own: Own,
+    doubted: Sequence[str] = (),
 ) -> Truth:
-    """Say which rows of the gallery answer each query, as a 03_index asked."""
+    """Say which rows of the gallery answer each query, as a 03_index asked; `doubted` as of `places_of`."""
     asked = parameters["truth"]
     if asked["kind"] == "photograph":
         return same_photograph(query_shows, gallery_shows, own)
@@ -531,30 +540,46 @@ def truth_of(
         side = "gallery" if here else "queries"
         raise ImatchError(
             f"truth.kind is {asked['kind']}, but no photograph of the {side} has a position in its EXIF: "
-            "give them in a CSV or JSON, and set truth.labels to its path"
+            f"give them in a CSV or JSON, and set truth.labels to its path{''.join(f'; {one}' for one in doubted)}"
         )
+    for side, found in (("query", here), ("gallery", there)):
+        headed = np.isfinite(found.heading) | (asked["heading"] == 180)
+        for what, known in (("place", found.known), ("heading", headed)):
+            if lacking := int((~known).sum()):
+                print(f"{lacking} of {len(known)} photographs ({side} side) have no {what} and do not count")
     if asked["kind"] == "radius":
         return Truth.of(within(here, there, asked["radius"], asked["heading"], own))
     return Truth.of(nearest(here, there, asked["heading"], own))
 
 
-def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tuple[Places | None, Places | None]:
+def places_of(
+    query: Embeddings, gallery: Embeddings, file: Path | None
+) -> tuple[Places | None, Places | None, list[str]]:
     """Where the queries, the missed ones last, and the gallery were taken; references lie where their source does.
+    And in words, which positions are doubted; those of headers are unknown then.
 
     Labels are fitted to both sides at once: a name that fits photographs of two data sets is refused.
     """
     labels = read_labels(file) if file else None
-    ids, exif, turned, asked = [], [], [], len(query) + len(query.missed)
+    ids, exif, turned, shows, asked = [], [], [], [], len(query) + len(query.missed)
     apart = query.sources.root != gallery.sources.root
+    headers: dict[str, PhotoRow] = {}
     for side, rows in ((query, [*query.rows, *query.missed]), (gallery, gallery.rows)):
         sources, views = side.sources.decodable, side.views
+        above = f"{side.sources.root.name}/" if apart else ""
+        headers |= {f"{above}{id}": row for id, row in sources.items()}
         for row in rows:
             source = row.get("source", row["id"])
-            ids.append(f"{side.sources.root.name}/{source}" if apart else source)
+            ids.append(f"{above}{source}")
+            shows.append(row.get("source_sha256", row["sha256"]))
             place = sources.get(source, {}).get("position") or {}
             exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
             turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
     both = places(ids, exif, labels, turned)
+    doubted = [] if file else doubts(headers)
+    if both is not None:
+        both, more = _plausible(both, ids, shows, trusted=file is not None)
+        doubted += more
     found = []
     for name, part in (("query", slice(0, asked)), ("gallery", slice(asked, None))):
         known = both is not None and bool(both.known[part].any())
@@ -563,8 +588,40 @@ def places_of(query: Embeddings, gallery: Embeddings, file: Path | None) -> tupl
                 f"{file} names none of the photographs ({name} side): its names must be ids or file "
                 f"names, such as {ids[part][0]}"
             )
-        if labels is not None and both is not None and not both.known[part].all():
-            lacking = int((~both.known[part]).sum())
-            print(f"{lacking} of {len(ids[part])} photographs ({name} side) have no place in {file}")
         found.append(Places(both.system, both.coordinates[part], both.heading[part]) if both and known else None)
-    return found[0], found[1]
+    return found[0], found[1], doubted
+
+
+def _plausible(found: Places, ids: Sequence[str], shows: Sequence[str], trusted: bool) -> tuple[Places, list[str]]:
+    """Leave out places that cannot be true, and say which; those of labels are only said, but for 0 N 0 E."""
+    said: list[str] = []
+    first = np.unique(shows, return_index=True)[1]  # of the files of one photograph, and of its references, one
+    far = f"lie more than {FAR / 1000:,.0f} km from all others"
+    for why, doubt in (("are 0 N 0 E", _nowhere), ("are one and the same", _stuck), (far, _far_off)):
+        one = first[found.known[first]]
+        if found.system == "plane" or not len(one) or not (wrong := doubt(found, one)).any():
+            continue
+        keep, names = trusted and doubt != _nowhere, sorted({files.printable(ids[row]) for row in np.flatnonzero(wrong)})
+        so = "but count, for the labels say so" if keep else "and do not count (give true ones in truth.labels)"
+        said.append(f"positions of {len(names)} photographs {why}, {so}: {config.names(names)}")
+        if not keep:
+            found = replace(found, coordinates=np.where(wrong[:, None], np.nan, found.coordinates))
+    return found, said
+
+
+def _nowhere(found: Places, _: np.ndarray) -> np.ndarray:
+    return np.abs(found.coordinates).max(axis=1) < NO_FIX
+
+
+def _stuck(found: Places, one: np.ndarray) -> np.ndarray:
+    """The place that more than half of the photographs have to the last digit."""
+    places, many = np.unique(found.coordinates[one], axis=0, return_counts=True)
+    stuck = many.max() >= max(STUCK, len(one) // 2 + 1)
+    return (found.coordinates == places[many.argmax()]).all(axis=1) & stuck
+
+
+def _far_off(found: Places, one: np.ndarray) -> np.ndarray:
+    """The few, at most a quarter or one, in another part of the world than all others, who are near to each other."""
+    metres = _distance(found.system, found.points, np.median(found.points[one], axis=0))
+    apart = int((metres[one] > NEAR).sum())
+    return (metres > FAR) & (len(one) > 2 and apart <= max(1, len(one) // 4))

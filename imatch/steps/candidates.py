@@ -21,6 +21,7 @@ from imatch.core.types import ImatchError
 from imatch.data import images
 from imatch.data.embeddings import Embeddings
 from imatch.data.store import Stored, read_ranking
+from imatch.steps import groups
 from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.index import kind_of_reference
 
@@ -69,8 +70,7 @@ def plan_pairs(index_step: str, candidates: int, pairs: str, embed_step: str, ga
         ImatchError: a list, a file or a photograph that is not there; StepError for a step.
     """
     if not pairs:
-        if candidates < 1:
-            raise ImatchError(f"candidates is {candidates}: match at least 1")
+        groups.check({"candidates": candidates})
         index = open_step(step_folder(index_step))
         upstream, links = {"index": str(index.fingerprint)}, {"index": index.folder}
         return Plan(*sides(index), index.run, index.about, {"candidates": candidates}, upstream, links)
@@ -87,14 +87,24 @@ def plan_pairs(index_step: str, candidates: int, pairs: str, embed_step: str, ga
         parameters["one"] = one
         name = f"one-{flat_name(one)}"
     elif pairs not in LISTS:
-        path = settings.from_workspace(pairs)
-        if not path.is_file():
-            raise ImatchError(f"{config.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}")
+        path = settings.from_workspace(check_pairs(pairs))
         read_pairs(path, Stored(query.folder), Stored(gallery.folder))  # refuses a bad file now
         upstream["pairs"], links["pairs"] = images.file_digest(path), path
         name = f"csv-{path.stem}"
     about = {**query.about, "question": f"pairs-{name}{kind}"}
     return Plan(query, gallery, query.run, about, parameters, upstream, links)
+
+
+def check_pairs(pairs: str) -> str:
+    """Give `pairs` back, unless it is no list that is known, nor the path of a CSV.
+
+    >>> check_pairs("one:a.jpg")
+    'one:a.jpg'
+    """
+    path = settings.from_workspace(pairs)
+    if not (pairs in ("", *LISTS) or pairs.startswith("one:") or path.is_file()):
+        raise ImatchError(f"{config.unknown('pairs', pairs, LISTS)}, or the path of a CSV; there is none at {path}")
+    return pairs
 
 
 def open_source(step: Step) -> Source:
@@ -128,7 +138,7 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
         if lacking := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise ImatchError(f"pairs {path} has no column {lacking[0]!r}: its first line must be query,candidate")
         for line in reader:
-            ids = [line[name] or "" for name in COLUMNS]
+            ids = [files.unmarked(line[name] or "") for name in COLUMNS]
             known = [id in of for id, of in zip(ids, rows, strict=True)]
             for side, id in enumerate(ids):
                 if not known[side] and id not in skipped[side]:

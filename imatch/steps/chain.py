@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from imatch.core import settings
-from imatch.core.step import Step, open_step, side_folders, step_folder
+from imatch.core.step import Step, open_step, run_folder, side_folders, step_folder
 from imatch.core.types import StepError
 from imatch.data.store import Stored
 
@@ -27,7 +26,7 @@ def last_finished(step: str, kind: str, run: str, of: str = "") -> str:
     """
     if step:
         return step
-    home = settings.root("EXPORT_ROOT") / run
+    home = run_folder(run)
     found = [one for one in _finished(home / kind) if not of or one.linked("embed") == step_folder(of)]
     if not found:
         raise StepError(f"no finished {kind} in {home}: run it first, or give the run or the folder that it is in")

@@ -163,10 +163,11 @@ def preflight(step: Step, resources: ComputeOptions = ComputeOptions()) -> None:
         ImatchError: the model does not fit into the device's memory, or the result not onto the disk; the message says
             by how much, and what would fit.
     """
-    ids = sorted(chosen(step))
+    found, left_out = chosen(step)
+    ids = sorted(found)
     root = step.linked("photographs")
     megabytes = sum((root / id).stat().st_size for id in ids if (root / id).is_file()) / 2**20
-    print(f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB")
+    print(f"photographs  {len(ids)} in {root}, {megabytes:.1f} MB{left_out}")
     if step.finished:
         print("all of it    is there already")
         return
@@ -339,7 +340,8 @@ def _photographs(dataset: datasets.Dataset) -> str:
     if not dataset.root.is_dir():
         return "not there"
     try:
-        return str(len(dataset.select(images.list_photographs(dataset.root))))
+        ids = images.list_photographs(dataset.root)
+        return f"{len(dataset.select(ids))}{ids.left_out}"
     except ImatchError as error:
         return str(error)
 

@@ -22,9 +22,9 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
-from imatch.core.step import Step, open_step, start_step, tagged
+from imatch.core.step import Step, open_step, run_folder, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
-from imatch.data import images, registry, store
+from imatch.data import exif, images, registry, store
 from imatch.data.images import Decoded, Resize
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.data.shards import Shards
@@ -32,6 +32,7 @@ from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_fo
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, stride_of
 from imatch.features.pipeline import Made, assumed, passed
+from imatch.steps import groups
 
 ON_ERROR = ("skip", "stop")
 GROUP = 4
@@ -72,9 +73,7 @@ def start_embed(
     Raises:
         ImatchError: no such folder, weight, option or weight file; see also `step.start_step`.
     """
-    if not run:
-        raise ImatchError("run is empty: name this piece of work as run")
-    stride_of(storage.variant)
+    check_asked(run, weight, backbone_options or {}, data_key, storage)
     weight_set, _, weight = weight.rpartition("/")
     photographs = registry.dataset(dataset, data_key)
     backbone = base.create_backbone(weight, backbone_options or {}, weight_set=weight_set, data_key=data_key)
@@ -90,23 +89,39 @@ def start_embed(
     links = {"photographs": photographs.root}
     if photographs.registered:
         links["data_key"] = settings.from_workspace(data_key)
-    return start_step(settings.root("EXPORT_ROOT") / run, "01_embed", about, parameters, {}, links, on_change)
+    return start_step(run_folder(run), "01_embed", about, parameters, {}, links, on_change)
+
+
+def check_asked(run: str, weight: str, backbone_options: Options, data_key: str, storage: StorageOptions) -> None:
+    """Refuse what a 01_embed cannot be asked. Arguments as of `start_embed`; no weight file is looked at.
+
+    >>> check_asked("demo", "sift", {"max_keypoints": 500}, settings.DATA_KEY, StorageOptions())
+    """
+    run_folder(run)
+    stride_of(storage.variant)
+    if storage.cfg:
+        config.folder_name(storage.cfg, "cfg")
+    weight_set, _, key = weight.rpartition("/")
+    name, given = base.named(key, backbone_options, weight_set, data_key)
+    if name in base.NAMED or backbone_options:  # torch, which a network's options wait for, takes a second
+        config.create(base.BACKBONES, "weight", name, given, make=False)
 
 
 def _seen_by(weight: str, backbone: Backbone, resize: Resize, storage: StorageOptions = StorageOptions()) -> Parameters:
     """How photographs go through a backbone, and what is kept: the parameters that are not about the data set."""
     return {
         **seen_by(weight, backbone, resize),
-        "cfg": config.folder_name(storage.cfg, "cfg") if storage.cfg else str(resize),
+        "cfg": storage.cfg or str(resize),
         "variant": storage.variant,
         **store.keep_parameter(storage.keep, weight),
     }
 
 
-def chosen(step: Step) -> dict[str, About]:
-    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame)."""
+def chosen(step: Step) -> tuple[dict[str, About], str]:
+    """The ids of a step's photographs, with what the registry knows of each (capture, label, frame); and in words what
+    of their folder is left out."""
     if views := view_rows(step):
-        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}
+        return {row["id"]: {key: row[key] for key in ("source", "source_sha256")} for row in views}, ""
     root = step.linked("photographs")
     if "data_key" in step.links:
         dataset = registry.load(step.linked("data_key")).dataset(step.parameters["dataset"])
@@ -115,8 +130,12 @@ def chosen(step: Step) -> dict[str, About]:
     ids = images.list_photographs(root, leave_out=step.run.parent)
     chosen = dataset.select(ids, step.parameters["image_groups"])
     if not chosen:
-        raise ImatchError(f"no photographs in {root}: none of its files ends in {', '.join(sorted(images.SUFFIXES))}")
-    return {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+        ends = ", ".join(sorted(images.SUFFIXES))
+        raise ImatchError(f"no photographs in {root}: none of its files ends in {ends}{ids.left_out}")
+    if others := len(ids) - len(chosen):
+        ids.left_out = f"; not chosen by image_groups or the registry: {others}{ids.left_out}"
+    known = {id: {key: value for key, value in about.items() if value is not None} for id, about in chosen.items()}
+    return known, ids.left_out
 
 
 def embed(
@@ -143,8 +162,7 @@ def embed(
         ImatchError: no photographs, none that could be used, or too many bad ones. What was finished stays.
         PartDoneError: see `compute.do`.
     """
-    if on_error not in ON_ERROR:
-        raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
+    groups.check({"on_error": on_error, "max_skipped": max_skipped})
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
     task = _Task(step, engine.shard, on_error, max_skipped)
@@ -157,6 +175,8 @@ def embed(
         task.merge()
     embeddings = Stored(step.folder)
     task.bad.warn(embeddings)
+    for doubt in exif.doubts(embeddings.decodable) if "pose" not in step.parameters else ():
+        print(doubt)
     return embeddings
 
 
@@ -171,7 +191,7 @@ class _Task:
 
     def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
         self.step, self.shards, self.root = step, Shards(step.folder), step.linked("photographs")
-        self.about = chosen(step)
+        self.about, _ = chosen(step)
         first, of = compute.numbered("" if self.shards.merged else part)
         self.mine = range(first, sys.maxsize, of)
         self.plan = self._planned()
@@ -604,7 +624,7 @@ def embed_poses(
 def step_by(source: Step, weight: str) -> Path:
     """Say where the photographs of a finished step are, by another backbone: in a finished step of the run that has
     just these, or else beside the step, where `embed_by` puts them."""
-    beside = source.folder.with_name(f"{source.folder.name}_{weight}")
+    beside = source.folder.with_name(files.short_name(f"{source.folder.name}_{weight}"))
     if not (beside / "metrics.json").is_file():
         about = {**source.about, "weight": weight}
         alike = Path(source.run, source.name, *about.values()).parent
@@ -640,7 +660,7 @@ def embed_by(
         PartDoneError: see `compute.do`.
     """
     source = open_step(upright.folder)
-    if folder != source.folder.with_name(f"{source.folder.name}_{weight}"):
+    if folder != source.folder.with_name(files.short_name(f"{source.folder.name}_{weight}")):
         return  # another 01_embed made it
     data_key = source.linked("data_key") if "data_key" in source.links else settings.DATA_KEY
     backbone = base.create_backbone(weight, data_key=str(data_key))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from imatch.core import config
+from imatch.core.config import folder_name
 from imatch.core.rows import Json, Options
+from imatch.core.step import tagged
+from imatch.data import datasets
 
 GROUPS = {
     "compute": "imatch.core.compute:ComputeOptions",
@@ -23,6 +28,34 @@ GROUPS = {
     "storage": "imatch.data.store:StorageOptions",
     "truth": "imatch.retrieval.truth:TruthOptions",
 }
+
+NAMES = {
+    "direction": "imatch.steps.index:DIRECTIONS",
+    "file_type": "imatch.steps.references:FILE_TYPES",
+    "files": "imatch.export.per_image:OUTPUTS",
+    "on_change": "imatch.core.step:ON_CHANGE",
+    "on_error": "imatch.steps.embedding:ON_ERROR",
+    "outputs": "imatch.steps.match:OUTPUTS",
+}
+"""Parameters of the notebooks that are a name, or a list of names -> the table of those."""
+PLAIN = {
+    "candidates": PositiveInt,
+    "image_groups": Annotated[list[Any], AfterValidator(datasets.groups)],
+    "k": Annotated[int, Field(gt=0, le=10_000)],  # of all queries at once
+    "max_skipped": config.Share,
+    "quality": Annotated[int, Field(gt=0, le=100)],
+    "run": Annotated[str, AfterValidator(lambda run: run and folder_name(run, "run"))],  # "" is that of the source
+    "spot_check": NonNegativeInt,
+    "tag": Annotated[str, AfterValidator(tagged)],
+}
+"""Others that are in no group -> what they may be."""
+TOGETHER = {
+    ("run", "weight", "backbone_options", "data_key", "storage"): "imatch.steps.embedding:check_asked",
+    ("kind", "angles", "crops", "resize_to_original"): "imatch.data.references:check",
+    ("pairs",): "imatch.steps.candidates:check_pairs",
+    ("weight", "data_key", "matching"): "imatch.steps.match:check_matching",
+}
+"""Those that a function of a step checks, by each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +101,38 @@ def create(name: str, given: Options) -> Any:
     return config.create(GROUPS, "group", name, given, named=name)
 
 
+def check(values: Mapping[str, Json]) -> None:
+    """Refuse values of parameters of the notebooks that can be none: in a step, and before one is started.
+
+    Args:
+        values: by name; those of a group are its fields.
+
+    Raises:
+        ImatchError: of a group as `options`; for the others one line says the name, the value, and what would do.
+
+    >>> check({"direction": "data-dta"})
+    Traceback (most recent call last):
+    imatch.core.types.ImatchError: direction must be 'reference-data', ..., got 'data-dta': did you mean 'data-data'?
+    """
+    made = {name: create(name, value) if name in GROUPS else value for name, value in values.items()}
+    kinds: dict[str, Any] = {**PLAIN}
+    for name in filter(values.__contains__, NAMES):
+        known = Literal[tuple(pkgutil.resolve_name(NAMES[name]))]
+        kinds[name] = list[known] if isinstance(values[name], list) else known
+    for name in filter(values.__contains__, kinds):
+        config.checked(kinds[name], values[name], name)
+    for names, place in TOGETHER.items():
+        if made.keys() >= {*names}:
+            pkgutil.resolve_name(place)(*(made[name] for name in names))
+
+
 def fields(name: str) -> dict[str, Option]:
     """The fields of a group, in order.
 
     >>> fields("compute")["batch_size"]
     Option(default=8, help='photographs, or rotated queries, a forward pass')
     """
-    module, _, attribute = GROUPS[name].partition(":")
-    group = getattr(importlib.import_module(module), attribute)
+    group = pkgutil.resolve_name(GROUPS[name])
     text = inspect.getdoc(group).partition("Attributes:\n")[2].partition("\n\n")[0]
     helps = {
         key: " ".join(said.split()).removesuffix(".")

@@ -7,9 +7,7 @@ Names and folders are those of `perimage`.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -474,7 +472,7 @@ def _said(group: Group, item: Item, parameters: Parameters) -> _Meta:
 
 def _name_digest(group: Group, name: str) -> str:
     """Stands for the SHA-256 of a photograph that is not at hand."""
-    return hashlib.sha256(os.fsencode(f"{group.folder.name}/{name}")).hexdigest()
+    return files.name_digest(f"{group.folder.name}/{name}")
 
 
 def _about(group: Group, groups: Sequence[Group]) -> dict[str, str]:
@@ -484,7 +482,8 @@ def _about(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     told = [key for key in ("hub_entry", "family") if len({getattr(other, key) for other in alike}) > 1]
     kind = {"kind": "imported"} if group.reference else {}
     name = "_".join(getattr(group, key) for key in ("cfg", "variant", *told))
-    return {"dataset": group.folder.name, **kind, "weight": group.weight, "configuration": name}
+    about = {"dataset": group.folder.name, **kind, "weight": group.weight, "configuration": name}
+    return {what: files.one_name(said) for what, said in about.items()}
 
 
 def _listed(what: str, problems: Sequence[str], remedy: str) -> ImatchError:

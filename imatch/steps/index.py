@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +40,7 @@ from imatch.retrieval.truth import (
     read_labels,
     truth_of,
 )
+from imatch.steps import groups
 from imatch.steps.embedding import embed_poses, worth_trying
 
 DIRECTIONS = ("reference-data", "data-reference", "reference-reference", "data-data")
@@ -76,10 +76,7 @@ def start_index(
             rerank, and a side kept too little for it.
         ImatchError: an unknown direction; see also `step.start_step`.
     """
-    if direction not in DIRECTIONS:
-        raise ImatchError(config.unknown("direction", direction, DIRECTIONS))
-    if k < 1:
-        raise ImatchError(f"k is {k}: ask for at least 1 neighbour")
+    groups.check({"direction": direction, "k": k})
     sides = dict(zip(("query", "gallery"), direction.split("-"), strict=True))
     found = {"data": open_step(step_folder(embed_step))}
     kind = ""
@@ -322,6 +319,7 @@ def _write_hits(
     timing = {"embed": round(1000 * work, 4), "search": index["search_ms"]}
     timing["total"] = round(sum(timing.values()), 4)
     records = []
+    files.check_apart(step.folder, queries)
     for q, id in compute.progress(list(enumerate(queries)), "write hits"):
         hits: list[HitRow] = []
         for rank in range(int((ranking.rows[q] >= 0).sum())):
@@ -345,15 +343,13 @@ def _write_hits(
     files.write_json(step.folder / "results.json", {**about, **searched, "queries": records})
     files.write_array(step.folder / "ids.npy", np.array([*gallery.ids, ""], str)[ranking.rows])
     files.write_array(step.folder / "scores.npy", ranking.scores)
-    text = io.StringIO()
     columns = ("query", "rank", "id", "score", "right", "accepted", "metres", "turn")
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for record in records:
-        for hit in record["hits"]:
-            said = {name: int(hit[name]) for name in ("right", "accepted")}
-            table.writerow({"query": record["query"], **hit, **said})
-    files.write_bytes(step.folder / "hits.csv", text.getvalue().encode(errors="surrogateescape"))
+    table = (
+        {"query": record["query"], **hit, "right": int(hit["right"]), "accepted": int(hit["accepted"])}
+        for record in records
+        for hit in record["hits"]
+    )
+    files.write_bytes(step.folder / "hits.csv", files.csv_bytes(columns, table))
 
 
 def index_metrics(
@@ -416,8 +412,8 @@ def search(
     k, about = step.parameters["k"], [*query.rows, *lost]
     shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]
     own = left_out(query, gallery, shows, judged["kind"], judged["exclude_siblings"])
-    here, there = places_of(query, gallery, step.linked("labels") if "labels" in step.links else None)
-    truth = truth_of(step.parameters, shows, gallery.shows, here, there, own)
+    here, there, doubted = places_of(query, gallery, _labels(step))
+    truth = truth_of(step.parameters, shows, gallery.shows, here, there, own, doubted)
     kin = np.zeros(len(shows), np.int64) if own is None else count_equal(*own)
     wanted = max(int(truth.count.max()) + max(1, asked["expand"]), asked["rerank"])
     depth = max(k, min(wanted, len(gallery)))
@@ -450,6 +446,10 @@ def search(
     names, of = [row["id"] for row in about], _clusters(query, judged["cluster"], about)
     files.write_json(step.folder / "stages.json", _added(stages, truth.count, names, of, f"{judged['cluster']}s"))
     return Ranking(**ranking)
+
+
+def _labels(step: Step) -> Path | None:
+    return step.linked("labels") if "labels" in step.links else None
 
 
 def _clusters(query: Stored, cluster: str, about: Sequence[PhotoRow]) -> list[str]:
@@ -526,7 +526,7 @@ def audit_index(
     ]
     said += [*_embedded_again(sides, spot_check), *copies_of(query, gallery)]
     said += [*alike(query, gallery, step.parameters["truth"]["kind"]), *guessing(metrics)]
-    said += promise_broken(metrics["threshold"])
+    said += [*promise_broken(metrics["threshold"]), *places_of(query, gallery, _labels(step))[2]]
     for alarm in said:
         warnings.warn(alarm, ImatchWarning, stacklevel=2)
     return said

@@ -31,9 +31,11 @@ from imatch.data.rotations import poses
 from imatch.data.store import open_poses
 from imatch.evaluation import metrics
 from imatch.export.outputs import Sink
-from imatch.features.base import INVARIANT, create_backbone, matcher_for
+from imatch.features.base import INVARIANT, create_backbone, matcher_for, named
 from imatch.matching import geometry
 from imatch.matching.align import Alignment, GeometryOptions, MatchingOptions, Tried, aligner, first_verified, refused
+from imatch.matching.matchers import MATCHERS
+from imatch.steps import groups
 from imatch.steps.candidates import Candidate, Plan, Source, open_source, plan_pairs
 from imatch.steps.chain import open_embeddings, open_finished
 from imatch.steps.embedding import embed_by, embed_poses, step_by, worth_trying
@@ -91,8 +93,7 @@ def start_match(
     matcher, matcher_options = matcher_for(weights[0], matching.matcher), _on_cpu(matching.options)
     if lacking:
         print(lacking)
-    for output in outputs:
-        create_output(output)
+    groups.check({"outputs": list(outputs)})
     parameters = {
         **planned.parameters,
         "estimators": f"PoseLib {poselib.__version__}",  # pairs of an older geometry are not mixed with these
@@ -117,6 +118,17 @@ def start_match(
     by = f"_{matching.weight}" if matching.weight not in ("", own) else ""
     about = {**planned.about, "question": f"{planned.about['question']}{by}{tagged(tag)}"}
     return start_step(planned.run, "04_match", about, parameters, upstream, links, on_change)
+
+
+def check_matching(weight: str, data_key: str, matching: MatchingOptions) -> None:
+    """Refuse what pairs cannot be matched by. Arguments as of `start_embed` and `start_match`.
+
+    >>> check_matching("sift", settings.DATA_KEY, MatchingOptions(matcher="mutual", options={"k": 2}))
+    """
+    by = weight.rpartition("/")[2] if matching.weight in ("", "auto") else matching.weight
+    if by == matching.weight:
+        named(by, {}, "", data_key)
+    config.create(MATCHERS, "matcher", matcher_for(by, matching.matcher), _on_cpu(matching.options), make=False)
 
 
 def _on_cpu(options: Options) -> Options:
@@ -166,6 +178,7 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
         _check_memory(job.source)
         _embed_looks(step, job.source, resources)
         blocks = list(_blocks(job.source))
+        files.check_apart(step.folder, job.source.query.ids)
         _check_fits(job, [block for block in blocks if not job.is_done(block)])
         work, cores = compute.Each(job, job.is_done, resources.workers, "match"), ["cpu"] * settings.cores()
         for _ in compute.do(resources.machines, work, blocks, cores):
@@ -222,7 +235,7 @@ def labels_path(step: Step) -> Path:
     """Where the labels of a 04_match are, or will be: <exports>/<run>/labels/<dataset>.csv, of references with their
     kind, such as <dataset>_isometric.csv."""
     kinds = sorted({side.about["kind"] for side in sides(step) if "kind" in side.about})
-    return step.run / "labels" / f"{'_'.join([step.about['dataset'], *kinds])}.csv"
+    return step.run / "labels" / f"{files.short_name('_'.join([step.about['dataset'], *kinds]))}.csv"
 
 
 def open_match(step: Step) -> Matched:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -19,6 +18,7 @@ from imatch.core.step import Step, open_step, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, references
 from imatch.data.store import Stored
+from imatch.steps import groups
 
 FILE_TYPES = {"jpg": "JPEG", "png": "PNG"}
 _Job = tuple[PhotoRow, str, int]
@@ -58,10 +58,7 @@ def start_references(
     if source.parameters.get("imported"):
         raise StepError(f"{source.folder} was imported, and its photographs are not known to be there: run 01_embed")
     references.check(kind, angles, crops, resize_to_original)
-    if file_type not in FILE_TYPES:
-        raise ImatchError(f"file_type {file_type!r} is not known: use jpg, or png, which is lossless")
-    if not 1 <= quality <= 100:
-        raise ImatchError(f"quality {quality} must lie between 1 and 100")
+    groups.check({"file_type": file_type, "quality": quality})
     about = {"dataset": source.about["dataset"], "kind": f"{kind}{tagged(tag)}", "part": "views"}
     parameters = {
         "kind": kind,
@@ -80,7 +77,7 @@ def make_references(step: Step, resources: ComputeOptions = ComputeOptions()) ->
     """Make the views that are missing and finish the step of views.
 
     Every view is a JPEG at references_<dataset>/R<folder>/<stem>_rot045_crop50.jpg (or a PNG, .png), with a PNG mask
-    in masks/ when a corner is empty, and a row of references.jsonl.
+    in masks/ when a corner is empty, and a row of references.jsonl. Long names are shortened (`files.short_name`).
 
     Args:
         step: of `start_references`.
@@ -161,22 +158,21 @@ def _make_views(job: _Job, step: Step, root: Path) -> dict[str, str | None]:
 
 def _reference_names(ids: Sequence[str], dataset: str) -> dict[str, str]:
     """Photograph id -> references_<dataset>/R<folder>/<stem>, with the suffix, or a hash of the id, in the stem
-    where two would be one."""
+    where two would be one; names that are too long are shortened."""
 
-    def place(id: str) -> Path:
+    def named(id: str, stem: str) -> str:
         folder = Path(id).parent.as_posix()
-        return Path(f"references_{dataset}") / f"R{dataset if folder == '.' else folder}"
+        place = f"references_{dataset}/R{dataset if folder == '.' else folder}/{stem}"
+        return "/".join(map(files.one_name, place.split("/")))
 
-    plain = {id: (place(id) / Path(id).stem).as_posix() for id in ids}
-    longer = {id: (place(id) / Path(id).name.replace(".", "_")).as_posix() for id in ids}
-    count: dict[str, int] = {}
-    for name in plain.values():
-        count[name.lower()] = count.get(name.lower(), 0) + 1
+    plain = {id: named(id, Path(id).stem) for id in ids}
+    longer = {id: named(id, Path(id).name.replace(".", "_")) for id in ids}
+    count = Counter(map(str.lower, plain.values()))
     names = {id: plain[id] if count[plain[id].lower()] == 1 else longer[id] for id in ids}
     taken: dict[str, str] = {}
     for id, name in names.items():
         if taken.setdefault(name.lower(), id) != id:
-            names[id] = f"{name}-{hashlib.sha256(os.fsencode(id)).hexdigest()[:8]}"
+            names[id] = f"{name}-{files.name_digest(id)[:8]}"
     return names
 
 

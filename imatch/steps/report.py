@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imatch.core import config, files, settings
+from imatch.core import config, files
 from imatch.core.rows import Json, PairRow, QueryRow, ReportRow
-from imatch.core.step import Step, open_step, start_step, step_folder
+from imatch.core.step import Step, open_step, run_folder, start_step, step_folder
 from imatch.core.types import ImatchError, StepError
 from imatch.data import store
 from imatch.evaluation import intervals, verdicts
@@ -103,8 +101,7 @@ def start_report(steps: Sequence[str], *, run: str, tag: str = "", on_change: st
     Raises:
         ImatchError: there is no finished step; see also `step.start_step`.
     """
-    if not run:
-        raise ImatchError("run is empty: name this piece of work as run")
+    home, about = run_folder(run), {"tag": config.folder_name(tag, "tag") if tag else "all"}
     found: dict[str, Step] = {}
     for given in steps:
         folder = step_folder(given)
@@ -120,7 +117,6 @@ def start_report(steps: Sequence[str], *, run: str, tag: str = "", on_change: st
     links = {name: found[name].folder for name in sorted(found)}
     upstream = {name: str(found[name].fingerprint) for name in links}
     measured = {name: [_measured(step) for step in chain(found[name]).values()] for name in links}
-    home, about = settings.root("EXPORT_ROOT") / run, {"tag": config.folder_name(tag, "tag") if tag else "all"}
     return start_step(home, "05_report", about, {"measured": files.digest(measured)}, upstream, links, on_change)
 
 
@@ -363,11 +359,8 @@ def write(step: Step, rows: Sequence[ReportRow]) -> Path:
     files.write_json(step.folder / "table.json", shown)
     prints = [{f"{of} fingerprint": value for of, value in row["fingerprints"].items()} for row in rows]
     columns = ["question", *COLUMNS, "k", "device", "name", *sorted({name for of in prints for name in of})]
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore")
-    table.writeheader()
-    table.writerows(row | of for row, of in zip(rows, prints, strict=True))
-    files.write_bytes(step.folder / "table.csv", text.getvalue().encode(errors="surrogateescape"))
+    table = ({**row, **of} for row, of in zip(rows, prints, strict=True))
+    files.write_bytes(step.folder / "table.csv", files.csv_bytes(columns, table))
     files.write_bytes(page, html(rows, step.folder).encode(errors="surrogateescape"))
     return page
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import PositiveFloat
+
 from imatch.core import compute, config, files, settings
 from imatch.core.rows import AnswerRow, Json
 from imatch.core.step import Step
@@ -29,12 +31,12 @@ class SendOptions:
         ttl_hours: how long the messages live.
 
     Raises:
-        ImatchError: an unknown name, a ttl below 1; for "redis" no redis-py, no REDIS_URL, or one that is no URL: now,
-            not after hours.
+        ImatchError: an unknown name, a ttl that is none; for "redis" no redis-py, no REDIS_URL, or one that is no URL:
+            now, not after hours.
     """
 
     to: str = ""
-    ttl_hours: float = 168.0
+    ttl_hours: PositiveFloat = 168.0
 
     def __post_init__(self) -> None:
         config.check(self, "send")

@@ -551,7 +551,7 @@ class Explorer(widgets.VBox):
         names = [flat_name(pair.row[side]) for side in ("query", "candidate")]
         path = self.saved.matched.pages / names[0] / f"{names[1]}.html"
         pair_page(pair, *self._opened.tokens, path)
-        self.progress.value = f"saved: {html.escape(printable(str(path)))}"
+        self.progress.value = f"saved: {_escaped(str(path))}"
 
     # --- reacting ------------------------------------------------------------------------------------------
 
@@ -564,7 +564,7 @@ class Explorer(widgets.VBox):
             try:
                 reaction()
             except (ImatchError, OSError, ValueError, KeyError) as error:  # to be read, not a traceback in a log
-                self._say(f"<b>{html.escape(printable(str(error)))}</b>")
+                self._say(f"<b>{'<br>'.join(map(_escaped, str(error).splitlines()))}</b>")
 
         return react
 
@@ -604,7 +604,7 @@ def _candidate(row: PairRow) -> str:
 def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     """What a pair's geometry says, as HTML."""
     row = pair.row
-    names = [f"<b>{html.escape(printable(row[side]))}</b>" for side in ("query", "candidate")]
+    names = [f"<b>{_escaped(row[side])}</b>" for side in ("query", "candidate")]
     told = [f"{'verified' if found.verified else 'not verified'}: {found.reason}"]
     told += pictures.told(found, pair.sizes[0])
     if found.matrix is not None and row.get("true_matrix") is not None:
@@ -613,9 +613,14 @@ def _found(pair: Pair, found: Geometry, alike: int, drawn: int) -> str:
     colour = GOOD if found.verified else BAD
     return (
         f"{names[0]} → {names[1]}, cosine of the global vectors {row['score']:.3f}<br>"
-        f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{"; ".join(told)}</span><br>'
+        f'<span style="border-left: 4px solid {colour}; padding-left: 6px">{_escaped("; ".join(told))}</span><br>'
         f"{drawn} of {alike} correspondences drawn"
     )
+
+
+def _escaped(text: str) -> str:
+    """Text of a name or a reason, as HTML."""
+    return html.escape(printable(text))
 
 
 def _similar(side: int, xy: np.ndarray, other: Tokens, similarity: np.ndarray, best: Sequence[int]) -> str:

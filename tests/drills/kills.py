@@ -1,14 +1,16 @@
-"""Kill `imatch run` at random moments, give the same command again, compare every byte with a run that nobody killed.
+"""Kill runs of all five notebooks at random moments, give the same again, compare every byte with a run nobody killed.
 
-    .venv/bin/python -m tests.drills.kills [--kills 60] [--seed 0]
+    .venv/bin/python -m tests.drills.kills [--n 110] [--commands 10] [--seed 0]
 
-The real command on drawn photographs, all five notebooks: its whole group of processes (papermill, kernels, workers) is
-killed by SIGKILL, so nothing can be tidied up. Minutes.
+Of each notebook its cells, in a group of processes of its own, started from this one so that a kill costs no second of
+imports; at the end some kills of the command `imatch run` itself, with its kernels. SIGKILL to all of its processes, so
+that nothing can be tidied up.
 """
 
 from __future__ import annotations
 
-import argparse
+import ctypes
+import importlib
 import json
 import os
 import random
@@ -18,86 +20,151 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.test_resume import content, write_photographs
+import psutil
 
-NOTEBOOKS = ["01_embed", "02_references", "03_index", "04_match", "05_report"]
-WANTED = {
-    "run": "run",
-    "weight": "sift",
-    "kind": "legacy",
-    "angles": [0, 30],
-    "crops": [0.75],
-    "candidates": 1,
-    "backbone_options": {"max_keypoints": 120},
-    "storage.shard_size": 2,
-}
-MOST = 8
-"""So often one run is killed; then it may end."""
+from tests.drills import chain
+from tests.drills.tally import Tally, asked
+from tests.test_resume import content
+
+MOST = 6
+"""So often one step, or one run of the command, is killed; then it may end."""
 
 
 def main() -> None:
     """Kill, compare, print one line of figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    chance, killed, wrong, left, runs = random.Random(asked.seed), Counter[str](), list[str](), list[str](), 0
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        recipe = home / "drill.yaml"
-        dataset = str(write_photographs(home / "photographs"))
-        recipe.write_text(json.dumps({"notebooks": NOTEBOOKS, "parameters": {**WANTED, "dataset": dataset}}))
-        started = time.monotonic()
-        start(recipe, home / "whole").wait()
-        took = time.monotonic() - started
-        whole = found(home / "whole")
-        while killed.total() < asked.kills:
-            exports = home / f"killed {runs}"
-            runs += 1
-            for _ in range(min(MOST, asked.kills - killed.total())):
-                process = start(recipe, exports)
-                try:
-                    process.wait(chance.uniform(0, took))
-                    break
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    killed[step_of(exports)] += 1
-            if code := start(recipe, exports).wait():
-                wrong.append(f"{exports.name}: exit code {code}")
-            here = found(exports)
-            left += [name for name in here if name.endswith(".tmp")]  # of a picture that was drawn once more
-            kept = {name for name in here.keys() | whole.keys() if not name.endswith(".tmp")}
-            wrong += [f"{exports.name}: {name}" for name in sorted(kept) if here.get(name) != whole.get(name)]
-            print(f"{runs} runs, {killed.total()} kills, {len(wrong)} wrong", flush=True)
-    print(*wrong, sep="\n")
-    places = ", ".join(f"{n} in {name}" for name, n in sorted(killed.items()))
-    told = f"{killed.total()} SIGKILLs ({places}) in {runs} runs of {len(whole)} files"
-    print(f"{told}: {len(wrong)} wrong, {len(left)} hidden temporary files left")
-    sys.exit(bool(wrong))
+    given, tally = asked(__doc__, n=110, commands=10), Tally()
+    chance, trees = random.Random(given.seed), 0
+    for room in ("IPython.core.interactiveshell", "torch.utils.data", "imatch.features.sift", "imatch.steps.match"):
+        importlib.import_module(room)  # once for all children, and so that none of them has a thread yet
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a killed child had started is reaped here
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        chain.settle(home, 6)
+        took = {}
+        for step in chain.NOTEBOOKS:
+            started = time.monotonic()
+            if finish(partial(cells, step, home / "whole", 0)):
+                raise SystemExit((home / "whole.log").read_text())
+            took[step] = time.monotonic() - started
+        whole, goal = found(home / "whole"), -(-(given.n - given.commands) // len(chain.NOTEBOOKS))
+        while any(tally.counts[f"in {step}"] < goal for step in chain.NOTEBOOKS):
+            exports, workers = home / f"killed {trees}", 2 * (trees % 2)
+            trees += 1
+            for step in chain.NOTEBOOKS:
+                for _ in range(min(MOST, goal - tally.counts[f"in {step}"])):
+                    # early moments more often, for pictures, which come last, take longest
+                    if not kill(cells(step, exports, workers), took[step] * chance.random() ** 2):
+                        break
+                    tally.counts[f"in {step}"] += 1
+                if finish(partial(cells, step, exports, workers)):
+                    said = exports.with_suffix(".log").read_text().strip().splitlines()[-1:]
+                    tally.fault("wrong bytes", f"{step} does not end", f"{exports.name}: {said}")
+            compare(found(exports), whole, exports.name, tally)
+        trees += commands(home, given.commands, sum(took.values()), chance, whole, tally)
+    kills = sum(tally.counts.values())
+    tally.end(f"{kills} SIGKILLs ({tally.counted()}) in {trees} runs of {len(whole)} files", "wrong bytes")
 
 
-def start(recipe: Path, exports: Path) -> subprocess.Popen[bytes]:
-    """Start `imatch run` in a group of processes of its own; it writes to <exports>.log."""
-    command = [sys.executable, "-m", "imatch", "run", str(recipe), "--exports", str(exports)]
+def commands(home: Path, n: int, took: float, chance: random.Random, whole: dict[str, Any], tally: Tally) -> int:
+    """Kill `imatch run` n times; returns in how many runs."""
+    recipe, killed, runs = home / "drill.yaml", 0, 0
+    parameters = {key: value for step in chain.NOTEBOOKS[:4] for key, value in chain.given(step).items()}
+    recipe.write_text(json.dumps({"notebooks": chain.NOTEBOOKS, "parameters": parameters}))
+    while killed < n:
+        exports, runs = home / f"command {runs}", runs + 1
+        for _ in range(min(MOST, n - killed)):
+            if not kill(command(recipe, exports), chance.uniform(1, 2 * took)):
+                break
+            killed += 1
+            tally.counts["of imatch run"] += 1
+        if code := finish(partial(command, recipe, exports)):
+            said = exports.with_suffix(".log").read_text().strip().splitlines()[-1:]
+            tally.fault("wrong bytes", "imatch run", f"{exports.name}: exit code {code}: {said}")
+        compare(found(exports), whole, exports.name, tally)
+    return runs
+
+
+def cells(step: str, exports: Path, workers: int) -> int:
+    """Start a notebook's cells in a group of processes of its own, which writes to <exports>.log."""
+    parameters = chain.given(step) | ({"compute": {"workers": workers}} if step != "05_report" else {})
+    if pid := os.fork():
+        return pid
+    os.setsid()
+    code = 1
+    try:
+        with exports.with_suffix(".log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        chain.execute(step, exports, parameters)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def command(recipe: Path, exports: Path) -> int:
+    """Start `imatch run` likewise."""
+    arguments = [sys.executable, "-m", "imatch", "run", str(recipe), "--exports", str(exports)]
     with exports.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True).pid
+
+
+def kill(pid: int, after: float) -> bool:
+    """Kill a group of processes after some seconds; False if it had ended by then."""
+    ends = time.monotonic() + after
+    while time.monotonic() < ends:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            reap()
+            return False
+        time.sleep(min(0.01, after / 10))
+    os.killpg(pid, signal.SIGKILL)
+    while left := psutil.Process().children(recursive=True):  # kernels are in groups of their own
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        reap()
+    return True
+
+
+def finish(start: Callable[[], int]) -> int:
+    """Let a group of processes end; its exit code."""
+    code = os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1])
+    reap()
+    return code
+
+
+def reap() -> None:
+    """Wait until the last process is gone, before anybody looks at its files."""
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        return
 
 
 def found(exports: Path) -> dict[str, Any]:
-    """All that a run left, but for what tells milliseconds: executed notebooks, a figure and the report."""
-    timed = re.compile(r".*(\.ipynb|\.lock|/recall\.png)|run/05_report/.*")
-    return {name: held for name, held in content(exports).items() if not timed.fullmatch(name)}
+    """All that a run left, but for executed notebooks; of what tells milliseconds only that it is there."""
+    timed = re.compile(r".*/recall\.png|run/05_report/.*")
+    held = {name: held for name, held in content(exports).items() if not name.endswith((".ipynb", ".lock"))}
+    return {name: None if timed.fullmatch(name) else of for name, of in held.items()}
 
 
-def step_of(exports: Path) -> str:
-    """Where a run was when it was killed: the last of the steps that had begun."""
-    begun = [name for name in NOTEBOOKS if (exports / "run" / name).is_dir()]
-    return begun[-1] if begun else "the start"
+def compare(here: dict[str, Any], whole: dict[str, Any], run: str, tally: Tally) -> None:
+    """Count the files that are not those of a run nobody killed."""
+    for name in sorted(here.keys() | whole.keys()):
+        if name.endswith(".tmp"):
+            tally.fault("hidden temporary files left", Path(name).suffixes[0], f"{run}: {name}", bar=False)
+        elif name not in here or here[name] != whole.get(name, ""):
+            what = "is not there" if name not in here else "is new" if name not in whole else "is another one"
+            tally.fault("wrong bytes", f"{name.split('/')[1]} {what}", f"{run}: {name}")
 
 
 if __name__ == "__main__":

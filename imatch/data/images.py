@@ -35,10 +35,10 @@ from imatch.data.exif import position as position_of
 from imatch.data.tiff import UPRIGHT, Tiff
 
 _HEIF = frozenset((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ())
-SUFFIXES = _HEIF | {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"),
-    *(".avif", ".jp2", ".j2k"),
-}
+SUFFIXES = _HEIF.union(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"),
+    (".avif", ".jp2", ".j2k"),
+)
 """In lower case, what the names of files end in that are listed as photographs."""
 _REMEDIES = {
     "install the extra heif": ".heic .heif .hif",

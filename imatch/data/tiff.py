@@ -139,10 +139,9 @@ class Tiff:
         # a compression, a predictor or packed bits, for which tifffile needs imagecodecs, which is not here
         with suppress(ImportError, NotImplementedError, ValueError):
             if page.is_final and page.dtype and isinstance(self.file, io.BytesIO):  # as they lie in the file
-                order, shape = page.dtype.newbyteorder(page.parent.byteorder), page.shape
-                values = np.frombuffer(self.file.getvalue(), order, math.prod(shape), page.dataoffsets[0]).reshape(
-                    shape
-                )
+                order = page.dtype.newbyteorder(page.parent.byteorder)
+                values = np.frombuffer(self.file.getvalue(), order, math.prod(page.shape), page.dataoffsets[0])
+                values = values.reshape(page.shape)
             else:
                 values = page.asarray()
             return np.moveaxis(values, 0, -1) if page.planarconfig == 2 and values.ndim == 3 else values
@@ -197,11 +196,8 @@ def _colours(page: TiffPage) -> tuple[str, int]:
     bits = {page.bitspersample, *np.ravel(page.tags[258].value).tolist()} if 258 in page.tags else {1}
     mode, colours = BANDS.get(kind, ("", 0))
     alphas = sum(extra in (1, 2) for extra in page.extrasamples)
-    if (
-        not mode
-        or (kind == 5 and _number(page, 332, 1) != 1)
-        or (kind == 3 and (max(bits) > 8 or page.samplesperpixel > 1))
-    ):
+    other_inks = kind == 5 and _number(page, 332, 1) != 1
+    if not mode or other_inks or (kind == 3 and (max(bits) > 8 or page.samplesperpixel > 1)):
         raise PhotographError(f"its colours are {name}, PhotometricInterpretation {kind}: convert it to RGB")
     if page.samplesperpixel < colours or (colours == 1 and page.samplesperpixel - alphas > 2):
         raise PhotographError(f"{page.samplesperpixel} bands, of {name}: which are red, green and blue is not said")

@@ -253,6 +253,27 @@ def test_a_warning_names_ten_and_says_where_the_others_are(tmp_path):
     assert f"and 3 more in {step.folder / 'skipped.jsonl'}" in text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_assumed_of_numbers_is_told_and_kept(tmp_path, workers):
+    folder = write(tmp_path / "data", 2)
+    grey = picture(5)[..., 0].astype(np.uint16)
+    Image.fromarray(grey * 16).save(folder / "twelve bits.png")
+    Image.fromarray(np.full_like(grey, 4080)).save(folder / "flat.png")
+    with pytest.warns(ImatchWarning) as said:
+        _, embeddings, _ = embedded(folder, tmp_path / "exports", workers)
+    reason, assumed = (str(warning.message) for warning in said)
+    why = "of 65,535: taken as 12 bits"
+    assert (
+        f"flat.png: nothing to describe: no texture was found in its 128 x 96 pixels: values reach 4,080 {why}"
+        in reason
+    )
+    assert assumed.startswith("of 1 photograph something was assumed:\n  twelve bits.png: values reach ")
+    assert assumed.endswith(why)
+    assert [id for id, row in zip(embeddings.ids, embeddings.rows, strict=True) if "note" in row] == ["twelve bits.png"]
+    with pytest.warns(ImatchWarning, match="of 1 photograph something was assumed"):
+        imatch.embed([folder / "00.jpg", folder / "twelve bits.png"], "sift")
+
+
 # --- a file that may not be read --------------------------------------------------------------------------
 
 

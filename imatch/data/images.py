@@ -35,10 +35,10 @@ from imatch.data.exif import position as position_of
 from imatch.data.tiff import UPRIGHT, Tiff
 
 _HEIF = frozenset((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ())
-SUFFIXES = _HEIF | {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"),
-    *(".avif", ".jp2", ".j2k"),
-}
+SUFFIXES = _HEIF.union(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"),
+    (".avif", ".jp2", ".j2k"),
+)
 """In lower case, what the names of files end in that are listed as photographs."""
 _REMEDIES = {
     "install the extra heif": ".heic .heif .hif",
@@ -488,9 +488,7 @@ def _pixels(image: Image.Image | Tiff, file: io.BytesIO | None) -> tuple[np.ndar
     elif file and image.format == "PNG" and file.getbuffer()[24] == 16:
         image, note = tiff.png_of_16(image, file.getvalue())
     elif image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, np.uint16 if image.format == "PPM" else None)  # Pillow scales these itself
-        scaled, note = tiff.eight_bits(values, 65535 if image.format == "PPM" else None)
-        image = Image.fromarray(scaled)
+        image, note = tiff.eight_bits_of(image, 65535 if image.format == "PPM" else None)  # Pillow scales these itself
     image.load()
     if file:
         file.close()  # large files must not lie beside their pixels, and some decoders keep them

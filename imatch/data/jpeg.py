@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -15,8 +16,9 @@ DAMAGE = re.compile("Corrupt JPEG data|Premature end|Inconsistent progression")
 HARMLESS = re.compile("bad ICC marker|before marker 0x(c[0-2]|d[bd]|e.|fe)")
 """Of the warnings of libjpeg: the data of pixels are not what was written; and what lies between parts of a header."""
 END = b"\xff\xd9"
-COLUMNS, EDGE = 24, 4
-"""Blocks that a photograph is wide, and that a seam must be away from its sides, so that no horizon looks like one."""
+COLUMNS, EDGE, SHIFT = 24, 4, 10
+"""Blocks that a photograph is wide and that a seam is away from its sides, and of how many levels of 255, at least: so
+that no horizon looks like one."""
 
 
 def pixels(image: JpegImageFile, data: bytes) -> np.ndarray | None:
@@ -67,22 +69,31 @@ def _seam(found: np.ndarray, down: int, across: int) -> int:
     if columns < COLUMNS or rows < 2:
         return 0
     below, above = (found[i::down][:rows, : columns * across] for i in (down, down - 1))
-    jumps = (below.astype(np.int16) - above).reshape(rows, columns, across, 3).mean(2, dtype=np.float32)
-    left, right = _sides(jumps)
-    quiet = np.maximum(abs(left[:-1]), abs(right[1:]))
-    for sign in (1, -1):
-        most_left, most_right = _sides(sign * jumps > 5)
-        jump = np.minimum(sign * right[:-1], sign * left[1:]) - 2 * quiet
-        seams = (jump > 10) & (np.minimum(most_right[:-1], most_left[1:]) > 0.8)
-        if seams.any():
-            return int(np.argwhere(seams)[0, 0] + 1) * down
+    means = [cv2.reduce(part, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F) for part in (below, above)]
+    lighter = means[0] - means[1]
+    for row in np.flatnonzero((abs(lighter[:-1] + lighter[1:]) > SHIFT).any((1, 2))):
+        two = slice(row, row + 2)
+        jumps = (below[two].astype(np.float32) - above[two]).reshape(2, columns, across, 3).mean(2)
+        if _is_seam(jumps) or _is_seam(-jumps):
+            return int(row + 1) * down
     return 0
 
 
-def _sides(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The means of rows to the left and to the right of every column but those near the sides."""
-    n = values.shape[1]
-    x = np.arange(EDGE, n - EDGE + 1)[:, None]
-    sums = values.cumsum(axis=1, dtype=np.float32)
-    left = sums[:, EDGE - 1 : n - EDGE]
-    return left / x, (sums[:, -1:] - left) / (n - x)
+def _is_seam(jumps: np.ndarray) -> bool:
+    """Whether two rows of blocks are lighter than those above: the first from a column on, the second up to it.
+
+    Args:
+        jumps: (2, columns, 3), of the blocks.
+    """
+    x = np.arange(EDGE, jumps.shape[1] - EDGE + 1)[:, None]
+    (quiet, one), (other, quiet_too) = _sides(jumps, x)
+    (_, most_of_one), (most_of_other, _) = _sides(jumps > SHIFT / 2, x)
+    shift = np.minimum(one, other) - 2 * np.maximum(abs(quiet), abs(quiet_too))
+    return bool(((shift > SHIFT) & (np.minimum(most_of_one, most_of_other) > 0.8)).any())
+
+
+def _sides(rows: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The means of each of two rows to the left and to the right of columns."""
+    sums = rows.cumsum(axis=1, dtype=np.float32)
+    left, n = sums[:, x[:, 0] - 1], rows.shape[1]
+    return list(zip(left / x, (sums[:, -1:] - left) / (n - x), strict=True))

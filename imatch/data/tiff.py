@@ -9,7 +9,7 @@ import io
 import logging
 import math
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import cv2
 import numpy as np
@@ -96,9 +96,9 @@ class Tiff:
         plain = page.bitspersample <= 8 and page.sampleformat in (1, 4) and not page.extrasamples
         if plain and (image := self._by_pillow()):
             return image, ""
-        if (values := self._values()) is None:
+        if (found := self._by_bits()) is None:
             return self._by_pillow_alone()
-        image, note = self._by_bits(values)
+        image, note = found
         return (image.transpose(UPRIGHT[self.turn]) if self.turn in UPRIGHT else image), note
 
     def _by_pillow(self) -> Image.Image | None:
@@ -112,17 +112,23 @@ class Tiff:
         image.load()
         return image
 
-    def _by_bits(self, values: np.ndarray) -> tuple[Image.Image, str]:
+    def _by_bits(self) -> tuple[Image.Image, str] | None:
+        if (values := self._values()) is None:
+            return None
         bands = values.reshape(*values.shape[:2], -1)
         colours = bands[..., : self.colours] if self.colours > 1 else bands[..., 0]
         nodata = self.page.nodata if 42113 in self.page.tags else None
         scaled, note = eight_bits(colours, self._white(), nodata)
-        image = Image.fromarray(255 - scaled if self.page.photometric == 0 else scaled, self.mode)
         alphas = [i for i, kind in enumerate(self.page.extrasamples, self.colours) if kind in (1, 2)]
+        alpha = None
         if alphas and self.mode in ("L", "RGB") and values.dtype.kind == "u":
             alpha = Image.fromarray(eight_bits(bands[..., alphas[0]], self._white())[0])
-            if _is_a_band(alpha):
-                return image, "; ".join(filter(None, (note, A_BAND)))
+        del values, bands, colours  # not to lie beside the image, nor the file
+        self.file.close()
+        image = Image.fromarray(255 - scaled if self.page.photometric == 0 else scaled, self.mode)
+        if alpha and _is_a_band(alpha):
+            return image, "; ".join(filter(None, (note, A_BAND)))
+        if alpha:
             mode = "RGBa" if 1 in self.page.extrasamples else "RGBA"
             image = Image.merge(mode, (*image.convert("RGB").split(), alpha)).convert("RGBA")
         return image, note
@@ -132,7 +138,12 @@ class Tiff:
         page = self.page
         # a compression, a predictor or packed bits, for which tifffile needs imagecodecs, which is not here
         with suppress(ImportError, NotImplementedError, ValueError):
-            values = page.asarray()
+            if page.is_final and page.dtype and isinstance(self.file, io.BytesIO):  # as they lie in the file
+                order = page.dtype.newbyteorder(page.parent.byteorder)
+                values = np.frombuffer(self.file.getvalue(), order, math.prod(page.shape), page.dataoffsets[0])
+                values = values.reshape(page.shape)
+            else:
+                values = page.asarray()
             return np.moveaxis(values, 0, -1) if page.planarconfig == 2 and values.ndim == 3 else values
         if page.bitspersample <= 8 or page.compression not in (1, 5, 8, 32946) or page.planarconfig == 2 or page.index:
             return None
@@ -153,9 +164,8 @@ class Tiff:
         if image is None:
             raise PhotographError(f"{kind}: no decoder reads it, save it uncompressed")
         if page.bitspersample > 8 and image.mode.startswith("I"):
-            scaled, note = eight_bits(np.asarray(image, np.uint16), self._white())
-            return Image.fromarray(scaled), note
-        if page.bitspersample > 8 and _few(np.asarray(image.convert("RGB"))):
+            return eight_bits_of(image, self._white())
+        if page.bitspersample > 8 and _few(image):
             raise PhotographError(f"{kind}: read in 8 bits, few of which are used; save it uncompressed")
         if image.mode == "RGBA" and _is_a_band(image.getchannel("A")):
             if 1 in page.extrasamples:
@@ -186,11 +196,8 @@ def _colours(page: TiffPage) -> tuple[str, int]:
     bits = {page.bitspersample, *np.ravel(page.tags[258].value).tolist()} if 258 in page.tags else {1}
     mode, colours = BANDS.get(kind, ("", 0))
     alphas = sum(extra in (1, 2) for extra in page.extrasamples)
-    if (
-        not mode
-        or (kind == 5 and _number(page, 332, 1) != 1)
-        or (kind == 3 and (max(bits) > 8 or page.samplesperpixel > 1))
-    ):
+    other_inks = kind == 5 and _number(page, 332, 1) != 1
+    if not mode or other_inks or (kind == 3 and (max(bits) > 8 or page.samplesperpixel > 1)):
         raise PhotographError(f"its colours are {name}, PhotometricInterpretation {kind}: convert it to RGB")
     if page.samplesperpixel < colours or (colours == 1 and page.samplesperpixel - alphas > 2):
         raise PhotographError(f"{page.samplesperpixel} bands, of {name}: which are red, green and blue is not said")
@@ -221,22 +228,24 @@ def png_of_16(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
     if at > 0:
         said = 2 ** max(data[at + 4 : at + 4 + data[at - 1]]) - 1
     if image.mode.startswith("I"):
-        scaled, note = eight_bits(np.asarray(image, np.uint16), said)
-        return Image.fromarray(scaled), note
-    if not _few(np.asarray(image.convert("RGB"))):
+        return eight_bits_of(image, said)
+    if not _few(image):
         return image, ""
+    alpha = image.getchannel("A") if "A" in image.getbands() else None
+    image.close()
     found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     scaled, note = eight_bits(found[..., 2::-1], said)
+    del found
     narrow = Image.fromarray(scaled)
-    if "A" in image.getbands():
-        narrow.putalpha(image.getchannel("A"))
+    if alpha:
+        narrow.putalpha(alpha)
     return narrow, note
 
 
-def _few(scaled: np.ndarray) -> bool:
-    """Whether 16-bit numbers, of which these are the upper 8 bits, use so few that they may be fewer bits."""
-    low, high = int(scaled.min()), int(scaled.max())
-    return high < 64 or high - low < 32
+def _few(image: Image.Image) -> bool:
+    """Whether 16-bit colours, of which an image has the upper 8 bits, use so few that they may be fewer bits."""
+    used = np.ravel([image.getchannel(band).getextrema() for band in image.getbands() if band != "A"])
+    return bool(used.max() < 64 or np.ptp(used) < 32)
 
 
 def eight_bits(values: np.ndarray, said: float | None = None, nodata: float | None = None) -> tuple[np.ndarray, str]:
@@ -261,29 +270,63 @@ def eight_bits(values: np.ndarray, said: float | None = None, nodata: float | No
     """
     if values.dtype == np.uint8:
         return values, ""
-    low, high = _range(values, nodata)
-    top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else math.inf
-    black, white, note = 0.0, float(top), ""
-    if said and low >= 0 and high <= said:
-        white = said
-    elif values.dtype.kind in "iu" and low >= 0 and high < 2**14:
-        bits = max(8, 2 * math.ceil(int(high).bit_length() / 2))
-        white, note = 2**bits - 1, f"values reach {high:,} of {top:,}: taken as {bits} bits"
-    elif values.dtype.str[1:] != "u2":
-        white = -math.inf
-    if (high > low and 8 * (high - low) < white - black) or white < high:
-        black, white = low, high
-        numbers = [f"{number:,.6g}" if isinstance(number, float) else f"{number:,}" for number in (low, high)]
-        note = f"values lie between {' and '.join(numbers)}: taken as black and white"
-    if (black, white) == (0, 65535) and values.ndim == 3:
-        return np.asarray(values >> 8, np.uint8), note  # as Pillow does with colours
+    black, white, note = _scale(*_range(values, nodata), values.dtype, said)
     scaled = np.empty(values.shape, np.uint8)
     rows = max(1, STRIP // math.prod(values.shape[1:]))
     for row in range(0, len(values), rows):
-        strip = values[row : row + rows].astype(np.float64)
-        strip[~np.isfinite(strip) | (strip == nodata)] = black
-        scaled[row : row + rows] = np.round(np.clip((strip - black) * (255 / (white - black or 1)), 0, 255))
+        scaled[row : row + rows] = _scaled(values[row : row + rows], black, white, nodata)
     return scaled, note
+
+
+def eight_bits_of(image: Image.Image, said: float | None = None) -> tuple[Image.Image, str]:
+    """Scale the grey of a Pillow image of more than 8 bits, as `eight_bits`, without a copy of all of it.
+
+    >>> image, note = eight_bits_of(Image.new("I;16", (2, 1), 4080))
+    >>> image.getpixel((0, 0)), note
+    (254, 'values reach 4,080 of 65,535: taken as 12 bits')
+    """
+    if image.mode == "F":
+        scaled, note = eight_bits(np.asarray(image))
+        return Image.fromarray(scaled), note
+    image.load()
+    sixteen = image.mode != "I" or image.format in ("PPM", "PNG")
+    low, high = cast("tuple[int, int]", image.getextrema())
+    black, white, note = _scale(low, high, np.dtype(np.uint16 if sixteen else np.int32), said)
+    w, h = image.size
+    grey = Image.new("L", image.size)
+    rows = max(1, STRIP // w)
+    for row in range(0, h, rows):
+        strip = np.asarray(image.crop((0, row, w, min(row + rows, h))))
+        grey.paste(Image.fromarray(_scaled(strip, black, white)), (0, row))
+    return grey, note
+
+
+def _scale(low: float, high: float, dtype: np.dtype, said: float | None) -> tuple[float, float, str]:
+    """What of numbers from `low` to `high` is black and what is white, and the note."""
+    top = np.iinfo(dtype).max if dtype.kind in "iu" else math.inf
+    black, white, note = 0.0, float(top), ""
+    if said and low >= 0 and high <= said:
+        white = said
+    elif dtype.kind in "iu" and low >= 0 and high < 2**14:
+        bits = max(8, 2 * math.ceil(int(high).bit_length() / 2))
+        white, note = 2**bits - 1, f"values reach {high:,} of {top:,}: taken as {bits} bits"
+    elif dtype.str[1:] != "u2":
+        white = -math.inf
+    if (high > low and 8 * (high - low) < white - black) or white < high:
+        numbers = [f"{number:,.6g}" if isinstance(number, float) else f"{number:,}" for number in (low, high)]
+        return low, high, f"values lie between {' and '.join(numbers)}: taken as black and white"
+    return black, white, note
+
+
+def _scaled(values: np.ndarray, black: float, white: float, nodata: float | None = None) -> np.ndarray:
+    """Scale a strip to 0 to 255."""
+    if (black, white) == (0, 65535) and values.ndim == 3:
+        return np.asarray(values >> 8, np.uint8)  # as Pillow does with colours
+    if values.dtype.str[1:] == "u2" and values.size > 2**16:
+        return _scaled(np.arange(2**16, dtype=np.uint16), black, white, nodata)[values]
+    found = values.astype(np.float64)
+    found[~np.isfinite(found) | (found == nodata)] = black
+    return np.round(np.clip((found - black) * (255 / (white - black or 1)), 0, 255)).astype(np.uint8)
 
 
 def _range(values: np.ndarray, nodata: float | None) -> tuple[int | float, int | float]:

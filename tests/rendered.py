@@ -117,15 +117,46 @@ def save(photograph: np.ndarray, path: Path, focal: bool = True) -> Path:
     return path
 
 
-def caption(picture: Image.Image, bar: bool) -> Image.Image:
-    """What a camera burns in, drawn onto a picture: a bar along the lower edge, or a date stamp in a corner."""
+CAPTIONS = ("bar", "stamp", "strip", "logo", "display", "frame")
+
+
+def caption(picture: Image.Image, kind: str) -> Image.Image:
+    """What is burned in, drawn onto a picture: one of `CAPTIONS`."""
     draw, (w, h) = ImageDraw.Draw(picture), picture.size
-    if bar:
+    if kind == "bar":
         draw.rectangle((0, h - 40, w, h), fill="black")
         draw.ellipse((10, h - 34, 38, h - 6), fill="white")
-        draw.text((80, h - 35), "TRAILCAM 4K  Forest-07", font=ImageFont.load_default(26), fill="white")
-    draw.text((w - 300, h - 32), "2026-05-01 06:10:12  4 C", font=ImageFont.load_default(22), fill="orange")
+        _write(draw, (80, h - 35), "TRAILCAM 4K  Forest-07", 26)
+    if kind in ("bar", "stamp"):
+        _write(draw, (w - 300, h - 32), "2026-05-01 06:10:12  4 C", 22, "orange")
+    elif kind == "strip":  # a fifth of the picture
+        draw.rectangle((0, 0.8 * h, w, h), fill="navy")
+        for line, text in enumerate(
+            ("Survey of the eastern woodland, plot 14", "Operator K. Lindqvist", "Frame 00210")
+        ):
+            _write(draw, (20, (0.81 + 0.06 * line) * h), text, 0.05 * h)
+    elif kind == "logo":
+        draw.ellipse((0.3 * w, 0.3 * h, 0.7 * w, 0.7 * h), fill="crimson", outline="white", width=8)
+        draw.polygon([(0.4 * w, 0.5 * h), (0.5 * w, 0.32 * h), (0.6 * w, 0.5 * h)], fill="white")
+        _write(draw, (0.38 * w, 0.54 * h), "ACME PRESS", 0.07 * h, "yellow")
+    elif kind == "display":
+        shown = ("BAT 80% 15.2V", "GPS 14 SAT", "ALT 104 m", "SPD 3.4 m/s", "MODE P-GPS", "GIMBAL -90", "HDG 213 DEG")
+        for place, text in enumerate(shown):
+            _write(draw, (0.05 * w, (0.04 + 0.14 * place) * h), text, 0.035 * h, "lime")
+            _write(draw, (0.75 * w, (0.04 + 0.14 * place) * h), text[::-1], 0.035 * h, "lime")
+        for rung in range(5):
+            _write(draw, (0.58 * w, (0.3 + 0.1 * rung) * h), f"{10 * rung - 20:+d}", 0.03 * h, "lime")
+    elif kind == "frame":  # about half of the picture
+        side = (w // 6, h // 6)
+        cells = np.random.default_rng(5).integers(0, 255, (h // 12, w // 12, 3)).astype(np.uint8)
+        ornament = Image.fromarray(cells).resize(picture.size, Image.Resampling.BICUBIC)
+        ornament.paste(picture.crop((*side, w - side[0], h - side[1])), side)
+        picture.paste(ornament)
     return picture
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: float, colour: str = "white") -> None:
+    draw.text(at, text, font=ImageFont.load_default(size), fill=colour)
 
 
 def _about_y(degrees: float) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from imatch.data.rotations import Pose, poses, shown
 from imatch.matching import matchers, refine
 from imatch.matching.geometry import degenerate, transform
 from imatch.matching.matchers import Matcher, Sizes
-from imatch.matching.two_view import FEWEST, PLANE, Estimator
+from imatch.matching.two_view import FEWEST, PLANE, Estimator, Photographs
 from imatch.matching.two_view import GeometryOptions as GeometryOptions  # beside those of matching
 
 REFINEMENTS = ("off", "patch", "pixel")
@@ -93,7 +93,7 @@ class Aligner:
         b: Tokens,
         size_a: tuple[int, int],
         size_b: tuple[int, int],
-        photographs: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+        photographs: Photographs | None = None,
         focal: tuple[float, float] | None = None,
     ) -> Alignment:
         """Align one pair.
@@ -102,14 +102,14 @@ class Aligner:
             poses: A's tokens in a pose or several, xy in pixels of the upright A. Of equal ones the first is kept.
             b: B's tokens.
             size_a, size_b: (h, w) of the upright photographs.
-            photographs: gives the pixels of A and of B, upright (h, w, 3) uint8 RGB in full size, once they are wanted;
-                refinement "pixel" needs them.
+            photographs: refinement "pixel" needs them, and what stands still in a part of the picture.
             focal: their focal lengths in pixels, where known.
         """
         if len(poses) > 1 and (quick := self.matcher.quick):
             poses = [max(poses, key=lambda pose: len(quick(pose[1], b)))]
         first = self.search if len(poses) > 1 or self.refinement == "pixel" else self.estimator
-        views = (size_a, size_b, focal, np.concatenate([poses[0][1].xy, b.xy]))
+        everywhere = np.concatenate([poses[0][1].xy / size_a[::-1], b.xy / size_b[::-1]])
+        views = (size_a, size_b, focal, everywhere, photographs)
         tried = [self._tried(pose, a, b, first, views) for pose, a in poses]
         best = max(tried, key=lambda alignment: alignment.geometry.inliers.sum())  # the first of equal ones
         depth = self._depth(best, views) if self.refinement == "pixel" else None
@@ -183,8 +183,8 @@ class Aligner:
         return refused(best or coarse, f"the photographs do not confirm {n} inliers: {why}")
 
 
-Views = tuple[tuple[int, int], tuple[int, int], tuple[float, float] | None, np.ndarray]
-"""(h, w) of A and of B, their focal lengths, and where both have descriptors."""
+Views = tuple[tuple[int, int], tuple[int, int], tuple[float, float] | None, np.ndarray, Photographs | None]
+"""(h, w) of A and of B, their focal lengths, where both have descriptors, and their pixels."""
 
 
 def _usable(found: Alignment) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -12,7 +14,7 @@ import poselib
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imatch.core import config
-from imatch.core.types import Geometry, ImatchError
+from imatch.core.types import Geometry, ImatchError, PhotographError
 from imatch.matching.geometry import degenerate, epipolar_distance, median_similarity, transform, vector_ratios
 
 MODELS = ("auto", "homography", "fundamental", "affine", "similarity", "off")
@@ -30,9 +32,13 @@ EPIPOLAR = 2 / 3
 """What an epipolar distance may be of a reprojection error: it has one coordinate of the two."""
 PLANE = 0.8
 """From this share of the fundamental matrix' inliers on a plane explains them (COLMAP's `max_H_inlier_ratio`)."""
-STILL, CELLS, INNER = 3.0, 10, 0.1
-"""Pixels that a caption moves by at most; the picture's cells a side; the share of the inner cells with anything in
-them below which what stands still is a caption or a part of the aircraft: photographs of one view agree all over."""
+CELLS, PART, SMALL = 10, 0.5, 0.1
+"""The picture's cells a side; the share of the inner cells with anything in them below which what stands still may be
+a caption or a part of the aircraft, and below which it is one, where pixels cannot be asked."""
+SIDE, TEXTURED, ALIKE, AGREEING = 160, 3.0, 0.5, 0.45
+"""Thumbnails' pixels a side; the deviation in grey levels of a cell that shows something; the correlation of two that
+show the same; the share of them in photographs of one view: of copies however dark or coarse 0.53 at least, of
+strangers under one frame, logo or display 0.32 at most."""
 AGREEMENT = 0.5
 """Length of the mean direction of rotation of inliers, from 0 (any) to 1 (the same), that a scene of depth has."""
 TURNED = 0.03
@@ -74,6 +80,10 @@ class GeometryOptions:
             raise ImatchError(f"{self.model} is estimated by {known}, not by {self.method!r}: use method auto")
 
 
+Photographs = Callable[[], tuple[np.ndarray, np.ndarray]]
+"""Gives the pixels of A and of B, upright (h, w, 3) uint8 RGB in full size, once they are wanted."""
+
+
 @dataclass(frozen=True)
 class _Points:
     """Correspondences (m, 2) float64, the strongest first, and what else `Estimator` is told."""
@@ -83,7 +93,6 @@ class _Points:
     size_a: tuple[int, int]
     size_b: tuple[int, int]
     focal: tuple[float, float] | None
-    everywhere: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class Estimator(GeometryOptions):
         size_b: tuple[int, int],
         focal: tuple[float, float] | None = None,
         everywhere: np.ndarray | None = None,
+        photographs: Photographs | None = None,
     ) -> Geometry:
         """Estimate A -> B.
 
@@ -131,26 +141,42 @@ class Estimator(GeometryOptions):
             xy_b: (m, 2) pixels in B, row by row the partners.
             size_a, size_b: (h, w) of the two.
             focal: their focal lengths in pixels, where known.
-            everywhere: (n, 2) where A and B have local descriptors at all: what stands still in a small part of that
-                is a caption. None stands for all over the photograph.
+            everywhere: (n, 2) where A and B have local descriptors at all, from 0 to 1 across the photograph; None
+                stands for all over it.
+            photographs: asked once something stands still in a part of that alone, which is a caption unless the rest
+                agrees, too. None, or where they cannot be read: a small part is a caption.
         """
         if self.model == "off":
             return Geometry(None, np.zeros(len(xy_a), bool), math.nan, False, "geometry is off")
         a, b = (np.asarray(xy, np.float64) for xy in (xy_a, xy_b))
-        whole = _Points(a, b, size_a, size_b, focal, everywhere)
-        rows = _distinct(whole.a, whole.b)
-        still = _standing(whole, rows)
-        used = rows[~still]
-        found = self._explained(replace(whole, a=whole.a[used], b=whole.b[used]))
-        inliers = np.zeros(len(xy_a), bool)
-        inliers[used[found.inliers]] = True
-        found = replace(found, inliers=inliers)
-        if still.any() and not found.verified:
-            what = "stand still in a small part of the picture, as a caption or a logo does"
-            told = f"{still.sum()} of {len(rows)} correspondences {what}"
-            reason = f"{told}; without them {found.reason}"
-            return replace(found, kind="watermark", reason=reason)
-        return found
+        whole = _Points(a, b, size_a, size_b, focal)
+        rows = _distinct(a, b)
+        found, near = self._of(whole, rows), self.threshold
+        still, part = _standing(whole, rows, everywhere, near)
+        if part >= PART:  # so seems what moved by a pixel or two
+            near /= 3
+            still, finer = _standing(whole, rows, everywhere, near)
+            if finer >= PART:
+                return found
+        rest = self._of(whole, rows[~still])
+        if rest.verified and not _explains(rest, whole, rows[still], near):
+            return rest
+        alike = part >= SMALL
+        if photographs and found.verified and part < PART:
+            with contextlib.suppress(PhotographError):  # one is gone or broken by now
+                alike = _agree(*photographs(), found.matrix, whole, rows[still])
+        if alike:
+            return found
+        told = f"{still.sum()} of {len(rows)} correspondences stand still in one part of the picture"
+        reason = f"{told}, as a caption, a logo or a frame does; without them {rest.reason}"
+        return replace(rest, verified=False, kind="watermark", reason=reason)
+
+    def _of(self, points: _Points, rows: np.ndarray) -> Geometry:
+        """What explains these rows, and which of all agree with it."""
+        found = self._explained(replace(points, a=points.a[rows], b=points.b[rows]))
+        inliers = np.zeros(len(points.a), bool)
+        inliers[rows[found.inliers]] = True
+        return replace(found, inliers=inliers)
 
     def _explained(self, points: _Points) -> Geometry:
         if self.model != "auto":
@@ -264,23 +290,62 @@ def _distinct(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.intersect1d(*firsts)
 
 
-def _standing(points: _Points, rows: np.ndarray) -> np.ndarray:
-    """Which of these rows stand still, if that is a small part of where there is anything."""
+def _standing(
+    points: _Points, rows: np.ndarray, everywhere: np.ndarray | None, near: float
+) -> tuple[np.ndarray, float]:
+    """Which of these rows keep their place, and in what part of the picture; 1 where they are too few to matter.
+
+    A place is counted from an edge or from the middle, in pixels or as the photograph's size.
+    """
+    sizes = [np.array(size[::-1], float) for size in (points.size_a, points.size_b)]
     a, b = points.a[rows], points.b[rows]
-    still = np.linalg.norm(a - b, axis=1) <= STILL
-    if points.size_a != points.size_b or still.sum() <= FEWEST:
-        return np.zeros(len(rows), bool)
-    all_over = (CELLS - 2) ** 2
-    if points.everywhere is not None:
-        all_over = _inner_cells(points.everywhere, points.size_a)
-    small = _inner_cells(a[still], points.size_a) < max(1, INNER * all_over)
-    return np.asarray(still & small)
+    still = np.zeros(len(rows), bool)
+    for scale in {1.0, *(sizes[1] / sizes[0])}:
+        off = [np.abs(b - share * sizes[1] - scale * (a - share * sizes[0])) for share in (0, 0.5, 1)]
+        still |= (np.min(off, axis=0) <= near).all(axis=1)
+    if still.sum() <= FEWEST:
+        return still, 1.0
+    all_over = (CELLS - 2) ** 2 if everywhere is None else _inner_cells(everywhere)
+    covered = max(_inner_cells(xy[still] / size) for xy, size in zip((a, b), sizes, strict=True))
+    return still, covered / max(1, all_over)
 
 
-def _inner_cells(xy: np.ndarray, size: tuple[int, int]) -> int:
-    """In how many cells of a photograph, its outermost ring left out, these points lie."""
-    cells = np.floor(xy / (np.array(size[::-1]) / CELLS)).astype(int)
+def _explains(found: Geometry, points: _Points, rows: np.ndarray, near: float) -> bool:
+    """Whether a geometry puts most of these rows where they are."""
+    if found.matrix is None:
+        return False
+    off = np.linalg.norm(transform(found.matrix, points.a[rows]) - points.b[rows], axis=1)
+    return bool(np.median(off) <= near)
+
+
+def _inner_cells(xy: np.ndarray) -> int:
+    """In how many cells of a photograph, its outermost ring left out, these points lie, from 0 to 1 across it."""
+    cells = np.floor(xy * CELLS).astype(int)
     return len(np.unique(cells[((cells > 0) & (cells < CELLS - 1)).all(axis=1)], axis=0))
+
+
+def _agree(a: np.ndarray, b: np.ndarray, matrix: np.ndarray | None, points: _Points, rows: np.ndarray) -> bool:
+    """Whether A, mapped by a matrix, looks like B wherever the two show something and none of these rows lies."""
+    a, b = (
+        cv2.cvtColor(cv2.resize(one, (SIDE, SIDE), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY) for one in (a, b)
+    )
+    into = [np.diag([SIDE / w, SIDE / h, 1]) for h, w in (points.size_a, points.size_b)]
+    onto = into[1] @ (np.eye(3) if matrix is None else matrix) @ np.linalg.inv(into[0])
+    mapped, shared = (cv2.warpPerspective(one, onto, (SIDE, SIDE)) for one in (a, np.ones_like(a)))
+    away = _in_cells(shared).min(axis=2) > 0
+    x, y = (points.b[rows] / points.size_b[::-1] * CELLS).astype(int).clip(0, CELLS - 1).T
+    away[y, x] = False
+    of_a, of_b = (cells - cells.mean(axis=2, keepdims=True) for cells in map(_in_cells, (mapped, b)))
+    spread = of_a.std(axis=2), of_b.std(axis=2)
+    away &= np.maximum(*spread) > TEXTURED
+    alike = (of_a * of_b).mean(axis=2) > ALIKE * spread[0] * spread[1]
+    return bool(not away.any() or alike[away].mean() >= AGREEING)
+
+
+def _in_cells(thumbnail: np.ndarray) -> np.ndarray:
+    """(CELLS, CELLS, n) float64: the pixels of each cell."""
+    n = SIDE // CELLS
+    return thumbnail.astype(np.float64).reshape(CELLS, n, CELLS, n).swapaxes(1, 2).reshape(CELLS, CELLS, n * n)
 
 
 def _disagreeing(a: np.ndarray, b: np.ndarray) -> str:

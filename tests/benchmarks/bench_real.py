@@ -204,16 +204,19 @@ def one_view(folder: Path, photographs: Sequence[Path]) -> list[Job]:
 
 
 def captioned(folder: Path, photographs: Sequence[Path]) -> list[Job]:
-    """Different photographs under one caption bar, and under one date stamp."""
+    """Photographs under one caption of each kind: of each a third of the pairs, and each beside its own, moved."""
     folder.mkdir()
-    jobs = []
-    for name in ("bar", "stamp"):
-        there = []
-        for number, path in enumerate(photographs):
-            picture = ImageOps.fit(Image.fromarray(images.decode(path).pixels), (800, 600))
-            rendered.caption(picture, name == "bar").save(folder / f"{name}_{number:02d}.jpg", quality=92)
-            there.append(folder / f"{name}_{number:02d}.jpg")
-        jobs += [Job(a, b, "wrong", f"captions, {name}") for a, b in itertools.combinations(there, 2)]
+    jobs, moved = [], np.array([[1.02, -0.05, 24], [0.05, 0.98, -11], [0, 0, 1.0]])
+    for kind in rendered.CAPTIONS:
+        there = [(folder / f"{kind}_{path.stem}.jpg", folder / f"{kind}_{path.stem}_moved.jpg") for path in photographs]
+        for path, names in zip(photographs, there, strict=True):
+            pixels = np.asarray(ImageOps.fit(Image.fromarray(images.decode(path).pixels), (800, 600)))
+            shifted = cv2.warpPerspective(pixels, moved, (800, 600), borderMode=cv2.BORDER_REFLECT)
+            for name, one in zip(names, (pixels, shifted), strict=True):
+                rendered.caption(Image.fromarray(one), kind).save(name, quality=92)
+        across = list(itertools.combinations([one for one, _ in there], 2))[::3]
+        jobs += [Job(a, b, "wrong", f"captions, {kind}") for a, b in across]
+        jobs += [Job(a, b, "right", f"moved under a {kind}", matrix=moved) for a, b in there]
     return jobs
 
 

@@ -206,14 +206,15 @@ def empty(whole, tmp_path) -> House:
 
 def content(folder: Path) -> dict[str, Any]:
     """Every file below a folder: its bytes, without what may differ (duration, what a killed run
-    did; times of change of what was read)."""
+    did, digests of these; times of change of what was read)."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if name.startswith("index/"):
             continue  # of those who searched this folder's vectors
         if path.name == "step.json":
-            found[name] = {**files.read_json(path), "seconds": None, "work": None}
+            record = files.read_signed(path)
+            found[name] = {**record, "seconds": None, "work": None, "files": sorted(record["files"])}
         elif path.name == "seen.jsonl":
             found[name] = [{**row, "stat": row["stat"][:1]} for row in files.read_rows(path)]
         elif path.is_file():

@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from imatch.core import files
 from imatch.core.files import flat_name
 from imatch.core.rows import LookRecord, Options, PairRow, Parameters
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
@@ -119,7 +120,7 @@ class Matched:
         path = pair_path(self.folder, row).with_suffix(".npy")
         if not path.is_file():
             raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-        table = np.load(path)
+        table = np.array(files.read_array(path))
         found = Geometry.of(row, table["inlier"])
         matches = Matches(table["index_a"], table["index_b"], table["similarity"])
         return Pair(row, *self.files(row), table["xy_a"], table["xy_b"], matches, found)

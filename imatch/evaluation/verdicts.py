@@ -29,20 +29,23 @@ def read(file: Path) -> Labels:
         file: where it is; none yet is no labels.
 
     Raises:
-        ImatchError: a column is missing, a label is unknown, or a pair has two labels; the message names the line.
+        ImatchError: a column is missing, a label is unknown, or a pair has two labels, and the message names the line;
+            or the file is damaged.
 
     >>> read(Path("none.csv"))
     {}
     """
     if not file.is_file():
         return {}
-    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    lines = csv.DictReader(io.StringIO(text, newline=""))
+    remedy = "bring it back from a backup, or delete it to label anew"
+    lines = csv.DictReader(io.StringIO(files.read_text(file, remedy), newline=""))
     if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise ImatchError(f"{file} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)}")
     labels: Labels = {}
-    for row in lines:
-        where = f"{file}, line {lines.line_num}"
+    with files.reading(file, remedy):
+        rows = [(lines.line_num, row) for row in lines]
+    for line, row in rows:
+        where = f"{file}, line {line}"
         pair, label = (row["query"], row["candidate"]), row["label"]
         if label not in LABELS:
             known = " or ".join(LABELS)

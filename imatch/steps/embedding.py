@@ -22,7 +22,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
-from imatch.core.step import Step, open_step, start_step, tagged
+from imatch.core.step import Step, check_planned, open_step, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError, Tokens
 from imatch.data import images, registry, store
 from imatch.data.images import Decoded, Resize
@@ -147,6 +147,12 @@ def embed(
         raise ImatchError(f"on_error {on_error!r} is not known: use {' or '.join(ON_ERROR)}")
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
+    with files.alone(step.folder, engine.shard):
+        return _embed(step, resources, on_error, max_skipped)
+
+
+def _embed(step: Step, resources: ComputeOptions, on_error: str, max_skipped: float) -> Stored:
+    engine = resources.machines
     task = _Task(step, engine.shard, on_error, max_skipped)
     task.take_stock()
     if not task.shards.merged:
@@ -156,6 +162,8 @@ def embed(
     if not task.shards.merged:
         task.merge()
     embeddings = Stored(step.folder)
+    listed = len(embeddings) + len(embeddings.skipped)
+    check_planned(step.folder / "images.jsonl", listed, len(task.about), "set on_change to recompute and run it again")
     task.bad.warn(embeddings)
     return embeddings
 

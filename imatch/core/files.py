@@ -28,10 +28,12 @@ from imatch.core.types import ImatchError, ImatchWarning, StepError
 if sys.platform != "win32":
     import fcntl
 
+RECOMPUTE = "run its notebook again with on_change recompute"
+"""What mends a finished step that is damaged."""
 LINES = 1000
 """How many rows are read at once: their keys are then held once for all of them, half of the memory."""
 REMEDY = "delete its step's folder and run the notebook again"
-"""What mends a file of a step that is damaged."""
+"""What mends a file of a step that cannot be read."""
 
 
 @contextmanager
@@ -436,7 +438,7 @@ def damage_said(harmed: Mapping[str, str]) -> str:
     """
     name, reason = next(iter(harmed.items()))
     more = f" and {len(harmed) - 1} more" if len(harmed) > 1 else ""
-    return f"{printable(name)} ({reason}){more}: run its notebook again with on_change recompute"
+    return f"{printable(name)} ({reason}){more}: {RECOMPUTE}"
 
 
 def _sealed(folder: Path, names: Sequence[str]) -> dict[str, str]:

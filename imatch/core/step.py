@@ -221,7 +221,8 @@ def _found(step: Step) -> tuple[Step, str, list[str]]:
         print(f"{step.name}: {step.folder} is damaged, {files.damage_said(harmed)}: it is finished once more")
         before.unfinish()
         harmed = {}
-    return before, "is damaged", [f"{name}: {reason}" for name, reason in harmed.items()]
+    lines = (("gone" if why == "gone" else "changed", name, why) for name, why in harmed.items())
+    return before, "is damaged", [f"{what}: {name}" + f" ({why})" * (what != why) for what, name, why in lines]
 
 
 def open_step(folder: Path, finished: bool = True) -> Step:

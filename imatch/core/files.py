@@ -456,19 +456,19 @@ def _state(folder: Path, sealed: Mapping[str, str]) -> str:
     return digest([[name, was, stat.st_mtime_ns, stat.st_ctime_ns] for name, was, stat in stats])
 
 
-def _memory(folder: Path) -> Path:
-    return settings.cache_folder() / "whole" / digest(str(folder.resolve()))
+def _memory(folder: Path, sealed: Mapping[str, str]) -> Path:
+    return settings.cache_folder() / "whole" / digest([str(folder.resolve()), len(sealed)])
 
 
 def _remembers(folder: Path, sealed: Mapping[str, str]) -> bool:
-    path = _memory(folder)
+    path = _memory(folder, sealed)
     return path.is_file() and path.read_bytes() == _state(folder, sealed).encode()
 
 
 def remember(folder: Path, sealed: Mapping[str, str]) -> None:
     """Take it for known that files of a folder are those that were sealed."""
     with suppress(OSError, ImatchError):  # a home that cannot be written to: read once more next time
-        write_bytes(_memory(folder), _state(folder, sealed).encode())
+        write_bytes(_memory(folder, sealed), _state(folder, sealed).encode())
 
 
 def flat_name(id: str) -> str:

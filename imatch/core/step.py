@@ -23,12 +23,13 @@ from imatch.core.types import StepError
 ON_CHANGE = ("refuse", "recompute")
 MIME = "application/vnd.imatch.step+json"
 M = TypeVar("M", bound=Mapping[str, object])
-PASSING = ("step.json", "metrics.json", "seen.jsonl", "sent.json", "notebook.ipynb")
+PASSING = ("step.json", "metrics.json", "seen.jsonl", "sent.json", "hits.html", "notebook.ipynb")
 """Files of a step that change when it is finished, or are sealed apart."""
 APART = ("index", "rows")
 """Folders of a step whose files come and go."""
 ITEMS = ("pairs", "queries")
-"""Folders with files for each photograph, which no later step reads: the doctor looks at them, and who opens one."""
+"""Folders with files for each photograph, which no later step reads: those who open one look at it, the step when it is
+asked for again, and the doctor."""
 VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch", "timm")
 
 
@@ -79,15 +80,16 @@ class Step:
         """What the step recorded when it finished."""
         return files.read_json(self.folder / "metrics.json")
 
-    def damage(self, again: bool = False) -> dict[str, str]:
+    def damage(self, items: bool = True, again: bool = False) -> dict[str, str]:
         """What is wrong with the files of a finished step since it finished: name -> reason (`files.damage`).
 
         Args:
-            again: read all of them once more; else each once, and none of `ITEMS`.
+            items: look at those of `ITEMS`, too.
+            again: read all of them once more; else each is read once.
         """
         if not self.finished:
             return {}
-        return files.damage(self.folder, self.sealed if again else _built_on(self.sealed), again)
+        return files.damage(self.folder, self.sealed if items else _built_on(self.sealed), again)
 
     def linked(self, link: str) -> Path:
         """The folder or file that this step reads under the name `link`."""
@@ -137,7 +139,8 @@ class Step:
         self.sealed["metrics.json"] = f"{len(metrics)} {hashlib.sha256(metrics).hexdigest()}"
         self._write(seconds=round(time.monotonic() - self.started, 3))
         files.write_bytes(self.folder / "metrics.json", metrics)
-        files.remember(self.folder, _built_on(self.sealed))
+        for sealed in (self.sealed, _built_on(self.sealed)):
+            files.remember(self.folder, sealed)
 
     def _write(self, seconds: float | None = None) -> None:
         record = {
@@ -183,7 +186,7 @@ def start_step(
     step = Step(folder, name, given, dict(upstream or {}), relative, dict(about), home, on_change)
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    if (folder / "step.json").is_file():
+    if any(_visible(folder)):
         before, why, differences = _found(step)
         if not differences:
             step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
@@ -206,11 +209,12 @@ def start_step(
 
 def _found(step: Step) -> tuple[Step, str, list[str]]:
     """What is in the folder of a step that starts; why it cannot go on with that, and more of it, a line each."""
+    if "step.json" not in (there := {*_visible(step.folder)}):
+        return step, "is damaged", ["gone: step.json, which says what the other files are"]
     try:
         before = open_step(step.folder, finished=False)
     except StepError as torn:
         return step, "is damaged", [str(torn)]
-    there = {path.name for path in step.folder.iterdir() if not path.name.startswith(".")}
     if not before.finished and there <= {"step.json", "seen.jsonl"}:
         step._write()  # of a run that was refused before it computed anything
         return before, "", []
@@ -218,7 +222,7 @@ def _found(step: Step) -> tuple[Step, str, list[str]]:
         return before, "was made differently", differences
     harmed = before.damage()
     if harmed.keys() == {"metrics.json"}:
-        print(f"{step.name}: {step.folder} is damaged, {files.damage_said(harmed)}: it is finished once more")
+        print(f"{step.name}: metrics.json is damaged ({harmed['metrics.json']}): the step is finished once more")
         before.unfinish()
         harmed = {}
     lines = (("gone" if why == "gone" else "changed", name, why) for name, why in harmed.items())
@@ -251,7 +255,7 @@ def open_step(folder: Path, finished: bool = True) -> Step:
         raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
     if finished and not step.about:
         raise StepError(f"{folder} is of an earlier version: run its notebook again, it keeps what is there")
-    if finished and (harmed := step.damage()):
+    if finished and (harmed := step.damage(items=False)):
         raise StepError(f"{step.name} at {folder} is damaged: {files.damage_said(harmed)}")
     return step
 
@@ -274,13 +278,17 @@ def _identity(step: Step) -> dict[str, object]:
     return {"step": step.name, "parameters": step.parameters, "upstream": step.upstream}
 
 
+def _visible(folder: Path) -> Iterator[str]:
+    return (path.name for path in folder.glob("*") if not path.name.startswith("."))
+
+
 def _lasting(folder: Path) -> Iterator[str]:
     """The names of a step's files without `PASSING`, `APART`, hidden ones, and pictures, which may be drawn again."""
     for path, below, names in os.walk(folder):
         top, within = path == str(folder), Path(path).relative_to(folder).as_posix()
         below[:] = sorted(name for name in below if not (name.startswith(".") or (top and name in APART)))
         for name in sorted(names):
-            if not (name.startswith(".") or (top and (name in PASSING or name.endswith((".png", ".html"))))):
+            if not (name.startswith(".") or (top and (name in PASSING or name.endswith(".png")))):
                 yield name if top else f"{within}/{name}"
 
 

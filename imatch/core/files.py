@@ -76,7 +76,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(folder: Path, part: str = "") -> Iterator[None]:
-    """Let no other process work on a folder meanwhile; who is at work there already is named, and waited for.
+    """Let no other process work on a folder meanwhile: who is at work there is named, and waited for.
 
     The system ends what a killed process held. Within one process, and those that it forks, blocks may be nested.
 
@@ -84,13 +84,11 @@ def alone(folder: Path, part: str = "") -> Iterator[None]:
         folder: which is there.
         part: "i/n" of a work whose parts may be done at the same time, each once; "" is all of it.
     """
-    if sys.platform == "win32":  # where steps run in a container, and only single photographs outside of it
-        yield
-        return
     with ExitStack() as held:
-        held.enter_context(_locked(folder / ".lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX))
-        if part:
-            held.enter_context(_locked(folder / f".lock.{part.replace('/', '-')}", fcntl.LOCK_EX))
+        if sys.platform != "win32":  # there, steps run in a container
+            held.enter_context(_locked(folder / ".lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX))
+            if part:
+                held.enter_context(_locked(folder / f".lock.{part.replace('/', '-')}", fcntl.LOCK_EX))
         yield
 
 
@@ -117,47 +115,42 @@ def _locked(path: Path, kind: int) -> Iterator[None]:
 
 
 def _lock(path: Path, kind: int) -> IO[bytes] | None:
-    """The open file that holds a lock; None on a disk that cannot be written to."""
+    """The open file that holds a lock; None where nothing can be written."""
     while True:
         try:
-            file = path.open("ab+")
+            with writing(path):
+                file = path.open("ab+", buffering=0)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
             return None
         try:
-            _wait(file, path, kind)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say_who(file, path.parent)
+            fcntl.flock(file, kind)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                file.close()
-                raise
-            said = f"the disk of {path.parent} knows no locks: let no other run work on it at the same time"
+            said = f"no locks on this disk ({error.strerror}): let no other run work on {path.parent} meanwhile"
             warnings.warn(said, ImatchWarning, stacklevel=2)
-            return file
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                me = psutil.Process()
-                who = f"process {me.pid} of {me.username()} on {platform.node()}, since {time.strftime('%F %T')}"
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            me, since = psutil.Process(), time.strftime("%F %T")
+            with suppress(OSError):
                 file.truncate(0)
-                file.write(who.encode())
-                file.flush()
-                return file
-        file.close()  # who had it has removed it meanwhile
+                file.write(f"process {me.pid} of {me.username()} on {platform.node()}, since {since}".encode())
+            return file
+        file.close()  # who had it has removed it
 
 
-def _wait(file: IO[bytes], path: Path, kind: int) -> None:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with suppress(OSError):  # a disk on which locked files cannot be read
-            file.seek(0)
-        who = file.read().decode(errors="replace") or "another process"
-        print(
-            f"{who} is at work in {path.parent}: waiting for it to end. Interrupt this run, or stop that one (in "
-            "JupyterLab, interrupt its kernel or shut it down)",
-            flush=True,
-        )
-        fcntl.flock(file, kind)
+def _say_who(file: IO[bytes], folder: Path) -> None:
+    who = b""
+    with suppress(OSError):  # a disk on which locked files cannot be read
+        file.seek(0)
+        who = file.read()
+    print(
+        f"{who.decode(errors='replace') or 'another process'} is at work in {folder}: waiting for its end. Interrupt "
+        "this run, or that one (in JupyterLab, its kernel)",
+        flush=True,
+    )
 
 
 def printable(id: str) -> str:
@@ -218,19 +211,6 @@ def _harm(path: Path, error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def read_text(path: Path, remedy: str) -> str:
-    """Read text that people write: UTF-8, with or without a byte-order mark; bytes that are none stay as they are.
-
-    Raises:
-        StepError: as of `reading`; or it holds zeros, as UTF-16 and what a power cut leaves do.
-    """
-    with reading(path, remedy):
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-        if not text or "\0" in text:
-            raise ValueError("it holds zeros, as files in UTF-16 do: save it as UTF-8")
-        return text
-
-
 def read_json(path: Path, remedy: str = REMEDY) -> Any:
     """Read what `write_json` wrote. Raises StepError where that is damaged, as `reading` does."""
     with reading(path, remedy):
@@ -277,24 +257,20 @@ def read_rows(path: Path, remedy: str = REMEDY) -> list[Any]:
     rows: list[Any] = []
     with reading(path, remedy), path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         while lines := list(itertools.islice(file, LINES)):
-            try:
+            part = []
+            with suppress(ValueError):
                 part = json.loads(f"[{','.join(lines)}]")
-            except ValueError:
-                part = []
-            if len(part) != len(lines):  # a line is torn; two torn ones may well make a whole one
-                raise ValueError(f"line {len(rows) + _torn(lines)} is torn")
+            if len(part) != len(lines):  # one is torn; two torn ones may well make a whole one
+                part = [_row(text, len(rows) + i) for i, text in enumerate(lines, 1)]
             rows += part
     return rows
 
 
-def _torn(lines: Sequence[str]) -> int:
-    """The number of the first line that is no JSON, from 1."""
-    for i, text in enumerate(lines, 1):
-        try:
-            json.loads(text)
-        except ValueError:
-            return i
-    return len(lines)
+def _row(text: str, n: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"line {n} is torn") from None
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -393,14 +369,20 @@ def seal(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "a.npy"
-    ...     _ = path.write_bytes(b"abc")
-    ...     sealed = seal(path.parent, ["a.npy"])
-    ...     _ = path.write_bytes(b"abd")
-    ...     damage(path.parent, sealed)
+    ...     write_bytes(Path(folder) / "a.npy", b"abc")
+    ...     sealed = seal(Path(folder), ["a.npy"])
+    ...     write_bytes(Path(folder) / "a.npy", b"abd")
+    ...     damage(Path(folder), sealed)
     {'a.npy': 'other bytes'}
     """
-    return _sealed(folder, list(names))
+
+    def read(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return f"{os.fstat(file.fileno()).st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+    names = list(names)
+    found = compute.ahead(read, names, settings.cores(), 64)
+    return dict(zip(names, compute.progress(found, "digests", len(names), delay=3), strict=True))
 
 
 def damage(folder: Path, sealed: Mapping[str, str], again: bool = False) -> dict[str, str]:
@@ -414,17 +396,12 @@ def damage(folder: Path, sealed: Mapping[str, str], again: bool = False) -> dict
     """
     harmed = {}
     for name, was in sealed.items():
-        size = was.partition(" ")[0]
-        try:
-            now = (folder / name).stat().st_size
-        except FileNotFoundError:
-            harmed[name] = "gone"
-        else:
-            if now != int(size):
-                harmed[name] = f"{now} bytes, were {size}"
-    if again or not (harmed or _remembers(folder, sealed)):
-        now_there = _sealed(folder, [name for name in sealed if name not in harmed])
-        harmed |= {name: "other bytes" for name, now in now_there.items() if now != sealed[name]}
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if f"{size}" != (wanted := was.partition(" ")[0]):
+            harmed[name] = "gone" if size is None else f"{size} bytes, were {wanted}"
+    if again or not (harmed or _remembered(folder, sealed)):
+        now = seal(folder, sealed.keys() - harmed)
+        harmed |= {name: "other bytes" for name, was in sealed.items() if now.get(name, was) != was}
         if not (again or harmed):
             remember(folder, sealed)
     return harmed
@@ -441,34 +418,24 @@ def damage_said(harmed: Mapping[str, str]) -> str:
     return f"{printable(name)} ({reason}){more}: {RECOMPUTE}"
 
 
-def _sealed(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    def sealed(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return f"{os.fstat(file.fileno()).st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-    found = compute.ahead(sealed, names, settings.cores(), 64)
-    return dict(zip(names, compute.progress(found, "digests", len(names), delay=3), strict=True))
-
-
-def _state(folder: Path, sealed: Mapping[str, str]) -> str:
-    """What changes when a file is written to, whoever sets its times back."""
-    stats = ((name, was, (folder / name).stat()) for name, was in sealed.items())
-    return digest([[name, was, stat.st_mtime_ns, stat.st_ctime_ns] for name, was, stat in stats])
-
-
-def _memory(folder: Path, sealed: Mapping[str, str]) -> Path:
-    return settings.cache_folder() / "whole" / digest([str(folder.resolve()), len(sealed)])
-
-
-def _remembers(folder: Path, sealed: Mapping[str, str]) -> bool:
-    path = _memory(folder, sealed)
-    return path.is_file() and path.read_bytes() == _state(folder, sealed).encode()
-
-
 def remember(folder: Path, sealed: Mapping[str, str]) -> None:
-    """Take it for known that files of a folder are those that were sealed."""
+    """Take it for known, in the cache folder, that files of a folder are those that were sealed."""
     with suppress(OSError, ImatchError):  # a home that cannot be written to: read once more next time
-        write_bytes(_memory(folder, sealed), _state(folder, sealed).encode())
+        write_bytes(*_memory(folder, sealed))
+
+
+def _remembered(folder: Path, sealed: Mapping[str, str]) -> bool:
+    path, state = _memory(folder, sealed)
+    with suppress(OSError):  # not there yet
+        return path.read_bytes() == state
+    return False
+
+
+def _memory(folder: Path, sealed: Mapping[str, str]) -> tuple[Path, bytes]:
+    """Where it is remembered, and what changes when one is written to, even by who sets its times back."""
+    stats = [(name, was, (folder / name).stat()) for name, was in sealed.items()]
+    state = digest([[name, was, stat.st_mtime_ns, stat.st_ctime_ns] for name, was, stat in stats])
+    return settings.cache_folder() / "whole" / digest([str(folder.resolve()), len(sealed)]), state.encode()
 
 
 def flat_name(id: str) -> str:

@@ -37,12 +37,12 @@ def read(file: Path) -> Labels:
     """
     if not file.is_file():
         return {}
-    remedy = "bring it back from a backup, or delete it to label anew"
-    lines = csv.DictReader(io.StringIO(files.read_text(file, remedy), newline=""))
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    lines = csv.DictReader(io.StringIO(text, newline=""))
     if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise ImatchError(f"{file} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)}")
     labels: Labels = {}
-    with files.reading(file, remedy):
+    with files.reading(file, "correct it, or bring it back from a backup"):
         rows = [(lines.line_num, row) for row in lines]
     for line, row in rows:
         where = f"{file}, line {line}"

@@ -601,7 +601,8 @@ def test_damage_is_found_before_a_step_is_built_on(notebook, house, capsys):
     folder = house.folder(notebook)
     assert doctor.steps(folder) == 0
     assert "all as written" in capsys.readouterr().out
-    for i, name in enumerate(open_step(folder).sealed):
+    names = [*open_step(folder).sealed]
+    for i, name in enumerate(names[:: max(1, len(names) // 25)]):
         data = (folder / name).read_bytes()
         what = [*HARM][i % len(HARM) if data else 1]
         HARM[what](folder / name)
@@ -621,7 +622,6 @@ def test_damage_is_found_before_a_step_is_built_on(notebook, house, capsys):
         ("01_embed", "local/00001.npy"),
         ("views", "references.jsonl"),
         ("03_index", "step.json"),
-        ("04_match", "pairs.jsonl"),
     ],
 )
 def test_what_is_damaged_is_refused_and_made_again(notebook, name, house, whole):

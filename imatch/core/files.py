@@ -394,12 +394,12 @@ def damage(folder: Path, sealed: Mapping[str, str], again: bool = False) -> dict
         folder, sealed: see `seal`.
         again: read all bytes once more.
     """
-    harmed = {}
-    for name, was in sealed.items():
-        size = (folder / name).stat().st_size if (folder / name).exists() else None
-        if f"{size}" != (wanted := was.partition(" ")[0]):
-            harmed[name] = "gone" if size is None else f"{size} bytes, were {wanted}"
-    if again or not (harmed or _remembered(folder, sealed)):
+    stats = _stats(folder, sealed)
+    harmed = dict.fromkeys(sealed.keys() - stats.keys(), "gone")
+    for name, stat in stats.items():
+        if f"{stat.st_size}" != (size := sealed[name].partition(" ")[0]):
+            harmed[name] = f"{stat.st_size} bytes, were {size}"
+    if again or not (harmed or _remembered(folder, sealed, stats)):
         now = seal(folder, sealed.keys() - harmed)
         harmed |= {name: "other bytes" for name, was in sealed.items() if now.get(name, was) != was}
         if not (again or harmed):
@@ -421,20 +421,27 @@ def damage_said(harmed: Mapping[str, str]) -> str:
 def remember(folder: Path, sealed: Mapping[str, str]) -> None:
     """Take it for known, in the cache folder, that files of a folder are those that were sealed."""
     with suppress(OSError, ImatchError):  # a home that cannot be written to: read once more next time
-        write_bytes(*_memory(folder, sealed))
+        write_bytes(*_memory(folder, sealed, _stats(folder, sealed)))
 
 
-def _remembered(folder: Path, sealed: Mapping[str, str]) -> bool:
-    path, state = _memory(folder, sealed)
+def _remembered(folder: Path, sealed: Mapping[str, str], stats: Mapping[str, os.stat_result]) -> bool:
+    path, state = _memory(folder, sealed, stats)
     with suppress(OSError):  # not there yet
         return path.read_bytes() == state
     return False
 
 
-def _memory(folder: Path, sealed: Mapping[str, str]) -> tuple[Path, bytes]:
+def _stats(folder: Path, names: Iterable[str]) -> dict[str, os.stat_result]:
+    found = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            found[name] = Path(folder, name).stat()
+    return found
+
+
+def _memory(folder: Path, sealed: Mapping[str, str], stats: Mapping[str, os.stat_result]) -> tuple[Path, bytes]:
     """Where it is remembered, and what changes when one is written to, even by who sets its times back."""
-    stats = [(name, was, (folder / name).stat()) for name, was in sealed.items()]
-    state = digest([[name, was, stat.st_mtime_ns, stat.st_ctime_ns] for name, was, stat in stats])
+    state = digest([[was, name, stats[name].st_mtime_ns, stats[name].st_ctime_ns] for name, was in sealed.items()])
     return settings.cache_folder() / "whole" / digest([str(folder.resolve()), len(sealed)]), state.encode()
 
 

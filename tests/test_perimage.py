@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core.files import read_json, read_rows, write_array, write_json, write_rows
+from imatch.core.files import read_json, read_rows, read_signed, write_array, write_json, write_rows, write_signed
 from imatch.core.step import Step, open_step, start_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
 from imatch.data.shards import Shards
@@ -332,8 +332,8 @@ def test_tag_follows_the_configuration(tmp_path):
     plain = survey(tmp_path / "exports")
     tagged = plain.folder.with_name("res64_raw_new_try")
     shutil.copytree(plain.folder, tagged)
-    record = read_json(tagged / "step.json")
-    write_json(tagged / "step.json", {**record, "about": {**record["about"], "configuration": tagged.name}})
+    record = read_signed(tagged / "step.json")
+    write_signed(tagged / "step.json", {**record, "about": {**record["about"], "configuration": tagged.name}})
     for step in (plain, open_step(tagged)):
         export(step, tmp_path / "tree", ["global.npy"])
     names = {Path(name).name for name in files(tmp_path / "tree")}

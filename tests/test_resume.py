@@ -22,6 +22,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import imatch
+from imatch.cli import doctor
 from imatch.core import files
 from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
@@ -206,14 +207,15 @@ def empty(whole, tmp_path) -> House:
 
 def content(folder: Path) -> dict[str, Any]:
     """Every file below a folder: its bytes, without what may differ (duration, what a killed run
-    did; times of change of what was read)."""
+    did, digests of these; times of change of what was read)."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if name.startswith("index/"):
             continue  # of those who searched this folder's vectors
         if path.name == "step.json":
-            found[name] = {**files.read_json(path), "seconds": None, "work": None}
+            record = files.read_signed(path)
+            found[name] = {**record, "seconds": None, "work": None, "files": sorted(record["files"])}
         elif path.name == "seen.jsonl":
             found[name] = [{**row, "stat": row["stat"][:1]} for row in files.read_rows(path)]
         elif path.is_file():
@@ -570,6 +572,7 @@ def _json(line: bytes) -> dict[str, Any] | None:
 def test_again_reuses_everything(house):
     """The same four notebooks again change no file, and open neither a photograph nor a reference."""
     before = state(house.exports)
+    open_step(house.folder("views"))  # a copy is read once
     with opened(house.root) as read:
         house.chain()
     assert state(house.exports) == before
@@ -577,6 +580,84 @@ def test_again_reuses_everything(house):
     with opened(house.photographs) as read:  # the watch does see what is opened
         house.but(name="other").embed()
     assert len(read) == PHOTOGRAPHS
+
+
+# --- damage on disk ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Another byte in the middle, at the time that was."""
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+HARM = {"empty": lambda path: path.write_bytes(b""), "gone": Path.unlink, "other bytes": flip}
+
+
+@pytest.mark.parametrize("notebook", ["01_embed", "views", "02_references", "03_index", "04_match"])
+def test_damage_is_found_before_a_step_is_built_on(notebook, house, capsys):
+    folder = house.folder(notebook)
+    assert doctor.steps(folder) == 0
+    assert "all as written" in capsys.readouterr().out
+    names = [*open_step(folder).sealed]
+    for i, name in enumerate(names[:: max(1, len(names) // 25)]):
+        data = (folder / name).read_bytes()
+        what = [*HARM][i % len(HARM) if data else 1]
+        HARM[what](folder / name)
+        if name.split("/")[0] not in ("pairs", "queries"):  # which nothing is built on
+            with pytest.raises(StepError, match="run its notebook again"):
+                open_step(folder)
+        if name != "metrics.json" or what != "gone":  # which is what an unfinished step looks like
+            assert doctor.steps(folder) == 1
+            assert f"{name}: " in capsys.readouterr().out
+        (folder / name).write_bytes(data)
+    assert doctor.steps(folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name"),
+    [
+        ("01_embed", "local/00001.npy"),
+        ("views", "references.jsonl"),
+        ("03_index", "step.json"),
+    ],
+)
+def test_what_is_damaged_is_refused_and_made_again(notebook, name, house, whole):
+    flip(house.folder(notebook) / name)
+    before = state(house.exports)
+    with pytest.raises(StepError, match=rf"is damaged:\n.*{name}.*\n.*set on_change to recompute"):
+        house.chain()
+    assert state(house.exports) == before
+    house.but(on_change="recompute").chain()
+    assert_same(house.folder(notebook), whole.folder(notebook))
+
+
+def test_damaged_metrics_are_written_again(house, whole):
+    for notebook in ("01_embed", "03_index"):
+        (house.folder(notebook) / "metrics.json").write_bytes(b"")
+    house.chain()
+    assert_same(house.exports, whole.exports)
+
+
+def test_a_damaged_index_is_refused(house):
+    path = house.folder("01_embed") / "index" / "flat" / "00000.faiss"
+    flip(path)
+    with pytest.raises(StepError, match=rf"00000.faiss is not a whole FAISS index .*: delete {path.parent} and run"):
+        house.but(k=K + 1, on_change="recompute").index()
+
+
+def test_rows_that_are_missing_keep_a_step_from_finishing(house, whole):
+    folder = house.folder("04_match")
+    (folder / "metrics.json").unlink()
+    block = sorted(folder.glob("pairs/*/00000.jsonl"))[3]
+    block.write_bytes(b"")
+    with pytest.raises(StepError, match=rf"{block} has 0 rows of \d that were planned: delete it and run the same"):
+        house.match()
+    block.unlink()
+    house.match()
+    assert_same(folder, whole.folder("04_match"))
 
 
 def test_moved_as_a_whole_reuses(house, tmp_path_factory):

@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from imatch.core.files import (
+    alone,
     atomic,
     line,
+    read_array,
     read_json,
     read_rows,
+    read_signed,
     relative,
     write_array,
     write_bytes,
     write_json,
     write_rows,
+    write_signed,
 )
 from imatch.core.types import StepError, Tokens, grid_xy
 from imatch.data import store
@@ -285,6 +292,81 @@ def test_json_and_rows_come_back(tmp_path):
     write_json(tmp_path / "value.json", rows)
     assert read_json(tmp_path / "value.json") == rows
     assert json.loads((tmp_path / "value.json").read_text("utf-8", "surrogateescape")) == rows
+
+
+WRITTEN = {
+    read_json: lambda path: write_json(path, {"names": ["a", "b"]}),
+    read_rows: lambda path: write_rows(path, [{"id": name} for name in "abc"]),
+    read_array: lambda path: write_array(path, np.eye(9)),
+    read_signed: lambda path: write_signed(path, {"k": 10}),
+}
+HARM = {
+    "empty": (lambda _: b"", "it is empty"),
+    "zeros": (lambda data: bytes(len(data)), "it holds nothing but zeros"),
+    "half": (lambda data: data[: len(data) // 2], r"in the middle of line \d|line 2 is torn|mmap length is greater"),
+    "longer": (lambda data: data + b"{", r"in the middle of line \d|line 4 is torn|it has 777 bytes, not 776"),
+}
+
+
+@pytest.mark.parametrize("read", WRITTEN, ids=lambda read: read.__name__)
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_file_is_said_in_one_line_with_its_remedy(read, harm, tmp_path):
+    WRITTEN[read](path := tmp_path / "file")
+    damaged, said = HARM[harm]
+    path.write_bytes(damaged(path.read_bytes()))
+    if (read, harm) == (read_rows, "empty"):
+        assert read(path) == []  # as of nothing skipped: whoever plans rows counts them
+        return
+    with pytest.raises(StepError, match=rf"^{path} cannot be read \(.*({said}).*\): mend it$"):
+        read(path, "mend it")
+    path.unlink()
+    with pytest.raises(StepError, match=r"\(it is not there\): delete its step's folder and run the notebook again"):
+        read(path)
+
+
+def test_two_torn_lines_are_not_one_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n{"id": 2\n"n": 3}\n')
+    with pytest.raises(StepError, match="line 2 is torn"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_record_of_which_one_digit_changed_is_refused(tmp_path):
+    write_signed(path := tmp_path / "step.json", {"k": 10})
+    path.write_bytes(path.read_bytes().replace(b"10", b"11"))
+    with pytest.raises(StepError, match="it is not what was written"):
+        read_signed(path)
+
+
+# --- who is at work ---------------------------------------------------------------------------------------
+
+
+PARTS = [("", "", 1), ("0/2", "0/2", 1), ("0/2", "", 1), ("0/2", "1/2", 0)]
+
+
+@pytest.mark.parametrize(("theirs", "mine", "waits"), PARTS)
+def test_who_is_at_work_is_named_and_waited_for(theirs, mine, waits, tmp_path, capsys):
+    """Parts are done together, each once; what a killed process held is free."""
+    code = f"""
+import pathlib, sys
+from imatch.core.files import alone
+with alone(pathlib.Path({str(tmp_path)!r}), {theirs!r}):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "in\n"
+        killer = threading.Timer(0.3, other.kill)
+        killer.start()
+        with alone(tmp_path, mine), alone(tmp_path, mine):
+            said = capsys.readouterr().out
+            assert said.count(f"process {other.pid} of ") == waits
+            assert (f"is at work in {tmp_path}: waiting for its end" in said) == bool(waits)
+            assert (other.poll() is None) == (not waits)
+        killer.join()
+    with alone(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] in ([], [".lock.0-2"])
 
 
 def test_relative_is_relative_with_forward_slashes(tmp_path):

@@ -2,6 +2,7 @@
 
     imatch doctor          driver, CUDA, GPU, memory, folders, weights, disk, port
     imatch doctor --cpu    the same without a GPU
+    imatch doctor STEP     every file of a finished step, or of those in a folder: is it what was written?
 
 `--` marks what is not there and is needed only for what the line says. The exit code is 0 when nothing is to be fixed,
 1 when something is, 3 when torch cannot use a GPU: everything then runs on the CPU, slower.
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from imatch.core import compute, settings
-from imatch.core.types import ImatchError
+from imatch.core import compute, files, settings
+from imatch.core.step import open_step
+from imatch.core.types import ImatchError, StepError
 from imatch.data import registry
 from imatch.steps import checks
+from imatch.steps.chain import steps_below
 
 ENOUGH = 2.0
 """GB of memory, of a GPU's memory and of disk that a small run needs."""
@@ -296,6 +299,49 @@ def examine(check: Callable[[], str]) -> tuple[str, str]:
         return "FIX", str(error)
     except Exception as error:  # a library that is broken in whatever way is a finding, too
         return "FIX", f"{type(error).__name__}: {error}; build the image anew (outside of it: make clean setup)"
+
+
+def whole(folder: Path) -> str:
+    """Read every file of a finished step, and of the indices beside it: each must be what was written.
+
+    Raises:
+        NotThereError: it is not finished, or of an earlier version, so nothing is known of its files.
+        ImatchError: files are damaged; the message names each.
+    """
+    step = open_step(folder, finished=False)
+    if not (step.finished and step.sealed):
+        why = "it was made by an earlier version" if step.finished else "it is not finished"
+        raise NotThereError(f"no digests are known, for {why}")
+    harmed, known = step.damage(again=True), list(step.sealed.values())
+    remedies = [files.RECOMPUTE] if harmed else []
+    for path in folder.glob("index/*/index.json"):
+        sealed = files.read_signed(path).get("files", {})
+        lost = files.damage(path.parent, sealed, again=True)
+        harmed |= {f"{path.parent.relative_to(folder).as_posix()}/{name}": reason for name, reason in lost.items()}
+        remedies += [f"delete {path.parent} and run 03_index again"] if lost else []
+        known += sealed.values()
+    if harmed:
+        lines = "".join(f"\n     {files.printable(name)}: {reason}" for name, reason in harmed.items())
+        raise StepError(f"{len(harmed)} of {len(known)} files are damaged: {', '.join(remedies)}{lines}")
+    size = sum(int(was.partition(" ")[0]) for was in known)
+    return f"{len(known)} files, {size / 2**20:.1f} MB, all as written"
+
+
+def steps(folder: Path) -> int:
+    """Print a line for each step in a folder (`whole`).
+
+    Returns:
+        0 when no file is damaged, else 1.
+
+    Raises:
+        ImatchError: there is no step.
+    """
+    found = [(below, *examine(partial(whole, below))) for below in steps_below(folder)]
+    if not found:
+        raise ImatchError(f"no step in {folder}: give the folder of one, or one that holds some, such as exports/demo")
+    for below, state, said in found:
+        print(f"{state:4} {below}: {said}")
+    return int(any(state == "FIX" for _, state, _ in found))
 
 
 def main(cpu: bool, data_key: str) -> int:

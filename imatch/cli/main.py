@@ -218,16 +218,18 @@ def weights(data_key: str, side: int, batch_size: int) -> int:
 
 
 @main.command()
+@click.argument("step", default="")
 @click.option("--cpu", is_flag=True, help="Expect no GPU.")
 @REGISTRY
-def doctor(cpu: bool, data_key: str) -> int:
-    """Say whether this machine is ready, and what to do.
+def doctor(step: str, cpu: bool, data_key: str) -> int:
+    """Say whether this machine is ready, and what to do; of a STEP (or a folder of some), whether its files are whole.
 
     The exit code is 0, 1 when something is to be fixed, 3 when torch cannot use a GPU.
     """
     from imatch.cli import doctor as checks
+    from imatch.core.step import step_folder
 
-    return checks.main(cpu, data_key)
+    return checks.steps(step_folder(step)) if step else checks.main(cpu, data_key)
 
 
 @main.command()

@@ -10,23 +10,36 @@ import itertools
 import json
 import mmap
 import os
+import platform
 import re
 import secrets
 import shutil
+import sys
+import time
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
+import psutil
 
+from imatch.core import compute, settings
 from imatch.core.config import NAME
-from imatch.core.types import ImatchError, StepError
+from imatch.core.types import ImatchError, ImatchWarning, StepError
+
+if sys.platform != "win32":
+    import fcntl
 
 M = TypeVar("M", bound=Mapping[str, object])
+RECOMPUTE = "run its notebook again with on_change recompute"
+"""What mends a finished step that is damaged."""
 LINES = 1000
 """How many rows are read at once: their keys are then held once for all of them, half of the memory."""
+REMEDY = "delete its step's folder and run the notebook again"
+"""What mends a file of a step that cannot be read."""
 
 
 @contextmanager
@@ -68,6 +81,85 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def alone(folder: Path, part: str = "") -> Iterator[None]:
+    """Let no other process work on a folder meanwhile: who is at work there is named, and waited for.
+
+    The system ends what a killed process held. Within one process, and those that it forks, blocks may be nested.
+
+    Args:
+        folder: which is there.
+        part: "i/n" of a work whose parts may be done at the same time, each once; "" is all of it.
+    """
+    with ExitStack() as held:
+        if sys.platform != "win32":  # there, steps run in a container
+            held.enter_context(_locked(folder / ".lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX))
+            if part:
+                held.enter_context(_locked(folder / f".lock.{part.replace('/', '-')}", fcntl.LOCK_EX))
+        yield
+
+
+_held: set[Path] = set()
+"""Locks of this process."""
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    file = None if path in _held else _lock(path, kind)
+    if file is None:
+        yield
+        return
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.remove(path)
+        with suppress(OSError):  # others share it, or their disk knows no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        with suppress(OSError), file:
+            fcntl.flock(file, fcntl.LOCK_UN)  # of forked processes, too
+
+
+def _lock(path: Path, kind: int) -> IO[bytes] | None:
+    """The open file that holds a lock; None where nothing can be written."""
+    while True:
+        try:
+            with writing(path):
+                file = path.open("ab+", buffering=0)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            return None
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say_who(file, path.parent)
+            fcntl.flock(file, kind)
+        except OSError as error:
+            said = f"no locks on this disk ({error.strerror}): let no other run work on {path.parent} meanwhile"
+            warnings.warn(said, ImatchWarning, stacklevel=2)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            me, since = psutil.Process(), time.strftime("%F %T")
+            with suppress(OSError):
+                file.truncate(0)
+                file.write(f"process {me.pid} of {me.username()} on {platform.node()}, since {since}".encode())
+            return file
+        file.close()  # who had it has removed it
+
+
+def _say_who(file: IO[bytes], folder: Path) -> None:
+    who = b""
+    with suppress(OSError):  # a disk on which locked files cannot be read
+        file.seek(0)
+        who = file.read()
+    print(
+        f"{who.decode(errors='replace') or 'another process'} is at work in {folder}: waiting for its end. Interrupt "
+        "this run, or that one (in JupyterLab, its kernel)",
+        flush=True,
+    )
+
+
 def printable(id: str) -> str:
     """An id for people: bytes that are no text, and signs that move a terminal's cursor, become a question mark.
 
@@ -85,13 +177,75 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON that people can read, atomically. NaN is refused (ValueError): it is not JSON."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode(errors="surrogateescape"))
+    write_bytes(path, json_bytes(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote."""
-    return json.loads(path.read_bytes().decode(errors="surrogateescape"))
+def json_bytes(value: object) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="surrogateescape")
+
+
+@contextmanager
+def reading(path: Path, remedy: str = REMEDY) -> Iterator[None]:
+    """Say in one line what is wrong with a file when something inside can make nothing of its bytes.
+
+    Raises:
+        StepError: it is not there, empty, zeros, cut short, or not what it should be. Trouble of the disk, or of
+            memory, is not the file's and goes on as it came.
+
+    >>> with reading(Path("none.json")):
+    ...     read_json(Path("none.json"), "run 03_index again")
+    Traceback (most recent call last):
+    imatch.core.types.StepError: none.json cannot be read (it is not there): run 03_index again
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StepError(f"{path} cannot be read (it is not there): {remedy}") from error
+    except (OSError, MemoryError, ImatchError):
+        raise
+    except Exception as error:  # libraries say of damaged bytes whatever they stumble over
+        raise StepError(f"{path} cannot be read ({_harm(path, error)}): {remedy}") from error
+
+
+def _harm(path: Path, error: Exception) -> str:
+    data = path.read_bytes()
+    if not data.strip(b"\0"):
+        return "it holds nothing but zeros" if data else "it is empty"
+    if isinstance(error, json.JSONDecodeError):
+        n = data.count(b"\n") + 1
+        return f"line {error.lineno} is no JSON" if data.endswith(b"\n") else f"it ends in the middle of line {n}"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def read_json(path: Path, remedy: str = REMEDY) -> Any:
+    """Read what `write_json` wrote. Raises StepError where that is damaged, as `reading` does."""
+    with reading(path, remedy):
+        return json.loads(path.read_bytes().decode(errors="surrogateescape"))
+
+
+def write_signed(path: Path, record: Mapping[str, object]) -> None:
+    """Write a JSON object with its own digest, atomically."""
+    write_json(path, {**record, "digest": digest(record)})
+
+
+def read_signed(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
+    """Read what `write_signed` wrote, without its digest; what an earlier version wrote has none.
+
+    Raises:
+        StepError: a byte of it is not what was written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_signed(Path(folder) / "a.json", {"k": 10})
+    ...     read_signed(Path(folder) / "a.json")
+    {'k': 10}
+    """
+    record = read_json(path, remedy)
+    with reading(path, remedy):
+        if (written := record.pop("digest", None)) and written != digest(record):
+            raise ValueError("it is not what was written")
+    return dict(record)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -105,13 +259,25 @@ def line(row: Mapping[str, object]) -> bytes:
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="surrogateescape")
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Read JSON lines: rows of whatever kind the file is of (`core.rows`)."""
+def read_rows(path: Path, remedy: str = REMEDY) -> list[Any]:
+    """Read JSON lines: rows of whatever kind the file is of (`core.rows`). Raises StepError as `reading` does."""
     rows: list[Any] = []
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    with reading(path, remedy), path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         while lines := list(itertools.islice(file, LINES)):
-            rows += json.loads(f"[{','.join(lines)}]")
+            part = []
+            with suppress(ValueError):
+                part = json.loads(f"[{','.join(lines)}]")
+            if len(part) != len(lines):  # one is torn; two torn ones may well make a whole one
+                part = [_row(text, len(rows) + i) for i, text in enumerate(lines, 1)]
+            rows += part
     return rows
+
+
+def _row(text: str, n: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"line {n} is torn") from None
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -157,6 +323,23 @@ def unmarked(cell: str) -> str:
     ('=1+2.jpg', "'a.jpg")
     """
     return cell[1:] if cell[:1] == "'" and _COMPUTED.match(cell) else cell
+
+
+def read_array(path: Path, remedy: str = REMEDY) -> np.memmap[Any, Any]:
+    """Open a `.npy` as a memory map, of just the bytes that it says. Raises StepError as `reading` does.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_array(Path(folder) / "a.npy", np.eye(2))
+    ...     read_array(Path(folder) / "a.npy").tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    with reading(path, remedy):
+        array: np.memmap[Any, Any] = np.load(path, mmap_mode="r")
+        size = path.stat().st_size
+        if size != array.offset + array.nbytes:
+            raise ValueError(f"it has {size} bytes, not {array.offset + array.nbytes}")
+        return array
 
 
 def take(vectors: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
@@ -223,6 +406,87 @@ def digest(value: object) -> str:
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Size and SHA-256 of files of a folder, such as "3 ba7816bf8f...", by their names; for `damage`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_bytes(Path(folder) / "a.npy", b"abc")
+    ...     sealed = seal(Path(folder), ["a.npy"])
+    ...     write_bytes(Path(folder) / "a.npy", b"abd")
+    ...     damage(Path(folder), sealed)
+    {'a.npy': 'other bytes'}
+    """
+
+    def read(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return f"{os.fstat(file.fileno()).st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+    names = list(names)
+    found = compute.ahead(read, names, settings.cores(), 64)
+    return dict(zip(names, compute.progress(found, "digests", len(names), delay=3), strict=True))
+
+
+def damage(folder: Path, sealed: Mapping[str, str], again: bool = False) -> dict[str, str]:
+    """What is wrong with files of a folder since `seal`: name -> reason.
+
+    Sizes are looked at always; bytes once, and then when a file's times have changed.
+
+    Args:
+        folder, sealed: see `seal`.
+        again: read all bytes once more.
+    """
+    stats = _stats(folder, sealed)
+    harmed = dict.fromkeys(sealed.keys() - stats.keys(), "gone")
+    for name, stat in stats.items():
+        if f"{stat.st_size}" != (size := sealed[name].partition(" ")[0]):
+            harmed[name] = f"{stat.st_size} bytes, were {size}"
+    if again or not (harmed or _remembered(folder, sealed, stats)):
+        now = seal(folder, sealed.keys() - harmed)
+        harmed |= {name: "other bytes" for name, was in sealed.items() if now.get(name, was) != was}
+        if not (again or harmed):
+            remember(folder, sealed)
+    return harmed
+
+
+def damage_said(harmed: Mapping[str, str]) -> str:
+    """The first of what `damage` found, and the remedy.
+
+    >>> damage_said({"global.npy": "gone", "images.jsonl": "gone"})
+    'global.npy (gone) and 1 more: run its notebook again with on_change recompute'
+    """
+    name, reason = next(iter(harmed.items()))
+    more = f" and {len(harmed) - 1} more" if len(harmed) > 1 else ""
+    return f"{printable(name)} ({reason}){more}: {RECOMPUTE}"
+
+
+def remember(folder: Path, sealed: Mapping[str, str]) -> None:
+    """Take it for known, in the cache folder, that files of a folder are those that were sealed."""
+    with suppress(OSError, ImatchError):  # a home that cannot be written to: read once more next time
+        write_bytes(*_memory(folder, sealed, _stats(folder, sealed)))
+
+
+def _remembered(folder: Path, sealed: Mapping[str, str], stats: Mapping[str, os.stat_result]) -> bool:
+    path, state = _memory(folder, sealed, stats)
+    with suppress(OSError):  # not there yet
+        return path.read_bytes() == state
+    return False
+
+
+def _stats(folder: Path, names: Iterable[str]) -> dict[str, os.stat_result]:
+    found = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            found[name] = Path(folder, name).stat()
+    return found
+
+
+def _memory(folder: Path, sealed: Mapping[str, str], stats: Mapping[str, os.stat_result]) -> tuple[Path, bytes]:
+    """Where it is remembered, and what changes when one is written to, even by who sets its times back."""
+    state = digest([[was, name, stats[name].st_mtime_ns, stats[name].st_ctime_ns] for name, was in sealed.items()])
+    return settings.cache_folder() / "whole" / digest([str(folder.resolve()), len(sealed)]), state.encode()
 
 
 def flat_name(id: str) -> str:

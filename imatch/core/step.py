@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,13 @@ from imatch.core.types import StepError
 ON_CHANGE = ("refuse", "recompute")
 MIME = "application/vnd.imatch.step+json"
 M = TypeVar("M", bound=Mapping[str, object])
+PASSING = ("step.json", "metrics.json", "seen.jsonl", "sent.json", "hits.html", "notebook.ipynb")
+"""Files of a step that change when it is finished, or are sealed apart."""
+APART = ("index", "rows")
+"""Folders of a step whose files come and go."""
+ITEMS = ("pairs", "queries")
+"""Folders with files for each photograph, which no later step reads: those who open one look at it, the step when it is
+asked for again, and the doctor."""
 VERSIONS = ("imatch", "numpy", "pillow", "opencv-python-headless", "torch", "timm")
 
 
@@ -39,6 +48,7 @@ class Step:
         on_change: "refuse" or "recompute", what to do with results made from something else.
         device: where it was computed, for the record.
         work: for the record, too: how many photographs, and what took how many seconds, in all runs and processes.
+        sealed: of a finished one, size and SHA-256 of its files (`files.seal`); none are known of an earlier version's.
     """
 
     folder: Path
@@ -52,6 +62,7 @@ class Step:
     fingerprint: str | None = None
     device: str = "cpu"
     work: dict[str, float] = field(default_factory=dict)
+    sealed: dict[str, str] = field(default_factory=dict, repr=False)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -68,6 +79,17 @@ class Step:
     def metrics(self) -> dict[str, Any]:
         """What the step recorded when it finished."""
         return files.read_json(self.folder / "metrics.json")
+
+    def damage(self, items: bool = True, again: bool = False) -> dict[str, str]:
+        """What is wrong with the files of a finished step since it finished: name -> reason (`files.damage`).
+
+        Args:
+            items: look at those of `ITEMS`, too.
+            again: read all of them once more; else each is read once.
+        """
+        if not self.finished:
+            return {}
+        return files.damage(self.folder, self.sealed if items else _built_on(self.sealed), again)
 
     def linked(self, link: str) -> Path:
         """The folder or file that this step reads under the name `link`."""
@@ -99,17 +121,26 @@ class Step:
         Returns:
             The metrics as they stand on disk. A step that was reused keeps the ones it had.
         """
-        if not self.finished:
-            self.fingerprint = digest([_identity(self), contents])
-            self._write(seconds=round(time.monotonic() - self.started, 3))
-            for left in self.folder.rglob(".*.tmp"):  # by a kill
-                left.unlink(missing_ok=True)
-            files.write_json(self.folder / "metrics.json", dict(metrics))
-        record = files.read_json(self.folder / "step.json")
-        if record["links"] != self.links:  # the same inputs, moved
-            files.write_json(self.folder / "step.json", {**record, "links": self.links})
+        with files.alone(self.folder):
+            if not self.finished:
+                self._finish(files.json_bytes(dict(metrics)), contents)
+            record = files.read_signed(self.folder / "step.json")
+            if record["links"] != self.links:  # the same inputs, moved
+                files.write_signed(self.folder / "step.json", {**record, "links": self.links})
+        self.fingerprint = record["fingerprint"]
         _publish(self)
         return cast("M", self.metrics)
+
+    def _finish(self, metrics: bytes, contents: object) -> None:
+        self.fingerprint = digest([_identity(self), contents])
+        for left in self.folder.rglob(".*.tmp"):  # by a kill, for nobody else is at work
+            left.unlink(missing_ok=True)
+        self.sealed = files.seal(self.folder, _lasting(self.folder))
+        self.sealed["metrics.json"] = f"{len(metrics)} {hashlib.sha256(metrics).hexdigest()}"
+        self._write(seconds=round(time.monotonic() - self.started, 3))
+        files.write_bytes(self.folder / "metrics.json", metrics)
+        for sealed in (self.sealed, _built_on(self.sealed)):
+            files.remember(self.folder, sealed)
 
     def _write(self, seconds: float | None = None) -> None:
         record = {
@@ -123,8 +154,9 @@ class Step:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
             "seconds": seconds,
             "work": self.work,
+            "files": self.sealed,
         }
-        files.write_json(self.folder / "step.json", record)
+        files.write_signed(self.folder / "step.json", record)
 
 
 def start_step(
@@ -156,22 +188,19 @@ def start_step(
     step = Step(folder, name, given, dict(upstream or {}), relative, about, home, on_change)
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    if (folder / "step.json").is_file():
-        before = open_step(folder, finished=False)
-        nothing_done = not before.finished and not _begun(folder)
-        differences = [] if nothing_done else compare(_identity(before), _identity(step))
-        if nothing_done:
-            shutil.rmtree(folder / "local", ignore_errors=True)
-            step._write()  # of a run that was refused before it computed anything
+    if any(_visible(folder)):
+        before, why, differences = _found(step)
         if not differences:
             step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
+            step.sealed = before.sealed
             if not before.about:  # of an earlier version
-                record = files.read_json(folder / "step.json")
-                files.write_json(folder / "step.json", {**record, "run": home, "about": step.about})
+                record = files.read_signed(folder / "step.json")
+                files.write_signed(folder / "step.json", {**record, "run": home, "about": step.about})
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
-        refuse_or_say(name, on_change, f"{folder} was made differently", differences)
-        folder.rename(aside)  # at once, so that a kill leaves no half of a step
+        refuse_or_say(name, on_change, f"{folder} {why}", differences)
+        with files.alone(folder):
+            folder.rename(aside)  # at once, so that a kill leaves no half of a step
         shutil.rmtree(aside)
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,15 +209,38 @@ def start_step(
     return step
 
 
+def _found(step: Step) -> tuple[Step, str, list[str]]:
+    """What is in the folder of a step that starts; why it cannot go on with that, and more of it, a line each."""
+    if "step.json" not in _visible(step.folder):
+        return step, "is damaged", ["gone: step.json, which says what the other files are"]
+    try:
+        before = open_step(step.folder, finished=False)
+    except StepError as torn:
+        return step, "is damaged", [str(torn)]
+    if not before.finished and not _begun(step.folder):
+        shutil.rmtree(step.folder / "local", ignore_errors=True)
+        step._write()  # of a run that was refused before it computed anything
+        return before, "", []
+    if differences := compare(_identity(before), _identity(step)):
+        return before, "was made differently", differences
+    harmed = before.damage()
+    if harmed.keys() == {"metrics.json"}:
+        print(f"{step.name}: metrics.json is damaged ({harmed['metrics.json']}): the step is finished once more")
+        before.unfinish()
+        harmed = {}
+    lines = (("gone" if why == "gone" else "changed", name, why) for name, why in harmed.items())
+    return before, "is damaged", [f"{what}: {name}" + f" ({why})" * (what != why) for what, name, why in lines]
+
+
 def open_step(folder: Path, finished: bool = True) -> Step:
     """Open a step that another one reads.
 
     Raises:
-        StepError: it is not there, of an earlier version, or not finished though it should be.
+        StepError: it is not there, of an earlier version, damaged, or not finished though it should be.
     """
     if not (folder / "step.json").is_file():
         raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
-    record = files.read_json(folder / "step.json")
+    record = files.read_signed(folder / "step.json")
     step = Step(
         folder,
         record["step"],
@@ -200,11 +252,14 @@ def open_step(folder: Path, finished: bool = True) -> Step:
         fingerprint=record["fingerprint"],
         device=record["device"],
         work=record.get("work", {}),
+        sealed=record.get("files", {}),
     )
     if finished and not step.finished:
         raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
     if finished and not step.about:
         raise StepError(f"{folder} is of an earlier version: run its notebook again, it keeps what is there")
+    if finished and (harmed := step.damage(items=False)):
+        raise StepError(f"{step.name} at {folder} is damaged: {files.damage_said(harmed)}")
     return step
 
 
@@ -215,8 +270,40 @@ def _begun(folder: Path) -> bool:
     return any(path.is_file() and (path.parent.name != "local" or path.suffix == ".npy") for path in below)
 
 
+def check_planned(file: Path, there: int, planned: int, remedy: str = "delete it and run the same again") -> None:
+    """Refuse to go on with other rows than were planned, those that are listed as skipped included.
+
+    Raises:
+        StepError: there are more or fewer.
+
+    >>> check_planned(Path("rows.jsonl"), 2, 3)
+    Traceback (most recent call last):
+    imatch.core.types.StepError: rows.jsonl has 2 rows of 3 that were planned: delete it and run the same again
+    """
+    if there != planned:
+        raise StepError(f"{file} has {there} rows of {planned} that were planned: {remedy}")
+
+
 def _identity(step: Step) -> dict[str, object]:
     return {"step": step.name, "parameters": step.parameters, "upstream": step.upstream}
+
+
+def _visible(folder: Path) -> Iterator[str]:
+    return (path.name for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _lasting(folder: Path) -> Iterator[str]:
+    """The names of a step's files without `PASSING`, `APART`, hidden ones, and pictures, which may be drawn again."""
+    for path, below, names in os.walk(folder):
+        top, within = path == str(folder), Path(path).relative_to(folder).as_posix()
+        below[:] = sorted(name for name in below if not (name.startswith(".") or (top and name in APART)))
+        for name in sorted(names):
+            if not (name.startswith(".") or (top and (name in PASSING or name.endswith(".png")))):
+                yield name if top else f"{within}/{name}"
+
+
+def _built_on(sealed: Mapping[str, str]) -> dict[str, str]:
+    return {name: was for name, was in sealed.items() if name.partition("/")[0] not in ITEMS}
 
 
 def _publish(step: Step) -> None:

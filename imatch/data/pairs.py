@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from imatch.core import files
 from imatch.core.files import flat_name
 from imatch.core.rows import LookRecord, Options, PairRow, Parameters
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
@@ -114,12 +115,16 @@ class Matched:
         """A row of pairs.jsonl with its correspondences.
 
         Raises:
-            StepError: these were not saved: the outputs had no "npy".
+            StepError: these were not saved, for the outputs had no "npy"; or they are damaged.
         """
         path = pair_path(self.folder, row).with_suffix(".npy")
         if not path.is_file():
             raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-        table = np.load(path)
+        sealed = files.read_signed(self.folder / "step.json").get("files", {})
+        name = path.relative_to(self.folder).as_posix()
+        if harmed := files.damage(self.folder, {name: sealed[name]} if name in sealed else {}, again=True):
+            raise StepError(f"{self.folder} is damaged: {files.damage_said(harmed)}")
+        table = np.array(files.read_array(path))
         found = Geometry.of(row, table["inlier"])
         matches = Matches(table["index_a"], table["index_b"], table["similarity"])
         return Pair(row, *self.files(row), table["xy_a"], table["xy_b"], matches, found)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imatch.core.files import atomic, read_json, read_rows, write_array, write_json, write_rows
+from imatch.core.files import atomic, read_array, read_json, read_rows, write_array, write_json, write_rows
 from imatch.core.rows import PhotoRow
 from imatch.core.types import StepError, Tokens, grid_xy
 from imatch.data.embeddings import vector_digest
@@ -112,7 +112,7 @@ class Shards:
         rows = sorted((row for rows in self.rows().values() for row in rows), key=lambda row: row["id"])
         images = [row for row in rows if "skipped" not in row]
         places = _places(images)
-        shapes = {shard: mapped(self._path(shard, ".global.npy")).shape for shard in places}
+        shapes = {shard: read_array(self._path(shard, ".global.npy")).shape for shard in places}
         if any(shapes[shard][0] != len(own) for shard, own in places.items()):
             raise StepError(f"{self.folder}: the shards' vectors and rows do not fit; delete the folder and run again")
         with atomic(self.folder / "global.npy") as temporary, temporary.open("wb") as file:
@@ -120,7 +120,7 @@ class Shards:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for shard, run in itertools.groupby(images, lambda row: row["shard"]):  # as a rule, all of a shard
                 first, n = taken[shard], len(list(run))
-                part = mapped(self._path(shard, ".global.npy"))[first : first + n]
+                part = read_array(self._path(shard, ".global.npy"))[first : first + n]
                 file.write(np.ascontiguousarray(part).data.cast("B"))
                 taken[shard] += n
         write_rows(self.folder / "skipped.jsonl", (row for row in rows if "skipped" in row))
@@ -139,7 +139,7 @@ class Shards:
 
     def split(self) -> None:
         """Undo `merge`, so that single shards can be computed again."""
-        vectors = np.load(self.folder / "global.npy", mmap_mode="r")
+        vectors = read_array(self.folder / "global.npy")
         for shard, own in _places(read_rows(self.folder / "images.jsonl")).items():
             write_array(self._path(shard, ".global.npy"), vectors[own])
         for shard, rows in self.rows().items():
@@ -185,13 +185,3 @@ def _placed_apart(tokens: Tokens, size: tuple[int, int]) -> bool:
     if len(tokens.xy) and np.isnan(tokens.xy).all():  # nowhere, as aggregated tokens
         return False
     return tokens.grid is None or not np.array_equal(tokens.xy, grid_xy(tokens.grid, size))
-
-
-def mapped(path: Path) -> np.ndarray:
-    """Open a .npy file as a memory map. Raises StepError where it is not there, broken or cut short."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError) as error:
-        raise StepError(
-            f"{path} cannot be read ({error}): delete its step's folder and run the notebook again"
-        ) from error

@@ -12,13 +12,13 @@ import numpy as np
 from pydantic import PositiveInt
 
 from imatch.core import config, files
-from imatch.core.files import read_rows
+from imatch.core.files import read_array, read_rows
 from imatch.core.rows import Parameters, PhotoRow, ReferenceRow
 from imatch.core.step import Step, open_step
 from imatch.core.types import ImatchError, Ranking, StepError, Tokens, check_finite, grid_xy, normalise
 from imatch.data.embeddings import Embeddings, apart, vector_digest
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.shards import Shards, mapped
+from imatch.data.shards import Shards
 
 PLACED = ("grid", "xy", "shard", "first", "n", "vector")
 """Where a row's tokens lie."""
@@ -78,12 +78,12 @@ class Stored(Embeddings):
             raise StepError(f"{self.folder}: the ids of images.jsonl are not sorted and unique")
         placed = {row["shard"] for row in self.rows if apart(row)}
         for shard, end in ends.items():
-            local = mapped(self._path(shard))
+            local = read_array(self._path(shard))
             parts = {"descriptors": local}
             if local.dtype == np.int8:
-                parts["scales"] = mapped(self._path(shard, ".scale.npy"))
+                parts["scales"] = read_array(self._path(shard, ".scale.npy"))
             if shard in placed:
-                parts["positions"] = mapped(self._path(shard, ".xy.npy"))
+                parts["positions"] = read_array(self._path(shard, ".xy.npy"))
             for what, part in parts.items():
                 if len(part) != end:
                     raise StepError(f"{self.folder}: shard {shard} holds {len(part)} {what} for {end} descriptors")
@@ -145,7 +145,7 @@ class Stored(Embeddings):
     @cached_property
     def vectors(self) -> np.ndarray:
         """(N, D) float32, L2-normalised global vectors."""
-        return mapped(self.folder / "global.npy")
+        return read_array(self.folder / "global.npy")
 
     def _path(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / "local" / f"{shard:05d}{suffix}"
@@ -156,7 +156,7 @@ class Stored(Embeddings):
 
     def _local(self, shard: int, suffix: str = ".npy") -> np.ndarray:
         path = self._path(shard, suffix)
-        self._maps[path] = self._maps.pop(path) if path in self._maps else mapped(path)
+        self._maps[path] = self._maps.pop(path) if path in self._maps else read_array(path)
         while len(self._maps) > MAPS:
             self._maps.pop(next(iter(self._maps)))  # the one not used for longest
         return self._maps[path]
@@ -434,5 +434,6 @@ def read_ranking(step: Step) -> Ranking:
     """
     if not (step.folder / "ranking.npz").is_file():
         raise StepError(f"no ranking in {step.folder}: run 03_index again and set on_change to recompute")
-    with np.load(step.folder / "ranking.npz") as saved:
+    path = step.folder / "ranking.npz"
+    with files.reading(path, "run 03_index again and set on_change to recompute"), np.load(path) as saved:
         return Ranking(**{name: saved.get(name) for name in Ranking.__dataclass_fields__})

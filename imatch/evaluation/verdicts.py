@@ -29,7 +29,8 @@ def read(file: Path) -> Labels:
         file: where it is; none yet is no labels.
 
     Raises:
-        ImatchError: a column is missing, a label is unknown, or a pair has two labels; the message names the line.
+        ImatchError: a column is missing, a label is unknown, or a pair has two labels, and the message names the line;
+            or the file is damaged.
 
     >>> read(Path("none.csv"))
     {}
@@ -41,8 +42,10 @@ def read(file: Path) -> Labels:
     if missing := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise ImatchError(f"{file} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)}")
     labels: Labels = {}
-    for row in lines:
-        where = f"{file}, line {lines.line_num}"
+    with files.reading(file, "correct it, or bring it back from a backup"):
+        rows = [(lines.line_num, row) for row in lines]
+    for line, row in rows:
+        where = f"{file}, line {line}"
         query, candidate, label = (files.unmarked(row[name] or "") for name in COLUMNS)
         if label not in LABELS:
             known = " or ".join(LABELS)

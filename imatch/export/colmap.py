@@ -84,7 +84,7 @@ class Colmap(Sink):
             )
         keypoints: dict[str, np.ndarray] = {}
         for names, (path, _) in tables.items():
-            for name, points in zip(names, _points(np.load(path)), strict=True):
+            for name, points in zip(names, _points(files.read_array(path)), strict=True):
                 keypoints[name] = np.union1d(keypoints.get(name, points[:0]), points)
         files.check_apart(folder.parent, keypoints)
         for name, points in keypoints.items():
@@ -93,7 +93,7 @@ class Colmap(Sink):
         for name, only_inliers in (("matches.txt", False), ("inliers.txt", True)):
             with files.atomic(folder / name) as temporary, temporary.open("wb") as file:
                 for names, (path, verified) in tables.items():
-                    table = np.load(path)
+                    table = files.read_array(path)
                     table = table[table[:, 4] > 0] if only_inliers else table
                     if len(table) and (verified or not only_inliers):
                         found = zip(names, _points(table), strict=True)

@@ -123,7 +123,7 @@ def remembered(memory: Path, key: str, measure: Callable[[], T]) -> T:
     [42, True]
     """
     known: dict[str, T] = {}
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or torn: measured once more
+    with contextlib.suppress(OSError, ImatchError):  # not there yet, or torn: measured once more
         known = files.read_json(memory)
     if key not in known:
         known[key] = measure()

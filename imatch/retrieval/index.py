@@ -160,7 +160,7 @@ def build(
     made_by = {name: given[name] for name in ("kind", "options", "memory_gb")}
     wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
     begun = any(folder.glob("*.faiss"))  # looked for first, for other parts write index.json first
-    plan = files.read_json(folder / "index.json") if (folder / "index.json").is_file() else {}
+    plan = _known(folder)
     same = all(plan.get(name) == value for name, value in wanted.items())
     if engine.shard and begun and not same:
         raise ImatchError(
@@ -174,7 +174,7 @@ def build(
         plan["rows"] = shard_rows or max(1, SHARD * n // max(1, _kind(plan).memory(n, d)))
         if not engine.shard and folder.exists():
             shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
-        files.write_json(folder / "index.json", plan)
+        files.write_signed(folder / "index.json", plan)
     shards = _shards(folder, plan)
     if engine.shard or not all(path.is_file() for path in shards):
         started = time.perf_counter()
@@ -186,9 +186,20 @@ def build(
         places = ["cpu"] * min(fit, settings.cores())
         deque(compute.do(engine, work, shards, places), maxlen=0)
         plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
-        files.write_json(folder / "index.json", plan)
+        plan["files"] = files.seal(folder, [path.name for path in (folder / "trained.faiss", *shards)])
+        files.write_signed(folder / "index.json", plan)
+        files.remember(folder, plan["files"])
+    if harmed := files.damage(folder, plan.get("files", {})):
+        name, reason = next(iter(harmed.items()))
+        raise StepError(f"{folder / name} is not a whole FAISS index ({reason}): {_remedy(folder)}")
     opened = [_read(path, mapped=True) for path in shards]
     return Searcher(vectors, plan, opened, asked, folder)
+
+
+def _known(folder: Path) -> Plan:
+    """What index.json says, if it is there."""
+    path = folder / "index.json"
+    return files.read_signed(path, _remedy(folder)) if path.is_file() else {}
 
 
 def _shape(vectors: np.ndarray) -> tuple[int, int]:
@@ -262,7 +273,7 @@ def _learned(plan: Plan, vectors: np.ndarray) -> faiss.Index:
 
 def _make(plan: Plan, source: Path | np.ndarray, path: Path) -> dict[str, str | int]:
     """Make a shard, in this process or another one."""
-    vectors = np.load(source, mmap_mode="r") if isinstance(source, Path) else source
+    vectors = files.read_array(source) if isinstance(source, Path) else source
     index = _trained(path.parent, plan, vectors)
     first = int(path.stem) * plan["rows"]
     _add(index, _kind(plan), vectors, first, min(plan["vectors"], first + plan["rows"]))
@@ -449,7 +460,7 @@ class Searcher:
         self.effort = chosen.effort
         self.plan = {**self.plan, "effort": chosen.effort}
         if self.folder:
-            files.write_json(self.folder / "index.json", self.plan)
+            files.write_signed(self.folder / "index.json", self.plan)
         return chosen
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
@@ -515,10 +526,12 @@ def _write(path: Path, index: faiss.Index) -> None:
 
 
 def _read(path: Path, mapped: bool = False) -> faiss.Index:
-    try:
+    with files.reading(path, f"it is not a whole FAISS index: {_remedy(path.parent)}"):
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-    except RuntimeError as error:
-        raise StepError(f"{path} is not a whole FAISS index: delete {path.parent} and run 03_index again") from error
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} and run 03_index again"
 
 
 def _gb(size: float) -> str:

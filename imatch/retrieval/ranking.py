@@ -342,7 +342,7 @@ class Ways:
         if not learnt.is_file():
             made = Whitening.fit(gallery, self.asked["whiten"])
             files.write_array(learnt, np.vstack([made.mean, made.matrix.T]))
-        mean, *axes = np.load(learnt)
+        mean, *axes = files.read_array(learnt)
         self.whiten = Whitening(mean, np.stack(axes, axis=1))
         if not path.is_file():
             with files.atomic(path) as temporary, temporary.open("wb") as file:
@@ -350,7 +350,7 @@ class Ways:
                 np.lib.format.write_array_header_1_0(file, header)
                 for block in searcher.blocks(gallery):
                     file.write(self.whiten(block).astype("<f4").data.cast("B"))
-        vectors = np.load(path, mmap_mode="r")
+        vectors = files.read_array(path)
         options = IndexOptions(**asked, device=self.index.device)
         self.index = searcher.build(self.folder / "index_whitened", vectors, searcher.digest(vectors), options)
         queries = self.whiten(files.take(self.query.vectors, searcher.sample(len(self.query))))
@@ -379,7 +379,7 @@ class Ways:
 
 @lru_cache(store.MAPS)
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    return files.read_array(path)
 
 
 def search_by(stages: Sequence[Stage], part: slice, truth: Truth, k: int) -> tuple[Found, np.ndarray]:

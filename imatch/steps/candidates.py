@@ -133,7 +133,8 @@ def read_pairs(path: Path, query: Embeddings, gallery: Embeddings) -> tuple[dict
     skipped = [{row["id"] for row in side.skipped} for side in (query, gallery)]
     pairs: dict[int, dict[int, None]] = {}
     left_out, unknown = [], [dict[str, int](), dict[str, int]()]
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    opened = path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with files.reading(path, "correct it, or write it anew"), opened as file:
         reader = csv.DictReader(file)
         if lacking := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise ImatchError(f"pairs {path} has no column {lacking[0]!r}: its first line must be query,candidate")

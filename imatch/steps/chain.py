@@ -40,7 +40,8 @@ def _finished(folder: Path) -> list[Step]:
     """The finished steps below a folder, the last one last; neither views without their tokens nor what another step
     has beside it, in other poses or by another backbone."""
     marks = filter(Path.is_file, (below / "metrics.json" for below in steps_below(folder)))
-    opened = [open_step(mark.parent) for mark in sorted(marks, key=lambda mark: (mark.stat().st_mtime_ns, mark))]
+    dated = sorted(marks, key=lambda mark: (mark.stat().st_mtime_ns, mark))
+    opened = [open_step(mark.parent, finished=False) for mark in dated]
     return [one for one in opened if "part" not in one.about and "upright" not in one.upstream]
 
 

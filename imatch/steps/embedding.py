@@ -24,7 +24,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import ComputeOptions, Engine, Local, PartDoneError, Place, Processes
 from imatch.core.files import refuse_or_say
 from imatch.core.rows import About, Json, Options, Parameters, PhotoRow, SeenRow, ShardRow
-from imatch.core.step import Step, open_step, run_folder, start_step, tagged
+from imatch.core.step import Step, check_planned, open_step, run_folder, start_step, tagged
 from imatch.core.types import ImatchError, ImatchWarning, PassingError, PhotographError, StepError, Tokens
 from imatch.data import exif, images, registry, store
 from imatch.data.images import Decoded, Resize
@@ -172,6 +172,12 @@ def embed(
     groups.check({"on_error": on_error, "max_skipped": max_skipped})
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
+    with files.alone(step.folder, engine.shard):
+        return _embed(step, resources, on_error, max_skipped)
+
+
+def _embed(step: Step, resources: ComputeOptions, on_error: str, max_skipped: float) -> Stored:
+    engine = resources.machines
     task = _Task(step, engine.shard, on_error, max_skipped)
     try:
         task.take_stock(resources)
@@ -187,6 +193,8 @@ def embed(
         again = "run the same command again; what was finished stays"
         raise ImatchError(f"{step.name} could not go on ({error}): {again}") from error
     embeddings = Stored(step.folder)
+    listed = len(embeddings) + len(embeddings.skipped)
+    check_planned(step.folder / "images.jsonl", listed, len(task.about), "set on_change to recompute and run it again")
     task.bad.warn(embeddings)
     for doubt in exif.doubts(embeddings.decodable) if "pose" not in step.parameters else ():
         print(doubt)

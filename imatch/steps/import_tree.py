@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat
 
 from imatch.core import compute, config, files, settings
 from imatch.core.rows import Json, Parameters, PhotoRow, Position
-from imatch.core.step import open_step, start_step
+from imatch.core.step import check_planned, open_step, start_step
 from imatch.core.types import ImatchError, Tokens, grid_xy, normalise
 from imatch.data import images
 from imatch.data.shards import Shards
@@ -235,7 +235,9 @@ def import_group(
             Shards(folder).write(shard, [row for row, _ in read], [tokens for _, tokens in read], dtype=None)
         files.write_rows(folder / "metas.jsonl", map(_metas, group.items))
         Shards(folder).merge()
-    finish_embed(step, Stored(folder))
+    stored = Stored(folder)
+    check_planned(folder / "images.jsonl", len(stored), len(group.items), "set on_change to recompute and run it again")
+    finish_embed(step, stored)
     return folder
 
 

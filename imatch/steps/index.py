@@ -16,7 +16,7 @@ from imatch.core import compute, config, files, settings
 from imatch.core.compute import LOCAL, ComputeOptions
 from imatch.core.files import flat_name
 from imatch.core.rows import HitRow, IndexFigures, PhotoRow, QueryRow, SearchFigures, StageRow
-from imatch.core.step import Step, open_step, start_step, step_folder, tagged
+from imatch.core.step import Step, check_planned, open_step, start_step, step_folder, tagged
 from imatch.core.types import Hits, ImatchError, ImatchWarning, Ranking, StepError
 from imatch.data import images, store
 from imatch.data.embeddings import comparable
@@ -365,7 +365,8 @@ def index_metrics(
     """The figures of 03_index: those of `metrics.retrieval_metrics`, `tune_index`, `check_index` and `index_stages`,
     chance, the threshold and, where positions are known, metres. Counted apart: photographs that never became queries,
     for they could not be embedded."""
-    unit = f"{step.parameters['truth']['cluster']}s"
+    unit, lost = f"{step.parameters['truth']['cluster']}s", len(query.skipped) - len(query.missed)
+    check_planned(step.folder / "queries.jsonl", len(rows) + lost, len(query) + len(query.skipped))
     return {
         **retrieval_metrics(rows, step.parameters["k"], unit),
         "gallery": len(gallery),
@@ -373,7 +374,7 @@ def index_metrics(
         "index": dict(index),
         "twins": checked[0],
         "not_found": checked[1],
-        "queries_skipped": len(query.skipped) - len(query.missed),
+        "queries_skipped": lost,
         "chance": chance(ranking.answers, ranking.candidates),
         "threshold": threshold.record(),
         "stages": index_stages(step),
@@ -406,8 +407,11 @@ def search(
         ImatchError: truth by position, and no positions or headings are known.
         StepError: of `embed_poses`.
     """
-    if step.finished:
-        return read_ranking(step)
+    with files.alone(step.folder):
+        return read_ranking(step) if step.finished else _search(step, index, query, gallery, resources)
+
+
+def _search(step: Step, index: Searcher, query: Stored, gallery: Stored, resources: ComputeOptions) -> Ranking:
     asked, judged, lost = step.parameters["ranking"], step.parameters["truth"], query.missed
     k, about = step.parameters["k"], [*query.rows, *lost]
     shows = [*query.shows, *(row.get("source_sha256", row["sha256"]) for row in lost)]

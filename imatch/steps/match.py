@@ -22,7 +22,7 @@ from imatch.core import compute, config, files, learned, settings
 from imatch.core.compute import ComputeOptions, PartDoneError
 from imatch.core.files import flat_name
 from imatch.core.rows import MatchFigures, Measured, Options, PairRow, ReferenceRow
-from imatch.core.step import Step, open_step, side_folders, sides, start_step, tagged
+from imatch.core.step import Step, check_planned, open_step, side_folders, sides, start_step, tagged
 from imatch.core.types import ImatchError, Pair, StepError
 from imatch.data import store
 from imatch.data.pairs import Look, Looked, Matched, pair_path
@@ -172,21 +172,26 @@ def match_pairs(step: Step, resources: ComputeOptions = ComputeOptions()) -> lis
         ImatchError: there are so many pairs that they cannot fit onto the disk or into memory.
         PartDoneError: see `compute.do`.
     """
-    if not step.finished:
-        job = _Match(step)
-        _check_memory(job.source)
-        _embed_looks(step, job.source, resources)
-        blocks = list(_blocks(job.source))
-        files.check_apart(step.folder, job.source.query.ids)
-        _check_fits(job, [block for block in blocks if not job.is_done(block)])
-        work, cores = compute.Each(job, job.is_done, resources.workers, "match"), ["cpu"] * settings.cores()
-        for _ in compute.do(resources.machines, work, blocks, cores):
-            pass
-        files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
-        for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
-            rows = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
-            sink.gather(step.folder / name, ((pair_path(step.folder, row), row) for row in rows))
+    with files.alone(step.folder, resources.shard):
+        if not step.finished:
+            _match_missing(step, resources)
     return files.read_rows(step.folder / "pairs.jsonl")
+
+
+def _match_missing(step: Step, resources: ComputeOptions) -> None:
+    job = _Match(step)
+    _check_memory(job.source)
+    _embed_looks(step, job.source, resources)
+    blocks = list(_blocks(job.source))
+    files.check_apart(step.folder, job.source.query.ids)
+    _check_fits(job, [block for block in blocks if not job.is_done(block)])
+    work, cores = compute.Each(job, job.is_done, resources.workers, "match"), ["cpu"] * settings.cores()
+    for _ in compute.do(resources.machines, work, blocks, cores):
+        pass
+    files.write_rows(step.folder / "pairs.jsonl", _ranked(job, blocks))
+    for name, sink in zip(step.parameters["outputs"], job.sinks, strict=True):
+        rows = (row for row in files.read_rows(step.folder / "pairs.jsonl") if row["candidate"] is not None)
+        sink.gather(step.folder / name, ((pair_path(step.folder, row), row) for row in rows))
 
 
 def match_metrics(step: Step, pairs: Sequence[PairRow]) -> MatchFigures:
@@ -276,7 +281,7 @@ def _blocks(source: Source) -> Iterator[_Block]:
 
 def _ranked(job: _Match, blocks: Sequence[_Block]) -> Iterator[PairRow]:
     for _, of_query in itertools.groupby(blocks, lambda block: block.query):
-        rows = [{**row, "reranked": None} for block in of_query for row in files.read_rows(job.done(block))]
+        rows = [{**row, "reranked": None} for block in of_query for row in job.rows(block)]
         for place, row in enumerate(metrics.rerank(rows)):
             row["reranked"] = place
         yield from rows
@@ -349,6 +354,12 @@ class _Match:
 
     def is_done(self, block: _Block) -> bool:
         return self.done(block).is_file()
+
+    def rows(self, block: _Block) -> list[PairRow]:
+        path = self.done(block)
+        rows = files.read_rows(path, "delete it and run the same again")
+        check_planned(path, len(rows), block.end - block.first)
+        return rows
 
     def candidates(self, block: _Block) -> list[Candidate]:
         return self.source.candidates(block.query)[block.first : block.end]

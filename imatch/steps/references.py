@@ -14,7 +14,7 @@ from PIL import Image
 from imatch.core import compute, files, settings
 from imatch.core.compute import ComputeOptions, PartDoneError
 from imatch.core.rows import PhotoRow, ReferenceRow
-from imatch.core.step import Step, open_step, start_step, step_folder, tagged
+from imatch.core.step import Step, check_planned, open_step, start_step, step_folder, tagged
 from imatch.core.types import ImatchError, PhotographError, StepError
 from imatch.data import images, references
 from imatch.data.store import Stored
@@ -91,28 +91,36 @@ def make_references(step: Step, resources: ComputeOptions = ComputeOptions()) ->
         ImatchError: a photograph changed since it was embedded, or cannot be read any more.
         PartDoneError: see `compute.do`.
     """
-    if not step.finished:
-        source = list(Stored(step.linked("embed")).decodable.values())
-        names = _reference_names([row["id"] for row in source], step.about["dataset"])
-        jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
-        make = partial(_make_views, step=step, root=step.linked("photographs"))
-        work = compute.Each(make, partial(_are_made, step.folder), resources.workers, "references")
-        problems, part = [], None
-        try:
-            for row in compute.do(resources.machines, work, jobs, ["cpu"] * settings.cores()):
-                problems += [row["problem"]] if row["problem"] else []
-        except PartDoneError as error:
-            part = error
-        if problems:
-            raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
-        if part:
-            raise part
-        parts = (files.read_rows(_rows_of(step.folder, job)) for job in jobs)
-        rows = sorted((row for part in parts for row in part), key=lambda row: row["id"])
-        files.write_rows(step.folder / "references.jsonl", rows)
-        step.finish({"references": len(rows), "photographs": len(source)})
-    shutil.rmtree(step.folder / "rows", ignore_errors=True)
+    with files.alone(step.folder, resources.shard):
+        if not step.finished:
+            _finish_views(step, resources)
+        shutil.rmtree(step.folder / "rows", ignore_errors=True)
     return files.read_rows(step.folder / "references.jsonl")
+
+
+def _finish_views(step: Step, resources: ComputeOptions) -> None:
+    source = list(Stored(step.linked("embed")).decodable.values())
+    names = _reference_names([row["id"] for row in source], step.about["dataset"])
+    jobs = [(row, names[row["id"]], i) for i, row in enumerate(source)]
+    make = partial(_make_views, step=step, root=step.linked("photographs"))
+    work = compute.Each(make, partial(_are_made, step.folder), resources.workers, "references")
+    problems, part = [], None
+    try:
+        for row in compute.do(resources.machines, work, jobs, ["cpu"] * settings.cores()):
+            problems += [row["problem"]] if row["problem"] else []
+    except PartDoneError as error:
+        part = error
+    if problems:
+        raise ImatchError("\n".join([*problems[:10], "run 01_embed again, then this"]))
+    if part:
+        raise part
+    rows: list[ReferenceRow] = []
+    for path in (_rows_of(step.folder, job) for job in jobs):
+        rows += (of_one := files.read_rows(path, "delete it and run the same again"))
+        check_planned(path, len(of_one), len(step.parameters["crops"]) * len(step.parameters["angles"]))
+    rows.sort(key=lambda row: row["id"])
+    files.write_rows(step.folder / "references.jsonl", rows)
+    step.finish({"references": len(rows), "photographs": len(source)})
 
 
 def _rows_of(folder: Path, job: _Job) -> Path:

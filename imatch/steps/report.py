@@ -135,7 +135,8 @@ def _said(step: Step) -> dict[str, float | None] | None:
 
 def _finished(folder: Path) -> list[Step]:
     """The finished 04_match steps in a folder, and the 03_index steps that none of them goes on from."""
-    read = [open_step(path) for path in steps_below(folder) if (path / "metrics.json").is_file()]
+    marked = (path for path in steps_below(folder) if (path / "metrics.json").is_file())
+    read = [open_step(path, finished=False) for path in marked]
     read = [step for step in read if step.name in ("03_index", "04_match") and _whole(step)]
     matched = [step for step in read if step.name == "04_match"]
     below = {step.linked("index") for step in matched}
@@ -145,7 +146,7 @@ def _finished(folder: Path) -> list[Step]:
 def _whole(step: Step) -> bool:
     """Whether all that a step was made from is there still; says so if not."""
     try:
-        chain(step)
+        chain(open_step(step.folder))
     except StepError as error:
         print(f"left out: {step.folder}, for {error}")
         return False

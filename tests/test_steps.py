@@ -142,6 +142,14 @@ class Toy:
         return "opencv"
 
     @property
+    def bytes(self) -> int:
+        return 0
+
+    @property
+    def bytes_per_pixel(self) -> float:
+        return 1.0
+
+    @property
     def digest(self) -> str:
         return "a toy"
 

@@ -80,7 +80,7 @@ def commands(home: Path, n: int, took: float, chance: random.Random, whole: dict
     while killed < n:
         exports, runs = home / f"command {runs}", runs + 1
         for _ in range(min(MOST, n - killed)):
-            if not kill(command(recipe, exports), chance.uniform(1, 2 * took)):
+            if not kill(command(recipe, exports), chance.uniform(1, took)):
                 break
             killed += 1
             tally.counts["of imatch run"] += 1

@@ -2,9 +2,9 @@
 
     .venv/bin/python -m tests.drills.damaged [--n 450] [--seed 0] [--first 0]
 
-Readers are the notebooks' own cells without their pictures: those after it, each afresh, whose results are compared with
-those of the whole run, then its own once more; and `imatch doctor STEP`. Fine is: noticed by one of them, and no reader
-gives another result without a word.
+Readers are the notebooks' own cells without their pictures: those after it, each afresh, whose results are compared
+with those of the whole run, then its own once more; and `imatch doctor STEP`. Fine is: noticed by one of them, and no
+reader gives another result without a word.
 """
 
 from __future__ import annotations

@@ -40,13 +40,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         chain.settle(home, 4)
-        used = [mount(home / "whole", 2**30)]
-        for at, step in enumerate(chain.NOTEBOOKS):
-            shutil.copytree(home / "whole", home / f"before {at}")
-            if kills.finish(partial(kills.cells, step, home / "whole", 0)):
-                raise SystemExit((home / "whole.log").read_text())
-            used.append(filled(home / "whole"))
-        shutil.copytree(home / "whole", home / f"before {len(chain.NOTEBOOKS)}")
+        kills.snapshots(home)
+        used = [mount(home / "probe", 2**30)]
+        for at in range(len(chain.NOTEBOOKS)):
+            shutil.copytree(home / f"before {at + 1}", home / "probe", dirs_exist_ok=True)
+            used.append(filled(home / "probe"))
+        unmount(home / "probe")
         for n in range(given.n):
             at = n % len(chain.NOTEBOOKS)
             size, exports = used[at] + round((used[at + 1] - used[at]) * chance.uniform(0.02, 0.9)), home / f"full {n}"
@@ -58,7 +57,6 @@ def main() -> None:
             whole = kills.found(home / f"before {at + 1}")
             kills.compare(kills.found(exports), whole, f"{chain.NOTEBOOKS[at]}, {size} bytes", tally)
             unmount(exports)
-        unmount(home / "whole")
     tally.end(f"{given.n} full disks ({tally.counted()})", "not said", "wrong bytes")
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,36 +41,50 @@ MOST = 6
 def main() -> None:
     """Kill, compare, print one line of figures."""
     given, tally = asked(__doc__, n=110, commands=10), Tally()
-    chance, trees = random.Random(given.seed), 0
+    chance, runs = random.Random(given.seed), 0
     for room in ("IPython.core.interactiveshell", "torch.utils.data", "imatch.features.sift", "imatch.steps.match"):
         importlib.import_module(room)  # once for all children, and so that none of them has a thread yet
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a killed child had started is reaped here
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         chain.settle(home, 6)
-        took = {}
-        for step in chain.NOTEBOOKS:
-            started = time.monotonic()
-            if finish(partial(cells, step, home / "whole", 0)):
-                raise SystemExit((home / "whole.log").read_text())
-            took[step] = time.monotonic() - started
-        whole, goal = found(home / "whole"), -(-(given.n - given.commands) // len(chain.NOTEBOOKS))
-        while any(tally.counts[f"in {step}"] < goal for step in chain.NOTEBOOKS):
-            exports, workers = home / f"killed {trees}", 2 * (trees % 2)
-            trees += 1
-            for step in chain.NOTEBOOKS:
+        took = snapshots(home)
+        whole = [found(home / f"before {at}") for at in range(len(chain.NOTEBOOKS) + 1)]
+        goal = -(-(given.n - given.commands) // len(chain.NOTEBOOKS))
+        for at, step in enumerate(chain.NOTEBOOKS):
+            while tally.counts[f"in {step}"] < goal:
+                exports, workers = home / f"killed {runs}", 2 * (runs % 2)
+                runs += 1
+                shutil.copytree(home / f"before {at}", exports)
                 for _ in range(min(MOST, goal - tally.counts[f"in {step}"])):
                     # early moments more often, for pictures, which come last, take longest
-                    if not kill(cells(step, exports, workers), took[step] * chance.random() ** 2):
+                    if not kill(cells(step, exports, workers), took[at] * chance.random() ** 2):
                         break
                     tally.counts[f"in {step}"] += 1
                 if finish(partial(cells, step, exports, workers)):
                     said = exports.with_suffix(".log").read_text().strip().splitlines()[-1:]
                     tally.fault("wrong bytes", f"{step} does not end", f"{exports.name}: {said}")
-            compare(found(exports), whole, exports.name, tally)
-        trees += commands(home, given.commands, sum(took.values()), chance, whole, tally)
+                compare(found(exports), whole[at + 1], exports.name, tally)
+        runs += commands(home, given.commands, sum(took), chance, whole[-1], tally)
     kills = sum(tally.counts.values())
-    tally.end(f"{kills} SIGKILLs ({tally.counted()}) in {trees} runs of {len(whole)} files", "wrong bytes")
+    tally.end(f"{kills} SIGKILLs ({tally.counted()}) in {runs} runs of {len(whole[-1])} files", "wrong bytes")
+
+
+def snapshots(home: Path) -> list[float]:
+    """Run all notebooks; leaves what is there before each, and after the last, as "before 0" to "before 5".
+
+    Returns:
+        The seconds that each took.
+    """
+    took = []
+    for at, step in enumerate(chain.NOTEBOOKS):
+        exports = home / f"before {at + 1}"
+        (shutil.copytree(home / f"before {at}", exports) if at else (home / "before 0").mkdir())
+        started = time.monotonic()
+        if finish(partial(cells, step, exports, 0)):
+            raise SystemExit(exports.with_suffix(".log").read_text())
+        took.append(time.monotonic() - started)
+    return took
 
 
 def commands(home: Path, n: int, took: float, chance: random.Random, whole: dict[str, Any], tally: Tally) -> int:
@@ -80,7 +95,7 @@ def commands(home: Path, n: int, took: float, chance: random.Random, whole: dict
     while killed < n:
         exports, runs = home / f"command {runs}", runs + 1
         for _ in range(min(MOST, n - killed)):
-            if not kill(command(recipe, exports), chance.uniform(1, 2 * took)):
+            if not kill(command(recipe, exports), chance.uniform(1, took)):
                 break
             killed += 1
             tally.counts["of imatch run"] += 1
@@ -95,8 +110,9 @@ def cells(step: str, exports: Path, workers: int) -> int:
     """Start a notebook's cells in a group of processes of its own, which writes to <exports>.log."""
     parameters = chain.given(step) | ({"compute": {"workers": workers}} if step != "05_report" else {})
     if pid := os.fork():
+        os.setpgid(pid, pid)  # here, too: it may be killed before it comes to that itself
         return pid
-    os.setsid()
+    os.setpgrp()
     code = 1
     try:
         with exports.with_suffix(".log").open("ab") as log:

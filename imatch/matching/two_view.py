@@ -153,6 +153,8 @@ class Estimator(GeometryOptions):
         rows = _distinct(a, b)
         found, near = self._of(whole, rows), self.threshold
         still, part = _standing(whole, rows, everywhere, near)
+        if 2 * found.inliers[rows[still]].sum() < found.inliers.sum():
+            return found  # these few stand still by chance
         if part >= PART:  # so seems what moved by a pixel or two
             near /= 3
             still, finer = _standing(whole, rows, everywhere, near)
@@ -311,11 +313,11 @@ def _standing(
 
 
 def _explains(found: Geometry, points: _Points, rows: np.ndarray, near: float) -> bool:
-    """Whether a geometry puts most of these rows where they are."""
+    """Whether a geometry puts most of these rows where they are, or as near to that as its own inliers on a grid."""
     if found.matrix is None:
         return False
-    off = np.linalg.norm(transform(found.matrix, points.a[rows]) - points.b[rows], axis=1)
-    return bool(np.median(off) <= near)
+    off = np.linalg.norm(transform(found.matrix, points.a) - points.b, axis=1)
+    return bool(np.median(off[rows]) <= max(near, 2 * np.median(off[found.inliers])))
 
 
 def _inner_cells(xy: np.ndarray) -> int:

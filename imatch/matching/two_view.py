@@ -161,9 +161,11 @@ class Estimator(GeometryOptions):
             if finer >= PART:
                 return found
         rest = self._of(whole, rows[~still])
-        if rest.verified and not _explains(rest, whole, rows[still], near):
+        told_apart = part < PART or rest.error < near / 2  # centres of patches are not exact to a pixel
+        if rest.verified and told_apart and not _explains(rest, whole, rows[still], near):
             return rest
-        alike = part >= SMALL
+        agreeing = found.inliers[rows]
+        alike = part >= SMALL or agreeing[still].sum() < agreeing[~still].sum()
         if photographs and found.verified and part < PART:
             with contextlib.suppress(PhotographError):  # one is gone or broken by now
                 alike = _agree(*photographs(), found.matrix, whole, rows[still])

@@ -22,7 +22,7 @@ from imatch.evaluation import tables, verdicts
 from imatch.steps.match import labels_path
 from imatch.viz import pictures
 from tests import rendered
-from tests.test_steps import embedded, matched, matched_scene, referenced, searched
+from tests.test_steps import embedded, matched, matched_scene, referenced, searched, unsealed
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +394,7 @@ def test_correspondences_that_are_unlike_are_drawn_too(few_photographs, tmp_path
     table = np.load(path)
     table["similarity"][-5:] = -0.5  # descriptors of a network can point away from each other
     np.save(path, table)
+    unsealed(step.folder)
     explorer = imatch.steps.browse(step)
     explorer.inliers.value, explorer.most.value = False, 2000
     assert drawn(explorer) == len(table)

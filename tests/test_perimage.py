@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core.files import read_json, read_rows, read_signed, write_array, write_json, write_rows, write_signed
+from imatch.core.files import read_json, read_rows, write_array, write_json, write_rows, write_signed
 from imatch.core.step import Step, open_step, start_step
 from imatch.core.types import ImatchError, StepError, Tokens, grid_xy
 from imatch.data.shards import Shards
@@ -332,7 +332,7 @@ def test_tag_follows_the_configuration(tmp_path):
     plain = survey(tmp_path / "exports")
     tagged = plain.folder.with_name("res64_raw_new_try")
     shutil.copytree(plain.folder, tagged)
-    record = read_signed(tagged / "step.json")
+    record = read_json(tagged / "step.json", signed=True)
     write_signed(tagged / "step.json", {**record, "about": {**record["about"], "configuration": tagged.name}})
     for step in (plain, open_step(tagged)):
         export(step, tmp_path / "tree", ["global.npy"])

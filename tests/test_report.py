@@ -173,7 +173,7 @@ def test_a_report_is_made_anew_when_what_was_measured_changes(exports):
     step.finish({})
     assert reported(exports, tag="anew").finished
     (embed,) = (path.parent for path in exports.rglob("01_embed/**/sift/*/step.json"))
-    record = files.read_signed(embed / "step.json")
+    record = files.read_json(embed / "step.json", signed=True)
     files.write_signed(embed / "step.json", {**record, "work": {"photographs": 10, "seconds": 99.0}})
     assert not reported(exports, tag="anew").finished
     files.write_signed(embed / "step.json", record)

@@ -101,7 +101,7 @@ def matched_scene(scene, folder):
 
 def unsealed(folder):
     """Let a finished step hold what a test has put there: nothing is known of its files, as of an earlier version."""
-    record = files.read_signed(folder / "step.json")
+    record = files.read_json(folder / "step.json", signed=True)
     files.write_signed(folder / "step.json", {**record, "files": {}})
 
 
@@ -312,7 +312,7 @@ Stored(pathlib.Path(sys.argv[1]))
 
 def test_a_step_says_what_it_is_and_one_of_an_earlier_version_is_to_be_run_again(tmp_path, few_photographs):
     step = embedded(few_photographs, tmp_path, tag="tried")
-    record = files.read_signed(step.folder / "step.json")
+    record = files.read_json(step.folder / "step.json", signed=True)
     assert record["about"] == {"dataset": "few", "weight": "sift", "configuration": "scale1_raw_tried"}
     assert open_step(step.folder).run == tmp_path / "r"
     before = {key: value for key, value in record.items() if key not in ("about", "run")}
@@ -320,7 +320,7 @@ def test_a_step_says_what_it_is_and_one_of_an_earlier_version_is_to_be_run_again
     with pytest.raises(StepError, match="is of an earlier version: run its notebook again, it keeps what is there"):
         open_step(step.folder)
     embedded(few_photographs, tmp_path, tag="tried")
-    assert files.read_signed(step.folder / "step.json") == record
+    assert files.read_json(step.folder / "step.json", signed=True) == record
 
 
 def test_a_step_that_failed_before_any_result_takes_its_correction(tmp_path, few_photographs):

@@ -20,7 +20,6 @@ from imatch.core.files import (
     read_array,
     read_json,
     read_rows,
-    read_signed,
     relative,
     write_array,
     write_bytes,
@@ -298,7 +297,6 @@ WRITTEN = {
     read_json: lambda path: write_json(path, {"names": ["a", "b"]}),
     read_rows: lambda path: write_rows(path, [{"id": name} for name in "abc"]),
     read_array: lambda path: write_array(path, np.eye(9)),
-    read_signed: lambda path: write_signed(path, {"k": 10}),
 }
 HARM = {
     "empty": (lambda _: b"", "it is empty"),
@@ -334,7 +332,7 @@ def test_a_record_of_which_one_digit_changed_is_refused(tmp_path):
     write_signed(path := tmp_path / "step.json", {"k": 10})
     path.write_bytes(path.read_bytes().replace(b"10", b"11"))
     with pytest.raises(StepError, match="it is not what was written"):
-        read_signed(path)
+        read_json(path, signed=True)
 
 
 # --- who is at work ---------------------------------------------------------------------------------------

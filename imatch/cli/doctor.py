@@ -315,7 +315,7 @@ def whole(folder: Path) -> str:
     harmed, known = step.damage(again=True), list(step.sealed.values())
     remedies = [files.RECOMPUTE] if harmed else []
     for path in folder.glob("index/*/index.json"):
-        sealed = files.read_signed(path).get("files", {})
+        sealed = files.read_json(path, signed=True).get("files", {})
         lost = files.damage(path.parent, sealed, again=True)
         harmed |= {f"{path.parent.relative_to(folder).as_posix()}/{name}": reason for name, reason in lost.items()}
         remedies += [f"delete {path.parent} and run 03_index again"] if lost else []

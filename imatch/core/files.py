@@ -28,6 +28,7 @@ import psutil
 
 from imatch.core import compute, settings
 from imatch.core.config import NAME
+from imatch.core.rows import Json
 from imatch.core.types import ImatchError, ImatchWarning, StepError
 
 if sys.platform != "win32":
@@ -218,34 +219,29 @@ def _harm(path: Path, error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def read_json(path: Path, remedy: str = REMEDY) -> Any:
-    """Read what `write_json` wrote. Raises StepError where that is damaged, as `reading` does."""
-    with reading(path, remedy):
-        return json.loads(path.read_bytes().decode(errors="surrogateescape"))
-
-
-def write_signed(path: Path, record: Mapping[str, object]) -> None:
-    """Write a JSON object with its own digest, atomically."""
-    write_json(path, {**record, "digest": digest(record)})
-
-
-def read_signed(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
-    """Read what `write_signed` wrote, without its digest; what an earlier version wrote has none.
+def read_json(path: Path, remedy: str = REMEDY, signed: bool = False) -> Any:
+    """Read what `write_json` wrote; what is `signed` comes without its digest, of which earlier versions had none.
 
     Raises:
-        StepError: a byte of it is not what was written.
+        StepError: as of `reading`; or a byte of what is signed is not what was written.
+    """
+    with reading(path, remedy):
+        value = json.loads(path.read_bytes().decode(errors="surrogateescape"))
+        if signed and (written := value.pop("digest", None)) and written != digest(value):
+            raise ValueError("it is not what was written")
+        return value
+
+
+def write_signed(path: Path, record: Mapping[str, Json]) -> None:
+    """Write a JSON object with its own digest, atomically.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_signed(Path(folder) / "a.json", {"k": 10})
-    ...     read_signed(Path(folder) / "a.json")
+    ...     read_json(Path(folder) / "a.json", signed=True)
     {'k': 10}
     """
-    record = read_json(path, remedy)
-    with reading(path, remedy):
-        if (written := record.pop("digest", None)) and written != digest(record):
-            raise ValueError("it is not what was written")
-    return dict(record)
+    write_json(path, {**record, "digest": digest(record)})
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -268,16 +264,19 @@ def read_rows(path: Path, remedy: str = REMEDY) -> list[Any]:
             with suppress(ValueError):
                 part = json.loads(f"[{','.join(lines)}]")
             if len(part) != len(lines):  # one is torn; two torn ones may well make a whole one
-                part = [_row(text, len(rows) + i) for i, text in enumerate(lines, 1)]
+                raise ValueError(f"line {len(rows) + _torn(lines)} is torn")
             rows += part
     return rows
 
 
-def _row(text: str, n: int) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f"line {n} is torn") from None
+def _torn(lines: Sequence[str]) -> int:
+    """The number of the first that is no JSON, from 1."""
+    for i, text in enumerate(lines, 1):
+        try:
+            json.loads(text)
+        except ValueError:
+            return i
+    return len(lines)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -325,7 +324,7 @@ def unmarked(cell: str) -> str:
     return cell[1:] if cell[:1] == "'" and _COMPUTED.match(cell) else cell
 
 
-def read_array(path: Path, remedy: str = REMEDY) -> np.memmap[Any, Any]:
+def read_array(path: Path, remedy: str = REMEDY) -> np.ndarray:
     """Open a `.npy` as a memory map, of just the bytes that it says. Raises StepError as `reading` does.
 
     >>> import tempfile

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from imatch.core import files, settings
 from imatch.core.config import folder_name
 from imatch.core.files import compare, digest, refuse_or_say
-from imatch.core.rows import Parameters
+from imatch.core.rows import Json, Parameters
 from imatch.core.types import StepError
 
 ON_CHANGE = ("refuse", "recompute")
@@ -110,7 +110,7 @@ class Step:
         """Take the finished mark away before anything below is changed."""
         (self.folder / "metrics.json").unlink(missing_ok=True)
 
-    def finish(self, metrics: M, contents: object = None) -> M:
+    def finish(self, metrics: M, contents: Json = None) -> M:
         """Record the metrics, last, and say where the step is (batch reads that from the notebook).
 
         Args:
@@ -123,16 +123,16 @@ class Step:
         """
         with files.alone(self.folder):
             if not self.finished:
-                self._finish(files.json_bytes(dict(metrics)), contents)
-            record = files.read_signed(self.folder / "step.json")
+                self.fingerprint = digest([_identity(self), contents])
+                self._finish(files.json_bytes(dict(metrics)))
+            record = files.read_json(self.folder / "step.json", signed=True)
             if record["links"] != self.links:  # the same inputs, moved
                 files.write_signed(self.folder / "step.json", {**record, "links": self.links})
         self.fingerprint = record["fingerprint"]
         _publish(self)
         return cast("M", self.metrics)
 
-    def _finish(self, metrics: bytes, contents: object) -> None:
-        self.fingerprint = digest([_identity(self), contents])
+    def _finish(self, metrics: bytes) -> None:
         for left in self.folder.rglob(".*.tmp"):  # by a kill, for nobody else is at work
             left.unlink(missing_ok=True)
         self.sealed = files.seal(self.folder, _lasting(self.folder))
@@ -194,7 +194,7 @@ def start_step(
             step.fingerprint, step.device, step.work = before.fingerprint, before.device, before.work
             step.sealed = before.sealed
             if not before.about:  # of an earlier version
-                record = files.read_signed(folder / "step.json")
+                record = files.read_json(folder / "step.json", signed=True)
                 files.write_signed(folder / "step.json", {**record, "run": home, "about": step.about})
             print(f"{name}: {'there already' if step.finished else 'begun before, goes on'} at {folder}")
             return step
@@ -240,7 +240,7 @@ def open_step(folder: Path, finished: bool = True) -> Step:
     """
     if not (folder / "step.json").is_file():
         raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
-    record = files.read_signed(folder / "step.json")
+    record = files.read_json(folder / "step.json", signed=True)
     step = Step(
         folder,
         record["step"],
@@ -284,8 +284,8 @@ def check_planned(file: Path, there: int, planned: int, remedy: str = "delete it
         raise StepError(f"{file} has {there} rows of {planned} that were planned: {remedy}")
 
 
-def _identity(step: Step) -> dict[str, object]:
-    return {"step": step.name, "parameters": step.parameters, "upstream": step.upstream}
+def _identity(step: Step) -> dict[str, Json]:
+    return {"step": step.name, "parameters": cast("Json", step.parameters), "upstream": step.upstream}
 
 
 def _visible(folder: Path) -> Iterator[str]:

@@ -120,7 +120,7 @@ class Matched:
         path = pair_path(self.folder, row).with_suffix(".npy")
         if not path.is_file():
             raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-        sealed = files.read_signed(self.folder / "step.json").get("files", {})
+        sealed = files.read_json(self.folder / "step.json", signed=True).get("files", {})
         name = path.relative_to(self.folder).as_posix()
         if harmed := files.damage(self.folder, {name: sealed[name]} if name in sealed else {}, again=True):
             raise StepError(f"{self.folder} is damaged: {files.damage_said(harmed)}")

@@ -155,7 +155,24 @@ def build(
     ...     build(Path(folder) / "index", vectors, digest(vectors)).search(vectors[1:], k=1).rows.tolist()
     [[1], [2]]
     """
-    n, d = _shape(vectors)
+    _shape(vectors)
+    with files.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with files.alone(folder.parent, engine.shard):
+        plan = _planned(folder, vectors, gallery, asked, shard_rows, engine)
+        shards = _shards(folder, plan)
+        _check_whole(folder, plan)
+        if engine.shard or not all(path.is_file() for path in shards):
+            _make_missing(folder, plan, vectors, engine)
+        opened = [_read(path, mapped=True) for path in shards]
+    return Searcher(vectors, plan, opened, asked, folder)
+
+
+def _planned(
+    folder: Path, vectors: np.ndarray, gallery: str, asked: IndexOptions, shard_rows: int, engine: Engine
+) -> Plan:
+    """What index.json says; a new one, and nothing else in the folder, where that is of another gallery or request."""
+    n, d = vectors.shape
     given = asdict(asked)
     made_by = {name: given[name] for name in ("kind", "options", "memory_gb")}
     wanted = {"asked": made_by, "shard_rows": shard_rows, "gallery": gallery, "vectors": n, "dimension": d}
@@ -175,31 +192,36 @@ def build(
         if not engine.shard and folder.exists():
             shutil.rmtree(folder)  # what cannot be deleted must not pass for a shard of this one
         files.write_signed(folder / "index.json", plan)
-    shards = _shards(folder, plan)
-    if engine.shard or not all(path.is_file() for path in shards):
-        started = time.perf_counter()
-        _trained(folder, plan, vectors)  # once for all of them
-        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)
-        source = Path(vectors.filename) if whole else vectors  # which other processes map for themselves
-        work = compute.Each(partial(_make, plan, source), Path.is_file, 0, "index")
-        fit = max(1, compute.free_memory() // (4 * SHARD))  # shards that grow at the same time
-        places = ["cpu"] * min(fit, settings.cores())
-        deque(compute.do(engine, work, shards, places), maxlen=0)
-        plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
-        plan["files"] = files.seal(folder, [path.name for path in (folder / "trained.faiss", *shards)])
-        files.write_signed(folder / "index.json", plan)
-        files.remember(folder, plan["files"])
-    if harmed := files.damage(folder, plan.get("files", {})):
+    return plan
+
+
+def _check_whole(folder: Path, plan: Plan) -> None:
+    """Refuse a file that is not what was written; one that is gone is made again."""
+    there = {name: was for name, was in plan.get("files", {}).items() if (folder / name).is_file()}
+    if harmed := files.damage(folder, there):
         name, reason = next(iter(harmed.items()))
         raise StepError(f"{folder / name} is not a whole FAISS index ({reason}): {_remedy(folder)}")
-    opened = [_read(path, mapped=True) for path in shards]
-    return Searcher(vectors, plan, opened, asked, folder)
+
+
+def _make_missing(folder: Path, plan: Plan, vectors: np.ndarray, engine: Engine) -> None:
+    started, shards = time.perf_counter(), _shards(folder, plan)
+    _trained(folder, plan, vectors)  # once for all of them
+    whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap)
+    source = Path(vectors.filename) if whole else vectors  # which other processes map for themselves
+    work = compute.Each(partial(_make, plan, source), Path.is_file, 0, "index")
+    fit = max(1, compute.free_memory() // (4 * SHARD))  # shards that grow at the same time
+    places = ["cpu"] * min(fit, settings.cores())
+    deque(compute.do(engine, work, shards, places), maxlen=0)
+    plan["build_ms"] = round(plan["build_ms"] + 1000 * (time.perf_counter() - started), 3)
+    plan["files"] = files.seal(folder, [path.name for path in (folder / "trained.faiss", *shards)])
+    files.write_signed(folder / "index.json", plan)
+    files.remember(folder, plan["files"])
 
 
 def _known(folder: Path) -> Plan:
     """What index.json says, if it is there."""
     path = folder / "index.json"
-    return files.read_signed(path, _remedy(folder)) if path.is_file() else {}
+    return files.read_json(path, _remedy(folder), signed=True) if path.is_file() else {}
 
 
 def _shape(vectors: np.ndarray) -> tuple[int, int]:

@@ -26,9 +26,9 @@ from matplotlib.transforms import IdentityTransform
 
 from imatch.core.files import flat_name, printable, read_rows
 from imatch.core.rows import PairRow
-from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, StepError, Tokens
+from imatch.core.types import Geometry, ImatchError, Pair, PhotographError, Tokens
 from imatch.data import exif, images
-from imatch.data.pairs import Looked, Matched
+from imatch.data.pairs import Looked, Matched, pair_path
 from imatch.data.rotations import UPRIGHT, Pose
 from imatch.evaluation import verdicts
 from imatch.features import base
@@ -259,11 +259,9 @@ class Saved:
         """A pair of pairs.jsonl; it is matched again where the outputs had no "npy"."""
         looked, (a, b) = self.matched.looked[row["weight"]], self.matched.tokens(row)
         files, sizes = self.matched.files(row)
-        try:
-            pair = self.matched.pair(row)
-        except StepError:
+        if not pair_path(self.matched.folder, row).with_suffix(".npy").is_file():
             return Opened.of(row, Tried.by(looked, [(Pose(row["turn"], row["zoom"]), a)], b, sizes, files))
-        return Opened(pair, (a, b), aligner(looked.settings, b, sizes[1]).estimator)
+        return Opened(self.matched.pair(row), (a, b), aligner(looked.settings, b, sizes[1]).estimator)
 
     def match(self, names: tuple[str, str], files: tuple[Path, Path]) -> Opened:
         """Embed two photographs as 01_embed did and match them as 04_match did.

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import exif, images
 from imatch.data.images import Resize
+from tests.leaves import dead_leaves
 
 BRIGHTON = Path(__file__).resolve().parents[2] / "shared" / "data" / "brighton_beach"
 LATITUDE, LONGITUDE = (46.0, 47.0, 24.0), (92.0, 5.0, 42.0)
@@ -1151,3 +1152,33 @@ def test_opencv_shifts_nothing(scale, tmp_path):
     decoded = images.decode(tmp_path / "a.png", Resize("scale", scale=scale))
     found = decoded.to_original(centre_of_darkness(decoded.pixels)[None])
     assert np.abs(found - (220, 120)).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "harm"),
+    [
+        ("PNG", {}, lambda data: data[:-30] + bytes(1) + data[-29:]),
+        ("JPEG", {}, lambda data: data[:-200] + bytes(200)),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}, lambda data: data[:3000] + bytes(9) + data[3009:]),
+        (
+            "TIFF",
+            {},
+            lambda data: data.replace(struct.pack("<HHII", 257, 4, 1, 64), struct.pack("<HHII", 257, 4, 1, 16)),
+        ),
+        (
+            "TIFF",
+            {},
+            lambda data: data.replace(struct.pack("<HHIH", 284, 3, 1, 1), struct.pack("<HHIH", 284, 3, 1, 116)),
+        ),
+        ("TIFF", {}, lambda data: data.replace(struct.pack("<HHI", 284, 3, 1), struct.pack("<HHI", 284, 259, 1))),
+    ],
+)
+def test_what_a_file_says_of_its_own_pixels_is_looked_at(tmp_path, kind, options, harm):
+    """Pillow and libtiff look at no checksum, nor whether a header fits what follows it."""
+    file = io.BytesIO()
+    Image.fromarray(dead_leaves(3, 64)).save(file, kind, **options)
+    data = harm(file.getvalue())
+    assert data != file.getvalue()
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(PhotographError, match="damaged"):
+        images.decode(tmp_path / "a")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import BinaryIO
 
@@ -83,12 +85,27 @@ def load(png: Image.Image) -> None:
             raise
 
 
+def check_png(data: bytes) -> None:
+    """Raise PhotographError when the pixels of a PNG are not what was written, as their checksums say.
+
+    Pillow does not look at these.
+    """
+    for kind, at, end in _chunks(data):
+        said = int.from_bytes(data[end - 4 : end], "big")
+        if kind == b"IDAT" and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != said:
+            raise PhotographError("damaged or truncated: its pixels have another checksum")
+
+
 def _without_text(png: bytes) -> bytes:
     """A PNG without its texts and profile, of which Pillow takes only so many bytes."""
-    kept, at = [png[:8]], 8
+    texts = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+    return png[:8] + b"".join(png[at:end] for kind, at, end in _chunks(png) if kind not in texts)
+
+
+def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk, where it begins, and where it ends."""
+    at = 8
     while at < len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")
-        if png[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(png[at:end])
+        yield png[at + 4 : at + 8], at, end
         at = end
-    return b"".join(kept)

@@ -483,6 +483,8 @@ def _pixels(image: Image.Image | Tiff, file: io.BytesIO | None) -> tuple[np.ndar
     if file and isinstance(image, JpegImageFile) and (found := jpeg.pixels(image, file.getvalue())) is not None:
         return found, ""
     note = ""
+    if file and image.format == "PNG":
+        formats.check_png(file.getvalue())
     if isinstance(image, Tiff):
         image, note = image.read()
     elif file and image.format == "PNG" and file.getbuffer()[24] == 16:

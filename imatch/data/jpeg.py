@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from imatch.core.types import PhotographError
 
-DAMAGE = re.compile("Corrupt JPEG data|Premature end|Inconsistent progression")
+DAMAGE = re.compile("Corrupt JPEG data|Premature end|Inconsistent progression|Invalid SOS")
 HARMLESS = re.compile("bad ICC marker|before marker 0x(c[0-2]|d[bd]|e.|fe)")
 """Of the warnings of libjpeg: the data of pixels are not what was written; and what lies between parts of a header."""
 END = b"\xff\xd9"
@@ -41,7 +41,7 @@ def pixels(image: JpegImageFile, data: bytes) -> np.ndarray | None:
         try:
             found = simplejpeg.decode_jpeg(data, colours, min_height=image.height, min_width=image.width)
         except ValueError as error:
-            if "Premature end of JPEG file" not in str(error):
+            if "Premature end of JPEG file" not in str(error) or data.endswith(bytes(len(END))):  # nor ends in zeros
                 raise
             found = simplejpeg.decode_jpeg(data + END, colours, min_height=image.height, min_width=image.width)
     except ValueError as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import logging
 import math
+import struct
+import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -35,6 +37,8 @@ STRIP = 1_000_000
 """Numbers that are converted at once, to save memory."""
 BANDS = {0: ("L", 1), 1: ("L", 1), 2: ("RGB", 3), 3: ("P", 1), 5: ("CMYK", 4), 6: ("YCbCr", 3)}
 """PhotometricInterpretation -> Pillow's mode, and the bands that are colours."""
+ON_PIXELS = (*range(254, 260), 262, 273, *range(277, 280), 284, 317, *range(320, 326), *range(338, 342))
+"""Tags that say what the pixels are, and where."""
 RAW = (32803, 34892)
 """PhotometricInterpretation: what the pixels of a sensor measured, as in DNG."""
 
@@ -90,9 +94,7 @@ class Tiff:
             PhotographError: they are not all there, or in a form that no decoder here knows.
         """
         page = self.page
-        ends = [at + n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        if not ends or min(page.databytecounts) < 1 or max(ends) > self.file.seek(0, io.SEEK_END):
-            raise PhotographError("truncated: its pixels are not all there")
+        self._check()
         plain = page.bitspersample <= 8 and page.sampleformat in (1, 4) and not page.extrasamples
         if plain and (image := self._by_pillow()):
             return image, ""
@@ -100,6 +102,26 @@ class Tiff:
             return self._by_pillow_alone()
         image, note = found
         return (image.transpose(UPRIGHT[self.turn]) if self.turn in UPRIGHT else image), note
+
+    def _check(self) -> None:
+        """Refuse pixels that are not what was written, as far as a TIFF says that; libtiff looks at none of it."""
+        page = self.page
+        parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+        bits = page.imagewidth * page.bitspersample * (1 if page.planarconfig == 2 else page.samplesperpixel)
+        planes = page.samplesperpixel if page.planarconfig == 2 else 1
+        wanted = (bits + 7) // 8 * page.imagelength * planes
+        there = sum(page.databytecounts) if page.compression == 1 and page.photometric != 6 else wanted
+        ends = [at + n for at, n in parts]
+        if not parts or min(page.databytecounts) < 1 or max(ends) > self.file.seek(0, io.SEEK_END) or there < wanted:
+            raise PhotographError("truncated: its pixels are not all there")
+        if there > 2 * wanted and not page.is_tiled:
+            raise PhotographError(f"damaged: its header speaks of {wanted:,} bytes of pixels, there are {there:,}")
+        for at, n in parts if page.compression in (8, 32946) else ():
+            self.file.seek(at)
+            try:
+                zlib.decompress(self.file.read(n))
+            except zlib.error as error:
+                raise PhotographError(f"damaged: {error}") from None
 
     def _by_pillow(self) -> Image.Image | None:
         """The page, upright; None if Pillow does not know its pixels, or those of the first page."""
@@ -185,9 +207,21 @@ def _photograph(tiff: TiffFile) -> TiffPage:
     for page in (page.aspage() for page in tiff.pages):
         if 50706 in page.tags or page.photometric in RAW:
             raise PhotographError("raw of a camera (DNG): develop it to TIFF or JPEG")
+        _check_tags(page)
         if not (page.subfiletype & 0b101 or _number(page, 255, 1) == 2):  # a smaller copy, a mask
             return page
     raise PhotographError("only a preview: the photograph that NewSubfileType tells of is not in it")
+
+
+def _check_tags(page: TiffPage) -> None:
+    """Refuse a page of which a tag on its pixels cannot be read: tifffile takes the usual value then."""
+    form, file = page.parent.tiff, page.parent.filehandle
+    file.seek(page.offset)
+    (n,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+    codes = {struct.unpack(f"{form.byteorder}H", file.read(form.tagsize)[:2])[0] for _ in range(n)}
+    unread = [code for code in ON_PIXELS if code in codes and code not in page.tags]
+    if unread or ("PlanarConfiguration" in page.tags and page.tags["PlanarConfiguration"].value not in (1, 2)):
+        raise PhotographError(f"damaged: tag {unread[0] if unread else 284} of its header cannot be read")
 
 
 def _colours(page: TiffPage) -> tuple[str, int]:
@@ -202,7 +236,8 @@ def _colours(page: TiffPage) -> tuple[str, int]:
     if page.samplesperpixel < colours or (colours == 1 and page.samplesperpixel - alphas > 2):
         raise PhotographError(f"{page.samplesperpixel} bands, of {name}: which are red, green and blue is not said")
     if page.sampleformat not in (1, 2, 3, 4) or len(bits) > 1 or page.dtype is None or page.imagedepth > 1:
-        raise PhotographError(f"numbers of {sorted(bits)} bits, SampleFormat {page.sampleformat}: save it in 8 or 16")
+        several = f"{min(bits)} to {max(bits)}"
+        raise PhotographError(f"numbers of {several} bits, SampleFormat {page.sampleformat}: save it in 8 or 16")
     return mode, colours
 
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 
 from imatch.core import config
 from imatch.core.config import Said, below, folder_name, names, read_file
+from imatch.core.files import printable
 from imatch.core.settings import DATA_KEY, from_workspace, root
 from imatch.core.types import ImatchError
 from imatch.data import datasets
@@ -193,6 +194,6 @@ def dataset(name: str, data_key: str = DATA_KEY) -> Dataset:
     if registered:
         keys = f"in {data_key}: {config.unknown('data set', name, registered)}"
     raise ImatchError(
-        f"dataset folder {' or '.join(map(str, places))} does not exist: give an existing folder of photographs or a "
-        f"key ({keys}); `make demo` writes the demo's photographs to data/demo"
+        f"dataset folder {printable(' or '.join(map(str, places)))} does not exist: give an existing folder of "
+        f"photographs or a key ({keys}); `make demo` writes the demo's photographs to data/demo"
     )

@@ -216,6 +216,8 @@ def _harm(path: Path, error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         n = data.count(b"\n") + 1
         return f"line {error.lineno} is no JSON" if data.endswith(b"\n") else f"it ends in the middle of line {n}"
+    if isinstance(error, KeyError):
+        return f"it says no {error.args[0]}"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

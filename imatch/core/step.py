@@ -240,8 +240,19 @@ def open_step(folder: Path, finished: bool = True) -> Step:
     """
     if not (folder / "step.json").is_file():
         raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
-    record = files.read_json(folder / "step.json", signed=True)
-    step = Step(
+    with files.reading(folder / "step.json"):
+        step = _recorded(folder, files.read_json(folder / "step.json", signed=True))
+    if finished and not step.finished:
+        raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
+    if finished and not step.about:
+        raise StepError(f"{folder} is of an earlier version: run its notebook again, it keeps what is there")
+    if finished and (harmed := step.damage(items=False)):
+        raise StepError(f"{step.name} at {folder} is damaged: {files.damage_said(harmed)}")
+    return step
+
+
+def _recorded(folder: Path, record: Mapping[str, Any]) -> Step:
+    return Step(
         folder,
         record["step"],
         record["parameters"],
@@ -254,13 +265,6 @@ def open_step(folder: Path, finished: bool = True) -> Step:
         work=record.get("work", {}),
         sealed=record.get("files", {}),
     )
-    if finished and not step.finished:
-        raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
-    if finished and not step.about:
-        raise StepError(f"{folder} is of an earlier version: run its notebook again, it keeps what is there")
-    if finished and (harmed := step.damage(items=False)):
-        raise StepError(f"{step.name} at {folder} is damaged: {files.damage_said(harmed)}")
-    return step
 
 
 def _begun(folder: Path) -> bool:

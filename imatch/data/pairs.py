@@ -15,7 +15,7 @@ from imatch.core.rows import LookRecord, Options, PairRow, Parameters
 from imatch.core.types import Geometry, Matches, Pair, StepError, Tokens
 from imatch.data.embeddings import Embeddings
 from imatch.data.rotations import UPRIGHT, Pose
-from imatch.data.store import Posed, Stored
+from imatch.data.store import Posed, Stored, intact
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,7 @@ class Matched:
         path = pair_path(self.folder, row).with_suffix(".npy")
         if not path.is_file():
             raise StepError(f"no correspondences at {path}: run 04_match with outputs that have 'npy'")
-        sealed = files.read_json(self.folder / "step.json", signed=True).get("files", {})
-        name = path.relative_to(self.folder).as_posix()
-        if harmed := files.damage(self.folder, {name: sealed[name]} if name in sealed else {}, again=True):
-            raise StepError(f"{self.folder} is damaged: {files.damage_said(harmed)}")
-        table = np.array(files.read_array(path))
+        table = np.array(files.read_array(intact(self.folder, path.relative_to(self.folder).as_posix())))
         found = Geometry.of(row, table["inlier"])
         matches = Matches(table["index_a"], table["index_b"], table["similarity"])
         return Pair(row, *self.files(row), table["xy_a"], table["xy_b"], matches, found)

@@ -364,7 +364,20 @@ def kept_bytes(keep: str, n: int, d: int) -> int:
 
 def view_rows(step: Step) -> list[ReferenceRow]:
     """The rows of references.jsonl behind a step of reference tokens; none for photographs."""
-    return read_rows(step.linked("views") / "references.jsonl") if "views" in step.links else []
+    return read_rows(intact(step.linked("views"), "references.jsonl")) if "views" in step.links else []
+
+
+def intact(folder: Path, name: str) -> Path:
+    """The path of a file of a step, which is as it was when the step finished.
+
+    Raises:
+        StepError: it is not.
+    """
+    step = open_step(folder, finished=False)
+    sealed = {name: step.sealed[name]} if name in step.sealed else {}
+    if harmed := files.damage(folder, sealed, again=True):
+        raise StepError(f"{folder} is damaged: {files.damage_said(harmed)}")
+    return folder / name
 
 
 def open_poses(upright: Stored, poses: Sequence[Pose]) -> Posed:

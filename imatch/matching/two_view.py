@@ -153,15 +153,19 @@ class Estimator(GeometryOptions):
         rows = _distinct(a, b)
         found, near = self._of(whole, rows), self.threshold
         still, part = _standing(whole, rows, everywhere, near)
+        if 2 * found.inliers[rows[still]].sum() < found.inliers.sum():
+            return found  # these few stand still by chance
         if part >= PART:  # so seems what moved by a pixel or two
             near /= 3
             still, finer = _standing(whole, rows, everywhere, near)
             if finer >= PART:
                 return found
         rest = self._of(whole, rows[~still])
-        if rest.verified and not _explains(rest, whole, rows[still], near):
+        told_apart = part < PART or rest.error < near / 2  # centres of patches are not exact to a pixel
+        if rest.verified and told_apart and not _explains(rest, whole, rows[still], near):
             return rest
-        alike = part >= SMALL
+        agreeing = found.inliers[rows]
+        alike = part >= SMALL or agreeing[still].sum() < agreeing[~still].sum()
         if photographs and found.verified and part < PART:
             with contextlib.suppress(PhotographError):  # one is gone or broken by now
                 alike = _agree(*photographs(), found.matrix, whole, rows[still])
@@ -311,11 +315,11 @@ def _standing(
 
 
 def _explains(found: Geometry, points: _Points, rows: np.ndarray, near: float) -> bool:
-    """Whether a geometry puts most of these rows where they are."""
+    """Whether a geometry puts most of these rows where they are, or as near to that as its own inliers on a grid."""
     if found.matrix is None:
         return False
-    off = np.linalg.norm(transform(found.matrix, points.a[rows]) - points.b[rows], axis=1)
-    return bool(np.median(off) <= near)
+    off = np.linalg.norm(transform(found.matrix, points.a) - points.b, axis=1)
+    return bool(np.median(off[rows]) <= max(near, 2 * np.median(off[found.inliers])))
 
 
 def _inner_cells(xy: np.ndarray) -> int:

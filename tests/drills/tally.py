@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from imatch.core.types import ImatchError
 
@@ -64,17 +64,19 @@ class Tally:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Say nothing in the block, nor let C libraries or other processes do: what counts is returned."""
+def quiet() -> Iterator[list[str]]:
+    """Show nothing that is said in the block, by C libraries and other processes neither: its lines, after it."""
     sys.stdout.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with Path(os.devnull).open("w") as nowhere:
+    kept, lines = [os.dup(1), os.dup(2)], list[str]()
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
         for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)
+            os.dup2(said.fileno(), stream)
         try:
-            yield
+            yield lines
         finally:
             sys.stdout.flush()
+            said.seek(0)
+            lines += said.read().splitlines()
             for stream, was in zip((1, 2), kept, strict=True):
                 os.dup2(was, stream)
                 os.close(was)

@@ -22,7 +22,7 @@ from PIL import Image
 
 import imatch
 from imatch.core import compute
-from imatch.core.files import read_json, read_rows, write_json
+from imatch.core.files import read_json, read_rows, write_signed
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
 from imatch.data.pairs import pair_path
@@ -812,9 +812,9 @@ def test_hard_names_go_through_every_step(tmp_path):
 
 def test_a_step_json_from_elsewhere_leads_nowhere_else(tmp_path):
     step, _, _ = embedded(write(tmp_path / "data", 2), tmp_path / "exports")
-    record = read_json(step.folder / "step.json")
+    record = read_json(step.folder / "step.json", signed=True)
     about = {**record["about"], "dataset": "../../../up", "weight": "/tmp/x"}
-    write_json(step.folder / "step.json", {**record, "run": "../../../../../up", "about": about})
+    write_signed(step.folder / "step.json", {**record, "run": "../../../../../up", "about": about})
     there = neighbours(open_step(step.folder))[2].folder
     assert (tmp_path / "exports" / "r" / "03_index") in there.parents
     assert {path.name for path in tmp_path.iterdir()} == {"data", "exports"}

@@ -802,6 +802,7 @@ def test_headings_come_from_photographs_too(pixels, capsys):
     for row, yaw in zip(rows, ({"yaw": 350.0}, {"yaw": 10.0}, {}), strict=True):
         row["position"] |= yaw
     files.write_rows(pixels.folder / "images.jsonl", rows)
+    unsealed(pixels.folder)
     step, *_ = searched(pixels, None, "data-data", truth="radius", heading=30.0)
     assert [row["answers"] for row in files.read_rows(step.folder / "queries.jsonl")] == [1, 1, 0]
     assert "1 of 3 photographs (query side) have no heading and do not count" in capsys.readouterr().out

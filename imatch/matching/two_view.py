@@ -35,10 +35,10 @@ PLANE = 0.8
 CELLS, PART, SMALL = 10, 0.5, 0.1
 """The picture's cells a side; the share of the inner cells with anything in them below which what stands still may be
 a caption or a part of the aircraft, and below which it is one, where pixels cannot be asked."""
-SIDE, TEXTURED, ALIKE, AGREEING = 160, 3.0, 0.5, 0.45
+SIDE, TEXTURED, ALIKE, UNLIKE = 160, 6.0, 0.1, 0.12
 """Thumbnails' pixels a side; the deviation in grey levels of a cell that shows something; the correlation of two that
-show the same; the share of them in photographs of one view: of copies however dark or coarse 0.53 at least, of
-strangers under one frame, logo or display 0.32 at most."""
+may show the same; the share of others from which on two photographs are not of one view: copies, however dark or
+coarse, have 0.07 at most, strangers 0.14 at least, whatever frame or display they share."""
 AGREEMENT = 0.5
 """Length of the mean direction of rotation of inliers, from 0 (any) to 1 (the same), that a scene of depth has."""
 TURNED = 0.03
@@ -342,8 +342,8 @@ def _agree(a: np.ndarray, b: np.ndarray, matrix: np.ndarray | None, points: _Poi
     of_a, of_b = (cells - cells.mean(axis=2, keepdims=True) for cells in map(_in_cells, (mapped, b)))
     spread = of_a.std(axis=2), of_b.std(axis=2)
     away &= np.maximum(*spread) > TEXTURED
-    alike = (of_a * of_b).mean(axis=2) > ALIKE * spread[0] * spread[1]
-    return bool(not away.any() or alike[away].mean() >= AGREEING)
+    unlike = away & ((of_a * of_b).mean(axis=2) <= ALIKE * spread[0] * spread[1])
+    return bool(unlike.sum() <= max(FEWEST, UNLIKE * away.sum()))
 
 
 def _in_cells(thumbnail: np.ndarray) -> np.ndarray:

@@ -460,10 +460,10 @@ def test_a_device_that_is_not_there_is_refused():
             Dinov3("dinov3_vits16", "x.pth", "LVD", device=device)
 
 
-def through(backbone, n):
-    """What comes out of n photographs, eight at once."""
+def through(backbone, n, room=2**40):
+    """What comes out of n photographs, eight at once where there is room."""
     photographs = ((str(i), images.decode(one)) for i, one in enumerate(pixels(32, 48, n=n)))
-    return [one for _, told, *_ in pipeline.passed(backbone, photographs, 8) for one in told]
+    return [one for _, told, *_ in pipeline.passed(backbone, photographs, 8, room) for one in told]
 
 
 @pytest.mark.parametrize("n", [1, 8])
@@ -477,8 +477,9 @@ def test_a_device_without_memory_leaves_photographs_to_the_next_run(create, monk
     assert str(told[0]) == "cpu had no memory left for its 48 x 32 pixels"
 
 
-def test_a_batch_that_does_not_fit_is_halved_once(create, monkeypatch):
-    """Memory for three photographs: eight are tried at once, by four, by two; the next eight by two at once."""
+def test_a_batch_that_does_not_fit_is_halved(create, monkeypatch):
+    """Memory for three photographs, which is known beforehand, or not: then eight are tried at once, by four, by two.
+    One that is larger than all of the room is passed all the same."""
     backbone, features, asked = create("vits16"), Dinov3.features, []
 
     def small(self, photographs):
@@ -487,11 +488,13 @@ def test_a_batch_that_does_not_fit_is_halved_once(create, monkeypatch):
             raise torch.OutOfMemoryError
         return features(self, photographs)
 
-    expected = through(backbone, 16)
+    expected, each = through(backbone, 8), base.pass_bytes((32, 48), backbone)
     monkeypatch.setattr(Dinov3, "features", small)
-    for one, other in zip(through(backbone, 16), expected, strict=True):
-        assert np.allclose(one.vector, other.vector, atol=1e-5)
-    assert asked == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    for room, passes in ((2**40, [8, 4, 2, 2, 4, 2, 2]), (3.5 * each, [3, 3, 2]), (0, [1] * 8)):
+        for one, other in zip(through(backbone, 8, room), expected, strict=True):
+            assert np.allclose(one.vector, other.vector, atol=1e-5)
+        assert asked == passes
+        asked.clear()
 
 
 def test_unknown_weight_names_the_nearest_of_all(weights):

@@ -142,7 +142,7 @@ class Toy:
         return "opencv"
 
     @property
-    def bytes(self) -> int:
+    def held(self) -> int:
         return 0
 
     @property

@@ -174,11 +174,12 @@ def make_tokens(
         raise ImatchError(f"batch_size is {batch_size}: give at least 1")
     made, held, done, total = Made(), 0, 0, len(sources)
     backbone.load()
-    read = partial(_read, backbone, Resize(**parameters["resize"]), views or {}, free_for(backbone))
+    free = free_for(backbone)
+    read = partial(_read, backbone, Resize(**parameters["resize"]), views or {}, free)
     workers = settings.cores()
     decoded = compute.ahead(read, sources.items(), workers, batch_size + 2 * workers)
     coming = made.photographs(tqdm(decoded, "embed", total, disable=None, delay=1))
-    with closing(decoded), closing(passed(backbone, coming, batch_size)) as batches:
+    with closing(decoded), closing(passed(backbone, coming, batch_size, free[backbone.device])) as batches:
         for batch, tokens, *_ in batches:
             made.take(batch, tokens)
             held += copies * sum(_bytes(one) for one in tokens if isinstance(one, Tokens))

@@ -145,14 +145,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(
-    function: Callable[[T], R],
-    items: Iterable[T],
-    workers: int,
-    depth: int,
-    weigh: Callable[[T], int] = lambda _: 0,
-    most: int = 0,
-) -> Generator[R, None, None]:
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Generator[R, None, None]:
     """`function(item)` for every item, in order, computed by threads some items ahead.
 
     Args:
@@ -160,7 +153,6 @@ def ahead(
         items: may come one by one; they are taken in this thread.
         workers: threads; 0 runs here.
         depth: results that wait at most.
-        weigh, most: what an item takes, and all that are begun and wait may take together; a heavier one is alone.
 
     >>> list(ahead(abs, [-1, 2], workers=2, depth=4))
     [1, 2]
@@ -168,18 +160,12 @@ def ahead(
     if not workers:
         yield from map(function, items)
         return
-    pool, waiting, weights = ThreadPoolExecutor(workers), deque[Future[R]](), deque[int]()
+    pool, waiting = ThreadPoolExecutor(workers), deque[Future[R]]()
     try:
         for item in items:
-            weight = weigh(item)
-            while waiting and sum(weights) + weight > most:
-                weights.popleft()
-                yield waiting.popleft().result()
             waiting.append(pool.submit(function, item))
-            weights.append(weight)
             del item  # not to be held while the next one comes
             if len(waiting) >= depth:
-                weights.popleft()
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -66,7 +66,7 @@ class PhotoRow(About):
 
 class SeenRow(TypedDict):
     """Of seen.jsonl: what is known of a photograph's file; `stat` is its bytes and its time of change, None of one that
-    is to be looked at again; `size` is the (h, w) of its header, and `problem` then why it did not fit into memory."""
+    is to be looked at again; `size` is the (h, w) of its header."""
 
     id: str
     stat: list[int] | None

@@ -60,12 +60,12 @@ class Backbone(Protocol):
         """Pixels that the longer side has at most, unless another size was asked for; 0 is no limit."""
 
     @property
-    def bytes(self) -> int:
-        """Of its weights, in memory."""
+    def held(self) -> int:
+        """Bytes that its weights take on its device."""
 
     @property
     def bytes_per_pixel(self) -> float:
-        """What a forward pass takes on the device for each pixel of one photograph, beside the weights."""
+        """What a forward pass takes there for each pixel of one photograph, beside the weights."""
 
     @property
     def digest(self) -> str:
@@ -284,19 +284,17 @@ def decoded_for(
         return error
 
 
-DECODED, DEEP = 8, 22
-"""Bytes that decoding takes for each pixel in the file: as a rule, and at most (16 bits, WebP)."""
-RESERVE = 8
-"""One part in so many of the free memory is for what waits beside the photograph that is worked on."""
+DECODED = 22
+"""Bytes that decoding takes at most for each pixel in the file (16 bits, WebP); as a rule it is 8."""
 
 
 def free_for(backbone: Backbone) -> dict[str, int]:
-    """Bytes that are free, of "cpu" and of the backbone's device.
+    """Bytes of "cpu" and of the backbone's device for photographs: what is free but for an eighth, for what waits.
 
     >>> [*free_for(create_backbone("sift"))]
     ['cpu']
     """
-    return {device: compute.free_memory(device) for device in {"cpu", backbone.device}}
+    return {device: compute.free_memory(device) * 7 // 8 for device in {"cpu", backbone.device}}
 
 
 def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[str, int]:
@@ -309,10 +307,17 @@ def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[st
     >>> needed((6000, 8000), Resize(), create_backbone("sift"))
     {'cpu': 11808000000}
     """
-    forward = (backbone.bytes_per_pixel + 6) * math.prod(
-        resize.target(size, backbone.patch)
-    )  # its RGB lies there twice
-    return dict(Counter({"cpu": DEEP * math.prod(size)}) | Counter({backbone.device: round(forward)}))
+    passed = Counter({backbone.device: pass_bytes(resize.target(size, backbone.patch), backbone)})
+    return dict(Counter({"cpu": DECODED * math.prod(size)}) | passed)
+
+
+def pass_bytes(size: tuple[int, ...], backbone: Backbone) -> int:
+    """Bytes that a photograph of (h, w), as the backbone sees it, takes on its device.
+
+    >>> pass_bytes((100, 100), create_backbone("dsift"))
+    380000
+    """
+    return round((backbone.bytes_per_pixel + 6) * math.prod(size))  # its RGB lies there twice
 
 
 def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Mapping[str, int]) -> str:
@@ -320,9 +325,9 @@ def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Map
 
     Args:
         size, resize: as of `needed`.
-        free: of `free_for`; one part in `RESERVE` is left to what waits beside.
+        free: of `free_for`.
 
-    >>> free = {"cpu": 8 * 2**30}
+    >>> free = {"cpu": 7 * 2**30}
     >>> lacking((6000, 8000), Resize(), create_backbone("sift"), free)
     '48 megapixels need 11.0 GB of 7.0 GB of memory: set resize.limit 6300 or less, or use a machine with more'
     >>> lacking((6000, 8000), Resize(limit=3072), create_backbone("sift"), free)
@@ -330,9 +335,8 @@ def lacking(size: tuple[int, int], resize: Resize, backbone: Backbone, free: Map
     """
     pixels, side = math.prod(size), max(resize.target(size, backbone.patch))
     for device, wanted in needed(size, resize, backbone).items():
-        most = max(0, free[device] * (RESERVE - 1) // RESERVE)
-        if wanted > most:
-            fitting = int(side * math.sqrt(most / wanted) // 100 * 100) if most >= DEEP * pixels else 0
+        if wanted > (most := max(0, free[device])):
+            fitting = int(side * math.sqrt(most / wanted) // 100 * 100) if most >= DECODED * pixels else 0
             field = "limit" if resize.mode == "scale" else "long_side"
             smaller = f"set resize.{field} {fitting} or less, or " if fitting else ""
             return (

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from imatch.core import compute, config
 from imatch.core.types import ImatchError, Tokens, grid_xy
 from imatch.features import base, openvino, weights
-from imatch.features.cost import cost
 
 MEAN_STD = {
     "LVD": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -104,10 +103,18 @@ class Dinov3:
         return sum(parameter.nbytes for parameter in weights.skeleton(self.hub_entry).parameters())
 
     @property
+    def held(self) -> int:
+        """Bytes of the weights as the engine holds them; this and the next are counted on a model without memory."""
+        return openvino.HELD * self.bytes if self.engine_forward == "openvino" else self._cost.weights
+
+    @property
     def bytes_per_pixel(self) -> float:
-        """As counted on a model without memory."""
-        side = 16 * self.patch
-        return cost(self.hub_entry, (side, side), self.precision).working / side**2
+        """What the widest layer takes."""
+        return self._cost.working / (16 * self.patch) ** 2
+
+    @property
+    def _cost(self) -> weights.Cost:
+        return weights.cost(self.hub_entry, (16 * self.patch, 16 * self.patch), self.precision)
 
     @property
     def patch(self) -> int:

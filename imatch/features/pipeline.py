@@ -6,7 +6,7 @@ The verbs in memory and the steps share it: `imatch.embed` and 01_embed give the
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from imatch.core import compute, files
 from imatch.core.rows import About, PhotoRow
 from imatch.core.types import ImatchError, PassingError, PhotographError, Tokens
 from imatch.data.images import Decoded
-from imatch.features.base import Backbone, placed_tokens
+from imatch.features.base import Backbone, pass_bytes, placed_tokens
 
 HELD = 2**28
 """Bytes of decoded photographs that may wait for others of their shape."""
@@ -25,52 +25,52 @@ Told = list[Tokens | PassingError]
 
 
 def passed(
-    backbone: Backbone, photographs: Iterable[tuple[str, Decoded]], size: int
+    backbone: Backbone, photographs: Iterable[tuple[str, Decoded]], size: int, room: int
 ) -> Generator[tuple[Batch, Told, float, float], None, None]:
     """Pass photographs through a backbone in batches of one shape; the next is put together meanwhile.
+
+    Args:
+        size: of a batch, at most.
+        room: bytes on the backbone's device; one photograph is passed in any case.
 
     Returns:
         Batches, each with its tokens, and when its pass began and ended (`time.perf_counter`).
     """
 
-    most: dict[tuple[int, ...], int] = {}
-
     def timed(one: tuple[Batch, np.ndarray]) -> tuple[Batch, Told, float, float]:
         batch, pixels = one
         began = time.perf_counter()
-        tokens = _told(backbone, pixels, most)
+        tokens = _told(backbone, pixels)
         return batch, tokens, began, time.perf_counter()
 
-    return compute.ahead(timed, _batches(photographs, size), 1, 2)
+    def most(shape: tuple[int, ...]) -> int:
+        return max(1, min(size, room // pass_bytes(shape[:2], backbone)))
+
+    return compute.ahead(timed, _batches(photographs, most), 1, 2)
 
 
-def _told(backbone: Backbone, pixels: np.ndarray, most: dict[tuple[int, ...], int]) -> Told:
-    """The tokens of a batch. Where memory runs out, this one and all later ones of its shape are halved; a photograph
-    that is alone is tried twice."""
-    n, shape = len(pixels), pixels.shape[1:]
-    at_once = most.get(shape, n)
-    if n > at_once:
-        parts = (pixels[first : first + at_once] for first in range(0, n, at_once))
-        return [one for part in parts for one in _told(backbone, part, most)]
-    for _ in range(2 if n == 1 else 1):
-        try:
-            return [*backbone(pixels)]
-        except Exception as error:
-            if not compute.out_of_memory(error):
-                raise
-    if n == 1:  # here, for the error holds what was in memory
-        return [PassingError(f"{backbone.device} had no memory left for its {shape[1]} x {shape[0]} pixels")]
-    most[shape] = n // 2
-    return _told(backbone, pixels, most)
+def _told(backbone: Backbone, pixels: np.ndarray) -> Told:
+    """The tokens of a batch; where memory runs out all the same, it is halved."""
+    try:
+        return [*backbone(pixels)]
+    except Exception as error:
+        if not compute.out_of_memory(error):
+            raise
+    n, h, w = pixels.shape[:3]  # here, for the error holds what was in memory
+    if n == 1:
+        return [PassingError(f"{backbone.device} had no memory left for its {w} x {h} pixels")]
+    return [*_told(backbone, pixels[: n // 2]), *_told(backbone, pixels[n // 2 :])]
 
 
-def _batches(photographs: Iterable[tuple[str, Decoded]], size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+def _batches(
+    photographs: Iterable[tuple[str, Decoded]], most: Callable[[tuple[int, ...]], int]
+) -> Iterator[tuple[Batch, np.ndarray]]:
     """Full batches as they come, all when many bytes wait, the rest at last."""
     shapes: dict[tuple[int, ...], Batch] = {}
     for id, photograph in photographs:
         batch = shapes.setdefault(photograph.pixels.shape, [])
         batch.append((id, photograph))
-        full = len(batch) == size
+        full = len(batch) == most(photograph.pixels.shape)
         if full or sum(one.pixels.nbytes for held in shapes.values() for _, one in held) > HELD:
             for ready in filter(None, [batch] if full else shapes.values()):
                 yield _stacked(ready.copy())

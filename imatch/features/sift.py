@@ -13,11 +13,9 @@ import cv2
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from imatch.core import compute, config, settings
+from imatch.core import config, settings
 from imatch.core.types import Tokens, grid_xy, normalise
 
-PIXELS = 16_000_000
-"""How many pixels are worked on at once."""
 GLOBAL = 2000
 """Keypoints of the global vector: of the demo's references at crop 0.5, 1,000 find 0.85 first, 2,000 and 4,000 0.94."""
 VOCABULARY = Path(__file__).with_name("sift_vocabulary.npy")
@@ -29,16 +27,15 @@ class _Classical:
     device: ClassVar[str] = "cpu"
     resampling: ClassVar[str] = "opencv"
     side: ClassVar[int] = 3072  # a square of which takes 2.3 GB
-    bytes: ClassVar[int] = 0
+    held: ClassVar[int] = 0
     bytes_per_pixel: ClassVar[float]
 
     def __post_init__(self) -> None:
         config.check(self)
 
-    def _each(self, photographs: np.ndarray, most: int) -> list[Tokens]:
-        """The tokens of photographs, of as many at once as there are cores, and memory, for; at most so many."""
-        fit = int(compute.free_memory() // (self.bytes_per_pixel * photographs[0].size / 3))
-        with ThreadPoolExecutor(max(1, min(settings.cores(), most, fit))) as pool:
+    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
+        """Tokens of (B, h, w, 3) uint8 RGB photographs, as many at once as there are cores."""
+        with ThreadPoolExecutor(settings.cores()) as pool:
             return list(pool.map(self._tokens, photographs))
 
     def _tokens(self, photograph: np.ndarray) -> Tokens:
@@ -82,12 +79,8 @@ class Sift(_Classical):
         """The visual words."""
         _ = self.words
 
-    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
-        """Tokens of (B, h, w, 3) uint8 RGB photographs, without a grid, the strongest keypoint first."""
-        h, w = photographs.shape[1:3]
-        return self._each(photographs, PIXELS // (h * w))
-
     def _tokens(self, photograph: np.ndarray) -> Tokens:
+        """Without a grid, the strongest keypoint first."""
         grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
         xy, descriptors = keypoints(grey, self.max_keypoints, self.contrast)
         return Tokens(vlad(descriptors[:GLOBAL], self.words), descriptors, xy)
@@ -141,11 +134,8 @@ class DenseSift(_Classical):
     def load(self) -> None:
         """Nothing: there are no weights."""
 
-    def __call__(self, photographs: np.ndarray) -> list[Tokens]:
-        """Tokens of (B, h, w, 3) uint8 RGB photographs, on a grid of (h / patch, w / patch)."""
-        return self._each(photographs, len(photographs))
-
     def _tokens(self, photograph: np.ndarray) -> Tokens:
+        """On a grid of (h / patch, w / patch)."""
         size = photograph.shape[:2]
         grid = (size[0] // self.patch, size[1] // self.patch)
         xy = grid_xy(grid, size)

@@ -46,7 +46,7 @@ class XFeat:
     patch: ClassVar[int] = 32  # what the network itself would resize to
     resampling: ClassVar[str] = "opencv"
     side: ClassVar[int] = 1024
-    bytes: ClassVar[int] = 0  # 6 MB
+    held: ClassVar[int] = 0  # 6 MB
     bytes_per_pixel: ClassVar[float] = 60
     max_keypoints: PositiveInt = 2048
     device: str = field(default="auto", compare=False)

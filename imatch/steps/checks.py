@@ -17,9 +17,8 @@ from imatch.core.step import Step
 from imatch.core.types import ImatchError, PhotographError
 from imatch.data import datasets, images, registry, store
 from imatch.data.images import Resize
-from imatch.features.base import create_backbone, free_for, stride_of
-from imatch.features.cost import Cost, cost
-from imatch.features.weights import check_name, find, patch_side
+from imatch.features.base import create_backbone, stride_of
+from imatch.features.weights import Cost, check_name, cost, find, patch_side
 from imatch.steps.embedding import chosen, devices_of
 
 SHARE = {"fp32": 0.6, "bf16": 0.5}
@@ -100,15 +99,12 @@ def _network(step: Step, ids: Sequence[str], resources: ComputeOptions) -> list[
     parameters, root = step.parameters, step.linked("photographs")
     options, resize = parameters["backbone"], Resize(**parameters["resize"])
     used, patch = devices_of(parameters, resources.devices), patch_side(options["hub_entry"])
-    backbone = create_backbone(parameters["weight"], options, device=used[0])
-    most = free_for(backbone)[used[0]] / backbone.bytes_per_pixel
-    sizes = _sizes(root, ids, resize, patch)
-    sizes = [size for size in sizes if math.prod(size) <= most] or sizes  # `embed` leaves out the others
-    size, together = _heaviest(sizes, len(ids), resources.batch_size)
-    one, problems = _model(parameters, size, used, together)
+    sizes = sorted(_sizes(root, ids, resize, patch), key=math.prod)
+    size = sizes[len(sizes) // 2]
+    one, problems = _model(parameters, size, used, resources.batch_size)
     pace = sum(rate(device, options["precision"]) for device in {*used})  # several processes of a CPU share it
     pixels = sum(h * w for h, w in sizes) / len(sizes)
-    share = pixels / (size[0] * size[1])  # of the heaviest
+    share = pixels / math.prod(size)
     network = 3600 * hours(1, one.flop, pace, options["precision"]) * share
     to_decode = decoding([root / id for id in ids[:: -(-len(ids) // 3)]], resize, patch)
     print(f"time         {_time(len(ids), network, to_decode, used)}")
@@ -129,16 +125,13 @@ def _model(
     parameters: Parameters, size: tuple[int, int], used: Sequence[str], batch_size: int
 ) -> tuple[Cost, list[str]]:
     """Print what the model is and what memory it takes; what a photograph costs, and what does not fit."""
-    from imatch.features import openvino
-
     options = parameters["backbone"]
     hub_entry, precision = options["hub_entry"], options["precision"]
-    one = cost(hub_entry, size, precision)
-    by_openvino = options["engine_forward"] == "openvino"
-    weights = openvino.HELD * 4 * one.parameters if by_openvino else one.weights
+    one, weights = cost(hub_entry, size, precision), create_backbone(parameters["weight"], options, device=used[0]).held
     processes = max(Counter(used).values())  # each has a model of its own
-    needed = processes * (weights + batch_size * one.working)
     free = min(compute.free_memory(device) for device in used)
+    together = max(1, min(batch_size, int((free / processes - weights) // one.working)))
+    needed = processes * (weights + together * one.working)
     path, stride = find(options["filename"]), stride_of(parameters["variant"])
     h, w = size
     kept = "" if stride == 1 else f", {parameters['variant']} keeps one in {stride**2}"
@@ -146,14 +139,13 @@ def _model(
         f"weights      {path.name}, {path.stat().st_size / 2**20:.1f} MB, SHA-256 {parameters['weights_digest'][:8]}\n"
         f"model        {hub_entry}, {one.parameters / 1e6:.1f} million parameters, normalises as {options['family']}\n"
         f"work         {one.flop / 1e9:.1f} GFLOP a photograph of {w} x {h}, {one.tokens} tokens{kept}\n"
-        f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {batch_size})"
+        f"memory       {_gb(needed)} of {_gb(free)} free on {', '.join(used)} ({precision}, batches of {together})"
     )
     if needed <= free:
         return one, []
-    fitting = int((free / processes - weights) // one.working)
-    less = "engine_forward torch" if by_openvino else "precision bf16"
-    remedy = f"compute.batch_size {fitting}" if fitting > 0 else f"a smaller model or size, or {less}"
-    return one, [f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free: use {remedy}"]
+    less = "engine_forward torch" if options["engine_forward"] == "openvino" else "precision bf16"
+    refused = f"{hub_entry} at {w} x {h} needs {_gb(needed)}, {used[0]} has {_gb(free)} free"
+    return one, [f"{refused}: use a smaller model or size, or {less}"]
 
 
 def _stored(parameters: Parameters, tokens: int, dimension: int) -> int:
@@ -194,16 +186,6 @@ def _sizes(root: Path, ids: Sequence[str], resize: Resize, patch: int) -> list[t
         except PhotographError:  # it will be skipped and reported when its turn comes
             continue
     return sizes or [resize.target((1080, 1920), patch)]
-
-
-def _heaviest(sizes: Sequence[tuple[int, int]], count: int, batch_size: int) -> tuple[tuple[int, int], int]:
-    """The batch that takes most memory: the (h, w) of its photographs, and how many.
-
-    >>> _heaviest([(64, 64)] * 9 + [(128, 128)], count=10, batch_size=8)
-    ((64, 64), 8)
-    """
-    batches = {size: min(batch_size, -(-n * count // len(sizes))) for size, n in Counter(sizes).items()}
-    return max(batches.items(), key=lambda batch: (batch[0][0] * batch[0][1] * batch[1], batch))
 
 
 def _gb(amount: float) -> str:

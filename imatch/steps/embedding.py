@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import json
-import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
@@ -173,26 +171,21 @@ def embed(
     engine = resources.machines
     compute.check_parts(engine.shard, step.on_change)
     with files.alone(step.folder, engine.shard):
-        return _embed(step, resources, on_error, max_skipped)
-
-
-def _embed(step: Step, resources: ComputeOptions, on_error: str, max_skipped: float) -> Stored:
-    engine = resources.machines
-    task = _Task(step, engine.shard, on_error, max_skipped)
-    try:
-        task.take_stock(resources)
-        if not task.shards.merged:
-            task.compute(engine, resources)
-            task.read_back()
-        task.seen.save()
-        if not task.shards.merged:
-            task.merge()
-    except OSError as error:  # of what is written, or of whatever else of this process
-        if not compute.passing(error):
-            raise
-        again = "run the same command again; what was finished stays"
-        raise ImatchError(f"{step.name} could not go on ({error}): {again}") from error
-    embeddings = Stored(step.folder)
+        task = _Task(step, engine.shard, on_error, max_skipped)
+        try:
+            task.take_stock(resources)
+            if not task.shards.merged:
+                task.compute(engine, resources)
+                task.read_back()
+            task.seen.save()
+            if not task.shards.merged:
+                task.merge()
+        except OSError as error:
+            if not compute.passing(error):
+                raise
+            again = "run the same command again; what was finished stays"
+            raise ImatchError(f"{step.name} could not go on ({error}): {again}") from error
+        embeddings = Stored(step.folder)
     listed = len(embeddings) + len(embeddings.skipped)
     check_planned(step.folder / "images.jsonl", listed, len(task.about), "set on_change to recompute and run it again")
     task.bad.warn(embeddings)
@@ -208,6 +201,8 @@ class _Task:
         about: the ids of the photographs, with what the registry knows of each.
         mine: numbers of shards: a part computes no others, nor looks at their photographs.
         plan: the ids of each shard. Those of which no photograph has gone stay; other photographs make more shards.
+        heavy: the ids of photographs that are too large for this machine's memory, and why.
+        at_once: how many of the largest other fit into it.
     """
 
     def __init__(self, step: Step, part: str, on_error: str, max_skipped: float) -> None:
@@ -217,7 +212,7 @@ class _Task:
         self.mine = range(first, sys.maxsize, of)
         self.plan = self._planned()
         self.seen, self.bad = _Seen(step.folder / SEEN, self.root), _Bad(len(self.about), on_error, max_skipped)
-        self.passing: dict[str, str] = {}
+        self.heavy: dict[str, str] = {}
         self.at_once = sys.maxsize
 
     def _planned(self) -> dict[int, list[str]]:
@@ -230,20 +225,19 @@ class _Task:
         return dict(sorted(kept.items()))
 
     def take_stock(self, resources: ComputeOptions) -> None:
-        """Look at the headers of my shards' photographs, drop or make by thinning what can be, and name those that are
-        too large for this machine's memory."""
+        """Look at the headers of my shards' photographs, drop or make by thinning what can be, and name the heavy."""
         planned = [n for n in self.plan if n in self.mine]
         looked_at = [id for n in planned for id in self.plan[n]]
         self.seen.check_headers(looked_at)
-        for row in map(self.seen.rows.__getitem__, looked_at):
-            if row["problem"] and not row["size"]:
-                self.bad.add(row["id"], row["problem"])
+        for id in looked_at:
+            if problem := self.seen.rows[id]["problem"]:
+                self.bad.add(id, problem)
         done = self.shards.rows(self.mine)
         changed = self._changed([row for rows in done.values() for row in rows])
         stay = {n for n in planned if self._holds(done, n) and not changed.intersection(self.plan[n])}
         lacked = {row["id"]: n for n in stay for row in done[n] if "memory" in row}
         self._weigh([*lacked, *(id for n in planned if n not in stay for id in self.plan[n])], resources)
-        stay -= {n for id, n in lacked.items() if not self.seen.rows[id]["problem"]}
+        stay -= {n for id, n in lacked.items() if id not in self.heavy}
         todo = [n for n in planned if n not in stay]
         stale = done.keys() | (self.shards.begun() - self.plan.keys())
         self._drop([n for n in stale if n in self.mine and n not in stay], todo)
@@ -252,24 +246,24 @@ class _Task:
         if todo:
             self._thin(todo)
         self.read_back()  # what an earlier run found in the shards that stay counts, too
-        for row in (self.seen.rows[id] for n in todo if not self.shards.has(n) for id in self.plan[n]):
-            if row["size"] and row["problem"]:
-                print(f"{self.step.name}: {files.printable(row['id'])} is left out: {row['problem']}")
-                self.bad.add(row["id"], row["problem"])
+        left = {id for n in todo if not self.shards.has(n) for id in self.plan[n]}
+        for id in filter(left.__contains__, self.heavy):
+            print(f"{self.step.name}: {files.printable(id)} is left out: {self.heavy[id]}")
+            self.bad.add(id, self.heavy[id])
 
     def _weigh(self, ids: Sequence[str], resources: ComputeOptions) -> None:
-        """Find out which photographs are too large for this machine's memory; a cluster's machines have their own."""
-        rows = [row for id in ids if (row := self.seen.rows[id])["size"]]
-        if not rows or getattr(resources.machines, "scheduler", ""):
+        """Find out which photographs are heavy; a cluster's machines have their own memory."""
+        sizes = {id: size for id in ids if (size := self.seen.rows[id]["size"])}
+        if not sizes or resources.scheduler:
             return
         weight, options = self.step.parameters["weight"], self.step.parameters["backbone"]
         device = devices_of(self.step.parameters, resources.devices)[0]
         backbone, resize_of = base.create_backbone(weight, options, device=device), _resizes(self.step)
         free = base.free_for(backbone)
-        free[device] -= backbone.bytes
-        for row in rows:
-            row["problem"] = base.lacking(row["size"], resize_of(row["id"]), backbone, free) or None
-        needed = [base.needed(row["size"], resize_of(row["id"]), backbone)["cpu"] for row in rows if not row["problem"]]
+        free[device] -= backbone.held
+        asked = {id: (size, resize_of(id), backbone) for id, size in sizes.items()}
+        self.heavy = {id: why for id, one in asked.items() if (why := base.lacking(*one, free))}
+        needed = (base.needed(*one)["cpu"] for id, one in asked.items() if id not in self.heavy)
         self.at_once = max(1, free["cpu"] // max(needed, default=1))
 
     def _holds(self, shards: Mapping[int, Sequence[PhotoRow]], n: int) -> bool:
@@ -314,42 +308,38 @@ class _Task:
         if len(used) > 1 and not several:
             engine = Processes(engine.shard)
         if {*used} == {"cpu"}:
-            used = used[: self.at_once]  # the heaviest photograph is to fit beside those of the other processes
-        work = _Work(self.step, self.root, resources.workers, resources.batch_size, self.bad.on_error)
+            used = used[: self.at_once]
+        work = _Work(self.step, self.root, resources.workers, resources.batch_size, self.at_once, self.bad.on_error)
         jobs = [self._job(n) for n in range(max(self.plan) + 1)]
         if not all(map(work.done, jobs)):
             self.step.runs_on(",".join(used))
+        ran_on, passing = set[str](), dict[str, str]()
         try:
             with closing(compute.do(engine, work, jobs, used)) as rows:
-                self._take(rows, used)
+                for row in rows:
+                    passing |= row["passing"]
+                    for id, reason in row["skipped"].items():
+                        self.bad.add(id, reason)
+                    if row["device"] not in ran_on:
+                        ran_on.add(row["device"])
+                        if not ran_on <= {*used}:  # a cluster's devices are its own
+                            self.step.runs_on(",".join(sorted(ran_on)))
         except PartDoneError:
-            self._refuse_passing()
-            raise
-        self._refuse_passing()
-
-    def _take(self, rows: Iterator[ShardRow], used: Sequence[str]) -> None:
-        ran_on: set[str] = set()
-        for row in rows:
-            self.passing |= row["passing"]
-            for id, reason in row["skipped"].items():
-                self.bad.add(id, reason)
-            if row["device"] not in ran_on:
-                ran_on.add(row["device"])
-                if not ran_on <= {*used}:  # a cluster's devices are its own
-                    self.step.runs_on(",".join(sorted(ran_on)))
-
-    def _refuse_passing(self) -> None:
-        if self.passing:
+            if not passing:
+                raise
+        if passing:
             raise ImatchError(
-                f"{len(self.passing)} of {len(self.about)} photographs could not be read just now:\n"
-                f"{_listed(self.passing)}\nThe others are done. Run the same command again, it computes what is "
-                f"missing; one that stays so is to be copied again, or taken out of {self.root}"
+                f"{len(passing)} of {len(self.about)} photographs could not be read just now:\n{_listed(passing)}\n"
+                "The others are done. Run the same command again, it computes what is missing; one that stays so is "
+                f"to be copied again, or taken out of {self.root}"
             )
 
     def _job(self, n: int) -> _Shard:
         """The job of a shard; those that are not mine are empty."""
         known = self.plan.get(n, ()) if n in self.mine else ()
-        return _Shard(n, [self.seen.rows[id] for id in known], [self.about[id] for id in known])
+        seen = [self.seen.rows[id] for id in known]
+        problems = {row["id"]: why for row in seen if (why := row["problem"] or self.heavy.get(row["id"]))}
+        return _Shard(n, seen, [self.about[id] for id in known], problems)
 
     def merge(self) -> None:
         """Gather the shards, of whose photographs at least one could be used."""
@@ -422,16 +412,18 @@ def devices_of(parameters: Parameters, devices: str, several: bool = False) -> l
 
 
 class _Shard(NamedTuple):
-    """A job: a shard's photographs, with what is known of each file (`_Seen`) and what the registry knows."""
+    """A job: a shard's photographs, with what is known of each file (`_Seen`), what the registry knows, and, of those
+    that are not to be read, why."""
 
     number: int
     seen: Sequence[SeenRow]
     about: Sequence[About]
+    problems: Mapping[str, str]
 
     @property
-    def readable(self) -> dict[str, int]:
-        """The ids of those whose headers are good, and the bytes that decoding takes of each."""
-        return {row["id"]: base.DECODED * math.prod(row["size"] or (0,)) for row in self.seen if not row["problem"]}
+    def readable(self) -> list[str]:
+        """The ids of the others."""
+        return [row["id"] for row in self.seen if row["id"] not in self.problems]
 
 
 @dataclass(frozen=True)
@@ -442,6 +434,7 @@ class _Work:
     root: Path
     workers: int
     batch_size: int
+    at_once: int
     on_error: str
     _backbones: dict[str, Backbone] = field(default_factory=dict)
 
@@ -454,15 +447,13 @@ class _Work:
         return Shards(self.step.folder).has(shard.number)
 
     def __call__(self, jobs: Sequence[_Shard], place: Place) -> Iterator[ShardRow]:
-        backbone, workers = self._backbone(place.device), place.workers(self.workers)
-        read, taken = self._reader(backbone), {id: n for shard in jobs for id, n in shard.readable.items()}
-        most, depth = compute.free_memory() // place.share // base.RESERVE, self.batch_size + 2 * workers
-        decoded = self._again(read, taken, compute.ahead(read, taken, workers, depth, taken.__getitem__, most))
+        backbone, ids = self._backbone(place.device), [id for shard in jobs for id in shard.readable]
+        decoded = self._decoded(ids, backbone, place)
         if not place.quiet:
-            decoded = compute.progress(decoded, self.what, len(taken), delay=0)
+            decoded = compute.progress(decoded, self.what, len(ids), delay=0)
         pending: Future[ShardRow] | None = None
         with ThreadPoolExecutor(1) as writer:
-            for write in self._embedded(jobs, backbone, decoded):
+            for write in self._embedded(jobs, backbone, decoded, place):
                 if pending:
                     yield pending.result()
                 pending = writer.submit(write)
@@ -476,8 +467,9 @@ class _Work:
             self._backbones[device] = base.backbone_of(self.step.parameters, device)
         return self._backbones[device]
 
-    def _reader(self, backbone: Backbone) -> Callable[[str], _Timed]:
-        """What reads a photograph as the backbone sees it; a broken one is given back as its error."""
+    def _decoded(self, ids: Sequence[str], backbone: Backbone, place: Place) -> Iterator[_Timed]:
+        """Photographs as the backbone sees them; one that is broken, or cannot be read twice, is given as its error."""
+        workers = min(place.workers(self.workers), max(1, self.at_once // place.share))
         turn, resize_of = Pose(**self.step.parameters.get("pose", {})).turn, _resizes(self.step)
 
         def read(id: str) -> _Timed:
@@ -487,30 +479,26 @@ class _Work:
                 photograph = PassingError(str(photograph))  # for its header has been read
             return photograph, time.perf_counter() - started
 
-        return read
-
-    def _again(self, read: Callable[[str], _Timed], ids: Iterable[str], decoded: Iterator[_Timed]) -> Iterator[_Timed]:
-        """Try once more, alone, what could not be read."""
         drive = _Drive(self.root)
-        for id, (photograph, seconds) in zip(ids, decoded, strict=True):
-            if isinstance(photograph, PassingError):
-                photograph, seconds = read(id)
-            drive.gave(id, photograph)
-            yield photograph, seconds
+        for id, one in zip(ids, compute.ahead(read, ids, workers, self.batch_size + 2 * workers), strict=True):
+            again = read(id) if isinstance(one[0], PassingError) else one
+            drive.gave(id, again[0])
+            yield again
 
     def _embedded(
-        self, jobs: Sequence[_Shard], backbone: Backbone, decoded: Iterator[_Timed]
+        self, jobs: Sequence[_Shard], backbone: Backbone, decoded: Iterator[_Timed], place: Place
     ) -> Iterator[Callable[[], ShardRow]]:
         """Yield what writes each shard. Batches never reach over one, so it comes out the same on every run."""
         began = time.perf_counter()
         backbone.load()
         start, began = time.perf_counter() - began, time.perf_counter()
+        room = base.free_for(backbone)[backbone.device] // (place.share if backbone.device == "cpu" else 1)
         for shard in jobs:
             made = Made(stride_of(self.step.parameters["variant"]), self.on_error == "stop")
             took = {"photographs": len(shard.readable), **dict.fromkeys(("decode", "wait", "forward"), 0.0)}
             free = began  # since when there was no forward pass
             coming = made.photographs(_read(shard, decoded, took))
-            with closing(passed(backbone, coming, self.batch_size)) as batches:
+            with closing(passed(backbone, coming, self.batch_size, room)) as batches:
                 for batch, tokens, first, last in batches:
                     made.take(batch, tokens)
                     took["wait"] += first - free
@@ -527,7 +515,7 @@ class _Work:
             return {"skipped": {}, "passing": made.passing, "device": device}
         for known in shard.seen:
             row = made.rows[known["id"]]
-            if known["size"] and known["problem"]:
+            if known["id"] in shard.problems and not known["problem"]:
                 row["memory"] = True
             row["sha256"] = known["sha256"] = row["sha256"] or _digest(self.root, known)
         rows = list(made.rows.values())
@@ -542,7 +530,7 @@ def _read(
 ) -> Iterator[tuple[str, About, Decoded | PhotographError]]:
     """The shard's photographs from those that were decoded, and those that were not read."""
     for known, about in zip(shard.seen, shard.about, strict=True):
-        problem = known["problem"]
+        problem = shard.problems.get(known["id"])
         photograph, seconds = (PhotographError(problem), 0.0) if problem else next(decoded)
         took["decode"] += seconds
         yield known["id"], about, photograph
@@ -568,27 +556,20 @@ def _resizes(step: Step) -> Callable[[str], Resize]:
 
 
 class _Drive:
-    """Where photographs are; raises where it gives none any more, for that is no fault of theirs."""
+    """Where photographs are."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.failed = root, 0
 
     def gave(self, id: str, found: object) -> None:
-        """Count those in a row that could not be read (PassingError)."""
+        """Count those in a row that could not be read; raise when they are `LOST`."""
         self.failed = self.failed + 1 if isinstance(found, PassingError) else 0
-        if self.failed and (self.failed >= LOST or not self._there()):
-            many = f"{self.failed} in a row, such as {files.printable(id)}: {found}"
-            remedy = "allow more open files (ulimit -n)" if os.strerror(errno.EMFILE) in many else "bring it back"
+        if self.failed >= LOST:
             raise ImatchError(
-                f"{self.root} gives no photographs any more ({many}): {remedy} and run the same command again; "
+                f"{self.root} gives no photographs any more ({LOST} in a row, such as {files.printable(id)}: {found}): "
+                "bring it back, or if too many files are open, allow more (ulimit -n), and run the same command again; "
                 "what was finished stays"
             )
-
-    def _there(self) -> bool:
-        try:
-            return any(self.root.iterdir())  # a drive that dropped can leave an empty folder
-        except OSError as error:
-            return error.errno == errno.EMFILE
 
 
 class _Seen:
@@ -607,9 +588,6 @@ class _Seen:
 
     def save(self) -> None:
         """Write what is known, one row a photograph, unless the file says just that."""
-        for id, row in self.rows.items():
-            if not row["stat"] and not row["problem"]:  # its header could not be read then
-                self.rows[id] = {**self._look(id), "sha256": row["sha256"]}
         rows = [self.rows[id] for id in sorted(self.rows)]
         if not self.path.is_file() or self.path.read_bytes() != b"".join(map(files.line, rows)):
             files.write_rows(self.path, rows)

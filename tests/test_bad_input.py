@@ -590,7 +590,8 @@ def test_a_drive_that_drops_ends_the_run_in_one_line(tmp_path, monkeypatch, how)
 
     with monkeypatch.context() as dropped:
         dropped.setattr(Path, "read_bytes", dropping)
-        with pytest.raises(ImatchError, match=rf"^{folder} gives no photographs any more \(16 in a row, such as .*\): "):
+        gone = rf"^{folder} gives no photographs any more \(16 in a row, such as .*\): "
+        with pytest.raises(ImatchError, match=gone):
             embedded(folder, tmp_path / "exports", max_skipped=1.0)
     if how != "silent":
         shutil.rmtree(folder, ignore_errors=True)

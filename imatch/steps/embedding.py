@@ -561,7 +561,7 @@ class _Drive:
     def __init__(self, root: Path) -> None:
         self.root, self.failed = root, 0
 
-    def gave(self, id: str, found: object) -> None:
+    def gave(self, id: str, found: Decoded | PhotographError | None) -> None:
         """Count those in a row that could not be read; raise when they are `LOST`."""
         self.failed = self.failed + 1 if isinstance(found, PassingError) else 0
         if self.failed >= LOST:

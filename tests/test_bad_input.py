@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -21,12 +23,15 @@ import pytest
 from PIL import Image
 
 import imatch
-from imatch.core import compute
+from imatch.core import compute, settings
 from imatch.core.files import read_json, read_rows, write_signed
 from imatch.core.step import open_step
 from imatch.core.types import ImatchError, ImatchWarning, PhotographError, StepError
+from imatch.data import images
 from imatch.data.pairs import pair_path
 from imatch.data.store import Stored
+from imatch.features import base
+from imatch.features.sift import Sift
 from imatch.viz.html import sheet_page
 from tests import grouped
 from tests.grouped import by
@@ -509,6 +514,40 @@ def test_a_photograph_too_large_for_the_memory_is_named_and_taken_where_there_is
     with monkeypatch.context() as small:  # and is not taken away again where there is less
         small.setattr(compute, "free_memory", lambda _="cpu": 2**26)
         assert embedded(folder, tmp_path / "exports")[2]["skipped"] == 0
+
+
+def test_as_many_photographs_are_in_work_as_there_is_memory_for(tmp_path, monkeypatch):
+    """Decoded, in a batch, and as processes; and one where there is none."""
+    folder, decode, describe = write(tmp_path / "data", 9), images.decode, Sift.__call__
+    each = base.needed((96, 128), imatch.Resize(), Sift())["cpu"]
+    now, lock, seen = [], Lock(), []
+
+    def counted(*given):
+        with lock:
+            now.append(0)
+            seen.append(len(now))
+        time.sleep(0.01)
+        try:
+            return decode(*given)
+        finally:
+            now.pop()
+
+    class Machines:
+        shard = ""
+
+        def __call__(self, work, jobs, devices):
+            seen.append(len(devices))
+            return compute.LOCAL(work, jobs, devices)
+
+    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(Sift, "__call__", lambda self, batch: seen.append(len(batch)) or describe(self, batch))
+    monkeypatch.setattr(settings, "cores", lambda: 12)
+    for fit, most in ((100, 8), (2.5, 2), (1, 1)):
+        monkeypatch.setattr(compute, "free_memory", lambda _="cpu", fit=fit: int(fit * each * 8 / 7) + 1)
+        seen.clear()
+        step = start(folder, tmp_path / str(fit), shard_size=9)
+        imatch.steps.embed(step, by(Machines(), workers=4))
+        assert (max(seen), step.device.count("cpu")) == (most, min(most, 3))
 
 
 PASSING = [OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE)]

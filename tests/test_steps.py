@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -125,33 +126,13 @@ def _without_times(value):
 class Toy:
     """A backbone that knows a photograph by the 64 x 64 pixels in its middle."""
 
-    @property
-    def device(self) -> str:
-        return "cpu"
-
-    @property
-    def patch(self) -> int:
-        return 1
-
-    @property
-    def side(self) -> int:
-        return 0
-
-    @property
-    def resampling(self) -> str:
-        return "opencv"
-
-    @property
-    def held(self) -> int:
-        return 0
-
-    @property
-    def bytes_per_pixel(self) -> float:
-        return 1.0
-
-    @property
-    def digest(self) -> str:
-        return "a toy"
+    device: ClassVar[str] = "cpu"
+    patch: ClassVar[int] = 1
+    side: ClassVar[int] = 0
+    resampling: ClassVar[str] = "opencv"
+    held: ClassVar[int] = 0
+    bytes_per_pixel: ClassVar[float] = 1
+    digest: ClassVar[str] = "a toy"
 
     def load(self):
         pass

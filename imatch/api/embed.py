@@ -212,12 +212,10 @@ def _read(
     free: Mapping[str, int],
     photograph: tuple[str, Path | np.ndarray],
 ) -> tuple[str, About, Decoded | PhotographError]:
-    id, source = photograph
-    if (view := views.get(id)) is None:
-        return id, {}, decoded_for(source, resize, backbone, 0, free)
-    # a part of a photograph is seen at the scale of all of it
-    resize = resize.like(view["source_size"]) if resize.limit else resize
-    about: About = {"source": view["source"], "source_sha256": view["source_sha256"]}
+    (id, source), about = photograph, About()
+    if view := views.get(id):  # a part of a photograph is seen at the scale of all of it
+        resize = resize.like(view["source_size"]) if resize.limit else resize
+        about = {"source": view["source"], "source_sha256": view["source_sha256"]}
     return id, about, decoded_for(source, resize, backbone, 0, free)
 
 

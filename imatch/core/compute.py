@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -101,12 +101,11 @@ def _left_by_groups() -> Iterator[int]:
         limit, used, file = ("limit_in_bytes", "usage_in_bytes", "total_") if kinds else ("max", "current", "")
         inner = root / path.lstrip("/")
         for group in (inner, *inner.parents):  # in a container the path can be the host's: then the root tells
-            if group.is_relative_to(root) and (group / f"memory.{limit}").is_file():
-                most = (group / f"memory.{limit}").read_text().strip()
+            with suppress(OSError, ValueError):  # a group that is not there, or above all; and "max"
+                most, taken = (int((group / f"memory.{name}").read_text()) for name in (limit, used))
                 told = dict(pair.split() for pair in (group / "memory.stat").read_text().splitlines())
                 kept = sum(int(told.get(f"{file}{which}_file", 0)) for which in ("active", "inactive"))  # of files
-                if most != "max":
-                    yield int(most) - int((group / f"memory.{used}").read_text()) + kept
+                yield most - taken + kept
 
 
 OWN = frozenset(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -307,8 +306,9 @@ def needed(size: tuple[int, int], resize: Resize, backbone: Backbone) -> dict[st
     >>> needed((6000, 8000), Resize(), create_backbone("sift"))
     {'cpu': 11808000000}
     """
-    passed = Counter({backbone.device: pass_bytes(resize.target(size, backbone.patch), backbone)})
-    return dict(Counter({"cpu": DECODED * math.prod(size)}) | passed)
+    taken = {"cpu": DECODED * math.prod(size)}
+    passed = pass_bytes(resize.target(size, backbone.patch), backbone)
+    return taken | {backbone.device: max(passed, taken.get(backbone.device, 0))}
 
 
 def pass_bytes(size: tuple[int, ...], backbone: Backbone) -> int:

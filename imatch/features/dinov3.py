@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class Dinov3:
             it should be.
     """
 
+    side: ClassVar[int] = 0  # photographs are seen at the size that was asked for
+    resampling: ClassVar[str] = "torch"  # whose bicubic has antialiasing, as Meta's training had
     hub_entry: str
     filename: str
     family: Literal["LVD", "SAT"]
@@ -120,16 +122,6 @@ class Dinov3:
     def patch(self) -> int:
         """16 pixels; 32 for a ConvNeXt."""
         return weights.patch_side(self.hub_entry)
-
-    @property
-    def side(self) -> int:
-        """0: a network sees a photograph at the size that was asked for."""
-        return 0
-
-    @property
-    def resampling(self) -> str:
-        """torch, whose bicubic has antialiasing, as Meta's training had."""
-        return "torch"
 
     @cached_property
     def path(self) -> Path:

@@ -561,7 +561,7 @@ class _Drive:
     def __init__(self, root: Path) -> None:
         self.root, self.failed = root, 0
 
-    def gave(self, id: str, found: object) -> None:
+    def gave(self, id: str, found: Decoded | PhotographError | None) -> None:
         """Count those in a row that could not be read; raise when they are `LOST`."""
         self.failed = self.failed + 1 if isinstance(found, PassingError) else 0
         if self.failed >= LOST:
@@ -598,9 +598,8 @@ class _Seen:
         with suppress(OSError):  # the header says why
             found = path.stat()
             stat = [found.st_size, found.st_mtime_ns]
-        same = known if known and stat and known["stat"] == stat else None
-        if same and (same["size"] or same["problem"]):  # earlier versions kept no size
-            return same
+        if known and stat and known["stat"] == stat:
+            return known
         try:
             size = images.check_header(path)
         except PhotographError as error:
@@ -610,8 +609,7 @@ class _Seen:
         self.drive.gave(id, problem)
         if isinstance(problem, PassingError):  # reading it will tell
             return {"id": id, "stat": None, "problem": None, "size": None, "sha256": None}
-        told, sha256 = str(problem) if problem else None, same["sha256"] if same else None
-        return {"id": id, "stat": stat, "problem": told, "size": size, "sha256": sha256}
+        return {"id": id, "stat": stat, "problem": str(problem) if problem else None, "size": size, "sha256": None}
 
 
 def _digest(root: Path, known: SeenRow) -> str | None:

@@ -272,10 +272,10 @@ def test_what_was_assumed_of_numbers_is_told_and_kept(tmp_path, workers):
         f"flat.png: nothing to describe: no texture was found in its 128 x 96 pixels: values reach 4,080 {why}"
         in reason
     )
-    assert assumed.startswith("of 1 photograph something was assumed:\n  twelve bits.png: values reach ")
-    assert assumed.endswith(why)
+    assert assumed.startswith("assumed of the pixels of 1 photographs (values reach ")
+    assert assumed.endswith(f"{why}): twelve bits.png")
     assert [id for id, row in zip(embeddings.ids, embeddings.rows, strict=True) if "note" in row] == ["twelve bits.png"]
-    with pytest.warns(ImatchWarning, match="of 1 photograph something was assumed"):
+    with pytest.warns(ImatchWarning, match="assumed of the pixels of 1 photographs"):
         imatch.embed([folder / "00.jpg", folder / "twelve bits.png"], "sift")
 
 

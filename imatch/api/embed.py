@@ -20,9 +20,10 @@ from imatch.core.types import ImatchError, ImatchWarning, PhotographError, Token
 from imatch.data import images
 from imatch.data import references as kinds
 from imatch.data.embeddings import COMPARED, Embeddings, vector_digest
+from imatch.data.exif import told
 from imatch.data.images import Decoded, Resize
 from imatch.features.base import Backbone, backbone_identity, backbone_of, create_backbone, decoded_for, free_for
-from imatch.features.pipeline import Made, assumed, passed
+from imatch.features.pipeline import Made, passed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -186,8 +187,8 @@ def make_tokens(
             done += len(batch)
             check_memory(held, done, total, instead, beside)
             del batch, tokens  # not to be held while the next one is put together
-    if told := assumed(made.rows.values()):
-        warnings.warn(told, ImatchWarning, stacklevel=2)
+    for note in told(made.rows, "note"):
+        warnings.warn(note, ImatchWarning, stacklevel=2)
     return made
 
 

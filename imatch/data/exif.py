@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import SupportsFloat, cast
+from typing import Literal, SupportsFloat, cast
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from imatch.core import config
+from imatch.core import compute, config
 from imatch.core.files import printable
 from imatch.core.rows import PhotoRow, Position
-from imatch.data.formats import opened
+from imatch.core.types import PassingError
+from imatch.data.formats import header, opened
 
 DIAGONAL_35MM = math.hypot(36, 24)
 """Millimetres, which a focal length "in 35 mm film" is for (CIPA DCG-001)."""
@@ -96,21 +97,21 @@ def position(exif: Image.Exif, xmp: bytes | str) -> tuple[Position | None, str]:
     return None, doubt
 
 
-def doubts(rows: Mapping[str, PhotoRow]) -> list[str]:
-    """Say what was not taken from the headers of which photographs, a sentence a kind with the first as its example.
+def told(rows: Mapping[str, PhotoRow], what: Literal["doubt", "note"]) -> list[str]:
+    """Say the doubts or the notes of photographs, a sentence a kind with the first as its example.
 
-    >>> doubts({"a.jpg": {"id": "a.jpg", "sha256": "", "doubt": "latitude is past 90: 95"}})
+    >>> told({"a.jpg": {"id": "a.jpg", "sha256": "", "doubt": "latitude is past 90: 95"}}, "doubt")
     ['not taken from the headers of 1 photographs (latitude is past 90: 95): a.jpg']
     """
     found: dict[str, list[str]] = defaultdict(list)
     for id, row in sorted(rows.items()):
-        if doubt := row.get("doubt"):
-            found[doubt.partition(":")[0]].append(id)
-    said = []
-    for _, ids in sorted(found.items()):
-        which = f"{len(ids)} photographs ({rows[ids[0]]['doubt']})"
-        said.append(f"not taken from the headers of {which}: {config.names(map(printable, ids))}")
-    return said
+        if said := row.get(what):
+            found[re.sub("[-+.,0-9]+", "", said)].append(id)
+    start = {"doubt": "not taken from the headers", "note": "assumed of the pixels"}[what]
+    return [
+        f"{start} of {len(ids)} photographs ({rows[ids[0]].get(what)}): {config.names(map(printable, ids))}"
+        for ids in found.values()
+    ]
 
 
 def _xmp(packet: bytes | str) -> dict[str, str]:
@@ -231,7 +232,7 @@ def orientation(path: Path) -> int:
     >>> orientation(Path("gone.jpg"))
     1
     """
-    turn = int(_header(path, behind=True)[1]["Orientation"])
+    turn = int(_header(path)[1]["Orientation"])
     return turn if turn in range(1, 9) else 1
 
 
@@ -239,20 +240,25 @@ Header = tuple[tuple[int, int], defaultdict[str, float]]
 """(w, h), and the numbers above 0 of the EXIF by name, 0 for what is not there."""
 
 
-def _header(path: Path, behind: bool = False) -> Header:
-    """What a header says; nothing, if it is broken. EXIF `behind` the pixels of a PNG costs reading them all."""
+def _header(path: Path) -> Header:
+    """What a header says; nothing, if it is broken.
+
+    Raises:
+        PassingError: it could not be read just now.
+    """
     try:
-        return _read(path, behind, path.stat().st_mtime_ns)
-    except Exception:  # decoders raise what they like on broken bytes
+        return _read(path, path.stat().st_mtime_ns)
+    except Exception as error:  # decoders raise what they like on broken bytes
+        if compute.passing(error):
+            raise PassingError(f"{path} could not be read just now ({error}): run it again") from error
         return (0, 0), defaultdict(float)
 
 
 @lru_cache(maxsize=4096)
-def _read(path: Path, behind: bool, _changed: int) -> Header:
+def _read(path: Path, _changed: int) -> Header:
     with path.open("rb") as file:
         photograph = opened(file)
-        late = photograph.format == "PNG" and "exif" not in photograph.info and not behind
-        exif = Image.Exif() if late else photograph.getexif()
+        exif, _ = header(photograph, file)
         said = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
         numbers = {tag: float(value) for tag, value in said.items() if isinstance(value, Real)}
         tags = {ExifTags.TAGS.get(tag, ""): x for tag, x in numbers.items() if 0 < x < math.inf}

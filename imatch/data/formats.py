@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import zlib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from imatch.core import compute
 from imatch.core.types import PhotographError
 from imatch.data import tiff
 
@@ -33,8 +32,7 @@ _BYTES = {
     "a pointer of Git LFS: fetch it by git lfs pull": (b"version https://",),
 }
 """What bytes are not decoded, by what files of them begin with, or have after 4 bytes."""
-_TEXT = "MAX_TEXT"
-"""What Pillow's message names of a PNG with more text than it takes."""
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # of a PNG, in place of 1 MB a piece
 
 
 def opened(file: BinaryIO) -> Image.Image | tiff.Tiff:
@@ -69,43 +67,36 @@ def opened(file: BinaryIO) -> Image.Image | tiff.Tiff:
             if head.startswith(signs) or head[4:].startswith(signs):
                 raise PhotographError(f"not a photograph that imatch reads, but {what}") from None
         raise
-    except ValueError as error:
-        if _TEXT not in str(error):
-            raise
-        file.seek(0)
-        return Image.open(io.BytesIO(_without_text(file.read())), formats=["PNG"])
 
 
-def load(png: Image.Image) -> None:
-    """Decode a PNG, whatever text lies behind its pixels."""
-    try:
-        png.load()
-    except ValueError as error:
-        if _TEXT not in str(error):
-            raise
+def header(image: Image.Image | tiff.Tiff, file: BinaryIO | None = None) -> tuple[Image.Exif, bytes | str]:
+    """Read the EXIF and the XMP of a photograph; nothing of what is broken, for the pixels are good all the same.
 
+    Args:
+        image: as of `opened`, not loaded.
+        file: of a PNG, which may say it behind its pixels; without it they are all read for that.
 
-def check_png(data: bytes) -> None:
-    """Raise PhotographError when the pixels of a PNG are not what was written, as their checksums say.
-
-    Pillow does not look at these.
+    Raises:
+        OSError: of the disk or the network, and what passes like that (`compute.passing`).
     """
-    for kind, at, end in _chunks(data):
-        said = int.from_bytes(data[end - 4 : end], "big")
-        if kind == b"IDAT" and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != said:
-            raise PhotographError("damaged or truncated: its pixels have another checksum")
+    try:
+        if file and image.format == "PNG":
+            image = Image.open(_without_pixels(file), formats=["PNG"])
+            return Image.Image.getexif(image), image.info.get("xmp", b"")
+        return image.getexif(), image.info.get("xmp", b"")
+    except Exception as error:  # decoders raise what they like on broken bytes
+        if compute.passing(error):
+            raise
+        return Image.Exif(), b""
 
 
-def _without_text(png: bytes) -> bytes:
-    """A PNG without its texts and profile, of which Pillow takes only so many bytes."""
-    texts = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-    return png[:8] + b"".join(png[at:end] for kind, at, end in _chunks(png) if kind not in texts)
-
-
-def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each chunk, where it begins, and where it ends."""
-    at = 8
-    while at < len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
-        yield png[at + 4 : at + 8], at, end
-        at = end
+def _without_pixels(png: BinaryIO) -> io.BytesIO:
+    png.seek(0)
+    kept = [png.read(8)]
+    while len(head := png.read(8)) == 8:
+        n = int.from_bytes(head[:4], "big") + 4  # and its checksum
+        if head[4:] in (b"IDAT", b"fdAT"):
+            png.seek(n, io.SEEK_CUR)
+        else:
+            kept.append(head + png.read(n))
+    return io.BytesIO(b"".join(kept))

@@ -342,8 +342,8 @@ def _decoded(
     image: Image.Image | Tiff, sha256: str, resize: Resize | None, patch: int, by: str, file: io.BytesIO | None = None
 ) -> Decoded:
     _check_size(image)
-    exif = _exif(image)
-    position, doubt = position_of(exif, image.info.get("xmp", b""))
+    exif, xmp = formats.header(image, file)
+    position, doubt = position_of(exif, xmp)
     turn = _turn(image, exif)
     lying = turn >= 5
     size = image.size if lying else image.size[::-1]
@@ -425,18 +425,12 @@ def _reasons() -> Iterator[None]:
         raise PhotographError("not a photograph: no decoder knows its bytes") from None
     except Exception as error:  # decoders raise what they like; one file must not end a run
         kind = PassingError if compute.passing(error) else PhotographError
-        said = (error.strerror or str(error)) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            said = error.strerror or str(error)
+        elif isinstance(error, SyntaxError):  # Pillow's, of a PNG
+            said = f"damaged: {error}"
         raise kind("no memory was left to decode it" if compute.out_of_memory(error) else said) from error
-
-
-def _exif(image: Image.Image | Tiff) -> Image.Exif:
-    """The EXIF of a photograph; nothing when it is broken, for the pixels are good all the same."""
-    if isinstance(image, Image.Image) and image.format == "PNG":
-        formats.load(image)  # as getexif would, for EXIF behind the pixels; broken pixels are no broken EXIF
-    try:
-        return image.getexif()
-    except Exception:
-        return Image.Exif()
 
 
 def _turn(image: Image.Image | Tiff, exif: Image.Exif) -> int:
@@ -483,14 +477,20 @@ def _pixels(image: Image.Image | Tiff, file: io.BytesIO | None) -> tuple[np.ndar
     if file and isinstance(image, JpegImageFile) and (found := jpeg.pixels(image, file.getvalue())) is not None:
         return found, ""
     note = ""
-    if file and image.format == "PNG":
-        formats.check_png(file.getvalue())
+    if file and image.format == "PNG":  # of which decoding compares no checksums
+        Image.open(io.BytesIO(file.getvalue()), formats=["PNG"]).verify()
     if isinstance(image, Tiff):
         image, note = image.read()
     elif file and image.format == "PNG" and file.getbuffer()[24] == 16:
-        image, note = tiff.png_of_16(image, file.getvalue())
+        found, note = tiff.png_of_16(file.getvalue())
+        if found.shape[2:] == (3,):
+            return found, note
+        image = Image.fromarray(found)
     elif image.mode == "F" or image.mode.startswith("I"):
-        image, note = tiff.eight_bits_of(image, 65535 if image.format == "PPM" else None)  # Pillow scales these itself
+        white = 65535 if image.format == "PPM" else None  # to which Pillow scales these itself
+        numbers = np.asarray(image)
+        found, note = tiff.eight_bits(numbers.astype(np.uint16) if white and image.mode == "I" else numbers, white)
+        image = Image.fromarray(found)
     image.load()
     if file:
         file.close()  # large files must not lie beside their pixels, and some decoders keep them

@@ -11,7 +11,7 @@ import math
 import struct
 import zlib
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
 import cv2
 import numpy as np
@@ -39,6 +39,8 @@ BANDS = {0: ("L", 1), 1: ("L", 1), 2: ("RGB", 3), 3: ("P", 1), 5: ("CMYK", 4), 6
 """PhotometricInterpretation -> Pillow's mode, and the bands that are colours."""
 ON_PIXELS = (*range(254, 260), 262, 273, *range(277, 280), 284, 317, *range(320, 326), *range(338, 342))
 """Tags that say what the pixels are, and where."""
+ONE = (*range(254, 258), 259, 262, 266, 277, 278, 284, 317, 322, 323)
+"""Those of one number."""
 RAW = (32803, 34892)
 """PhotometricInterpretation: what the pixels of a sensor measured, as in DNG."""
 
@@ -66,23 +68,17 @@ class Tiff:
         self.file = file
         self.page = _photograph(TiffFile(file))
         self.turn = _number(self.page, 274, 1)
-        self.size = self.page.imagewidth, self.page.imagelength
-        if self.turn in (5, 6, 7, 8):
-            self.size = self.size[::-1]
+        w, h = self.page.imagewidth, self.page.imagelength
+        self.size = (h, w) if self.turn in (5, 6, 7, 8) else (w, h)
         self.mode, self.colours = _colours(self.page)
-        self.info = {"xmp": self.page.tags[700].value} if 700 in self.page.tags else {}
+        self.info = {"xmp": self.page.tags.valueof(700, b"")}
 
     def getexif(self) -> Image.Exif:
         """Read the EXIF of the file's first page."""
-        self.file.seek(0)
-        try:
-            with Image.open(self.file, formats=["TIFF"]) as image:
-                return image.getexif()
-        except (OSError, ValueError):  # Pillow does not know its pixels
-            exif = Image.Exif()
-            self.file.seek(0)
-            exif.load_from_fp(self.file)
-            return exif
+        exif, file = Image.Exif(), self.page.parent
+        exif.endian, exif.bigtiff = file.byteorder, file.is_bigtiff
+        exif.load_from_fp(self.file, file.pages.first.offset)
+        return exif
 
     def draft(self, _mode: None, _size: tuple[int, int]) -> None:
         """Do nothing: it cannot be read smaller than it is."""
@@ -93,30 +89,36 @@ class Tiff:
         Raises:
             PhotographError: they are not all there, or in a form that no decoder here knows.
         """
-        page = self.page
+        page, note = self.page, ""
         self._check()
         plain = page.bitspersample <= 8 and page.sampleformat in (1, 4) and not page.extrasamples
-        if plain and (image := self._by_pillow()):
-            return image, ""
-        if (found := self._by_bits()) is None:
-            return self._by_pillow_alone()
-        image, note = found
-        return (image.transpose(UPRIGHT[self.turn]) if self.turn in UPRIGHT else image), note
+        image = self._by_pillow() if plain else None
+        if not image and (values := self._values()) is not None:
+            image, note = self._by_bits(values)
+            image = image.transpose(UPRIGHT[self.turn]) if self.turn in UPRIGHT else image
+        elif not image:
+            image, note = self._by_pillow_alone()
+        if image.mode not in ("LA", "RGBA"):
+            return image, note
+        if _is_a_band(image.getchannel("A")):
+            return image.convert(image.mode[:-1]), "; ".join(filter(None, (note, A_BAND)))
+        if 1 in page.extrasamples:
+            image = Image.merge("RGBa", image.convert("RGBA").split()).convert("RGBA")
+        return image, note
 
     def _check(self) -> None:
         """Refuse pixels that are not what was written, as far as a TIFF says that; libtiff looks at none of it."""
-        page = self.page
-        parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-        bits = page.imagewidth * page.bitspersample * (1 if page.planarconfig == 2 else page.samplesperpixel)
-        planes = page.samplesperpixel if page.planarconfig == 2 else 1
-        wanted = (bits + 7) // 8 * page.imagelength * planes
-        there = sum(page.databytecounts) if page.compression == 1 and page.photometric != 6 else wanted
-        ends = [at + n for at, n in parts]
-        if not parts or min(page.databytecounts) < 1 or max(ends) > self.file.seek(0, io.SEEK_END) or there < wanted:
+        page, parts = self.page, self.page.databytecounts
+        apart = page.planarconfig == 2
+        planes, bands = (page.samplesperpixel, 1) if apart else (1, page.samplesperpixel)
+        wanted = (page.imagewidth * page.bitspersample * bands + 7) // 8 * page.imagelength * planes
+        there = sum(parts) if page.compression == 1 and page.photometric != 6 else wanted
+        end = max(map(sum, zip(page.dataoffsets, parts, strict=True)), default=math.inf)
+        if end > self.file.seek(0, io.SEEK_END) or min(parts) < 1 or there < wanted:
             raise PhotographError("truncated: its pixels are not all there")
         if there > 2 * wanted and not page.is_tiled:
             raise PhotographError(f"damaged: its header speaks of {wanted:,} bytes of pixels, there are {there:,}")
-        for at, n in parts if page.compression in (8, 32946) else ():
+        for at, n in zip(page.dataoffsets, parts, strict=True) if page.compression in (8, 32946) else ():
             self.file.seek(at)
             try:
                 zlib.decompress(self.file.read(n))
@@ -131,28 +133,21 @@ class Tiff:
             image.seek(self.page.index)
         except (Image.UnidentifiedImageError, ValueError):
             return None
+        for i, tile in enumerate(image.tile):
+            if isinstance(tile.args, tuple) and tile.args[0] == "RGBa":  # not to be divided by what may be no alpha
+                image.tile[i] = tile._replace(args=("RGBA", *tile.args[1:]))
         image.load()
         return image
 
-    def _by_bits(self) -> tuple[Image.Image, str] | None:
-        if (values := self._values()) is None:
-            return None
+    def _by_bits(self, values: np.ndarray) -> tuple[Image.Image, str]:
+        page, white = self.page, self._white()
         bands = values.reshape(*values.shape[:2], -1)
         colours = bands[..., : self.colours] if self.colours > 1 else bands[..., 0]
-        nodata = self.page.nodata if 42113 in self.page.tags else None
-        scaled, note = eight_bits(colours, self._white(), nodata)
-        alphas = [i for i, kind in enumerate(self.page.extrasamples, self.colours) if kind in (1, 2)]
-        alpha = None
+        scaled, note = eight_bits(colours, white, page.nodata if 42113 in page.tags else None)
+        image = Image.fromarray(255 - scaled if page.photometric == 0 else scaled, self.mode)
+        alphas = [i for i, kind in enumerate(page.extrasamples, self.colours) if kind in (1, 2)]
         if alphas and self.mode in ("L", "RGB") and values.dtype.kind == "u":
-            alpha = Image.fromarray(eight_bits(bands[..., alphas[0]], self._white())[0])
-        del values, bands, colours  # not to lie beside the image, nor the file
-        self.file.close()
-        image = Image.fromarray(255 - scaled if self.page.photometric == 0 else scaled, self.mode)
-        if alpha and _is_a_band(alpha):
-            return image, "; ".join(filter(None, (note, A_BAND)))
-        if alpha:
-            mode = "RGBa" if 1 in self.page.extrasamples else "RGBA"
-            image = Image.merge(mode, (*image.convert("RGB").split(), alpha)).convert("RGBA")
+            image.putalpha(Image.fromarray(eight_bits(bands[..., alphas[0]], white)[0]))
         return image, note
 
     def _values(self) -> np.ndarray | None:
@@ -171,7 +166,7 @@ class Tiff:
             return None
         self.file.seek(0)
         found = cv2.imdecode(np.frombuffer(self.file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-        if found is None or found.shape != page.shape or found.dtype != page.dtype:
+        if found is None or (found.shape, found.dtype) != (page.shape, page.dtype):
             return None
         if found.ndim == 3:
             found[..., :3] = found[..., 2::-1].copy()
@@ -180,19 +175,18 @@ class Tiff:
     def _by_pillow_alone(self) -> tuple[Image.Image, str]:
         """What no other reads: grey in its bits, colours in the upper 8 of them."""
         page, image = self.page, None
+        many = page.bitspersample > 8
         kind = f"{page.samplesperpixel} bands of {page.bitspersample} bits, {getattr(page.compression, 'name', '')}"
-        if page.dtype in (np.uint8, np.uint16) and (page.photometric or page.bitspersample <= 8):
+        if page.dtype in (np.uint8, np.uint16) and (page.photometric or not many):
             image = self._by_pillow()
         if image is None:
             raise PhotographError(f"{kind}: no decoder reads it, save it uncompressed")
-        if page.bitspersample > 8 and image.mode.startswith("I"):
-            return eight_bits_of(image, self._white())
-        if page.bitspersample > 8 and _few(image):
+        if many and image.mode.startswith("I"):
+            scaled, note = eight_bits(np.asarray(image), self._white())
+            return Image.fromarray(scaled), note
+        used = np.ravel([image.getchannel(band).getextrema() for band in image.getbands() if band != "A"])
+        if many and (used.max() < 64 or np.ptp(used) < 32):
             raise PhotographError(f"{kind}: read in 8 bits, few of which are used; save it uncompressed")
-        if image.mode == "RGBA" and _is_a_band(image.getchannel("A")):
-            if 1 in page.extrasamples:
-                raise PhotographError(f"{kind}: {A_BAND.partition(':')[0]}; save it uncompressed")
-            return image.convert("RGB"), A_BAND
         return image, ""
 
     def _white(self) -> float | None:
@@ -219,9 +213,10 @@ def _check_tags(page: TiffPage) -> None:
     file.seek(page.offset)
     (n,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
     codes = {struct.unpack(f"{form.byteorder}H", file.read(form.tagsize)[:2])[0] for _ in range(n)}
-    unread = [code for code in ON_PIXELS if code in codes and code not in page.tags]
-    if unread or ("PlanarConfiguration" in page.tags and page.tags["PlanarConfiguration"].value not in (1, 2)):
-        raise PhotographError(f"damaged: tag {unread[0] if unread else 284} of its header cannot be read")
+    for code in codes.intersection(ON_PIXELS):
+        value = page.tags.valueof(code)
+        if value is None or (code in ONE and not isinstance(value, int)) or (code == 284 and value not in (1, 2)):
+            raise PhotographError(f"damaged: tag {code} of its header cannot be read")
 
 
 def _colours(page: TiffPage) -> tuple[str, int]:
@@ -230,57 +225,54 @@ def _colours(page: TiffPage) -> tuple[str, int]:
     bits = {page.bitspersample, *np.ravel(page.tags[258].value).tolist()} if 258 in page.tags else {1}
     mode, colours = BANDS.get(kind, ("", 0))
     alphas = sum(extra in (1, 2) for extra in page.extrasamples)
-    other_inks = kind == 5 and _number(page, 332, 1) != 1
-    if not mode or other_inks or (kind == 3 and (max(bits) > 8 or page.samplesperpixel > 1)):
-        raise PhotographError(f"its colours are {name}, PhotometricInterpretation {kind}: convert it to RGB")
-    if page.samplesperpixel < colours or (colours == 1 and page.samplesperpixel - alphas > 2):
-        raise PhotographError(f"{page.samplesperpixel} bands, of {name}: which are red, green and blue is not said")
-    if page.sampleformat not in (1, 2, 3, 4) or len(bits) > 1 or page.dtype is None or page.imagedepth > 1:
-        several = f"{min(bits)} to {max(bits)}"
-        raise PhotographError(f"numbers of {several} bits, SampleFormat {page.sampleformat}: save it in 8 or 16")
+    bands, form = page.samplesperpixel, page.sampleformat
+    refused = {
+        f"its colours are {name}, PhotometricInterpretation {kind}: convert it to RGB": not mode
+        or (kind == 5 and _number(page, 332, 1) != 1)
+        or (kind == 3 and (max(bits) > 8 or bands > 1)),
+        f"{bands} bands, of {name}: which are red, green and blue is not said": bands < colours
+        or (colours == 1 and bands - alphas > 2),
+        f"numbers of {min(bits)} to {max(bits)} bits, SampleFormat {form}: save it in 8 or 16": len(bits) > 1
+        or form not in (1, 2, 3, 4)
+        or page.dtype is None
+        or page.imagedepth > 1,
+    }
+    for reason, wrong in refused.items():
+        if wrong:
+            raise PhotographError(reason)
     return mode, colours
 
 
 def _number(page: TiffPage, tag: int, default: int) -> int:
     """The value of a tag, the largest of several."""
-    value = np.ravel(page.tags[tag].value if tag in page.tags else default)
+    value = np.ravel(page.tags.valueof(tag, default))
     return int(value.max()) if value.size and value.dtype.kind in "iuf" and math.isfinite(value.max()) else default
 
 
 def _is_a_band(alpha: Image.Image) -> bool:
-    between = np.bincount(np.asarray(alpha).ravel(), minlength=256)[1:-1].sum()
-    return bool(2 * between > alpha.width * alpha.height)
+    return 2 * sum(alpha.histogram()[1:-1]) > alpha.width * alpha.height
 
 
-def png_of_16(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
-    """Scale a PNG of 16 bits to 8, by its sBIT chunk if it has one, and a note of what had to be assumed, else "".
+def png_of_16(data: bytes) -> tuple[np.ndarray, str]:
+    """Decode a PNG of 16 bits in 8, by its sBIT chunk if it has one, and a note of what had to be assumed, else "".
 
-    Args:
-        image: opened by Pillow, which reads grey in 16 bits and colours in the upper 8 of them.
-        data: its file.
+    Returns:
+        (h, w), (h, w, 3) or, with alpha, (h, w, 4) uint8.
+
+    Raises:
+        PhotographError: OpenCV cannot decode it.
     """
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is None:
+        raise PhotographError("damaged or truncated: its pixels cannot be decoded")
     at, said = data.find(b"sBIT", 0, data.find(b"IDAT")), None
     if at > 0:
         said = 2 ** max(data[at + 4 : at + 4 + data[at - 1]]) - 1
-    if image.mode.startswith("I"):
-        return eight_bits_of(image, said)
-    if not _few(image):
-        return image, ""
-    alpha = image.getchannel("A") if "A" in image.getbands() else None
-    image.close()
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    scaled, note = eight_bits(found[..., 2::-1], said)
-    del found
-    narrow = Image.fromarray(scaled)
-    if alpha:
-        narrow.putalpha(alpha)
-    return narrow, note
-
-
-def _few(image: Image.Image) -> bool:
-    """Whether 16-bit colours, of which an image has the upper 8 bits, use so few that they may be fewer bits."""
-    used = np.ravel([image.getchannel(band).getextrema() for band in image.getbands() if band != "A"])
-    return bool(used.max() < 64 or np.ptp(used) < 32)
+    if found.ndim == 2:
+        return eight_bits(found, said)
+    scaled, note = eight_bits(found[..., :3], said)
+    colours = cv2.cvtColor(scaled, cv2.COLOR_BGR2RGB, dst=scaled)
+    return (np.dstack([colours, found[..., 3] // 257]).astype(np.uint8) if found.shape[2] == 4 else colours), note
 
 
 def eight_bits(values: np.ndarray, said: float | None = None, nodata: float | None = None) -> tuple[np.ndarray, str]:
@@ -311,29 +303,6 @@ def eight_bits(values: np.ndarray, said: float | None = None, nodata: float | No
     for row in range(0, len(values), rows):
         scaled[row : row + rows] = _scaled(values[row : row + rows], black, white, nodata)
     return scaled, note
-
-
-def eight_bits_of(image: Image.Image, said: float | None = None) -> tuple[Image.Image, str]:
-    """Scale the grey of a Pillow image of more than 8 bits, as `eight_bits`, without a copy of all of it.
-
-    >>> image, note = eight_bits_of(Image.new("I;16", (2, 1), 4080))
-    >>> image.getpixel((0, 0)), note
-    (254, 'values reach 4,080 of 65,535: taken as 12 bits')
-    """
-    if image.mode == "F":
-        scaled, note = eight_bits(np.asarray(image))
-        return Image.fromarray(scaled), note
-    image.load()
-    sixteen = image.mode != "I" or image.format in ("PPM", "PNG")
-    low, high = cast("tuple[int, int]", image.getextrema())
-    black, white, note = _scale(low, high, np.dtype(np.uint16 if sixteen else np.int32), said)
-    w, h = image.size
-    grey = Image.new("L", image.size)
-    rows = max(1, STRIP // w)
-    for row in range(0, h, rows):
-        strip = np.asarray(image.crop((0, row, w, min(row + rows, h))))
-        grey.paste(Image.fromarray(_scaled(strip, black, white)), (0, row))
-    return grey, note
 
 
 def _scale(low: float, high: float, dtype: np.dtype, said: float | None) -> tuple[float, float, str]:

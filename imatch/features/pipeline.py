@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 import numpy as np
 
-from imatch.core import compute, files
+from imatch.core import compute
 from imatch.core.rows import About, PhotoRow
 from imatch.core.types import ImatchError, PassingError, PhotographError, Tokens
 from imatch.data.images import Decoded
@@ -107,11 +107,8 @@ class Made:
                 self._skip({"id": id, "sha256": None}, photograph)
                 continue
             found = {name: getattr(photograph, name) for name in ("size", "sha256", "position", "look")}
-            self.rows[id] = {"id": id, **found, **about}
-            if photograph.doubt:
-                self.rows[id]["doubt"] = photograph.doubt
-            if photograph.note:
-                self.rows[id]["note"] = photograph.note
+            said = {name: words for name in ("doubt", "note") if (words := getattr(photograph, name))}
+            self.rows[id] = {"id": id, **found, **about, **said}
             yield id, photograph
 
     def take(self, batch: Batch, tokens: Told) -> None:
@@ -142,17 +139,3 @@ class Made:
         if isinstance(reason, PassingError):
             self.passing[row["id"]] = str(reason)
         self.rows[row["id"]] = {**row, "skipped": str(reason)}
-
-
-def assumed(rows: Iterable[PhotoRow]) -> str:
-    """Say of which photographs something had to be assumed to show them, the first ten; "" if of none.
-
-    >>> assumed([{"id": "a.tif", "sha256": "", "note": "values reach 4,080 of 65,535: taken as 12 bits"}])
-    'of 1 photograph something was assumed:\\n  a.tif: values reach 4,080 of 65,535: taken as 12 bits'
-    """
-    noted = [f"{files.printable(row['id'])}: {row['note']}" for row in rows if "note" in row]
-    if not noted:
-        return ""
-    more = [f"... and {len(noted) - 10} more"] if len(noted) > 10 else []
-    photographs = "photograph" if len(noted) == 1 else "photographs"
-    return "\n  ".join([f"of {len(noted)} {photographs} something was assumed:", *noted[:10], *more])

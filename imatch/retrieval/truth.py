@@ -23,7 +23,7 @@ from imatch.core import config, files, settings
 from imatch.core.rows import Parameters, PhotoRow, Position, PositionFigures
 from imatch.core.types import ImatchError, Truth
 from imatch.data.embeddings import Embeddings
-from imatch.data.exif import NO_FIX, doubts
+from imatch.data.exif import NO_FIX, told
 
 TRUTHS = ("photograph", "nearest", "radius")
 CLUSTERS = ("photograph", "capture")
@@ -576,7 +576,7 @@ def places_of(
             exif.append(place if None not in (place.get("latitude"), place.get("longitude")) else None)
             turned.append(float({**row, **views.get(row["id"], {})}.get("angle") or 0))
     both = places(ids, exif, labels, turned)
-    doubted = [] if file else doubts(headers)
+    doubted = [] if file else told(headers, "doubt")
     if both is not None:
         both, more = _plausible(both, ids, shows, trusted=file is not None)
         doubted += more

@@ -31,7 +31,7 @@ from imatch.data.shards import Shards
 from imatch.data.store import Posed, StorageOptions, Stored, open_poses, pose_folder, view_rows
 from imatch.features import base
 from imatch.features.base import Backbone, decoded_for, stride_of
-from imatch.features.pipeline import Made, assumed, passed
+from imatch.features.pipeline import Made, passed
 from imatch.steps import groups
 
 ON_ERROR = ("skip", "stop")
@@ -189,7 +189,7 @@ def embed(
     listed = len(embeddings) + len(embeddings.skipped)
     check_planned(step.folder / "images.jsonl", listed, len(task.about), "set on_change to recompute and run it again")
     task.bad.warn(embeddings)
-    for doubt in exif.doubts(embeddings.decodable) if "pose" not in step.parameters else ():
+    for doubt in exif.told(embeddings.decodable, "doubt") if "pose" not in step.parameters else ():
         print(doubt)
     return embeddings
 
@@ -661,8 +661,8 @@ class _Bad:
             more = "" if len(rows) <= 10 else f"\n  ... and {len(rows) - 10} more in {file}"
             message = f"{len(rows)} of {self.total} photographs were skipped:\n{listed}{more}"
             warnings.warn(message, ImatchWarning, stacklevel=3)
-        if told := assumed(embeddings.rows):
-            warnings.warn(told, ImatchWarning, stacklevel=3)
+        for note in exif.told({row["id"]: row for row in embeddings.rows}, "note"):
+            warnings.warn(note, ImatchWarning, stacklevel=3)
 
 
 def worth_trying(step: Step, poses: Sequence[Pose], weight: str = "") -> list[Pose]:

@@ -18,13 +18,13 @@ TREES = [ast.parse(path.read_text()) for path in SOURCES]
 FUNCTIONS = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST = {
-    "lines": 22_966,
-    "lines of code": 13_910,
+    "lines": 22_901,
+    "lines of code": 13_868,
     "files": 89,
     "floors": 7,
     "lines of the longest function": 67,
     "parameters of a function": 10,
-    "signatures that say nothing": 29,
+    "signatures that say nothing": 28,
     "parameters of the notebooks": 55,
 }
 """Lines are of imatch/, its stubs and templates, tools/ and the code of the notebooks; of code those that are neither
